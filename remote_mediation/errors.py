@@ -1,0 +1,64 @@
+"""Errors that a user can act on. Every message says what happened, with which values, and what to do next.
+
+MediationError
+├── InputError            what was asked for cannot be run; nothing was written (exit code 2)
+│   ├── SettingsError     study file or flags
+│   ├── PairsError        pairs file, alignment, responses
+│   ├── SiteError         unknown family, component, layer, unit or position
+│   ├── ModelError        model or tokenizer not found
+│   └── StoreError        run folder: another study, no permission, no space
+└── BackendError          the place that runs the model (exit code 1)
+    ├── PreflightError    server not reachable, key refused, model not deployable, versions apart
+    ├── TransportError    connection lost; the only error that is retried
+    └── JobError          the job itself failed; carries the server's message
+"""
+
+from __future__ import annotations
+
+
+class MediationError(Exception):
+    """Root of all errors raised on purpose by this package."""
+
+    exit_code = 1
+
+
+class InputError(MediationError):
+    """The request cannot be run as it stands."""
+
+    exit_code = 2
+
+
+class SettingsError(InputError):
+    """A study file or a flag holds a value that is not allowed."""
+
+
+class PairsError(InputError):
+    """A pairs file cannot be read, or its pairs cannot be used."""
+
+
+class SiteError(InputError):
+    """A site names something that the model does not have."""
+
+
+class ModelError(InputError):
+    """A model, its configuration or its tokenizer cannot be loaded."""
+
+
+class StoreError(InputError):
+    """A run folder cannot be used."""
+
+
+class BackendError(MediationError):
+    """The backend could not run what was asked."""
+
+
+class PreflightError(BackendError):
+    """A remote study would fail before its first job."""
+
+
+class TransportError(BackendError):
+    """The connection failed; the job may still be running."""
+
+
+class JobError(BackendError):
+    """A job failed where it ran."""

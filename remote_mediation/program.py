@@ -1,0 +1,227 @@
+"""The nnsight program that measures a job's potential outcomes, the same source on this machine and on an NDIF server.
+
+One `session` runs a whole job. For each prompt of a pair there is one *base run*, which keeps the residual stream, the
+mediators and the keys and values from the first differing token on. A *batch* then measures many rows (a base prompt
+with some mediators overwritten) in one forward pass that does only the work a row can change:
+
+- tokens before the batch's first written position come from the base run's keys and values;
+- layers below the first written one are skipped, the base run's residual stream is handed over instead;
+- a row joins the batch at the layer of its own first write, so the batch grows on its way up (`climb`);
+- only the answer positions reach the unembedding.
+
+Sequences are packed: prompt, then the teacher-forced tokens of both responses, which see the prompt and themselves but
+not each other. Everything here is plain functions over tensors, tuples, dicts and strings, because nnsight ships this
+source to the server, where `remote_mediation` is not installed. What the payload holds is written in `plan.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nnsight
+import torch
+from transformers import DynamicCache
+
+
+def execute(model: Any, payload: dict[str, Any], backend: Any = None) -> list[torch.Tensor]:
+    """Run a job in one nnsight session and return its tensors.
+
+    A `measure` job gives one tensor `[run, read]` (float32) per context: its two unpatched prompts, then its rows in
+    payload order. An `answer` job gives one tensor of token ids per prompt.
+    """
+    values: list[torch.Tensor]
+    with model.session(backend=backend):
+        values = nnsight.save(perform(model, payload))
+    return values  # noqa: RET504 (bound inside the traced block)
+
+
+def perform(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
+    """The job's task: measure rows, or answer prompts."""
+    return answer(model, payload) if payload["task"] == "answer" else measure(model, payload)
+
+
+def answer(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
+    """Greedy answers, one tensor `[token]` of new ids per prompt."""
+    return [greedy(model, prompt, payload["tokens"]) for prompt in payload["prompts"]]
+
+
+def greedy(model: Any, prompt: tuple[int, ...], tokens: int) -> torch.Tensor:
+    """The most likely continuation of one prompt, token by token."""
+    ids = torch.tensor([prompt])
+    with model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+    ) as tracer:
+        found = tracer.result
+    return found[0, len(prompt) :].cpu()
+
+
+def measure(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
+    """All contexts of a job, one after the other, so that one pair's activations are held at a time."""
+    with torch.no_grad():
+        return [measure_context(model, payload["model"], context) for context in payload["contexts"]]
+
+
+def measure_context(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
+    """Both base runs and all batches of one prompt pair."""
+    bases = [base_run(model, spec, prompt, context["capture"]) for prompt in context["prompts"]]
+    values = [base["values"] for base in bases]
+    for batch in context["batches"]:
+        values.append(batch_run(model, spec, context["prompts"][batch["base"]], batch, bases))
+    return torch.cat(values).cpu()
+
+
+def base_run(model: Any, spec: dict[str, Any], prompt: dict[str, Any], components: tuple[str, ...]) -> dict[str, Any]:
+    """The unpatched prompt: answer values `[1, read]`, and from token `first` on the stream and mediators by layer."""
+    arguments = forward_arguments(spec, prompt, 0)
+    with model.trace(input_ids=torch.tensor([prompt["ids"]]), past_key_values=DynamicCache(), **arguments):
+        captured = capture(model, spec, prompt, components)
+        cache = model.output.past_key_values
+        values = answer_values(model.output.logits, prompt, spec["normalise"])
+    keyvalues = [(layer.keys, layer.values) for layer in cache.layers]
+    return {"values": values, "captured": captured, "keyvalues": keyvalues}
+
+
+def batch_run(
+    model: Any, spec: dict[str, Any], prompt: dict[str, Any], batch: dict[str, Any], bases: list[dict[str, Any]]
+) -> torch.Tensor:
+    """Answer values `[row, read]` of the rows of one batch, in the order in which they join."""
+    arguments = forward_arguments(spec, prompt, batch["start"])
+    past = prefix_cache(bases[batch["base"]]["keyvalues"], batch)
+    with model.trace(input_ids=torch.tensor([prompt["ids"][batch["start"] :]]), past_key_values=past, **arguments):
+        climb(model, spec, prompt, batch, bases)
+        values = answer_values(model.output.logits, prompt, spec["normalise"])
+    return values
+
+
+def forward_arguments(spec: dict[str, Any], prompt: dict[str, Any], start: int) -> dict[str, Any]:
+    """Arguments of a forward pass over the packed tokens from `start` on: mask, positions and the answer positions."""
+    return {
+        "attention_mask": additive_mask(prompt, start, None, spec["dtype"]),
+        "position_ids": torch.tensor([prompt["positions"][start:]]),
+        "logits_to_keep": torch.tensor(prompt["answers"]) - start,
+        "use_cache": True,
+    }
+
+
+def additive_mask(prompt: dict[str, Any], start: int, window: int | None, dtype: str) -> torch.Tensor:
+    """`[1, 1, token, key]`: 0 where a packed token sees another, the dtype's minimum where it does not."""
+    position, segment = torch.tensor(prompt["positions"]), torch.tensor(prompt["segments"])
+    distance = position[start:, None] - position[None, :]
+    same = (segment[None, :] == segment[start:, None]) | (segment[None, :] == 0)
+    seen = same & (distance >= 0) if window is None else same & (distance >= 0) & (distance < window)
+    kind = getattr(torch, dtype)
+    return torch.zeros(seen.shape, dtype=kind).masked_fill(~seen, torch.finfo(kind).min)[None, None]
+
+
+def capture(model: Any, spec: dict[str, Any], prompt: dict[str, Any], components: tuple[str, ...]) -> dict[str, Any]:
+    """What rows may need of a base run: by component a list over layers of `[token, width]`, from `first` on."""
+    found: dict[str, Any] = {name: [] for name in ("stream", *components)}
+    for layer in range(spec["layers"]):
+        block = module_at(model, spec["blocks"])[layer]
+        bound_window(spec, prompt, 0, block, layer)
+        found["stream"].append(block.input[0, prompt["first"] :])
+        for name in components:
+            found[name].append(tensor_of(spec, block, name)[0, prompt["first"] :])
+    return found
+
+
+def climb(
+    model: Any, spec: dict[str, Any], prompt: dict[str, Any], batch: dict[str, Any], bases: list[dict[str, Any]]
+) -> None:
+    """Lead the batch through the layers: skip those below the first write, let rows join at their layer, write."""
+    blocks = module_at(model, spec["blocks"])
+    stream = bases[batch["base"]]["captured"]["stream"]
+    offset = batch["start"] - prompt["first"]
+    for layer in range(batch["low"]):
+        blocks[layer].skip(stream[batch["low"]][None, offset:])
+    for layer in range(batch["low"], spec["layers"]):
+        joining = batch["joining"][layer - batch["low"]]
+        bound_window(spec, prompt, batch["start"], blocks[layer], layer)
+        if joining:
+            fresh = stream[layer][None, offset:].expand(joining, -1, -1)
+            blocks[layer].input = fresh if layer == batch["low"] else torch.cat([blocks[layer].input, fresh])
+        for name, writes in batch["writes"].get(layer, ()):
+            write(spec, blocks[layer], name, layer, writes, bases)
+
+
+def write(
+    spec: dict[str, Any], block: Any, name: str, layer: int, writes: tuple[Any, ...], bases: list[dict[str, Any]]
+) -> None:
+    """Overwrite a component of one layer, row by row; places and columns are ranges where contiguous."""
+    target = tensor_of(spec, block, name)
+    for row, places, columns, kind, value in writes:
+        where = grid(places, columns)
+        if kind == "source":
+            side, source_places = value
+            new = bases[side]["captured"][name][layer][grid(source_places, columns)]
+        elif kind == "scale":
+            new = target[row][where] * value
+        else:
+            new = torch.tensor(value)
+        target[row][where] = new.to(target.device, target.dtype)
+    replace_tensor(spec, block, name, target)
+
+
+def grid(places: Any, columns: Any) -> tuple[Any, Any]:
+    """Index of `places` by `columns` in a `[token, width]` tensor; no columns means all of them."""
+    rows = slice(places.start, places.stop) if isinstance(places, range) else torch.tensor(places)
+    if not columns:
+        return rows, slice(None)
+    if isinstance(columns, range):
+        return rows, slice(columns.start, columns.stop)
+    return (rows if isinstance(rows, slice) else rows[:, None]), torch.tensor(columns)
+
+
+def tensor_of(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
+    """The live tensor `[row, token, width]` of a component."""
+    path, side, index = spec["components"][name]
+    module = module_at(block, path)
+    value = module.input if side == "input" else module.output
+    return value if index is None else value[index]
+
+
+def replace_tensor(spec: dict[str, Any], block: Any, name: str, value: torch.Tensor) -> None:
+    """Hand a component's written tensor back to the forward pass."""
+    path, side, index = spec["components"][name]
+    module = module_at(block, path)
+    if side == "input":
+        module.input = value
+    elif index is None:
+        module.output = value
+    else:
+        module.output = (*module.output[:index], value, *module.output[index + 1 :])
+
+
+def bound_window(spec: dict[str, Any], prompt: dict[str, Any], start: int, block: Any, layer: int) -> None:
+    """Give a sliding-window layer its own mask where the packed sequence is longer than the window."""
+    if layer in spec["sliding"] and max(prompt["positions"]) >= spec["window"]:
+        args, kwargs = block.inputs
+        mask = additive_mask(prompt, start, spec["window"], spec["dtype"]).to(kwargs["attention_mask"].device)
+        block.inputs = (args, {**kwargs, "attention_mask": mask})
+
+
+def prefix_cache(keyvalues: list[Any], batch: dict[str, Any]) -> DynamicCache:
+    """The base run's keys and values before `start`, seen by as many rows as each layer will hold (views, no copy)."""
+    cache = DynamicCache([(keys[:, :, : batch["start"]], values[:, :, : batch["start"]]) for keys, values in keyvalues])
+    rows = 0
+    for index, joining in enumerate(batch["joining"]):
+        rows += joining
+        layer = cache.layers[batch["low"] + index]
+        layer.keys = layer.keys.expand(rows, -1, -1, -1)
+        layer.values = layer.values.expand(rows, -1, -1, -1)
+    return cache
+
+
+def answer_values(logits: torch.Tensor, prompt: dict[str, Any], normalise: bool) -> torch.Tensor:
+    """`[row, read]` float32: the logit, or with `normalise` the log-probability in nats, of each token that is read."""
+    logits = logits.float()
+    queries, tokens = torch.tensor(prompt["reads"]).T.to(logits.device)
+    values = logits[:, queries, tokens]
+    return values - torch.logsumexp(logits, -1)[:, queries] if normalise else values
+
+
+def module_at(root: Any, path: str) -> Any:
+    """Follow a dotted path of attribute names; the empty path is the root itself."""
+    for name in path.split(".") if path else ():
+        root = getattr(root, name)
+    return root
