@@ -1,0 +1,5 @@
+"""`python -m remote_mediation`."""
+
+from remote_mediation.cli import main
+
+main()

@@ -1,0 +1,12 @@
+"""Which token and how deep: the residual stream at every single token from the first difference on."""
+
+from __future__ import annotations
+
+from remote_mediation.config import StudyConfig
+from remote_mediation.prompts import TokenPair
+from remote_mediation.sites import ModelInfo, Site
+
+
+def sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[Site]:
+    """Every layer's output at every token; the same name means the same place in every pair."""
+    return [Site("layer_output", layer, token) for token in pair.tokens() for layer in range(info.layers)]

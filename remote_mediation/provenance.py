@@ -1,0 +1,51 @@
+"""What made a run: versions, commit, machine and time, for `run.json`."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("remote-mediation", "nnsight", "torch", "transformers", "numpy", "scipy", "pandas")
+
+
+def provenance() -> dict[str, Any]:
+    """Package versions, git commit of the code (None outside a checkout), machine and the present time (UTC)."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "git": _git(),
+        "host": {"system": platform.system(), "machine": platform.machine(), "name": platform.node()},
+        "started": now(),
+    }
+
+
+def now() -> str:
+    """The present time, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the package's own checkout, and whether tracked files differ from it."""
+    folder = Path(__file__).parent
+    commit = _run(["git", "-C", str(folder), "rev-parse", "HEAD"])
+    if commit is None:
+        return None
+    changed = _run(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
+    return {"commit": commit, "dirty": bool(changed)}
+
+
+def _run(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,138 @@
+"""The run folder: what was asked (`run.json`), on which pairs (`pairs.jsonl`), and every value measured (`readouts/`).
+
+Every file is written whole and then moved into place, so a run that is cut short leaves only finished files and the
+same command goes on from there. Values are found by row key, never by the order or grouping of jobs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from remote_mediation.errors import StoreError
+from remote_mediation.plan import Job, Readout
+from remote_mediation.prompts import Prepared, Refusal, from_record, to_record
+
+
+class Store:
+    """A run folder. `create` makes or reopens one for a study, `open` reads what is there."""
+
+    def __init__(self, folder: Path) -> None:
+        """Use `create` or `open`."""
+        self.folder = folder
+
+    @classmethod
+    def create(cls, folder: Path, identity: dict[str, Any]) -> Store:
+        """A new run folder, or the one in which this same study was begun. Nothing is written yet.
+
+        Raises:
+            StoreError: the folder holds something else or another study, or lies where nothing can be written.
+        """
+        store = cls(folder)
+        if (folder / "run.json").exists():
+            store._check_same(identity)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise StoreError(f"{folder} is in use and is no run folder; choose another with --out")
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise StoreError(f"cannot write {folder}: no permission in {parent}; choose another --out")
+        return store
+
+    @classmethod
+    def open(cls, folder: Path) -> Store:
+        """An existing run folder.
+
+        Raises:
+            StoreError: there is none.
+        """
+        if not (folder / "run.json").is_file():
+            raise StoreError(
+                f"{folder} is no run folder (it has no run.json); give the folder of a finished or begun run"
+            )
+        return cls(folder)
+
+    def record(self) -> dict[str, Any]:
+        """What `run.json` holds; empty for a new run."""
+        path = self.folder / "run.json"
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    def save_record(self, record: dict[str, Any]) -> None:
+        """Write `run.json`."""
+        self.write("run.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+    def prepared(self) -> Prepared | None:
+        """The tokenised pairs of this run, once they are known."""
+        path = self.folder / "pairs.jsonl"
+        if not path.exists():
+            return None
+        records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return Prepared(
+            tuple(from_record(record) for record in records if "reason" not in record),
+            tuple(Refusal(**record) for record in records if "reason" in record),
+        )
+
+    def save_prepared(self, prepared: Prepared) -> None:
+        """Write the tokenised pairs and the refused ones."""
+        records = [*map(to_record, prepared.pairs), *map(asdict, prepared.refusals)]
+        self.write("pairs.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+    def save_readout(self, job: Job, readout: Readout) -> None:
+        """Write what a job brought back."""
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            keys=np.array(job.keys),
+            lengths=np.array([len(values) for values in readout.values]),
+            values=np.concatenate(readout.values),
+            seconds=readout.seconds,
+            flops=job.flops,
+        )
+        self.write(f"readouts/{job.id}.npz", buffer.getvalue())
+
+    def values(self) -> dict[str, npt.NDArray[np.float32]]:
+        """All values measured so far, by row key."""
+        found: dict[str, npt.NDArray[np.float32]] = {}
+        for path in sorted((self.folder / "readouts").glob("*.npz")):
+            with np.load(path, allow_pickle=False) as data:
+                parts: Sequence[npt.NDArray[np.float32]] = np.split(data["values"], np.cumsum(data["lengths"])[:-1])
+                found.update(zip(data["keys"].tolist(), parts, strict=True))
+        return found
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file of the run folder, whole or not at all.
+
+        Raises:
+            StoreError: no permission or no space.
+        """
+        path = self.folder / name
+        partial = path.with_name(f".{path.name}.partial")
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            partial.replace(path)
+
+    def _check_same(self, identity: dict[str, Any]) -> None:
+        known = self.record().get("study", {})
+        for name in sorted({*identity, *known}):
+            if identity.get(name) != known.get(name):
+                raise StoreError(
+                    f"{self.folder} holds another study: its {name} is {known.get(name)!r}, not {identity.get(name)!r}; "
+                    "choose another folder with --out"
+                )
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}; free some space or choose another --out") from error

@@ -1,0 +1,306 @@
+"""What the effects say: estimates per site, depth profiles, mediating units, and the paper's claims put to the test.
+
+Everything here follows from the effects table, the split and a seed. Numbers come from `stats`; this module only says
+which of them answer which question.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from remote_mediation.config import StatisticsSettings
+from remote_mediation.effects import SITE_COLUMNS
+from remote_mediation.stats import (
+    DepthProfile,
+    Estimate,
+    benjamini_hochberg,
+    depth_profile,
+    estimate_means,
+)
+
+SUMMARY_COLUMNS: dict[str, str] = {
+    **dict.fromkeys(SITE_COLUMNS, "as in effects.csv"),
+    "quantity": "te, nie, nde, tie or int",
+    "split": "pairs used: all, discovery or heldout",
+    "n": "pairs",
+    "clusters": "clusters of pairs",
+    "mean": "mean over pairs, in `unit`",
+    "ci_low": "lower end of the 95% clustered bootstrap interval",
+    "ci_high": "upper end",
+    "p": "two-sided sign-flip permutation p over clusters",
+    "q": "Benjamini-Hochberg over the sites of one granularity, quantity and split",
+    "unit": "unit of the mean",
+    "reason": "why a number is missing, or why to read it with care",
+}
+SPLITS = ("all", "discovery", "heldout")
+UNITS = "neurons:units"
+
+Verdict = Literal["supported", "not supported", "undecided", "not tested"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper and what this run says of it."""
+
+    name: str
+    """The claim, in a few words."""
+    verdict: Verdict
+    """What the run says of it."""
+    finding: str
+    """The numbers behind the verdict, in a sentence."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A relation that holds by construction, checked on this run's numbers."""
+
+    name: str
+    """What must hold."""
+    n: int
+    """Measurements it was checked on."""
+    largest: float
+    """Largest deviation found, in the outcome's unit; NaN if there was nothing to check."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that a report says in numbers."""
+
+    sites: pd.DataFrame
+    """Estimates (`SUMMARY_COLUMNS`), one row per site, quantity and split."""
+    total: Estimate
+    """Mean total effect over pairs."""
+    mlp: DepthProfile | None
+    """Where in depth the MLPs' NIE lies; None without the modules granularity."""
+    attention: DepthProfile | None
+    """The same for attention."""
+    difference: Estimate | None
+    """MLP - attention, NIE summed over layers, paired by pair."""
+    mediators: pd.DataFrame
+    """Units chosen on the discovery split: layer, unit, and NIE, TIE, shares and q on the held-out split."""
+    claims: tuple[Claim, ...]
+    """Verdicts."""
+    identities: tuple[Identity, ...]
+    """Checks."""
+
+
+def summarise(effects: pd.DataFrame, equal_length: set[str], layers: int, seed: int, by: StatisticsSettings) -> Summary:
+    """All statistics of a study.
+
+    effects: `EFFECT_COLUMNS`. equal_length: pairs whose prompts have equally many tokens; only on these is the residual
+    stream at all positions the whole state, so only on these do its identities hold. layers: decoder layers.
+    """
+    rng = _Generators(seed)
+    totals = effects.groupby("pair_id").agg(te=("te", "first"), cluster=("cluster", "first"))
+    total = estimate_means(totals[["te"]].T, totals["cluster"], rng("total"), by.resamples)[0]
+    modules = _modules(effects, rng, by)
+    mediators = _mediators(effects, rng, by)
+    return Summary(
+        sites=site_estimates(effects, rng, by),
+        total=total,
+        mlp=modules.mlp,
+        attention=modules.attention,
+        difference=modules.difference,
+        mediators=mediators,
+        claims=(
+            _where(total, modules.mlp),
+            _what(total, modules.difference),
+            _which(total, mediators, layers, effects),
+        ),
+        identities=_identities(effects, equal_length),
+    )
+
+
+def site_estimates(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettings) -> pd.DataFrame:
+    """Estimates of every site (`SUMMARY_COLUMNS`)."""
+    tables = [
+        _estimates(group, quantity, split, rng, by)
+        for _, group in effects.groupby("granularity", sort=False)
+        for split in SPLITS
+        for quantity in (("nie", "tie", "nde", "int") if split == "all" else ("nie", "tie"))
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(SUMMARY_COLUMNS))
+
+
+def pivot(effects: pd.DataFrame, quantity: str, columns: list[str]) -> tuple[pd.DataFrame, pd.Series]:
+    """A quantity as `[pair, site]`, and the cluster of each pair."""
+    keyed = effects.assign(**{name: effects[name].astype("string").fillna("") for name in ("unit_start", "unit_stop")})
+    table = keyed.pivot_table(index=["pair_id", "cluster"], columns=columns, values=quantity, sort=False)
+    return table, table.index.get_level_values("cluster").to_series()
+
+
+class _Modules(NamedTuple):
+    """MLP against attention."""
+
+    mlp: DepthProfile | None
+    attention: DepthProfile | None
+    difference: Estimate | None
+
+
+class _Generators:
+    """A generator per question, so that no answer depends on which other questions were asked."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __call__(self, question: str) -> np.random.Generator:
+        return np.random.default_rng([self._seed, zlib.crc32(question.encode())])
+
+
+def _estimates(
+    effects: pd.DataFrame, quantity: str, split: str, rng: _Generators, by: StatisticsSettings
+) -> pd.DataFrame:
+    used = effects if split == "all" else effects[effects["split"] == split]
+    if used.empty:
+        return pd.DataFrame(columns=list(SUMMARY_COLUMNS))
+    table, clusters = pivot(used, quantity, SITE_COLUMNS)
+    found = estimate_means(table.to_numpy().T, clusters, rng(f"{quantity} {split}"), by.resamples)
+    sites = table.columns.to_frame(index=False)
+    p = np.array([estimate.p for estimate in found])
+    return sites.assign(
+        quantity=quantity,
+        split=split,
+        n=[estimate.n_pairs for estimate in found],
+        clusters=[estimate.n_clusters for estimate in found],
+        mean=[estimate.value for estimate in found],
+        ci_low=[estimate.low for estimate in found],
+        ci_high=[estimate.high for estimate in found],
+        p=p,
+        q=benjamini_hochberg(p),
+        unit=used["unit"].iloc[0],
+        reason=[estimate.reason for estimate in found],
+    )[list(SUMMARY_COLUMNS)]
+
+
+def _modules(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettings) -> _Modules:
+    """Both kinds of module at the first position measured."""
+    modules = effects[effects["granularity"] == "modules"]
+    if modules.empty:
+        return _Modules(None, None, None)
+    modules = modules[modules["position"] == modules["position"].iloc[0]]
+    table, clusters = pivot(modules, "nie", ["component", "layer"])
+    mlp, attention = (table[name].sort_index(axis=1).to_numpy() for name in ("mlp_output", "attention_output"))
+    difference = (mlp - attention).sum(axis=1)[None, :]
+    return _Modules(
+        mlp=depth_profile(mlp, clusters, rng("depth"), by.resamples),
+        attention=depth_profile(attention, clusters, rng("depth"), by.resamples),
+        difference=estimate_means(difference, clusters, rng("difference"), by.resamples)[0],
+    )
+
+
+def _mediators(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettings) -> pd.DataFrame:
+    """Units that carry at least `min_share` of TE on the discovery split, as the held-out split sees them.
+
+    q is Benjamini-Hochberg over the units chosen; both NIE and TIE are tested, and the larger p counts.
+    """
+    names = ["layer", "position", "unit", "nie", "tie", "nie_share", "tie_share", "q", "mediates"]
+    units = effects[effects["granularity"] == UNITS]
+    if units.empty:
+        return pd.DataFrame(columns=names)
+    site = ["layer", "position", "unit_start"]
+    means = units.groupby(["split", *site])[["nie", "tie", "te"]].mean()
+    shares = means[["nie", "tie"]].div(means["te"], axis=0)
+    if "heldout" not in shares.index or "discovery" not in shares.index:
+        return pd.DataFrame(columns=names)
+    chosen = shares.loc["discovery"].min(axis=1)
+    chosen = chosen[chosen >= by.min_share].sort_values(ascending=False).index
+    heldout = units[units["split"] == "heldout"].set_index(site).sort_index()
+    records = []
+    for layer, position, unit in chosen:
+        part = heldout.loc[[(layer, position, unit)]]
+        estimates = estimate_means(part[["nie", "tie"]].T, part["cluster"], rng("mediators"), by.resamples)
+        share = shares.loc[("heldout", layer, position, unit)]
+        records.append(
+            {
+                "layer": layer,
+                "position": position,
+                "unit": int(unit),
+                "nie": estimates[0].value,
+                "tie": estimates[1].value,
+                "nie_share": share["nie"],
+                "tie_share": share["tie"],
+                "p": max(estimate.p for estimate in estimates),
+            }
+        )
+    table = pd.DataFrame(records, columns=[*names[:-2], "p"])
+    table["q"] = benjamini_hochberg(table["p"].to_numpy(float))
+    carried = table[["nie_share", "tie_share"]].min(axis=1) >= by.min_share
+    table["mediates"] = carried & (table["q"] <= by.alpha)
+    return table[names]
+
+
+def _where(total: Estimate, profile: DepthProfile | None) -> Claim:
+    name = "Harmful output is decided in late layers"
+    if profile is None:
+        return Claim(name, "not tested", "the modules granularity was not part of this study")
+    share, centre = profile.last_third_share, profile.centre_of_mass
+    if np.isnan(share.low):
+        return Claim(name, "undecided", f"the MLPs' depth profile is undefined: {_why(total, share.reason)}")
+    text = (
+        f"the last third of the layers holds {share.value:.0%} [{share.low:.0%}, {share.high:.0%}] of the MLPs' NIE "
+        f"(33% if depth did not matter); its centre of mass is at depth {centre.value:.2f} [{centre.low:.2f}, "
+        f"{centre.high:.2f}]"
+    )
+    return Claim(name, _verdict(share.low - 1 / 3, share.high - 1 / 3), text)
+
+
+def _what(total: Estimate, difference: Estimate | None) -> Claim:
+    name = "MLP blocks carry it, not attention"
+    if difference is None:
+        return Claim(name, "not tested", "the modules granularity was not part of this study")
+    if np.isnan(difference.low) or not _clear(total):
+        return Claim(name, "undecided", _why(total, difference.reason))
+    text = (
+        f"MLP minus attention, NIE summed over layers, is {difference.value:+.3g} [{difference.low:+.3g}, "
+        f"{difference.high:+.3g}] per pair (p = {difference.p:.2g})"
+    )
+    return Claim(name, _verdict(difference.low, difference.high), text)
+
+
+def _which(total: Estimate, mediators: pd.DataFrame, layers: int, effects: pd.DataFrame) -> Claim:
+    name = "A sparse set of neurons in the final layers gates it"
+    if not (effects["granularity"] == UNITS).any():
+        return Claim(name, "not tested", "no single neurons were measured in this study")
+    if not _clear(total):
+        return Claim(name, "undecided", _why(total, ""))
+    found = mediators[mediators["mediates"]]
+    late = found[found["layer"] >= 2 * layers / 3]
+    text = (
+        f"{len(found)} of {len(mediators)} neurons chosen on the discovery split hold up on the held-out split, "
+        f"{len(late)} of them in the last third of the layers"
+    )
+    if late.empty:
+        return Claim(name, "not supported", f"{text}; no single late neuron reaches the share of TE asked for")
+    return Claim(name, "supported", f"{text}; together they add up to {late['nie_share'].sum():.0%} of TE by NIE")
+
+
+def _identities(effects: pd.DataFrame, equal_length: set[str]) -> tuple[Identity, ...]:
+    whole = effects[
+        (effects["component"] == "layer_output")
+        & (effects["position"] == "all")
+        & effects["pair_id"].isin(equal_length)
+    ]
+    deviations = {
+        "residual stream at all positions: NIE = TE": whole["nie"] - whole["te"],
+        "residual stream at all positions: NDE = 0": whole["nde"],
+    }
+    return tuple(Identity(name, len(part), float(part.abs().max())) for name, part in deviations.items())
+
+
+def _clear(total: Estimate) -> bool:
+    return bool(total.low > 0 or total.high < 0)
+
+
+def _why(total: Estimate, reason: str) -> str:
+    if _clear(total):
+        return reason
+    return f"there is no total effect to mediate: {total.value:+.3g} [{total.low:+.3g}, {total.high:+.3g}] spans 0"
+
+
+def _verdict(low: float, high: float) -> Verdict:
+    return "supported" if low > 0 else "not supported" if high < 0 else "undecided"
