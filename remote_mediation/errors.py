@@ -62,3 +62,7 @@ class TransportError(BackendError):
 
 class JobError(BackendError):
     """A job failed where it ran."""
+
+
+class LostJobError(BackendError):
+    """A job that was handed over is not known any more."""

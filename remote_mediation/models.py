@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from remote_mediation.errors import ModelError
+from remote_mediation.fetch import located
 from remote_mediation.sites import ModelInfo, family_of
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _sliding_layers(config: PreTrainedConfig) -> tuple[tuple[int, ...], int | No
 
 def _load(kind: Any, name: str, revision: str) -> Any:
     try:
-        return kind.from_pretrained(name, revision=revision or "main")
+        return kind.from_pretrained(located(name), revision=revision or "main")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(

@@ -56,20 +56,56 @@ class Context(NamedTuple):
     batches: tuple[tuple[Row, ...], ...]
 
 
+class Part(NamedTuple):
+    """One context of a job, as it is sent."""
+
+    pair: str
+    """Id of the pair."""
+    keys: tuple[str, ...]
+    """Keys of the values it brings back: both base prompts, then the rows."""
+    payload: dict[str, Any]
+    """The context's entry in `Job.payload`."""
+    flops: float
+    """Estimated floating-point operations."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One unit of work for a backend."""
 
-    id: str
-    """Hash of its row keys."""
-    keys: tuple[str, ...]
-    """Keys of the values it brings back, in order: per context both base prompts, then the rows."""
-    payload: dict[str, Any]
-    """What `program.execute` takes: strings, numbers, tuples and dicts only."""
-    rows: int
-    """Rows it measures, base prompts not counted."""
-    flops: float
-    """Estimated floating-point operations."""
+    model: dict[str, Any]
+    """The model's entry in the payload."""
+    parts: tuple[Part, ...]
+    """Its contexts."""
+
+    @property
+    def id(self) -> str:
+        """Hash of its row keys, which hash everything its values depend on."""
+        return _digest(self.keys)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the values it brings back, in order."""
+        return tuple(key for part in self.parts for key in part.keys)
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """What `program.execute` takes: strings, numbers, tuples, ranges and dicts only."""
+        return {"task": "measure", "model": self.model, "contexts": tuple(part.payload for part in self.parts)}
+
+    @property
+    def rows(self) -> int:
+        """Rows it measures, base prompts not counted."""
+        return sum(len(part.keys) - 2 for part in self.parts)
+
+    @property
+    def flops(self) -> float:
+        """Estimated floating-point operations."""
+        return sum(part.flops for part in self.parts)
+
+    def split(self) -> list[Job]:
+        """One job per context, so that one pair's failure is its own."""
+        return [Job(self.model, (part,)) for part in self.parts]
 
 
 class Readout(NamedTuple):
@@ -94,11 +130,21 @@ class Backend(Protocol):
         """Tokenizer of its model."""
         ...
 
-    def run(self, job: Job) -> Readout:
-        """Run a job to its end.
+    def submit(self, job: Job) -> str:
+        """Hand over a job; what comes back is a ticket for its values, which outlives this process where it can.
 
         Raises:
-            BackendError: it could not be run.
+            BackendError: it could not be handed over.
+        """
+        ...
+
+    def collect(self, ticket: str) -> Readout:
+        """Wait for a job's values.
+
+        Raises:
+            JobError: the job failed.
+            LostJobError: nothing is known of this ticket (any more).
+            BackendError: the backend could not be reached.
         """
         ...
 
@@ -138,8 +184,8 @@ def plan_jobs(
         pair = pairs[pair_id]
         for batch in _batches(list(group), pair, setting, budget):
             cost = sum(row_flops(row, pair, setting) for row in batch)
-            if spent and spent + cost > budget.job_flops():
-                yield _job(contexts, setting, keys, spent)
+            if contexts and spent + cost > budget.job_flops():
+                yield _job(contexts, setting, keys)
                 contexts, spent = [], 0.0
             if not contexts or contexts[-1].pair.id != pair_id:
                 contexts.append(Context(pair, ()))
@@ -147,7 +193,7 @@ def plan_jobs(
             contexts[-1] = contexts[-1]._replace(batches=(*contexts[-1].batches, batch))
             spent += cost
     if contexts:
-        yield _job(contexts, setting, keys, spent)
+        yield _job(contexts, setting, keys)
 
 
 def layer_flops(info: ModelInfo, tokens: int, keys: int) -> float:
@@ -160,10 +206,15 @@ def layer_flops(info: ModelInfo, tokens: int, keys: int) -> float:
     return 2.0 * tokens * (attention + mlp) + 4.0 * tokens * keys * info.heads * info.d_head
 
 
+def run_from(row: Row, pair: TokenPair) -> int:
+    """First token that a row has to run: its first written one, but no later than the one that predicts the answers."""
+    return min(row.start, len(pair.prompts[row.base]) - 1)
+
+
 def row_flops(row: Row, pair: TokenPair, setting: Setting) -> float:
     """Operations of one row in the engine: its tokens from the first written one on, its layers likewise."""
     length = len(pair.prompts[row.base]) + pair.fed
-    layers = layer_flops(setting.info, length - row.start, length) * (setting.info.layers - row.low)
+    layers = layer_flops(setting.info, length - run_from(row, pair), length) * (setting.info.layers - row.low)
     return layers + _unembedding_flops(pair, setting)
 
 
@@ -212,7 +263,7 @@ def _unembedding_flops(pair: TokenPair, setting: Setting) -> float:
 
 def _batches(rows: list[Row], pair: TokenPair, setting: Setting, budget: Budget) -> Iterator[tuple[Row, ...]]:
     """Rows of one pair by base prompt and first token, lower layers first, cut to the memory budget."""
-    by_start: Callable[[Row], tuple[int, int]] = lambda row: (row.base, row.start)  # noqa: E731
+    by_start: Callable[[Row], tuple[int, int]] = lambda row: (row.base, run_from(row, pair))  # noqa: E731
     for (_, start), group in groupby(sorted(rows, key=by_start), key=by_start):
         ordered = sorted(group, key=lambda row: row.low)
         size = max(1, int(budget.batch_bytes / row_bytes(pair, start, setting)))
@@ -221,17 +272,15 @@ def _batches(rows: list[Row], pair: TokenPair, setting: Setting, budget: Budget)
             yield tuple(ordered[part * len(ordered) // count : (part + 1) * len(ordered) // count])
 
 
-def _job(contexts: list[Context], setting: Setting, keys: Keys, flops: float) -> Job:
-    names: list[str] = []
-    for context in contexts:
-        names += [keys(Row(context.pair.id, side)) for side in (0, 1)]
-        names += [keys(row) for batch in context.batches for row in batch]
-    payload = {
-        "task": "measure",
-        "model": model_spec(setting),
-        "contexts": tuple(_context_payload(context, setting) for context in contexts),
-    }
-    return Job(_digest(names), tuple(names), payload, len(names) - 2 * len(contexts), flops)
+def _job(contexts: list[Context], setting: Setting, keys: Keys) -> Job:
+    return Job(model_spec(setting), tuple(_part(context, setting, keys) for context in contexts))
+
+
+def _part(context: Context, setting: Setting, keys: Keys) -> Part:
+    pair, rows = context.pair, [row for batch in context.batches for row in batch]
+    names = tuple(keys(row) for row in (Row(pair.id, 0), Row(pair.id, 1), *rows))
+    flops = base_flops(pair, setting) + sum(row_flops(row, pair, setting) for row in rows)
+    return Part(pair.id, names, _context_payload(context, setting), flops)
 
 
 def _context_payload(context: Context, setting: Setting) -> dict[str, Any]:
@@ -242,12 +291,12 @@ def _context_payload(context: Context, setting: Setting) -> dict[str, Any]:
     return {
         "prompts": tuple(_prompt_payload(pair, side, first, setting.outcome) for side in (0, 1)),
         "capture": tuple(component for component in FORWARD_ORDER if component in used),
-        "batches": tuple(_batch_payload(batch, first, setting.info.layers) for batch in context.batches),
+        "batches": tuple(_batch_payload(batch, pair, first, setting.info.layers) for batch in context.batches),
     }
 
 
 def _prompt_payload(pair: TokenPair, side: int, first: int, outcome: Outcome) -> dict[str, Any]:
-    """The packed sequence: ids, positions, segments (0 prompt, 1 and 2 the answers), and what is kept and read of it."""
+    """The packed sequence (segments: 0 prompt, 1 and 2 the answers), and what is kept and read of it."""
     prompt = pair.prompts[side]
     ids, positions, segments = list(prompt), list(range(len(prompt))), [0] * len(prompt)
     for segment, answer in enumerate(pair.answers, 1):
@@ -264,8 +313,8 @@ def _prompt_payload(pair: TokenPair, side: int, first: int, outcome: Outcome) ->
     }
 
 
-def _batch_payload(batch: tuple[Row, ...], first: int, layers: int) -> dict[str, Any]:
-    low, start = batch[0].low, batch[0].start
+def _batch_payload(batch: tuple[Row, ...], pair: TokenPair, first: int, layers: int) -> dict[str, Any]:
+    low, start = batch[0].low, run_from(batch[0], pair)
     joining = [0] * (layers - low)
     writes: dict[int, dict[str, list[Any]]] = {}
     for index, row in enumerate(batch):

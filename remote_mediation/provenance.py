@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ def provenance() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "git": _git(),
-        "host": {"system": platform.system(), "machine": platform.machine(), "name": platform.node()},
+        "host": {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()},
         "started": now(),
     }
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,16 @@ import numpy.typing as npt
 from remote_mediation.errors import StoreError
 from remote_mediation.plan import Job, Readout
 from remote_mediation.prompts import Prepared, Refusal, from_record, to_record
+
+
+class Submitted(NamedTuple):
+    """A job that was handed over to a backend."""
+
+    id: str
+    ticket: str
+    keys: list[str]
+    rows: int
+    flops: float
 
 
 class Store:
@@ -85,8 +95,18 @@ class Store:
         records = [*map(to_record, prepared.pairs), *map(asdict, prepared.refusals)]
         self.write("pairs.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
-    def save_readout(self, job: Job, readout: Readout) -> None:
-        """Write what a job brought back."""
+    def save_ticket(self, ticket: str, job: Job) -> None:
+        """Remember that a job was handed over, before anyone waits for it."""
+        content = {"ticket": ticket, "keys": job.keys, "rows": job.rows, "flops": job.flops}
+        self.write(f"submitted/{job.id}.json", json.dumps(content))
+
+    def submitted(self) -> list[Submitted]:
+        """Jobs that were handed over and whose values are not here yet."""
+        paths = sorted(self.folder.glob("submitted/*.json"))
+        return [Submitted(path.stem, **json.loads(path.read_text("utf-8"))) for path in paths]
+
+    def save_readout(self, job: Job | Submitted, readout: Readout) -> None:
+        """Write what a job brought back, and forget its ticket."""
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -97,6 +117,20 @@ class Store:
             flops=job.flops,
         )
         self.write(f"readouts/{job.id}.npz", buffer.getvalue())
+        self.forget(job.id)
+
+    def forget(self, job_id: str) -> None:
+        """Drop a job's ticket."""
+        (self.folder / "submitted" / f"{job_id}.json").unlink(missing_ok=True)
+
+    def save_failure(self, pair_id: str, message: str) -> None:
+        """Note that a pair's job failed, with the reason."""
+        self.write("failures.json", json.dumps({**self.failures(), pair_id: message}, indent=2) + "\n")
+
+    def failures(self) -> dict[str, str]:
+        """Pairs whose jobs failed, with the reason."""
+        path = self.folder / "failures.json"
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
         """All values measured so far, by row key."""
@@ -125,8 +159,8 @@ class Store:
         for name in sorted({*identity, *known}):
             if identity.get(name) != known.get(name):
                 raise StoreError(
-                    f"{self.folder} holds another study: its {name} is {known.get(name)!r}, not {identity.get(name)!r}; "
-                    "choose another folder with --out"
+                    f"{self.folder} holds another study: its {name} is {known.get(name)!r}, not "
+                    f"{identity.get(name)!r}; choose another folder with --out"
                 )
 
 

@@ -17,14 +17,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from remote_mediation.analyses import ANALYSES
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import Request, Values, effects_table
-from remote_mediation.errors import PairsError
+from remote_mediation.errors import JobError, LostJobError, PairsError
+from remote_mediation.fetch import source_of
 from remote_mediation.outcomes import Outcome, logit_diff
-from remote_mediation.plan import Backend, Budget, Keys, Setting, plan_jobs
+from remote_mediation.plan import Backend, Budget, Job, Keys, Setting, plan_jobs
 from remote_mediation.prompts import (
     Prepared,
     PromptPair,
@@ -203,23 +205,56 @@ def refined_requests(study: Study, effects: pd.DataFrame) -> list[Request]:
 def measure(
     study: Study,
     rows: list[Row],
-    values: dict[str, np.ndarray[tuple[int], np.dtype[np.float32]]],
+    values: dict[str, npt.NDArray[np.float32]],
     backend: Backend,
     store: Store,
     watch: Watch,
 ) -> None:
     """Run the rows that are not in the run folder yet, job by job, and keep each job's values as it ends."""
+    _collect_submitted(values, backend, store)
     keys, pairs = study.keys(), {pair.id: pair for pair in study.pairs}
-    missing = [row for row in dict.fromkeys(rows) if row.writes and keys(row) not in values]
+    failed = store.failures()
+    wanted = (row for row in dict.fromkeys(rows) if row.writes and row.pair not in failed)
+    missing = [row for row in wanted if keys(row) not in values]
     watch.total(len(missing))
     rate = FIRST_RATE
     budget = Budget(lambda: study.config.seconds_per_job * rate, study.config.batch_gb * 1e9)
     for job in plan_jobs(missing, pairs, study.setting, budget, keys):
-        readout = backend.run(job)
-        rate = job.flops / readout.seconds
+        seconds = _run(job, values, backend, store)
+        rate = job.flops / seconds if seconds else rate
+        watch.advance(job.rows)
+
+
+def _run(job: Job, values: dict[str, npt.NDArray[np.float32]], backend: Backend, store: Store) -> float:
+    """Run one job and keep its values; where it fails, find out which pairs do. Returns the seconds it took."""
+    ticket = backend.submit(job)
+    store.save_ticket(ticket, job)
+    try:
+        readout = backend.collect(ticket)
+    except LostJobError:
+        store.forget(job.id)
+        return _run(job, values, backend, store)
+    except JobError as error:
+        store.forget(job.id)
+        if len(job.parts) == 1:
+            store.save_failure(job.parts[0].pair, str(error))
+            return 0.0
+        return sum(_run(part, values, backend, store) for part in job.split())
+    store.save_readout(job, readout)
+    values.update(zip(job.keys, readout.values, strict=True))
+    return readout.seconds
+
+
+def _collect_submitted(values: dict[str, npt.NDArray[np.float32]], backend: Backend, store: Store) -> None:
+    """Fetch what an earlier process handed over and did not live to see; what is lost will be planned anew."""
+    for job in store.submitted():
+        try:
+            readout = backend.collect(job.ticket)
+        except (JobError, LostJobError):
+            store.forget(job.id)
+            continue
         store.save_readout(job, readout)
         values.update(zip(job.keys, readout.values, strict=True))
-        watch.advance(job.rows)
 
 
 def _result(study: Study, effects: pd.DataFrame) -> Result:
@@ -234,6 +269,7 @@ def _described(study: Study) -> dict[str, Any]:
         "study": study.config.identity(),
         "config": study.config.model_dump(mode="json"),
         "model": asdict(study.info),
+        "weights": source_of(study.info.name),
         "outcome": asdict(study.outcome),
     }
 

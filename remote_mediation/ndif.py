@@ -1,0 +1,199 @@
+"""What an NDIF server says of itself over HTTP: whether it is there, what it runs, which versions, whose key this is.
+
+nnsight's own `status()` and `is_model_running()` turn every failure into "down" or "not running". Here each failure
+keeps its name, because what to do about it differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal, NamedTuple
+
+import httpx
+
+from remote_mediation.errors import PreflightError
+
+PUBLIC_HOST = "https://api.ndif.us"
+# Packages whose version decides whether a program means the same on both sides.
+_SHARED = ("nnsight", "transformers", "torch")
+_TIMEOUT = httpx.Timeout(10.0, read=60.0)
+
+State = Literal["hot", "warm", "deploying", "cold", "unhealthy"]
+
+
+class Server(NamedTuple):
+    """Where jobs go, and with which key. The key is never printed or written."""
+
+    host: str
+    key: str
+
+    def __repr__(self) -> str:
+        return f"Server(host={self.host!r}, key={'set' if self.key else 'none'})"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One model on a server."""
+
+    repo_id: str
+    """Hub id."""
+    revision: str
+    """Hub revision."""
+    task: str
+    """Pipeline task."""
+    state: State
+    """hot: ready; warm: kept in memory, ready in seconds; deploying; cold: on disk; unhealthy."""
+    replicas: int
+    """Copies of it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that `doctor` or a preflight looked at."""
+
+    name: str
+    """What."""
+    good: bool
+    """Whether a study can run with it as it is."""
+    detail: str
+    """What was found, and what to do where it is not good."""
+
+
+def server_from_environment() -> Server:
+    """Host and key from `NDIF_HOST` and `NDIF_API_KEY`, else from nnsight's configuration."""
+    from nnsight import CONFIG
+
+    host = os.environ.get("NDIF_HOST") or CONFIG.API.HOST or PUBLIC_HOST
+    return Server(host.rstrip("/"), os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY or "")
+
+
+def ask(server: Server, path: str) -> Any:
+    """A server's JSON answer to GET `path`.
+
+    Raises:
+        PreflightError: not reachable, not an NDIF server, or an error of its own; the message tells which.
+    """
+    headers = {"ndif-api-key": server.key} if server.key else {}
+    try:
+        response = httpx.get(f"{server.host}{path}", headers=headers, timeout=_TIMEOUT)
+        response.raise_for_status()
+        return response.json()
+    except httpx.HTTPStatusError as error:
+        raise PreflightError(_status_message(server, path, error.response)) from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = str(error) or type(error).__name__
+        raise PreflightError(f"cannot reach {server.host} ({reason}); check NDIF_HOST and the network") from error
+    except json.JSONDecodeError as error:
+        raise PreflightError(f"{server.host} does not answer as an NDIF server does; check NDIF_HOST") from error
+
+
+def deployments(server: Server) -> list[Deployment]:
+    """The models that a server has, replicas of one model together.
+
+    Raises:
+        PreflightError: see `ask`.
+    """
+    answer = ask(server, "/status")
+    if not isinstance(answer, dict) or "deployments" not in answer:
+        raise PreflightError(f"{server.host}/status is not an NDIF status; check NDIF_HOST")
+    groups: dict[tuple[str, str, str], list[State]] = {}
+    for name, entry in answer["deployments"].items():
+        key = (entry.get("repo_id") or name, entry.get("revision") or "main", entry.get("task") or "")
+        groups.setdefault(key, []).append(_state(entry))
+    order: tuple[State, ...] = ("hot", "warm", "deploying", "cold", "unhealthy")
+    return [Deployment(*key, min(states, key=order.index), len(states)) for key, states in sorted(groups.items())]
+
+
+def check_versions(server: Server) -> list[Finding]:
+    """Python and package versions on both sides, the server's word against ours.
+
+    Raises:
+        PreflightError: see `ask`.
+    """
+    remote = ask(server, "/env")
+    theirs = {"python": str(remote.get("python_version", "")).split(" ")[0]}
+    theirs |= {name: str(remote.get("packages", {}).get(name, "")) for name in _SHARED}
+    ours = {"python": platform.python_version(), **{name: metadata.version(name) for name in _SHARED}}
+    return [_compared(name, ours[name], theirs[name]) for name in ours]
+
+
+def preflight(server: Server, repo_id: str, revision: str) -> list[Finding]:
+    """Everything that would make a study fail before its first job: server, key, versions, model.
+
+    Raises:
+        PreflightError: the server cannot be asked.
+    """
+    found = deployments(server)
+    findings = [Finding("server", True, f"{server.host} answers, {len(found)} models known")]
+    findings += [_key(server), *check_versions(server)]
+    mine = [one for one in found if one.repo_id == repo_id and one.revision == (revision or "main")]
+    if mine:
+        usable = mine[0].state != "unhealthy"
+        findings.append(Finding("model", usable, f"{repo_id} is {mine[0].state}"))
+    else:
+        findings.append(
+            Finding("model", True, f"{repo_id} is not deployed; its first job asks the server to deploy it")
+        )
+    return findings
+
+
+def refuse_bad(findings: list[Finding]) -> None:
+    """Raise for the findings with which a study cannot run.
+
+    Raises:
+        PreflightError: at least one finding is not good.
+    """
+    bad = [f"{finding.name}: {finding.detail}" for finding in findings if not finding.good]
+    if bad:
+        raise PreflightError("; ".join(bad))
+
+
+def _status_message(server: Server, path: str, response: httpx.Response) -> str:
+    try:
+        detail = response.json().get("detail", "")
+    except (ValueError, AttributeError):
+        detail = ""
+    if response.status_code in (401, 403):
+        return f"{server.host} refuses the API key ({detail or response.status_code}); set NDIF_API_KEY"
+    if response.status_code == 404:
+        return f"{server.host} has no {path}, so it is no NDIF server; check NDIF_HOST"
+    if response.status_code >= 500:
+        return f"{server.host} is up but not ready ({response.status_code} {detail}); try again in a few minutes"
+    return f"{server.host}{path} answers {response.status_code} {detail}".rstrip()
+
+
+def _state(entry: dict[str, Any]) -> State:
+    application, level = entry.get("application_state"), str(entry.get("deployment_level", "")).lower()
+    if application == "DEPLOYING":
+        return "deploying"
+    if level == "cold":
+        return "cold"
+    if application == "UNHEALTHY":
+        return "unhealthy"
+    return "warm" if level == "warm" else "hot"
+
+
+def _key(server: Server) -> Finding:
+    identity = ask(server, "/whoami")
+    if identity.get("email"):
+        return Finding("key", True, f"accepted, {identity['email']}")
+    if server.host == PUBLIC_HOST:
+        what = "not recognised" if server.key else "not set"
+        return Finding("key", False, f"{what}; register at https://login.ndif.us and set NDIF_API_KEY")
+    return Finding("key", True, "this server does not know the key, or asks for none")
+
+
+def _compared(name: str, ours: str, theirs: str) -> Finding:
+    if not theirs:
+        return Finding(name, True, f"{ours} here, unknown on the server")
+    if ours == theirs:
+        return Finding(name, True, f"{ours} on both sides")
+    if name == "nnsight":
+        return Finding(name, False, f"{ours} here, {theirs} on the server: jobs may not load there; install {theirs}")
+    if name == "python" and ours.split(".")[:2] != theirs.split(".")[:2]:
+        return Finding(name, True, f"{ours} here, {theirs} on the server: jobs travel as source, so this is no problem")
+    return Finding(name, True, f"{ours} here, {theirs} on the server")
