@@ -155,8 +155,7 @@ class NdifBackend:
         remote = self._remote(None)
         with _translated():
             program.execute(self._model, payload, remote)
-        assert remote.job_id is not None
-        return remote.job_id
+        return str(remote.job_id)
 
     def _wait(self, ticket: str) -> tuple[list[torch.Tensor], float]:
         """A job's tensors and the seconds it took on the server."""
@@ -173,7 +172,8 @@ class NdifBackend:
 
     def _poll_once(self, remote: _Remote) -> dict[str, Any] | None:
         with _translated():
-            return remote()
+            result: dict[str, Any] | None = remote()
+        return result
 
     def _remote(self, ticket: str | None) -> _Remote:
         server = self._server
@@ -182,7 +182,7 @@ class NdifBackend:
         )
 
 
-class _Remote(RemoteBackend):
+class _Remote(RemoteBackend):  # type: ignore[misc]  # nnsight is untyped
     """nnsight's non-blocking remote backend, with its status lines sent to us and the time of the last news kept."""
 
     def __init__(

@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from remote_mediation.errors import MediationError
+from remote_mediation.errors import InputError, MediationError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from remote_mediation.config import StudyConfig
     from remote_mediation.plan import Backend
+    from remote_mediation.report import PairText
+    from remote_mediation.study import Result
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,11 +54,10 @@ def main() -> None:
     try:
         app()
     except MediationError as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        # Libraries quote whole tracebacks; what a user can act on stands in the first line.
+        message = str(error).splitlines()[0] if isinstance(error, InputError) else str(error)
+        errors.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        errors.print("stopped; everything finished so far is kept, and the same command goes on from there")
-        sys.exit(130)
 
 
 @app.command(
@@ -87,9 +90,14 @@ def run(
 
     load_pairs(config.pairs)  # a bad file is refused before a model is loaded
     store = Store.create(folder, config.identity())
-    place = _backend(config)
-    with _progress() as progress:
-        result = run_study(config, place, store, _Watch(progress))
+    try:
+        with _progress() as progress:
+            watch = _Watch(progress)
+            result = run_study(config, _backend(config, watch), store, watch)
+    except KeyboardInterrupt:
+        note = "stopped; everything finished so far is kept, and the same command goes on from there"
+        errors.print(note, soft_wrap=True)
+        raise typer.Exit(130) from None
     _write_report(store, result, show_text)
 
 
@@ -124,7 +132,8 @@ def plan(
     config = _config(study, locals())
     from remote_mediation.estimate import estimate
 
-    table = Table(title=f"{config.model}: {', '.join(config.granularity)}", show_header=False)
+    _quiet_libraries()
+    table = Table(title=Text(f"{config.model}: {', '.join(config.granularity)}"), show_header=False)
     for name, value in estimate(config).described():
         table.add_row(name, value)
     console.print(table)
@@ -143,15 +152,16 @@ def check(
     from remote_mediation.models import load_tokenizer
     from remote_mediation.prompts import load_pairs, tokenise
 
+    _quiet_libraries()
     texts = load_pairs(file)
     prepared = tokenise(texts, load_tokenizer(model))
     table = Table("pair", "cluster", "tokens x0", "tokens x1", "edit from", "after edit", "template after")
     for pair in prepared.pairs:
         counts = (len(pair.x0), len(pair.x1), pair.first, pair.after, pair.post)
-        table.add_row(pair.id, pair.cluster, *map(str, counts))
+        table.add_row(Text(pair.id, overflow="fold"), Text(pair.cluster, overflow="fold"), *map(str, counts))
     console.print(table)
     for refusal in prepared.refusals:
-        console.print(f"refused {refusal.id}: {refusal.reason}", highlight=False)
+        console.print(f"refused {refusal.id}: {refusal.reason}", highlight=False, markup=False, soft_wrap=True)
     equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
     console.print(
         f"{len(texts)} pairs: {len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"
@@ -185,15 +195,50 @@ def fetch_model_command(name: Annotated[str, typer.Argument(help="smollm2")]) ->
     console.print(str(fetch_model(name)), soft_wrap=True, highlight=False)
 
 
+@app.command(epilog="Example:\n\n  remote-mediation status")
+def status() -> None:
+    """Say which models the NDIF server has: hot, warm, deploying or cold."""
+    from remote_mediation.ndif import deployments, server_from_environment
+
+    server = server_from_environment()
+    table = Table("model", "revision", "task", "state", "replicas", title=Text(server.host))
+    for one in deployments(server):
+        table.add_row(Text(one.repo_id), one.revision, one.task, one.state, str(one.replicas))
+    console.print(table)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  remote-mediation doctor\n\n"
+    "  remote-mediation doctor --model meta-llama/Llama-3.1-70B-Instruct"
+)
+def doctor(model: Model = None, revision: Revision = None) -> None:
+    """Check versions, key, server and disk for remote studies; exit code 1 when something would fail."""
+    from remote_mediation.ndif import examine, server_from_environment
+
+    findings = examine(server_from_environment(), model, revision or "")
+    for finding in findings:
+        mark = "[green]ok  [/]" if finding.good else "[red]FAIL[/]"
+        console.print(f"{mark} {escape(finding.name)}: {escape(finding.detail)}", highlight=False, soft_wrap=True)
+    if not all(finding.good for finding in findings):
+        raise typer.Exit(1)
+
+
 class _Watch:
-    """Shows rows done and time left."""
+    """Shows rows done and time left, and the latest news of the job that runs."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
+        self._news = progress.add_task("", total=None, visible=False)
         self._task: TaskID | None = None
+
+    def note(self, line: str) -> None:
+        """What the backend is doing."""
+        self._progress.update(self._news, description=escape(line), visible=True)
 
     def total(self, rows: int) -> None:
         """A new wave of rows begins."""
+        self._progress.update(self._news, visible=False)
         self._task = self._progress.add_task("measuring", total=rows)
 
     def advance(self, rows: int) -> None:
@@ -221,7 +266,7 @@ def _progress() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=errors)
+    return Progress(*columns, console=errors, disable=not errors.is_terminal)
 
 
 def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
@@ -233,24 +278,45 @@ def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
     return load_config(study, overrides)
 
 
-def _backend(config: StudyConfig) -> Backend:
-    from remote_mediation.backends import LocalBackend
+def _backend(config: StudyConfig, progress: _Watch) -> Backend:
+    from remote_mediation.backends import LocalBackend, NdifBackend
+    from remote_mediation.models import load_info
+    from remote_mediation.ndif import server_from_environment
 
     _quiet_libraries()
-    with errors.status(f"loading {config.model}"):
-        return LocalBackend.load(config.model, config.revision, config.dtype, config.device)
+    if config.backend == "ndif":
+        return NdifBackend(config.model, config.revision, server_from_environment(), progress.note)
+    progress.note(f"loading {config.model}")
+    load_info(config.model, config.revision)  # a wrong name is refused in better words than the weights' loader has
+    return LocalBackend.load(config.model, config.revision, config.dtype, config.device)
 
 
 def _quiet_libraries() -> None:
-    """Keep the libraries' own progress bars out of ours."""
+    """Keep the libraries' own progress bars and retries out of ours."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
 
 
 def _write_report(store: Any, result: Any, show_text: bool) -> None:
     from remote_mediation.report import terminal_summary, write_report
 
-    path = write_report(store, result, show_text=show_text)
-    console.print(terminal_summary(result))
-    console.print(f"report: [bold]{path}[/]", soft_wrap=True)
+    path = write_report(store, result, _texts(result) if show_text else ())
+    console.print(terminal_summary(result, path))
+
+
+def _texts(result: Result) -> list[PairText]:
+    """Prompts and answers of a study's pairs; the answers take the model's tokenizer, not its weights."""
+    from remote_mediation.models import load_tokenizer
+    from remote_mediation.prompts import load_pairs
+    from remote_mediation.report import PairText
+
+    study = result.study
+    texts = {text.id: text for text in load_pairs(study.config.pairs)}
+    tokenizer = load_tokenizer(study.info.name, study.info.revision)
+    return [
+        PairText(pair.id, texts[pair.id].harmful, texts[pair.id].harmless, *map(tokenizer.decode, pair.answers))
+        for pair in study.pairs
+    ]

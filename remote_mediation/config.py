@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from remote_mediation.errors import SettingsError
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.prompts import BUILTIN
 
 Granularity = Literal["layers", "modules", "tokens", "heads", "neurons"]
+_Item = TypeVar("_Item")
+# One or more items; what is named twice counts once.
+Distinct = Annotated[list[_Item], Field(min_length=1), AfterValidator(lambda items: list(dict.fromkeys(items)))]
 
 
 class _Strict(BaseModel):
@@ -38,10 +41,10 @@ class LogitSettings(_Strict):
 class PositionSettings(_Strict):
     """`[positions]`: where each granularity swaps its mediators (see the README, "Positions")."""
 
-    layers: list[str] = ["edit", "post_instruction", "last"]
-    modules: list[str] = ["all"]
-    heads: list[str] = ["last"]
-    neurons: list[str] = ["last"]
+    layers: Distinct[str] = ["edit", "post_instruction", "last"]
+    modules: Distinct[str] = ["all"]
+    heads: Distinct[str] = ["last"]
+    neurons: Distinct[str] = ["last"]
 
 
 class NeuronSettings(_Strict):
@@ -51,14 +54,14 @@ class NeuronSettings(_Strict):
     """Neurons per window."""
     max_windows: int = Field(default=8, ge=1)
     """At most so many windows, the strongest on the discovery split, are resolved into single neurons."""
-    layers: list[int] | None = None
+    layers: Distinct[int] | None = None
     """Layers to search; all by default."""
 
 
 class StatisticsSettings(_Strict):
     """`[statistics]`: intervals and tests."""
 
-    resamples: int = Field(default=2000, ge=100)
+    resamples: int = Field(default=9999, ge=100)
     """Bootstrap resamples and sign-flip permutations."""
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     """False discovery rate at which a site counts as significant."""
@@ -77,7 +80,7 @@ class StudyConfig(_Strict):
     """`builtin`, or a JSONL or CSV file."""
     max_pairs: int | None = Field(default=None, ge=2)
     """Use at most so many pairs, spread evenly over the file."""
-    granularity: list[Granularity] = ["layers", "modules", "neurons"]
+    granularity: Distinct[Granularity] = ["layers", "modules", "neurons"]
     """Which kinds of sites to measure."""
     outcome: OutcomeName = "response_logprob"
     """What Y is."""
@@ -100,13 +103,6 @@ class StudyConfig(_Strict):
     positions: PositionSettings = PositionSettings()
     neurons: NeuronSettings = NeuronSettings()
     statistics: StatisticsSettings = StatisticsSettings()
-
-    @field_validator("granularity")
-    @classmethod
-    def _some_granularity(cls, value: list[str]) -> list[str]:
-        if not value:
-            raise ValueError("name at least one granularity")
-        return list(dict.fromkeys(value))
 
     @model_validator(mode="after")
     def _tokens_for_logits(self) -> Self:
@@ -134,9 +130,10 @@ def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:
     """
     data = _read_toml(study) if study else {}
     data.update({key: value for key, value in overrides.items() if value is not None})
-    if study and not Path(data.get("pairs", BUILTIN)).is_absolute() and data.get("pairs", BUILTIN) != BUILTIN:
+    pairs = data.get("pairs", BUILTIN)
+    if study and isinstance(pairs, str) and pairs != BUILTIN and not overrides.get("pairs"):
         # A study file names its pairs from where it lies; a flag names them from where it is typed.
-        data["pairs"] = data["pairs"] if overrides.get("pairs") else str(study.parent / data["pairs"])
+        data["pairs"] = str(study.parent / pairs)
     try:
         return StudyConfig(**data)
     except ValidationError as error:

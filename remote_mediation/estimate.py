@@ -18,7 +18,7 @@ from remote_mediation.plan import Budget, Keys, plan_jobs, row_bytes, row_flops,
 from remote_mediation.prompts import load_pairs, tokenise
 from remote_mediation.rows import swap
 from remote_mediation.sites import Site
-from remote_mediation.study import FIRST_RATE, Study, first_requests, outcome_of, select
+from remote_mediation.study import FIRST_RATE, Study, check_enough, first_requests, outcome_of, select
 
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
 _GPU_FLOPS = 0.3 * 312e12
@@ -72,6 +72,7 @@ def estimate(config: StudyConfig) -> Estimate:
     """
     info, tokenizer = load_info(config.model, config.revision), load_tokenizer(config.model, config.revision)
     prepared = tokenise(select(load_pairs(config.pairs), config.max_pairs), tokenizer)
+    check_enough(prepared)
     answers = ((0,) * config.response_logprob.tokens, (1,) * config.response_logprob.tokens)
     pairs = prepared.pairs
     if config.outcome == "response_logprob":

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _UNGATED = ("gpt2", "gpt_neox")
+# All their layers slide when one does: transformers gives these models one mask and does not read `layer_types`.
+_ONE_MASK = ("mistral", "phi3")
 
 
 def load_info(name: str, revision: str = "") -> ModelInfo:
@@ -69,7 +71,8 @@ def _sliding_layers(config: PreTrainedConfig) -> tuple[tuple[int, ...], int | No
     window = getattr(config, "sliding_window", None)
     if not window or getattr(config, "use_sliding_window", True) is False:
         return (), None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    listed = None if config.model_type in _ONE_MASK else getattr(config, "layer_types", None)
+    kinds = listed or ["sliding_attention"] * config.num_hidden_layers
     return tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"), window
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import sys
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import httpx
@@ -130,14 +133,24 @@ def preflight(server: Server, repo_id: str, revision: str) -> list[Finding]:
     found = deployments(server)
     findings = [Finding("server", True, f"{server.host} answers, {len(found)} models known")]
     findings += [_key(server), *check_versions(server)]
-    mine = [one for one in found if one.repo_id == repo_id and one.revision == (revision or "main")]
-    if mine:
-        usable = mine[0].state != "unhealthy"
-        findings.append(Finding("model", usable, f"{repo_id} is {mine[0].state}"))
-    else:
-        findings.append(
-            Finding("model", True, f"{repo_id} is not deployed; its first job asks the server to deploy it")
-        )
+    return [*findings, _model(found, repo_id, revision)]
+
+
+def examine(server: Server, model: str | None, revision: str) -> list[Finding]:
+    """What `doctor` reports: this machine first, then the server, then the model if one is named. Never raises."""
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    findings = [
+        Finding("python", sys.version_info >= (3, 11), platform.python_version()),
+        Finding("disk", free > 1, f"{free:.1f} GB free here" + ("" if free > 1 else "; a run needs about 1 GB")),
+        Finding("host", True, f"{server.host} ({'NDIF_HOST' if os.environ.get('NDIF_HOST') else 'default'})"),
+    ]
+    try:
+        found = deployments(server)
+        findings += [Finding("server", True, f"answers, {len(found)} models known"), _key(server)]
+        findings += check_versions(server)
+        findings += [_model(found, model, revision)] if model else []
+    except PreflightError as error:
+        findings.append(Finding("server", False, str(error)))
     return findings
 
 
@@ -150,6 +163,13 @@ def refuse_bad(findings: list[Finding]) -> None:
     bad = [f"{finding.name}: {finding.detail}" for finding in findings if not finding.good]
     if bad:
         raise PreflightError("; ".join(bad))
+
+
+def _model(found: list[Deployment], repo_id: str, revision: str) -> Finding:
+    mine = [one for one in found if one.repo_id == repo_id and one.revision == (revision or "main")]
+    if mine:
+        return Finding("model", mine[0].state != "unhealthy", f"{repo_id} is {mine[0].state}")
+    return Finding("model", True, f"{repo_id} is not deployed; its first job asks the server to deploy it")
 
 
 def _status_message(server: Server, path: str, response: httpx.Response) -> str:

@@ -53,7 +53,8 @@ def greedy(model: Any, prompt: tuple[int, ...], tokens: int) -> torch.Tensor:
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
     ) as tracer:
         found = tracer.result
-    return found[0, len(prompt) :].cpu()
+    new: torch.Tensor = found[0, len(prompt) :].cpu()
+    return new
 
 
 def measure(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
@@ -177,8 +178,9 @@ def tensor_of(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
     """The live tensor `[row, token, width]` of a component."""
     path, side, index = spec["components"][name]
     module = module_at(block, path)
-    value = module.input if side == "input" else module.output
-    return value if index is None else value[index]
+    value: Any = module.input if side == "input" else module.output
+    tensor: torch.Tensor = value if index is None else value[index]
+    return tensor
 
 
 def replace_tensor(spec: dict[str, Any], block: Any, name: str, value: torch.Tensor) -> None:

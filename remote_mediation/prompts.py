@@ -11,6 +11,7 @@ tokens of the longer edit have partners and its first ones have none.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -256,19 +257,19 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, .
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text("utf-8-sig")  # spreadsheets put a byte order mark before the first column's name
+        if path.suffix.lower() != ".csv":
+            return _parse_jsonl(text, str(path))
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        records = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PairsError(f"cannot read pairs file {str(path)!r}: {error}; give a JSONL or CSV file") from error
-    if path.suffix.lower() != ".csv":
-        return _parse_jsonl(text, str(path))
-    reader = csv.DictReader(text.splitlines())
-    records = list(reader)
-    return _xstest(records) if tuple(reader.fieldnames or ()) == _XSTEST else records
+    return _xstest(records, str(path)) if tuple(reader.fieldnames or ()) == _XSTEST else records
 
 
 def _parse_jsonl(text: str, name: str) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` would also cut inside a JSON string
         if not line.strip():
             continue
         try:
@@ -278,11 +279,18 @@ def _parse_jsonl(text: str, name: str) -> list[dict[str, Any]]:
     return records
 
 
-def _xstest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _xstest(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """Pair XSTest's safe prompts with their unsafe contrasts, block by block and in order."""
     by_type: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_type.setdefault(record["type"], []).append(record)
+    for kind, contrast in _XSTEST_CONTRASTS.items():
+        safe, unsafe = (len(by_type.get(block, ())) for block in (kind, contrast))
+        if safe != unsafe:
+            raise PairsError(
+                f"{name} has {safe} prompts of type {kind!r} and {unsafe} of {contrast!r}; XSTest pairs them in order, "
+                "so give the whole file"
+            )
     return [
         {
             "id": f"{kind}-{safe['id']}",

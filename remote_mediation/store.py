@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,13 +48,17 @@ class Store:
             StoreError: the folder holds something else or another study, or lies where nothing can be written.
         """
         store = cls(folder)
-        if (folder / "run.json").exists():
-            store._check_same(identity)
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise StoreError(f"{folder} is in use and is no run folder; choose another with --out")
-        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        try:
+            if (folder / "run.json").exists():
+                store._check_same(identity)
+            elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise StoreError(f"{folder} is in use and is no run folder; choose another with --out")
+            parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        except OSError as error:
+            raise StoreError(f"cannot use {folder}: {error.strerror}; choose another --out") from error
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise StoreError(f"cannot write {folder}: no permission in {parent}; choose another --out")
+            reason = f"no permission in {parent}" if parent.is_dir() else f"{parent} is a file"
+            raise StoreError(f"cannot write {folder}: {reason}; choose another --out")
         return store
 
     @classmethod
@@ -64,16 +68,29 @@ class Store:
         Raises:
             StoreError: there is none.
         """
-        if not (folder / "run.json").is_file():
+        store = cls(folder)
+        if not store.record():
             raise StoreError(
                 f"{folder} is no run folder (it has no run.json); give the folder of a finished or begun run"
             )
-        return cls(folder)
+        return store
 
     def record(self) -> dict[str, Any]:
-        """What `run.json` holds; empty for a new run."""
+        """What `run.json` holds; empty for a new run.
+
+        Raises:
+            StoreError: it cannot be read, or a run of this package did not write it.
+        """
         path = self.folder / "run.json"
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+        try:
+            if not path.exists():
+                return {}
+            record = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"cannot read {path}: {error}; choose another folder") from error
+        if not isinstance(record, dict) or "study" not in record:
+            raise StoreError(f"{path} was not written by a run; choose another folder")
+        return record
 
     def save_record(self, record: dict[str, Any]) -> None:
         """Write `run.json`."""
@@ -149,13 +166,18 @@ class Store:
         """
         path = self.folder / name
         partial = path.with_name(f".{path.name}.partial")
-        with _writing(path):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
             partial.replace(path)
+        except OSError as error:
+            _remove(partial)
+            raise StoreError(
+                f"cannot write {path}: {error.strerror}; free some space or choose another --out"
+            ) from error
 
     def _check_same(self, identity: dict[str, Any]) -> None:
-        known = self.record().get("study", {})
+        known = self.record()["study"]
         for name in sorted({*identity, *known}):
             if identity.get(name) != known.get(name):
                 raise StoreError(
@@ -164,9 +186,8 @@ class Store:
                 )
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}; free some space or choose another --out") from error
+def _remove(partial: Path) -> None:
+    """Take away an unfinished file, and its folder where it was to be the first file in it."""
+    with contextlib.suppress(OSError):
+        partial.unlink(missing_ok=True)
+        partial.parent.rmdir()

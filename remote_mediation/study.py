@@ -11,6 +11,7 @@ Steps 3 to 5 run again from the run folder alone when a report is rebuilt; nothi
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ import pandas as pd
 from remote_mediation.analyses import ANALYSES
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import Request, Values, effects_table
-from remote_mediation.errors import JobError, LostJobError, PairsError
+from remote_mediation.errors import JobError, LostJobError, PairsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
 from remote_mediation.outcomes import Outcome, logit_diff
 from remote_mediation.plan import Backend, Budget, Job, Keys, Setting, plan_jobs
@@ -42,7 +43,7 @@ from remote_mediation.rows import Row
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import split_clusters
 from remote_mediation.store import Store
-from remote_mediation.summary import Summary, summarise
+from remote_mediation.summary import CHECKS, Summary, summarise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +62,19 @@ class Watch(Protocol):
     def advance(self, rows: int) -> None:
         """So many more are done."""
         ...
+
+
+class _Unwatched:
+    """Nobody watches."""
+
+    def total(self, rows: int) -> None:
+        pass
+
+    def advance(self, rows: int) -> None:
+        pass
+
+
+_UNWATCHED = _Unwatched()
 
 
 @dataclass(frozen=True)
@@ -103,21 +117,25 @@ class Result(NamedTuple):
     summary: Summary
 
 
-def run_study(config: StudyConfig, backend: Backend, store: Store, watch: Watch) -> Result:
+def run_study(config: StudyConfig, backend: Backend, store: Store, watch: Watch = _UNWATCHED) -> Result:
     """Measure a study, going on from what its run folder holds.
 
     Raises:
         PairsError: fewer than two pairs can be run.
         SiteError: the study names a layer, unit or position that the model does not have.
         BackendError: a job could not be run.
-        StoreError: the run folder cannot be written.
+        StoreError: the run folder cannot be written, or holds a run on other pairs.
     """
     started = time.monotonic()
     begun = store.record()
+    texts = texts_digest(config)
+    if begun.get("texts", texts) != texts:
+        raise StoreError(f"{store.folder} holds a run on other pairs, {config.pairs} has changed; choose another --out")
     prepared = store.prepared() or prepare(config, backend)
     study = Study(config, backend.info, outcome_of(config, backend.tokenizer), prepared.pairs, prepared.refusals)
     requests = first_requests(study)
-    record = begun or {**_described(study), **provenance(), "seconds": 0.0}
+    study.splits()  # refuses pairs that cannot be split, before anything is written
+    record = begun or {**_described(study), **provenance(), "texts": texts, "seconds": 0.0}
     store.save_record(record)
     store.save_prepared(prepared)
     values = store.values()
@@ -147,10 +165,25 @@ def prepare(config: StudyConfig, backend: Backend) -> Prepared:
     prepared = tokenise(texts, backend.tokenizer)
     if config.outcome == "response_logprob":
         prepared = _answered(prepared, {pair.id: pair for pair in texts}, backend, config.response_logprob.tokens)
-    if len(prepared.pairs) < 2:
-        reasons = "; ".join(sorted({refusal.reason for refusal in prepared.refusals}))
-        raise PairsError(f"{len(prepared.pairs)} of {len(texts)} pairs can be run, a study needs two ({reasons})")
+    check_enough(prepared)
     return prepared
+
+
+def check_enough(prepared: Prepared) -> None:
+    """Refuse a study of fewer than two pairs.
+
+    Raises:
+        PairsError: with the reasons why the others were refused.
+    """
+    if len(prepared.pairs) < 2:
+        reasons = "; ".join(sorted({refusal.reason for refusal in prepared.refusals})) or "none was refused"
+        count = len(prepared.pairs) + len(prepared.refusals)
+        raise PairsError(f"{len(prepared.pairs)} of {count} pairs can be run, a study needs two ({reasons}); add pairs")
+
+
+def texts_digest(config: StudyConfig) -> str:
+    """Hash of the pairs as text: what a path alone does not tell when a run is continued."""
+    return hashlib.sha256(repr(select(load_pairs(config.pairs), config.max_pairs)).encode()).hexdigest()[:16]
 
 
 def select(pairs: Sequence[PromptPair], most: int | None) -> tuple[PromptPair, ...]:
@@ -183,13 +216,21 @@ def effects_of(
 
 
 def first_requests(study: Study) -> list[Request]:
-    """All sites that every analysis asks for, on every pair."""
-    return [
+    """All sites that every analysis asks for, on every pair.
+
+    Raises:
+        SiteError: a site that the model does not have, or no site at all.
+    """
+    requests = [
         Request(name, pair, site)
         for pair in study.pairs
-        for name in study.config.granularity
+        for name in (CHECKS, *study.config.granularity)
         for site in ANALYSES[name].sites(study.config, study.info, pair)
     ]
+    idle = set(study.config.granularity) - {request.granularity for request in requests}
+    if study.pairs and idle:
+        raise SiteError(f"no pair has tokens at the positions of {min(idle)!r}; give it others under [positions]")
+    return requests
 
 
 def refined_requests(study: Study, effects: pd.DataFrame) -> list[Request]:

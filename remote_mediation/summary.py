@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,27 @@ SUMMARY_COLUMNS: dict[str, str] = {
 }
 SPLITS = ("all", "discovery", "heldout")
 UNITS = "neurons:units"
+CHECKS = "checks"
+MEDIATOR_COLUMNS: dict[str, str] = {
+    "layer": "decoder layer, from 0",
+    "position": "where it was swapped",
+    "unit": "neuron",
+    "nie": "mean NIE on the held-out split",
+    "nie_low": "lower end of its 95% interval",
+    "nie_high": "upper end",
+    "nie_share": "mean NIE / mean TE, both held out",
+    "tie": "mean TIE on the held-out split",
+    "tie_low": "lower end of its 95% interval",
+    "tie_high": "upper end",
+    "tie_share": "mean TIE / mean TE, both held out",
+    "p": "the larger of the sign-flip p of NIE and TIE",
+    "q": "Benjamini-Hochberg over the neurons chosen on the discovery split",
+    "mediates": "q and both shares reach the study's thresholds",
+    "reason": "why a number is missing, or why to read it with care",
+}
+# With fewer clusters a 95% percentile interval cannot cover 95% (see `stats.estimate_means`).
+_FEWEST_CLUSTERS = 6
+_NO_ANALYSIS = "this study has no analysis for it"
 
 Verdict = Literal["supported", "not supported", "undecided", "not tested"]
 
@@ -82,7 +103,7 @@ class Summary:
     difference: Estimate | None
     """MLP - attention, NIE summed over layers, paired by pair."""
     mediators: pd.DataFrame
-    """Units chosen on the discovery split: layer, unit, and NIE, TIE, shares and q on the held-out split."""
+    """Units chosen on the discovery split, as the held-out split sees them (`MEDIATOR_COLUMNS`)."""
     claims: tuple[Claim, ...]
     """Verdicts."""
     identities: tuple[Identity, ...]
@@ -98,10 +119,10 @@ def summarise(effects: pd.DataFrame, equal_length: set[str], layers: int, seed: 
     rng = _Generators(seed)
     totals = effects.groupby("pair_id").agg(te=("te", "first"), cluster=("cluster", "first"))
     total = estimate_means(totals[["te"]].T, totals["cluster"], rng("total"), by.resamples)[0]
-    modules = _modules(effects, rng, by)
+    modules = _modules(effects, total, rng, by)
     mediators = _mediators(effects, rng, by)
     return Summary(
-        sites=site_estimates(effects, rng, by),
+        sites=site_estimates(effects[effects["granularity"] != CHECKS], rng, by),
         total=total,
         mlp=modules.mlp,
         attention=modules.attention,
@@ -111,17 +132,20 @@ def summarise(effects: pd.DataFrame, equal_length: set[str], layers: int, seed: 
             _where(total, modules.mlp),
             _what(total, modules.difference),
             _which(total, mediators, layers, effects),
+            Claim("Early layers understand harm before it acts", "not tested", _NO_ANALYSIS),
+            Claim("That understanding is handed on through MLPs", "not tested", _NO_ANALYSIS),
         ),
-        identities=_identities(effects, equal_length),
+        identities=_identities(effects[effects["granularity"] == CHECKS], equal_length, layers),
     )
 
 
 def site_estimates(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettings) -> pd.DataFrame:
     """Estimates of every site (`SUMMARY_COLUMNS`)."""
     tables = [
-        _estimates(group, quantity, split, rng, by)
+        _estimates(used, quantity, split, rng, by)
         for _, group in effects.groupby("granularity", sort=False)
         for split in SPLITS
+        if not (used := group if split == "all" else group[group["split"] == split]).empty
         for quantity in (("nie", "tie", "nde", "int") if split == "all" else ("nie", "tie"))
     ]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(SUMMARY_COLUMNS))
@@ -152,12 +176,8 @@ class _Generators:
         return np.random.default_rng([self._seed, zlib.crc32(question.encode())])
 
 
-def _estimates(
-    effects: pd.DataFrame, quantity: str, split: str, rng: _Generators, by: StatisticsSettings
-) -> pd.DataFrame:
-    used = effects if split == "all" else effects[effects["split"] == split]
-    if used.empty:
-        return pd.DataFrame(columns=list(SUMMARY_COLUMNS))
+def _estimates(used: pd.DataFrame, quantity: str, split: str, rng: _Generators, by: StatisticsSettings) -> pd.DataFrame:
+    """One quantity of all sites of a granularity, on the pairs of a split."""
     table, clusters = pivot(used, quantity, SITE_COLUMNS)
     found = estimate_means(table.to_numpy().T, clusters, rng(f"{quantity} {split}"), by.resamples)
     sites = table.columns.to_frame(index=False)
@@ -177,13 +197,14 @@ def _estimates(
     )[list(SUMMARY_COLUMNS)]
 
 
-def _modules(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettings) -> _Modules:
-    """Both kinds of module at the first position measured."""
+def _modules(effects: pd.DataFrame, total: Estimate, rng: _Generators, by: StatisticsSettings) -> _Modules:
+    """Both kinds of module at the first position measured; effects count in the direction of the total effect."""
     modules = effects[effects["granularity"] == "modules"]
     if modules.empty:
         return _Modules(None, None, None)
     modules = modules[modules["position"] == modules["position"].iloc[0]]
     table, clusters = pivot(modules, "nie", ["component", "layer"])
+    table *= -1.0 if total.value < 0 else 1.0
     mlp, attention = (table[name].sort_index(axis=1).to_numpy() for name in ("mlp_output", "attention_output"))
     difference = (mlp - attention).sum(axis=1)[None, :]
     return _Modules(
@@ -196,42 +217,38 @@ def _modules(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettings) ->
 def _mediators(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettings) -> pd.DataFrame:
     """Units that carry at least `min_share` of TE on the discovery split, as the held-out split sees them.
 
-    q is Benjamini-Hochberg over the units chosen; both NIE and TIE are tested, and the larger p counts.
+    Columns: `MEDIATOR_COLUMNS`. Both NIE and TIE are tested and the larger p counts; q is Benjamini-Hochberg over the
+    units chosen.
     """
-    names = ["layer", "position", "unit", "nie", "tie", "nie_share", "tie_share", "q", "mediates"]
     units = effects[effects["granularity"] == UNITS]
-    if units.empty:
-        return pd.DataFrame(columns=names)
     site = ["layer", "position", "unit_start"]
-    means = units.groupby(["split", *site])[["nie", "tie", "te"]].mean()
-    shares = means[["nie", "tie"]].div(means["te"], axis=0)
-    if "heldout" not in shares.index or "discovery" not in shares.index:
-        return pd.DataFrame(columns=names)
-    chosen = shares.loc["discovery"].min(axis=1)
-    chosen = chosen[chosen >= by.min_share].sort_values(ascending=False).index
-    heldout = units[units["split"] == "heldout"].set_index(site).sort_index()
-    records = []
-    for layer, position, unit in chosen:
-        part = heldout.loc[[(layer, position, unit)]]
-        estimates = estimate_means(part[["nie", "tie"]].T, part["cluster"], rng("mediators"), by.resamples)
-        share = shares.loc[("heldout", layer, position, unit)]
-        records.append(
-            {
-                "layer": layer,
-                "position": position,
-                "unit": int(unit),
-                "nie": estimates[0].value,
-                "tie": estimates[1].value,
-                "nie_share": share["nie"],
-                "tie_share": share["tie"],
-                "p": max(estimate.p for estimate in estimates),
-            }
-        )
-    table = pd.DataFrame(records, columns=[*names[:-2], "p"])
+    discovery = units[units["split"] == "discovery"].groupby(site)[["nie", "tie", "te"]].mean()
+    shares = discovery[["nie", "tie"]].div(discovery["te"], axis=0).min(axis=1)
+    chosen = shares[shares >= by.min_share].sort_values(ascending=False).index
+    heldout = dict(list(units[units["split"] == "heldout"].groupby(site)))
+    records = [_mediator(key, heldout[key], rng, by) for key in chosen if key in heldout]
+    table = pd.DataFrame(records, columns=[*MEDIATOR_COLUMNS])
     table["q"] = benjamini_hochberg(table["p"].to_numpy(float))
     carried = table[["nie_share", "tie_share"]].min(axis=1) >= by.min_share
-    table["mediates"] = carried & (table["q"] <= by.alpha)
-    return table[names]
+    table["mediates"] = (carried & (table["q"] <= by.alpha)).astype(bool)
+    return table
+
+
+def _mediator(
+    key: tuple[int, str, int], heldout: pd.DataFrame, rng: _Generators, by: StatisticsSettings
+) -> dict[str, Any]:
+    nie, tie = estimate_means(heldout[["nie", "tie"]].T, heldout["cluster"], rng("mediators"), by.resamples)
+    layer, position, unit = key
+    te = heldout["te"].mean()
+    return {
+        "layer": int(layer),
+        "position": position,
+        "unit": int(unit),
+        **{"nie": nie.value, "nie_low": nie.low, "nie_high": nie.high, "nie_share": nie.value / te},
+        **{"tie": tie.value, "tie_low": tie.low, "tie_high": tie.high, "tie_share": tie.value / te},
+        "p": max(nie.p, tie.p),
+        "reason": nie.reason,
+    }
 
 
 def _where(total: Estimate, profile: DepthProfile | None) -> Claim:
@@ -239,8 +256,8 @@ def _where(total: Estimate, profile: DepthProfile | None) -> Claim:
     if profile is None:
         return Claim(name, "not tested", "the modules granularity was not part of this study")
     share, centre = profile.last_third_share, profile.centre_of_mass
-    if np.isnan(share.low):
-        return Claim(name, "undecided", f"the MLPs' depth profile is undefined: {_why(total, share.reason)}")
+    if _unknown(total) or np.isnan(share.low):
+        return Claim(name, "undecided", _unknown(total) or f"the MLPs' depth profile is undefined: {share.reason}")
     text = (
         f"the last third of the layers holds {share.value:.0%} [{share.low:.0%}, {share.high:.0%}] of the MLPs' NIE "
         f"(33% if depth did not matter); its centre of mass is at depth {centre.value:.2f} [{centre.low:.2f}, "
@@ -253,10 +270,10 @@ def _what(total: Estimate, difference: Estimate | None) -> Claim:
     name = "MLP blocks carry it, not attention"
     if difference is None:
         return Claim(name, "not tested", "the modules granularity was not part of this study")
-    if np.isnan(difference.low) or not _clear(total):
-        return Claim(name, "undecided", _why(total, difference.reason))
+    if _unknown(total) or np.isnan(difference.low):
+        return Claim(name, "undecided", _unknown(total) or difference.reason)
     text = (
-        f"MLP minus attention, NIE summed over layers, is {difference.value:+.3g} [{difference.low:+.3g}, "
+        f"MLP minus attention, NIE in the direction of TE summed over layers, is {difference.value:+.3g} [{difference.low:+.3g}, "
         f"{difference.high:+.3g}] per pair (p = {difference.p:.2g})"
     )
     return Claim(name, _verdict(difference.low, difference.high), text)
@@ -266,8 +283,10 @@ def _which(total: Estimate, mediators: pd.DataFrame, layers: int, effects: pd.Da
     name = "A sparse set of neurons in the final layers gates it"
     if not (effects["granularity"] == UNITS).any():
         return Claim(name, "not tested", "no single neurons were measured in this study")
-    if not _clear(total):
-        return Claim(name, "undecided", _why(total, ""))
+    if _unknown(total):
+        return Claim(name, "undecided", _unknown(total))
+    if len(mediators) and mediators["q"].isna().all():
+        return Claim(name, "undecided", f"the held-out split cannot test them: {mediators['reason'].iloc[0]}")
     found = mediators[mediators["mediates"]]
     late = found[found["layer"] >= 2 * layers / 3]
     text = (
@@ -279,26 +298,24 @@ def _which(total: Estimate, mediators: pd.DataFrame, layers: int, effects: pd.Da
     return Claim(name, "supported", f"{text}; together they add up to {late['nie_share'].sum():.0%} of TE by NIE")
 
 
-def _identities(effects: pd.DataFrame, equal_length: set[str]) -> tuple[Identity, ...]:
-    whole = effects[
-        (effects["component"] == "layer_output")
-        & (effects["position"] == "all")
-        & effects["pair_id"].isin(equal_length)
-    ]
+def _identities(checks: pd.DataFrame, equal_length: set[str], layers: int) -> tuple[Identity, ...]:
+    whole = checks[(checks["position"] == "all") & checks["pair_id"].isin(equal_length)]
+    final = checks[(checks["position"] == "last") & (checks["layer"] == layers - 1)]
     deviations = {
         "residual stream at all positions: NIE = TE": whole["nie"] - whole["te"],
         "residual stream at all positions: NDE = 0": whole["nde"],
+        "last layer where the answer is read: NIE = TE": final["nie"] - final["te"],
+        "last layer where the answer is read: NDE = 0": final["nde"],
     }
     return tuple(Identity(name, len(part), float(part.abs().max())) for name, part in deviations.items())
 
 
-def _clear(total: Estimate) -> bool:
-    return bool(total.low > 0 or total.high < 0)
-
-
-def _why(total: Estimate, reason: str) -> str:
-    if _clear(total):
-        return reason
+def _unknown(total: Estimate) -> str:
+    """Why nothing can be said of shares and places of the total effect; empty where something can."""
+    if total.n_clusters < _FEWEST_CLUSTERS:
+        return f"{total.n_clusters} clusters of pairs are too few for a verdict, it takes {_FEWEST_CLUSTERS}"
+    if total.low > 0 or total.high < 0:
+        return ""
     return f"there is no total effect to mediate: {total.value:+.3g} [{total.low:+.3g}, {total.high:+.3g}] spans 0"
 
 

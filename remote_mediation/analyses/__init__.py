@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from remote_mediation.analyses import heads, layers, modules, neurons, tokens
+from remote_mediation.analyses import checks, heads, layers, modules, neurons, tokens
 from remote_mediation.config import StudyConfig
 from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import ModelInfo, Site
@@ -27,6 +27,7 @@ class Analysis:
 
 
 ANALYSES: dict[str, Analysis] = {
+    "checks": Analysis(checks.sites),
     "layers": Analysis(layers.sites),
     "modules": Analysis(modules.sites),
     "tokens": Analysis(tokens.sites),

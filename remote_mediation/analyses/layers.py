@@ -8,15 +8,10 @@ from remote_mediation.sites import ModelInfo, Site
 
 
 def sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[Site]:
-    """Every layer's output at the positions asked for, and at all positions in three layers.
-
-    The latter are a check that every run carries: there NIE = TE and NDE = 0 by construction (METHOD, "identities").
-    """
-    checks = [Site("layer_output", layer, "all") for layer in sorted({0, info.layers // 2, info.layers - 1})]
-    profile = [
+    """Every layer's output at the positions asked for."""
+    return [
         Site("layer_output", layer, position)
         for position in config.positions.layers
         for layer in range(info.layers)
         if pair.places(position).x0
     ]
-    return list(dict.fromkeys([*checks, *profile]))

@@ -39,6 +39,8 @@ def units(config: StudyConfig, info: ModelInfo, effects: pd.DataFrame) -> list[S
     A window's effect is the smaller of its mean NIE and mean TIE: sufficient and necessary.
     """
     discovery = effects[effects["split"] == "discovery"]
+    if discovery.empty:
+        return []
     means = discovery.groupby(["layer", "position", "unit_start", "unit_stop"])[["nie", "tie"]].mean()
     strongest = means.min(axis=1).nlargest(config.neurons.max_windows)
     return [

@@ -1,0 +1,13 @@
+"""Relations that hold by construction (METHOD, "identities"), measured in every run so that every run checks itself."""
+
+from __future__ import annotations
+
+from remote_mediation.config import StudyConfig
+from remote_mediation.prompts import TokenPair
+from remote_mediation.sites import ModelInfo, Site
+
+
+def sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[Site]:
+    """The residual stream at all positions in three layers, and after the last layer where the answer is read."""
+    depths = sorted({0, info.layers // 2, info.layers - 1})
+    return [*(Site("layer_output", layer, "all") for layer in depths), Site("layer_output", info.layers - 1, "last")]

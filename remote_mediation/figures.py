@@ -1,0 +1,281 @@
+"""Pictures of a study: tables of estimates in, matplotlib figures out.
+
+NIE and TIE stand side by side on one scale, because a site mediates only if it is both sufficient and necessary. What
+is uncertain is drawn as such: bands are 95% intervals and are left out where there is none. Figures are plain objects;
+nothing here touches pyplot or matplotlib's settings, so importing and drawing change nothing for the caller.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import CenteredNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from remote_mediation.prompts import SPANS
+from remote_mediation.stats import DepthProfile, Estimate
+from remote_mediation.summary import UNITS
+
+DPI = 150
+WIDTH = 9.0
+"""Inches; with `DPI`, 1350 pixels, which GitHub shows at about two thirds."""
+
+# Okabe & Ito 2008: told apart with any common colour vision. Lines also differ by marker.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_DIVERGING = "RdBu_r"
+_QUESTIONS = {"nie": "is it sufficient?", "tie": "is it necessary?"}
+"""What the left and the right panel ask."""
+_MODULES = {"mlp_output": "MLP", "attention_output": "attention"}
+_MOST_NAMED = 12
+"""Units named in the scatter plot; more would cover each other."""
+_MOST_TICKS = 9
+_MOST_TOKENS = 24
+"""Labels along an axis of a map; those of tokens stand upright and need less room."""
+
+
+def depth(sites: pd.DataFrame, total: Estimate) -> Figure:
+    """Residual stream by layer, a line per position, with TE for comparison.
+
+    sites: `Summary.sites` (all tables named `sites` here are), granularity `layers`.
+    """
+    part = _of(sites, "layers")
+    part = part.assign(name=part["position"])
+    figure, axes = _panels(1)
+    _title(figure, "Residual stream after each layer, swapped at one position", part, "mean and 95% interval")
+    for axis, quantity in zip(axes[0], _QUESTIONS, strict=True):
+        estimates = part[part["quantity"] == quantity]
+        _lines(axis, estimates)
+        axis.axhline(total.value, color="black", linestyle="--", label=f"TE, {total.value:.3g}")
+        _describe(axis, estimates)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def modules(sites: pd.DataFrame, mlp: DepthProfile | None, attention: DepthProfile | None) -> Figure:
+    """MLP against attention by layer, a row per position; the last third of the layers is shaded.
+
+    mlp, attention: profiles of NIE at the first position measured; their centres of mass are marked where defined.
+    """
+    part = _of(sites, "modules")
+    part = part.assign(name=part["component"].map(_MODULES))
+    layers = int(part["layer"].max()) + 1
+    positions = list(dict.fromkeys(part["position"]))
+    figure, axes = _panels(len(positions))
+    _title(figure, "What MLP and attention add, swapped layer by layer", part, "mean and 95% interval")
+    for row, position in zip(axes, positions, strict=True):
+        for axis, quantity in zip(row, _QUESTIONS, strict=True):
+            estimates = part[(part["quantity"] == quantity) & (part["position"] == position)]
+            _lines(axis, estimates)
+            axis.axvspan(2 * layers / 3 - 0.5, layers - 0.5, color="0.92", zorder=0, label="last third of layers")
+            _describe(axis, estimates, position)
+    _mark_centre(axes[0, 0], mlp, layers, "MLP")
+    _mark_centre(axes[0, 0], attention, layers, "attention")
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def tokens(sites: pd.DataFrame, alpha: float) -> Figure:
+    """Residual stream by token and layer; the number of pairs that have a token stands above its column.
+
+    alpha: cells whose q is at most this carry a dot, here and in the other maps.
+    """
+    part = _of(sites, "tokens")
+    part = part.assign(name=part["position"])
+    figure, axes = _heat_maps({"": part}, "position", _token_order, alpha)
+    _title(figure, "Residual stream after each layer, swapped at one token", part, "mean")
+    counts = part.groupby("position")["n"].max()
+    names = sorted(counts.index, key=_token_order)
+    for axis in axes[0]:
+        axis.set_xlabel("token, counted within its span")
+        axis.set_xticks(*_ticks(names, _MOST_TOKENS), rotation=90, fontsize=8)
+        above = axis.secondary_xaxis("top")
+        above.set_xlabel("pairs", fontsize=8)
+        above.set_xticks(*_ticks([counts[name] for name in names], _MOST_TOKENS), fontsize=8)
+    return figure
+
+
+def windows(sites: pd.DataFrame, alpha: float) -> Figure:
+    """MLP neurons by window and layer, a row per position."""
+    part = _of(sites, "neurons")
+    last = part["unit_stop"].astype(int) - 1
+    part = part.assign(name="neurons " + part["unit_start"] + "-" + last.astype(str))
+    return _unit_maps(part, "Windows of neighbouring MLP neurons", "first neuron of the window", alpha)
+
+
+def heads(sites: pd.DataFrame, alpha: float) -> Figure:
+    """Attention heads by layer, a row per position."""
+    part = _of(sites, "heads")
+    return _unit_maps(part.assign(name="head " + part["unit_start"]), "Single attention heads", "head", alpha)
+
+
+def units(sites: pd.DataFrame, mediators: pd.DataFrame, threshold: float, min_share: float) -> Figure:
+    """Single neurons on the held-out pairs, NIE against TIE; those that mediate are named layer.neuron.
+
+    mediators: `Summary.mediators`. threshold: `min_share` of TE on the held-out pairs, in the outcome's unit.
+    """
+    part = _of(sites, UNITS, "heldout")
+    wide = part.pivot(index=["layer", "position", "unit_start"], columns="quantity", values="mean")
+    mediates = mediators["mediates"].astype(bool)
+    found, others = mediators[mediates], mediators[~mediates]
+    figure = Figure((WIDTH * 0.8, 5.8), DPI, layout="constrained")
+    axis = figure.subplots()
+    axis.scatter(wide["nie"], wide["tie"], s=10, color="0.6", label=f"all {len(wide)} measured")
+    axis.scatter(others["nie"], others["tie"], s=40, marker="x", color="0.2", label=f"{len(others)} not confirmed")
+    axis.scatter(found["nie"], found["tie"], s=40, color=_COLOURS[1], label=f"{len(found)} mediating")
+    _name_units(axis, found)
+    _threshold_lines(axis, threshold, f"{min_share:.0%} of TE")
+    nie, tie = (f"{quantity.upper()} ({_unit(part)}): {asked}" for quantity, asked in _QUESTIONS.items())
+    axis.set(xlabel=nie, ylabel=tie)
+    axis.margins(0.1)
+    _title(figure, f"Single MLP neurons on held-out pairs: {len(found)} of {len(wide)} mediate", part, "mean")
+    _legend(figure, axis)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG; the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _of(sites: pd.DataFrame, granularity: str, split: str = "all") -> pd.DataFrame:
+    chosen = sites["quantity"].isin(list(_QUESTIONS)) & (sites["split"] == split)
+    return sites[chosen & (sites["granularity"] == granularity)]
+
+
+def _unit(estimates: pd.DataFrame) -> str:
+    return str(estimates["unit"].iloc[0])
+
+
+def _panels(rows: int, height: float = 3.6) -> tuple[Figure, npt.NDArray[Any]]:
+    """A row of panels for each facet: NIE on the left, TIE on the right."""
+    figure = Figure((WIDTH, height * rows + 0.7), DPI, layout="constrained")
+    axes = figure.subplots(rows, len(_QUESTIONS), sharey=True, squeeze=False)
+    return figure, axes
+
+
+def _title(figure: Figure, text: str, estimates: pd.DataFrame, shown: str) -> None:
+    """What was done, over how many pairs, and what most estimates ask to be read with care for."""
+    lines = [text, f"{shown}; pairs: {estimates['n'].max()}, clusters: {estimates['clusters'].max()}"]
+    care = estimates["reason"].mode().iloc[0]
+    figure.suptitle("\n".join([*lines, care] if care else lines), fontsize=11)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+
+
+def _lines(axis: Axes, estimates: pd.DataFrame) -> None:
+    """A line with its 95% band for every `name`, in alphabetical order so that colours stay the same."""
+    for (name, line), colour, marker in zip(estimates.groupby("name"), cycle(_COLOURS), cycle(_MARKERS), strict=False):
+        ordered = line.sort_values("layer")
+        layers = ordered["layer"]
+        axis.fill_between(layers, ordered["ci_low"], ordered["ci_high"], color=colour, alpha=0.2, linewidth=0)
+        axis.plot(layers, ordered["mean"], color=colour, marker=marker, markersize=3.5, label=str(name))
+    axis.axhline(0, color="0.5", linewidth=0.8)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="layer", ylabel=f"effect ({_unit(estimates)})")
+
+
+def _describe(axis: Axes, estimates: pd.DataFrame, position: str = "") -> None:
+    """A title that says what is asked and where the effect is strongest."""
+    axis.label_outer()
+    top = estimates.loc[estimates["mean"].abs().idxmax()]
+    quantity = str(top["quantity"])
+    where = f" at '{position}'" if position else ""
+    asked = f"{quantity.upper()}{where}: {_QUESTIONS[quantity]}"
+    strongest = f"strongest: {top['name']}, layer {top['layer']}: {top['mean']:.3g}"
+    axis.set_title(f"{asked}\n{strongest}", fontsize=10, loc="left")
+
+
+def _mark_centre(axis: Axes, profile: DepthProfile | None, layers: int, name: str) -> None:
+    """The centre of mass as a dotted line in the colour of its profile; none where it is undefined."""
+    if profile is None or math.isnan(profile.centre_of_mass.value):
+        return
+    layer = profile.centre_of_mass.value * (layers - 1)
+    colour = next(line.get_color() for line in axis.lines if line.get_label() == name)
+    axis.axvline(layer, color=colour, linestyle=":", linewidth=1.8, label=f"centre of {name}: {layer:.3g}")
+
+
+def _unit_maps(part: pd.DataFrame, title: str, x_label: str, alpha: float) -> Figure:
+    facets = {str(position): facet for position, facet in part.groupby("position", sort=False)}
+    figure, axes = _heat_maps(facets, "unit_start", int, alpha)
+    for axis in axes[-1]:
+        axis.set_xlabel(x_label)
+    _title(figure, title, part, "mean")
+    return figure
+
+
+def _heat_maps(
+    facets: Mapping[str, pd.DataFrame], column: str, order: Callable[[str], Any], alpha: float
+) -> tuple[Figure, npt.NDArray[Any]]:
+    """Layer by column, coloured by the mean on one scale that is centred on 0; a row per position."""
+    every = pd.concat(facets.values())
+    figure, axes = _panels(len(facets), min(7.0, 2.5 + 0.08 * every["layer"].nunique()))
+    colours = CenteredNorm(halfrange=float(every["mean"].abs().max()) or 1.0)
+    for row, (position, part) in zip(axes, facets.items(), strict=True):
+        for axis, quantity in zip(row, _QUESTIONS, strict=True):
+            estimates = part[part["quantity"] == quantity]
+            _heat_map(axis, _matrix(estimates, column, order, "mean"), colours)
+            _dots(axis, _matrix(estimates, column, order, "q"), alpha)
+            _describe(axis, estimates, position)
+    scale = ScalarMappable(colours, _DIVERGING)
+    figure.colorbar(scale, ax=axes, label=f"effect ({_unit(every)}); dot: q ≤ {alpha:g}", shrink=0.9)
+    return figure, axes
+
+
+def _matrix(estimates: pd.DataFrame, column: str, order: Callable[[str], Any], values: str) -> pd.DataFrame:
+    table = estimates.pivot(index="layer", columns=column, values=values)
+    return table[sorted(table.columns, key=order)]
+
+
+def _heat_map(axis: Axes, means: pd.DataFrame, colours: CenteredNorm) -> None:
+    axis.set_facecolor("0.85")  # shows where nothing was measured
+    axis.imshow(means, origin="lower", aspect="auto", cmap=_DIVERGING, norm=colours, interpolation="nearest")
+    axis.set_xticks(*_ticks(list(means.columns), _MOST_TICKS), fontsize=8)
+    axis.set_yticks(*_ticks(list(means.index), _MOST_TICKS), fontsize=8)
+    axis.set_ylabel("layer")
+
+
+def _dots(axis: Axes, q: pd.DataFrame, alpha: float) -> None:
+    rows, columns = np.nonzero(q.to_numpy(float) <= alpha)
+    axis.scatter(columns, rows, s=7, color="white", edgecolors="black", linewidths=0.6)
+
+
+def _ticks(labels: Sequence[Any], most: int) -> tuple[list[int], list[str]]:
+    """Places and texts of evenly spaced labels."""
+    places = list(range(0, len(labels), math.ceil(len(labels) / most)))
+    return places, [str(labels[place]) for place in places]
+
+
+def _token_order(position: str) -> tuple[int, int]:
+    """Order of tokens in the prompt: spans in reading order, then the number in the brackets."""
+    span, _, number = position.rstrip("]").partition("[")
+    return SPANS.index(span), int(number)
+
+
+def _name_units(axis: Axes, found: pd.DataFrame) -> None:
+    """Names beside the strongest units, by turns above and below so that neighbours stay readable."""
+    for number, unit in enumerate(found.sort_values("nie", ascending=False).head(_MOST_NAMED).itertuples()):
+        offset = (5, -11 if number % 2 else 5)
+        point = (unit.nie, unit.tie)
+        axis.annotate(f"{unit.layer}.{unit.unit}", point, xytext=offset, textcoords="offset points", fontsize=9)
+
+
+def _threshold_lines(axis: Axes, threshold: float, label: str) -> None:
+    axis.axvline(threshold, color="black", linestyle="--", linewidth=0.9, label=label)
+    axis.axhline(threshold, color="black", linestyle="--", linewidth=0.9)
+    axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)

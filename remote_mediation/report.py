@@ -1,0 +1,626 @@
+"""From a measured study to what people read: `report.md`, figures and CSV files in the run folder, and the terminal.
+
+Nothing is estimated here that `summary` has not estimated, but for the share of the total effect of the few sites that
+are shown. A table is made once (`Table`) and printed twice, as Markdown and by rich. Numbers have three significant
+digits; the CSV files have all of them. Where a number is missing the table says `n/a`, and a note below says why.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.markdown import Markdown
+from rich.panel import Panel
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from remote_mediation import figures
+from remote_mediation.effects import EFFECT_COLUMNS, SITE_COLUMNS
+from remote_mediation.outcomes import OutcomeName
+from remote_mediation.prompts import Refusal
+from remote_mediation.stats import Estimate, Interval, ratio_of_means
+from remote_mediation.store import Store
+from remote_mediation.study import Result, Study
+from remote_mediation.summary import SUMMARY_COLUMNS, UNITS, Claim, Identity, Summary, pivot
+
+TOLERANCE = 1e-4
+"""Largest deviation from an identity that float32 explains, in the outcome's unit."""
+MEANINGS: dict[OutcomeName, str] = {
+    "response_logprob": "log-probability per token of the answer to the harmful prompt minus that of the answer to the "
+    "harmless one; positive: the model leans to the answer to the harmful prompt",
+    "logit_diff": "mean logit of the harmful-continuation tokens minus mean logit of the refusal or harmless tokens, "
+    "first answer token; positive: the model leans to the harmful continuation",
+}
+"""What each outcome is, and what a positive value means."""
+
+_BOTH = ["nie", "tie"]
+"""What a mediator must show: it is sufficient and necessary."""
+_NOUNS = {
+    "layer_output": "residual stream",
+    "attention_output": "attention",
+    "mlp_output": "MLP",
+    "mlp_neurons": "neuron",
+    "attention_heads": "head",
+}
+_MOST_SITES = 5
+_MOST_SITES_TERMINAL = 3
+_MOST_MEDIATORS = 20
+_NONE = "n/a"
+_UNRECORDED = "not recorded"
+_PROVENANCE = ("model", "config", "outcome", "versions", "git", "host", "started", "finished", "seconds")
+"""Keys of `run.json` that every report shows, recorded or not."""
+_VERDICTS = {
+    "supported": "It supports",
+    "not supported": "It does not support",
+    "undecided": "It leaves open",
+    "not tested": "It did not test",
+}
+_STYLES = {
+    **{"supported": "green", "not supported": "red", "undecided": "yellow", "not tested": "dim"},
+    **{"holds": "green", "violated": "bold red", "not judged": "yellow", "not checked": "dim"},
+}
+"""Colours of verdicts in the terminal."""
+_SIGNS = {
+    1: "The harmful prompts raise the outcome: the total effect (TE) is {size}.",
+    0: "The total effect (TE) is {size}, not told apart from 0: without an effect there is no place of it to find.",
+    -1: "They lower the outcome: the total effect (TE) is {size}. The sites below carry this drop, not harmful text.",
+}
+"""What the sign of TE means for everything else."""
+_OUTCOME_LIMITS: dict[OutcomeName, tuple[str, ...]] = {
+    "response_logprob": (
+        "The answers compared are those of the pairs file or, where it has none, the model's own. Its own answer to a "
+        "harmful prompt may be a refusal: a positive outcome then means refusing. `--show-text` shows the answers.",
+    ),
+}
+"""What to know before an outcome is read as harm."""
+
+_READING = (
+    "**TE**, total effect: how much the harmful prompt changes the outcome, compared with the harmless one.",
+    "**NIE**, natural indirect effect: the harmless prompt, with the site as on the harmful one. Is it sufficient?",
+    "**NDE**, natural direct effect: what the harmful prompt still changes with the site as on the harmless one.",
+    "**TIE**, total indirect effect, TE - NDE: what the harmful prompt loses by that. Is the site necessary?",
+    "**INT**, interaction, TE - NDE - NIE: does the site's effect depend on the rest?",
+    "Intervals (95%, bootstrap) and p (sign flips) take clusters of pairs as the unit; q is Benjamini-Hochberg's false "
+    "discovery rate over all sites of a section.",
+)
+
+
+class PairText(NamedTuple):
+    """A pair as text, for readers who asked to see it."""
+
+    id: str
+    harmful: str
+    harmless: str
+    harmful_answer: str
+    """Answer to the harmful prompt, as the outcome reads it."""
+    harmless_answer: str
+    """Answer to the harmless prompt, as the outcome reads it."""
+
+
+class Note(NamedTuple):
+    """Why cells of a column are missing, or what to know before reading them."""
+
+    column: str
+    """Its header; empty for the whole table."""
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.column}: {self.text}" if self.column else self.text
+
+
+class Table(NamedTuple):
+    """A table of text with its notes."""
+
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    notes: tuple[Note, ...] = ()
+
+    def only(self, *names: str) -> Table:
+        """Some of its columns, with the notes on these."""
+        places = [self.header.index(name) for name in names]
+        rows = [tuple(row[place] for place in places) for row in self.rows]
+        return Table(names, rows, tuple(note for note in self.notes if note.column in ("", *names)))
+
+    def markdown(self) -> str:
+        """As Markdown, notes as a list below."""
+        return _paragraphs(markdown_table(self.header, self.rows), _bullets(self.notes))
+
+    def rich(self, title: str) -> RichTable:
+        """For the terminal; cells are shown as they are, verdicts in colour."""
+        notes = Text("\n".join(map(str, self.notes)))
+        table = RichTable(*self.header, title=Text(title, "bold"), caption=notes, box=SIMPLE_HEAD)
+        table.title_justify = table.caption_justify = "left"
+        for row in self.rows:
+            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+        return table
+
+
+def write_report(store: Store, result: Result, texts: Sequence[PairText] = ()) -> Path:
+    """Write tables, figures and `report.md` into the run folder; the same bytes for the same run. Returns the report.
+
+    texts: pairs to show as text; without them the report has no prompt and no generated answer.
+
+    Provenance is all of `store.record()` but `study`, which `config` contains. Of `model`, `config`, `outcome`,
+    `versions`, `git`, `host`, `started`, `finished` and `seconds`, what is missing is reported as not recorded, and a
+    run without `finished` as unfinished. Pairs in `store.failures()` are reported as failed.
+
+    Raises:
+        StoreError: the run folder cannot be written.
+    """
+    for name, table in _csv_tables(result).items():
+        store.write(name, table.to_csv(index=False, lineterminator="\n"))
+    drawn = _figures(result)
+    for name, figure in drawn.items():
+        store.write(_figure_path(name), figures.png(figure))
+    store.write("report.md", _report(result, store, set(drawn), texts))
+    return store.folder / "report.md"
+
+
+def terminal_summary(result: Result, report: Path) -> Group:
+    """What a run found, for the terminal. report: path of `report.md`, named in the last line."""
+    study, summary = result.study, result.summary
+    columns = ("site", "effect", _mean_header(study), "q", "held-out mean", "held-out q")
+    return Group(
+        Panel(Markdown(_answer(study, summary)), title=Text(study.info.name)),
+        _total_table(summary.total, study.outcome.unit).rich("Total effect"),
+        _claims_table(summary.claims).rich("The paper's claims"),
+        *(
+            _sites_table(result, name, _MOST_SITES_TERMINAL).only(*columns).rich(_kind(name).title)
+            for name in _informative_granularities(result)
+        ),
+        _identities_table(study, summary.identities).rich("Identities"),
+        Text(f"Report: {report}", overflow="fold"),
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of cells that may hold Markdown; bars and line breaks stay inside their cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _report(result: Result, store: Store, drawn: set[str], texts: Sequence[PairText]) -> str:
+    """`report.md`. drawn: granularities that have a figure."""
+    study, summary, record = result.study, result.summary, store.record()
+    sections = {
+        f"# Causal mediation of harmful text in {study.info.name}": _opening(result, record),
+        "## The paper's claims": _claims_table(summary.claims).markdown(),
+        "## What was measured": _paragraphs(
+            _setting_table(result).markdown(), _left_out(study.refusals, store.failures())
+        ),
+        "## Total effect": _total_table(summary.total, study.outcome.unit).markdown(),
+        **{f"## {_kind(name).title}": _section(result, name, name in drawn) for name in _granularities(result)},
+        "## Identities": _identities_table(study, summary.identities).markdown(),
+        "## How to read the numbers": _bullets(_READING),
+        "## Limits": _bullets(_limits(study, summary.total)),
+        "## Prompts and answers": _shown(texts),
+        "## Provenance": _provenance_table(record).markdown(),
+    }
+    return _paragraphs(*(part for section in sections.items() for part in section)) + "\n"
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"(?<!\\)\|", r"\\|", text).replace("\r", "").replace("\n", "<br>")
+
+
+def _literal(text: str) -> str:
+    """Text that Markdown shows as it is: no markup, links, images or HTML."""
+    return re.sub(r"([\\`*_\[\]()#|~!<>:])", r"\\\1", html.escape(text, quote=False))
+
+
+def _paragraphs(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
+def _bullets(lines: Iterable[object]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _number(value: float) -> str:
+    return _NONE if np.isnan(value) else f"{value:.3g}"
+
+
+def _percent(value: float) -> str:
+    return _NONE if np.isnan(value) else f"{100 * value:.3g}%"
+
+
+def _interval(value: float, low: float, high: float, number: Callable[[float], str] = _number) -> str:
+    ends = _NONE if np.isnan(low) else f"{number(low)}, {number(high)}"
+    return f"{number(value)} [{ends}]"
+
+
+def _estimate(found: Interval, number: Callable[[float], str] = _number) -> str:
+    return _interval(found.value, found.low, found.high, number)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _csv_tables(result: Result) -> dict[str, pd.DataFrame]:
+    summary = result.summary
+    tables = {
+        "effects.csv": result.effects[list(EFFECT_COLUMNS)],
+        "summary.csv": summary.sites[list(SUMMARY_COLUMNS)],
+    }
+    if UNITS in _granularities(result):
+        tables["mediators.csv"] = summary.mediators
+    return tables
+
+
+def _granularities(result: Result) -> list[str]:
+    return list(dict.fromkeys(result.effects["granularity"]))
+
+
+def _informative_granularities(result: Result) -> list[str]:
+    return list(dict.fromkeys(_informative_sites(result)["granularity"]))
+
+
+def _informative_sites(result: Result) -> pd.DataFrame:
+    """Estimates, without the residual stream at all positions, where NIE = TE whatever the model does."""
+    # Numbers in a table that was put together with empty ones (no pair of a split yet) have lost their type.
+    sites = result.summary.sites.infer_objects()
+    return sites[(sites["component"] != "layer_output") | (sites["position"] != "all")]
+
+
+def _sign(total: Estimate) -> int:
+    """1 or -1 where the interval of TE is clear of 0, else 0."""
+    return int(total.low > 0) - int(total.high < 0)
+
+
+def _mean_header(study: Study) -> str:
+    return f"mean [95% interval], {study.outcome.unit}"
+
+
+def _opening(result: Result, record: Mapping[str, Any]) -> str:
+    """The answer, and before it whatever makes it doubtful."""
+    warnings = [
+        f"**Do not trust these numbers: an identity that holds by construction is violated** ({identity.name}: "
+        f"off by {_number(identity.largest)} {result.study.outcome.unit})."
+        for identity in result.summary.identities
+        if _holds(identity, result.study) == "violated"
+    ]
+    if not record.get("finished"):
+        warnings.append("**This run is not finished**: what follows is what has been measured so far.")
+    return _paragraphs(*warnings, _answer(result.study, result.summary))
+
+
+def _answer(study: Study, summary: Summary) -> str:
+    """Where in this model harmful text is decided, as far as this run can say."""
+    total, unit = summary.total, study.outcome.unit
+    size = f"{_estimate(total)} {unit}"
+    care = f" To be read with care: {total.reason}." if total.reason else ""
+    claims = " ".join(f"{_VERDICTS[claim.verdict]} “{claim.name}”: {claim.finding}." for claim in summary.claims)
+    return f"{_headline(study, summary)} {_SIGNS[_sign(total)].format(size=size)}{care} {claims}"
+
+
+def _headline(study: Study, summary: Summary) -> str:
+    name = study.info.name
+    if _sign(summary.total) == 0:
+        return f"**This run cannot say where in {name} harmful text is decided.**"
+    if _sign(summary.total) < 0:
+        return f"**In {name} these harmful prompts do not make the harmful answer more likely.**"
+    supported = [f"“{claim.name}”" for claim in summary.claims if claim.verdict == "supported"]
+    if supported:
+        return f"**Where in {name} is harmful text decided? This run supports {' and '.join(supported)}.**"
+    if any(claim.verdict == "not supported" for claim in summary.claims):
+        return f"**Where in {name} is harmful text decided? This run supports none of the paper's claims.**"
+    return f"**This run leaves open where in {name} harmful text is decided.**"
+
+
+def _claims_table(claims: Sequence[Claim]) -> Table:
+    return Table(("claim", "verdict", "finding"), [(claim.name, claim.verdict, claim.finding) for claim in claims])
+
+
+def _total_table(total: Estimate, unit: str) -> Table:
+    row = (_estimate(total), _number(total.p), str(total.n_pairs), str(total.n_clusters))
+    notes = (Note("", total.reason),) if total.reason else ()
+    return Table((f"mean TE [95% interval], {unit}", "p", "pairs", "clusters"), [row], notes)
+
+
+def _setting_table(result: Result) -> Table:
+    study, config = result.study, result.study.config
+    info, by = study.info, config.statistics
+    used = result.effects.drop_duplicates("pair_id")
+    shape = f"{info.layers} layers, {info.d_ff} MLP neurons and {info.heads} heads per layer"
+    rows = [
+        ("model", f"{info.name}, revision {info.revision or 'default'}, {config.dtype}; {shape}"),
+        ("pairs", f"{config.pairs}: {_split_size(used)}, of {len(study.pairs)} that can be run"),
+        ("discovery split", _split_size(used[used["split"] == "discovery"])),
+        ("held-out split", _split_size(used[used["split"] == "heldout"])),
+        ("refused", _count(len(study.refusals), "pair")),
+        ("outcome", f"{study.outcome.name}, in {study.outcome.unit}: {MEANINGS[study.outcome.name]}"),
+        ("seed", f"{config.seed}, of the split, the bootstrap and the sign flips ({by.resamples} resamples)"),
+        ("thresholds", f"q ≤ {by.alpha:g}; a neuron mediates from {by.min_share:.0%} of TE by NIE and by TIE"),
+    ]
+    return Table(("what", "value"), rows)
+
+
+def _split_size(pairs: pd.DataFrame) -> str:
+    return f"{_count(len(pairs), 'pair')} in {_count(pairs['cluster'].nunique(), 'cluster')}"
+
+
+def _left_out(refusals: Sequence[Refusal], failures: Mapping[str, str]) -> str:
+    """Pairs that were refused or failed, by reason, the most frequent first."""
+    by_reason: dict[str, list[str]] = {}
+    for refusal in refusals:
+        by_reason.setdefault(f"refused: {refusal.reason}", []).append(refusal.id)
+    for pair_id, message in failures.items():
+        by_reason.setdefault(f"failed while it ran, measured in part at most: {_literal(message)}", []).append(pair_id)
+    rows = [(reason, str(len(ids)), ", ".join(ids)) for reason, ids in by_reason.items()]
+    rows.sort(key=lambda row: -int(row[1]))
+    return markdown_table(("left out because", "pairs", "ids"), rows) if rows else "No pair was left out."
+
+
+class _Kind(NamedTuple):
+    """How a granularity is presented."""
+
+    title: str
+    swapped: str
+    """What takes the value it has on the other prompt."""
+    draw: Callable[[Result], Figure | None] = lambda result: None
+    """Its figure, if the data allow one."""
+    more: Callable[[Result], str] = lambda result: ""
+    """What is said of it beyond its sites."""
+
+
+def _depth(result: Result) -> Figure:
+    return figures.depth(_informative_sites(result), result.summary.total)
+
+
+def _modules(result: Result) -> Figure:
+    return figures.modules(_informative_sites(result), result.summary.mlp, result.summary.attention)
+
+
+def _units(result: Result) -> Figure | None:
+    share = result.study.config.statistics.min_share
+    heldout = result.effects[(result.effects["split"] == "heldout") & (result.effects["granularity"] == UNITS)]
+    if heldout.empty:
+        return None
+    total = float(heldout.drop_duplicates("pair_id")["te"].mean())
+    return figures.units(_informative_sites(result), result.summary.mediators, share * total, share)
+
+
+def _map(draw: Callable[[pd.DataFrame, float], Figure]) -> Callable[[Result], Figure]:
+    return lambda result: draw(_informative_sites(result), result.study.config.statistics.alpha)
+
+
+def _profiles(result: Result) -> str:
+    """Where in depth the NIE of both kinds of module lies, and their difference."""
+    summary = result.summary
+    profiles = {"MLP": summary.mlp, "attention": summary.attention}
+    defined = {name: profile for name, profile in profiles.items() if profile is not None}
+    rows = [
+        (name, _estimate(profile.centre_of_mass), _estimate(profile.last_third_share, _percent))
+        for name, profile in defined.items()
+    ]
+    header = ("NIE of", "centre of mass (0 first layer, 1 last)", "share in the last third of layers")
+    notes = [Note(name, profile.last_third_share.reason) for name, profile in defined.items()]
+    return Table(header, rows, tuple(note for note in notes if note.text)).markdown()
+
+
+def _mediators(result: Result) -> str:
+    """Neurons chosen on the discovery split, as the held-out split sees them."""
+    by, found = result.study.config.statistics, result.summary.mediators
+    chosen = f"{by.min_share:.0%} of TE by NIE and by TIE on the discovery pairs"
+    if found.empty:
+        return f"No neuron reaches {chosen}."
+    kept = f"{found['mediates'].sum()} of them also do on the held-out pairs, with q ≤ {by.alpha:g}"
+    shown = f"the first {_MOST_MEDIATORS}; `mediators.csv` has all" if len(found) > _MOST_MEDIATORS else "all of them"
+    return _paragraphs(
+        f"{_count(len(found), 'neuron')} reached {chosen}; {kept}. On the held-out pairs ({shown}):",
+        _mediators_table(found.head(_MOST_MEDIATORS), result.study.outcome.unit).markdown(),
+    )
+
+
+def _mediators_table(found: pd.DataFrame, unit: str) -> Table:
+    rows = [
+        (
+            f"{neuron.layer}.{neuron.unit} at '{neuron.position}'",
+            *map(_number, (neuron.nie, neuron.tie)),
+            *map(_percent, (neuron.nie_share, neuron.tie_share)),
+            _number(neuron.q),
+            "yes" if neuron.mediates else "no",
+        )
+        for neuron in found.itertuples()
+    ]
+    return Table(("layer.neuron", f"NIE, {unit}", f"TIE, {unit}", "NIE / TE", "TIE / TE", "q", "mediates"), rows)
+
+
+_KINDS = {
+    "layers": _Kind("Layers", "the residual stream after one layer, at one position", _depth),
+    "modules": _Kind(
+        "Modules", "what the MLP or the attention of one layer adds to the residual stream", _modules, _profiles
+    ),
+    "tokens": _Kind("Tokens", "the residual stream after one layer, at one token", _map(figures.tokens)),
+    "heads": _Kind("Heads", "the output of one attention head", _map(figures.heads)),
+    "neurons": _Kind("Neuron windows", "neighbouring neurons of one MLP", _map(figures.windows)),
+    UNITS: _Kind("Single neurons", "one neuron of a window that is strong on the discovery pairs", _units, _mediators),
+}
+
+
+def _kind(granularity: str) -> _Kind:
+    """How a granularity is presented; one that is not listed above gets its tables and no figure."""
+    return _KINDS.get(granularity, _Kind(granularity, "its sites"))
+
+
+def _figures(result: Result) -> dict[str, Figure]:
+    """Figures by granularity."""
+    drawn = {name: _kind(name).draw(result) for name in _informative_granularities(result)}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _figure_path(granularity: str) -> str:
+    return f"figures/{granularity.replace(':', '-')}.png"
+
+
+def _section(result: Result, granularity: str, drawn: bool) -> str:
+    kind = _kind(granularity)
+    swapped = f"Swapped between the two prompts: {kind.swapped}."
+    if granularity not in _informative_granularities(result):
+        return _paragraphs(swapped, "Only sites whose effects follow by construction were measured.")
+    return _paragraphs(
+        swapped,
+        f"![{kind.title}: NIE and TIE]({_figure_path(granularity)})" if drawn else "",
+        kind.more(result),
+        "The sites strongest on the discovery pairs, by the smaller of mean NIE and mean TIE. Mean, q and share of TE "
+        "are over all pairs and flatter the sites chosen; only the held-out columns are free of that choice.",
+        _sites_table(result, granularity, _MOST_SITES).markdown(),
+    )
+
+
+def _sites_table(result: Result, granularity: str, most: int) -> Table:
+    """The sites strongest on the discovery split, as all pairs and as the held-out pairs see them."""
+    sites = _informative_sites(result)
+    sites = sites[sites["granularity"] == granularity]
+    shown = [(*site, quantity) for site in _strongest(sites, result.summary.total, most) for quantity in _BOTH]
+    everywhere, heldout = (_looked_up(sites, shown, split) for split in ("all", "heldout"))
+    shares = _shares(result, shown)
+    rows = [
+        (
+            _site_name(*key[1:-1]),
+            key[-1].upper(),
+            _interval(found.mean, found.ci_low, found.ci_high),
+            *map(_number, (found.q, fair.mean, fair.q)),
+            _estimate(share, _percent),
+        )
+        for key, found, fair, share in zip(shown, everywhere.itertuples(), heldout.itertuples(), shares, strict=True)
+    ]
+    mean, share_of_te = _mean_header(result.study), "share of TE"
+    notes = (
+        *_notes("", [] if shown else ["no discovery pair has been measured yet"]),
+        *_notes(mean, everywhere["reason"]),
+        *_notes("q", _resolution(result, granularity)),
+        *_notes("held-out q", heldout["reason"]),
+        *_notes(share_of_te, [share.reason for share in shares]),
+    )
+    return Table(("site", "effect", mean, "q", "held-out mean", "held-out q", share_of_te), rows, notes)
+
+
+def _strongest(sites: pd.DataFrame, total: Estimate, most: int) -> list[tuple[Any, ...]]:
+    """Values of `SITE_COLUMNS` by the smaller of mean NIE and mean TIE on the discovery split, in TE's direction."""
+    discovery = sites[sites["split"] == "discovery"]
+    means = discovery.pivot_table(index=SITE_COLUMNS, columns="quantity", values="mean", sort=False)
+    direction = -1 if total.value < 0 else 1
+    return list((direction * means.reindex(columns=_BOTH)).min(axis=1).nlargest(most).index)
+
+
+def _looked_up(sites: pd.DataFrame, shown: list[tuple[Any, ...]], split: str) -> pd.DataFrame:
+    """Estimates of sites and quantities on a split, in the order given; NaN where there are none."""
+    index = pd.MultiIndex.from_tuples(shown, names=[*SITE_COLUMNS, "quantity"])
+    found = sites[sites["split"] == split].set_index(index.names).reindex(index)
+    return found.fillna({"reason": "not measured on these pairs"})
+
+
+def _shares(result: Result, shown: list[tuple[Any, ...]]) -> list[Interval]:
+    """Mean effect over mean TE of sites and quantities (VanderWeele 2013: of NIE, the proportion mediated)."""
+    config = result.study.config
+    part = result.effects[result.effects["granularity"].isin({key[0] for key in shown})]
+    tables = {quantity: pivot(part, quantity, SITE_COLUMNS) for quantity in (*_BOTH, "te")}
+    total, clusters = tables["te"]
+    return [
+        ratio_of_means(
+            tables[quantity][0].loc[:, tuple(site)],
+            total.loc[:, tuple(site)],
+            clusters,
+            np.random.default_rng(config.seed),
+            config.statistics.resamples,
+        )
+        for *site, quantity in shown
+    ]
+
+
+def _notes(column: str, texts: Iterable[str]) -> list[Note]:
+    return [Note(column, text) for text in dict.fromkeys(texts) if text]
+
+
+def _resolution(result: Result, granularity: str) -> list[str]:
+    """Says so where the test is too coarse to find a site on its own (see `stats.estimate_means`)."""
+    family = result.summary.sites[result.summary.sites["granularity"] == granularity]
+    by, clusters = result.study.config.statistics, int(family["clusters"].max())
+    size = len(family[SITE_COLUMNS].drop_duplicates())
+    floor = max(2.0 ** (1 - clusters), 1 / (by.resamples + 1))
+    needed = math.ceil(size * floor / by.alpha)
+    if needed <= 1:
+        return []
+    reach = f"reached by {needed} together or by none" if needed <= size else "out of reach"
+    return [
+        f"{_count(clusters, 'cluster')} and {by.resamples} resamples give no p below {floor:.2g}, so among {size} "
+        f"sites q ≤ {by.alpha:g} is {reach}; a large q is no evidence that a site does nothing"
+    ]
+
+
+def _site_name(component: str, layer: int, position: str, start: str, stop: str) -> str:
+    where = f"layer {layer} at '{position}'"
+    if not start:
+        return f"{_NOUNS[component]}, {where}"
+    last = int(stop) - 1
+    units = f" {start}" if last == int(start) else f"s {start}-{last}"
+    return f"{_NOUNS[component]}{units}, {where}"
+
+
+def _identities_table(study: Study, identities: Sequence[Identity]) -> Table:
+    rows = [
+        (identity.name, str(identity.n), _number(identity.largest), _holds(identity, study)) for identity in identities
+    ]
+    notes = (
+        Note("", f"asked for: at most {TOLERANCE:g} {study.outcome.unit} in float32; this run: {study.config.dtype}"),
+        Note("", "checked on pairs with prompts of equal length, the only ones on which these hold"),
+    )
+    return Table(("identity", "measurements", f"largest deviation, {study.outcome.unit}", "verdict"), rows, notes)
+
+
+def _holds(identity: Identity, study: Study) -> str:
+    if not identity.n:
+        return "not checked"
+    if identity.largest <= TOLERANCE:
+        return "holds"
+    return "violated" if study.config.dtype == "float32" else "not judged"
+
+
+def _limits(study: Study, total: Estimate) -> list[str]:
+    unequal = sum(len(pair.x0) != len(pair.x1) for pair in study.pairs)
+    return [
+        f"{_count(total.n_pairs, 'pair')} in {_count(total.n_clusters, 'cluster')}, and it is the clusters that count: "
+        "pairs made from one template are not independent. Below 6 clusters no interval here covers 95%.",
+        f"{unequal} of {_count(len(study.pairs), 'pair')} have edits of unequal length. There the first tokens of the "
+        "longer edit have no partner and are not swapped, so even `all` leaves part of the difference in place.",
+        "`last` is the last prompt token and the answer tokens fed after it; `all` is everything from the first "
+        "differing token on, the fed answer included.",
+        "Sites lie on the same paths: their effects overlap, and shares of TE do not add up to 100%.",
+        *_OUTCOME_LIMITS.get(study.outcome.name, ()),
+    ]
+
+
+def _shown(texts: Sequence[PairText]) -> str:
+    if not texts:
+        return (
+            "Prompts and generated answers are hidden: some are harmful. "
+            "`remote-mediation report FOLDER --show-text` writes this report again with them."
+        )
+    header = ("pair", "harmful prompt", "answer", "harmless prompt", "answer")
+    order = [(text.id, text.harmful, text.harmful_answer, text.harmless, text.harmless_answer) for text in texts]
+    return markdown_table(header, [tuple(map(_literal, row)) for row in order])
+
+
+def _provenance_table(record: Mapping[str, Any]) -> Table:
+    further = sorted(set(record) - {*_PROVENANCE, "study"})
+    rows = [row for name in (*_PROVENANCE, *further) for row in _flat(name, record.get(name))]
+    return Table(("what", "value"), rows)
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, str]]:
+    """Nested settings as rows with dotted names."""
+    if isinstance(value, dict) and value:
+        return [row for key, inner in value.items() for row in _flat(f"{name}.{key}", inner)]
+    return [(name, _UNRECORDED if value is None else str(value))]
