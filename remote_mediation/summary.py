@@ -273,8 +273,8 @@ def _what(total: Estimate, difference: Estimate | None) -> Claim:
     if _unknown(total) or np.isnan(difference.low):
         return Claim(name, "undecided", _unknown(total) or difference.reason)
     text = (
-        f"MLP minus attention, NIE in the direction of TE summed over layers, is {difference.value:+.3g} [{difference.low:+.3g}, "
-        f"{difference.high:+.3g}] per pair (p = {difference.p:.2g})"
+        f"MLP minus attention, NIE in the direction of TE summed over layers, is {difference.value:+.3g} "
+        f"[{difference.low:+.3g}, {difference.high:+.3g}] per pair (p = {difference.p:.2g})"
     )
     return Claim(name, _verdict(difference.low, difference.high), text)
 

@@ -36,13 +36,15 @@ def sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[Site]:
 def units(config: StudyConfig, info: ModelInfo, effects: pd.DataFrame) -> list[Site]:
     """The single neurons of the windows with the largest effects on the discovery split.
 
-    A window's effect is the smaller of its mean NIE and mean TIE: sufficient and necessary.
+    A window's effect is the smaller of its mean NIE and mean TIE, both in the direction of the mean TE: sufficient and
+    necessary.
     """
     discovery = effects[effects["split"] == "discovery"]
     if discovery.empty:
         return []
     means = discovery.groupby(["layer", "position", "unit_start", "unit_stop"])[["nie", "tie"]].mean()
-    strongest = means.min(axis=1).nlargest(config.neurons.max_windows)
+    direction = -1 if discovery["te"].mean() < 0 else 1
+    strongest = (direction * means).min(axis=1).nlargest(config.neurons.max_windows)
     return [
         Site("mlp_neurons", int(layer), str(position), (unit,))
         for layer, position, start, stop in strongest[strongest > 0].index
