@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -19,15 +21,26 @@ from nnsight.ndif import register
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from remote_mediation import program
-from remote_mediation.errors import JobError, LostJobError, ModelError, TransportError
+from remote_mediation.errors import BackendError, JobError, LostJobError, ModelError, PreflightError, TransportError
 from remote_mediation.fetch import located
 from remote_mediation.models import info_of, load_info
-from remote_mediation.ndif import Server, preflight, refuse_bad
+from remote_mediation.ndif import Server, plain, preflight, refuse_bad
 from remote_mediation.plan import Job, Readout
-from remote_mediation.sites import ModelInfo
+from remote_mediation.sites import ModelInfo, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# ndif's words when the process that holds the model ended while a job was in it.
+_CRASHED = "Error submitting request to model deployment"
+# So often a job may be in the model's process when that ends, before the job is taken to be the reason.
+_MOST_CRASHES = 2
+# Seconds until a model whose process ended is asked again; it takes about 10 to load a small one.
+_CRASH_PAUSE = 5.0
+# Seconds after which a job of which the server has never said anything is taken to be unknown to it.
+_UNKNOWN_FOR = 120.0
+# HTTP statuses below 500 that pass by themselves.
+_TRANSIENT = (408, 425, 429)
 
 
 class LocalBackend:
@@ -89,6 +102,20 @@ class LocalBackend:
         return strip_answers(program.execute(self._model, payload), self.tokenizer)
 
 
+@dataclass
+class Traffic:
+    """What a client has exchanged with a server."""
+
+    jobs: int = 0
+    """Jobs sent."""
+    up: int = 0
+    """Bytes of their payloads."""
+    down: int = 0
+    """Bytes of the values that came back, as transferred."""
+    seconds: float = 0.0
+    """Time that the jobs which came back took on the server."""
+
+
 class NdifBackend:
     """Runs jobs on an NDIF server. The model here has shapes and no weights; only the outcomes' values come back."""
 
@@ -99,13 +126,15 @@ class NdifBackend:
         server: Server,
         notify: Callable[[str], None],
         *,
+        dtype: str | None = None,
         patience: float = 1800.0,
         retry_for: float = 300.0,
     ) -> None:
-        """Build the model's shape and make sure that the server can run it.
+        """Build the model's shape and make sure that the server runs it, in the precision that the study says.
 
-        notify: is told what the server says of a job. patience: seconds without any news of a job after which it is
-        given up. retry_for: seconds for which a lost connection is tried again.
+        notify: is told what the server says of a job. dtype: the study's precision, None for any. patience: seconds
+        without any news of a job after which it is given up. retry_for: seconds for which a lost connection is tried
+        again, and a model whose process ended is waited for.
 
         Raises:
             PreflightError: the server cannot be reached, refuses the key, or cannot run the model.
@@ -114,7 +143,7 @@ class NdifBackend:
         """
         self.info = load_info(name, revision)
         refuse_bad(preflight(server, name, revision))
-        self._server, self._notify, self._patience = server, notify, patience
+        self._server, self._notify, self._patience, self._retry_for = server, notify, patience, retry_for
         self._model = TransformersModel(name, revision=revision or "main", task="text-generation")
         self._model_key = self._model.to_model_key()
         self._retry = Retrying(
@@ -126,8 +155,16 @@ class NdifBackend:
             ),
             reraise=True,
         )
+        self.traffic = Traffic()
+        self._sent: dict[str, str] = {}
+        self._crashes: Counter[str] = Counter()
         # The program travels by value: the server does not have this package.
         register(program)
+        self.dtype = self._ask_dtype()
+        if dtype and dtype != self.dtype:
+            raise PreflightError(
+                f'{server.host} runs {name} in {self.dtype}, the study says {dtype}; set dtype = "{self.dtype}"'
+            )
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -136,24 +173,75 @@ class NdifBackend:
 
     def submit(self, job: Job) -> str:
         """Send a job; the ticket is the server's id for it."""
-        return self._send(job.payload)
+        ticket = self._send(job.payload)
+        self._sent[ticket] = job.id
+        return ticket
 
     def collect(self, ticket: str) -> Readout:
-        """Wait for a job's values, through lost connections."""
-        values, seconds = self._wait(ticket)
+        """Wait for a job's values, through lost connections.
+
+        A job in which the model's process ended is lost, to be sent again once the model is back. When that happens to
+        one job again and again, although the model comes back each time, the job is to blame and has failed.
+        """
+        try:
+            values, seconds = self._wait(ticket)
+        except _CrashError as error:
+            job = self._sent.get(ticket, "")
+            self._crashes[job] += 1
+            self._await_model()
+            if self._crashes[job] > _MOST_CRASHES:
+                raise JobError(f"the model's process ended {self._crashes[job]} times in it ({error})") from error
+            raise LostJobError(str(error)) from error
         return Readout(split_values(values), seconds)
 
     def answer(self, prompts: Sequence[tuple[int, ...]], tokens: int) -> list[tuple[int, ...]]:
         """The model's greedy answers, end-of-text tokens left out."""
         payload = {"task": "answer", "prompts": tuple(prompts), "tokens": tokens}
-        return strip_answers(self._wait(self._send(payload))[0], self.tokenizer) if prompts else []
+        return strip_answers(self._wait_through_crashes(payload), self.tokenizer) if prompts else []
+
+    def _ask_dtype(self) -> str:
+        """The precision in which the server holds the model. The first job: it asks for the model to be deployed."""
+        try:
+            (empty,) = self._wait_through_crashes(self._probe())
+        except JobError as error:
+            raise PreflightError(f"{self._server.host} cannot run {self.info.name}: {error}") from error
+        return str(empty.dtype).removeprefix("torch.")
+
+    def _probe(self) -> dict[str, Any]:
+        return {"task": "probe", "blocks": family_of(self.info.family).blocks}
+
+    def _wait_through_crashes(self, payload: dict[str, Any]) -> list[torch.Tensor]:
+        """A job's tensors, sent again while the model's process ends."""
+        for _ in range(_MOST_CRASHES):
+            with contextlib.suppress(_CrashError, LostJobError):
+                return self._wait(self._send(payload))[0]
+            self._await_model()
+        return self._wait(self._send(payload))[0]
+
+    def _await_model(self) -> None:
+        """Return once the model answers again.
+
+        Raises:
+            TransportError: it did not, for as long as a lost connection is borne.
+        """
+        end = time.monotonic() + self._retry_for
+        while time.monotonic() < end:
+            self._notify("the model's process ended on the server, waiting for it")
+            time.sleep(_CRASH_PAUSE)
+            with contextlib.suppress(JobError, LostJobError):
+                self._wait(self._send(self._probe()))
+                return
+        raise TransportError(
+            f"{self.info.name} has not come back on {self._server.host} within {self._retry_for:.0f} s; what is "
+            "measured is kept, run the same command again later"
+        )
 
     def _send(self, payload: dict[str, Any]) -> str:
         return self._retry(self._send_once, payload)
 
     def _send_once(self, payload: dict[str, Any]) -> str:
         remote = self._remote(None)
-        with _translated():
+        with _translated(self._server):
             program.execute(self._model, payload, remote)
         return str(remote.job_id)
 
@@ -164,22 +252,26 @@ class NdifBackend:
         while True:
             result = self._retry(self._poll_once, remote)
             if result is not None:
-                return result["values"], float((remote.meta or {}).get("runtime") or 0.0)
-            if time.monotonic() - remote.heard > self._patience:
+                seconds = float((remote.meta or {}).get("runtime") or 0.0)
+                self.traffic.seconds += seconds
+                return result["values"], seconds
+            silence = time.monotonic() - remote.heard
+            if remote.status is None and silence > min(self._patience, _UNKNOWN_FOR):
+                raise LostJobError(f"the server does not know job {ticket}")
+            if silence > self._patience:
                 raise LostJobError(f"no news of job {ticket} for {self._patience:.0f} s; it is given up")
             time.sleep(pause)
             pause = min(pause * 1.5, 2.0)
 
     def _poll_once(self, remote: _Remote) -> dict[str, Any] | None:
-        with _translated():
+        with _translated(self._server):
             result: dict[str, Any] | None = remote()
         return result
 
     def _remote(self, ticket: str | None) -> _Remote:
         server = self._server
-        return _Remote(
-            self._model_key, server.host, server.key, self._model._remoteable_get_env(), ticket, self._notify
-        )
+        env = self._model._remoteable_get_env()
+        return _Remote(self._model_key, server, env, ticket, self._notify, self.traffic)
 
 
 class _Remote(RemoteBackend):  # type: ignore[misc]  # nnsight is untyped
@@ -188,44 +280,71 @@ class _Remote(RemoteBackend):  # type: ignore[misc]  # nnsight is untyped
     def __init__(
         self,
         model_key: str,
-        host: str,
-        key: str,
+        server: Server,
         env: dict[str, Any],
         ticket: str | None,
         notify: Callable[[str], None],
+        traffic: Traffic,
     ) -> None:
-        super().__init__(model_key, host=host, api_key=key, env=env, blocking=False, job_id=ticket)
+        super().__init__(model_key, host=server.host, api_key=server.key, env=env, blocking=False, job_id=ticket)
+        self.api_key = server.key  # and no other that nnsight may know
         self.display.enabled = False
         self.heard = time.monotonic()
-        self._notify = notify
+        self._notify, self._traffic = notify, traffic
         self._said = ""
 
+    def _serialize(self, tracer: Any) -> bytes:
+        blob: bytes = super()._serialize(tracer)
+        self._traffic.jobs += 1
+        self._traffic.up += len(blob)
+        return blob
+
+    def finalize(self, content: bytes) -> Any:
+        self._traffic.down += len(content)
+        return super().finalize(content)
+
     def note(self, response: Any) -> bool:
-        line = f"{response.status.value.lower()}: {response.description}".rstrip(": ")
+        line = f"{response.status.value.lower()}: {plain(response.description or '', self.api_key)}".rstrip(": ")
         if line != self._said:
             self._said, self.heard = line, time.monotonic()
             self._notify(line)
         return bool(super().note(response))
 
 
+class _CrashError(JobError):
+    """The process that holds the model ended while it had the job, because of the job or of something else."""
+
+
 @contextlib.contextmanager
-def _translated() -> Generator[None]:
-    """nnsight raises one error for lost connections and failed jobs; tell them apart."""
+def _translated(server: Server) -> Generator[None]:
+    """nnsight raises one error for lost connections, refused requests and failed jobs; tell them apart."""
     try:
         yield
     except RemoteError as error:
-        cause = error.__cause__
-        if isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code < 500:
-            raise JobError(str(error)) from error
+        message, cause = plain(str(error), server.key), error.__cause__
+        if isinstance(cause, httpx.HTTPStatusError):
+            raise _refused(message, cause.response.status_code) from error
         if isinstance(cause, httpx.HTTPError):
-            raise TransportError(str(error)) from error
-        raise JobError(str(error)) from error
+            raise TransportError(message) from error
+        raise (_CrashError if _CRASHED in message else JobError)(message) from error
     except httpx.HTTPStatusError as error:
-        if error.response.status_code in (403, 404, 410):
-            raise LostJobError(f"the result is no longer kept ({error.response.status_code})") from error
-        raise TransportError(str(error)) from error
+        status, asked = error.response.status_code, str(error.request.url)
+        if status in _TRANSIENT or status >= 500:
+            raise TransportError(f"{server.host} answers {status}") from error
+        if asked.startswith(server.host + "/response/") and status in (401, 403):
+            raise PreflightError(f"{server.host} refuses the API key ({status}); set NDIF_API_KEY") from error
+        raise LostJobError(f"the result is no longer kept ({status})") from error
     except httpx.HTTPError as error:
-        raise TransportError(str(error) or type(error).__name__) from error
+        raise TransportError(plain(str(error), server.key) or type(error).__name__) from error
+
+
+def _refused(message: str, status: int) -> BackendError:
+    """What an HTTP error to a request means: later, smaller, or not at all."""
+    if status in _TRANSIENT or status >= 500:
+        return TransportError(message)
+    if status == 413:
+        return JobError(message)
+    return PreflightError(f"the server refuses requests ({status}): {message}")
 
 
 def split_values(contexts: list[torch.Tensor]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:

@@ -285,7 +285,8 @@ def _backend(config: StudyConfig, progress: _Watch) -> Backend:
 
     _quiet_libraries()
     if config.backend == "ndif":
-        return NdifBackend(config.model, config.revision, server_from_environment(), progress.note)
+        server = server_from_environment()
+        return NdifBackend(config.model, config.revision, server, progress.note, dtype=config.dtype)
     progress.note(f"loading {config.model}")
     load_info(config.model, config.revision)  # a wrong name is refused in better words than the weights' loader has
     return LocalBackend.load(config.model, config.revision, config.dtype, config.device)

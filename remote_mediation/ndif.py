@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +25,13 @@ from remote_mediation.errors import PreflightError
 PUBLIC_HOST = "https://api.ndif.us"
 # Packages whose version decides whether a program means the same on both sides.
 _SHARED = ("nnsight", "transformers", "torch")
-_TIMEOUT = httpx.Timeout(10.0, read=60.0)
+_TIMEOUT = httpx.Timeout(10.0)
+# Seconds for which a server that cannot reach its models is asked again: it takes so long after a restart.
+_RECONNECT_S = 30.0
+_RECONNECT_PAUSE_S = 2.0
+# A path of more than one folder, not one inside a URL.
+_PATH = re.compile(r"(?<![\w:/.])~?(?:/[^\s/'\",:;()]+){2,}/?")
+_LONGEST_MESSAGE = 300
 
 State = Literal["hot", "warm", "deploying", "cold", "unhealthy"]
 
@@ -74,11 +82,24 @@ def server_from_environment() -> Server:
     return Server(host.rstrip("/"), os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY or "")
 
 
+class SlowError(PreflightError):
+    """The server is there and one of its answers does not come in time; jobs may run all the same."""
+
+
+def plain(message: str, key: str) -> str:
+    """A server's message in one line, fit for a user and a run folder: no traceback, no key, no paths of a machine."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    text = (lines[-1] if "Traceback" in message else " ".join(lines)) if lines else ""
+    text = _PATH.sub("<path>", text.replace(key, "<key>") if key else text)
+    return text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + " ..."
+
+
 def ask(server: Server, path: str) -> Any:
     """A server's JSON answer to GET `path`.
 
     Raises:
         PreflightError: not reachable, not an NDIF server, or an error of its own; the message tells which.
+        SlowError: it is there and does not answer this in time.
     """
     headers = {"ndif-api-key": server.key} if server.key else {}
     try:
@@ -86,12 +107,37 @@ def ask(server: Server, path: str) -> Any:
         response.raise_for_status()
         return response.json()
     except httpx.HTTPStatusError as error:
-        raise PreflightError(_status_message(server, path, error.response)) from error
+        kind = SlowError if error.response.status_code == 504 else PreflightError
+        raise kind(_status_message(server, path, error.response)) from error
+    except httpx.ReadTimeout as error:
+        raise SlowError(f"{server.host} does not answer {path} within {_TIMEOUT.read:.0f} s") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         reason = str(error) or type(error).__name__
         raise PreflightError(f"cannot reach {server.host} ({reason}); check NDIF_HOST and the network") from error
     except json.JSONDecodeError as error:
         raise PreflightError(f"{server.host} does not answer as an NDIF server does; check NDIF_HOST") from error
+
+
+def await_connected(server: Server, patience: float = _RECONNECT_S) -> None:
+    """Return once the server reaches what runs its models; it says 503 for some seconds after a restart.
+
+    Raises:
+        PreflightError: see `ask`; it did not within `patience` seconds.
+    """
+    end = time.monotonic() + patience
+    while True:
+        try:
+            answer = ask(server, "/connected")
+        except PreflightError as error:
+            cause = error.__cause__
+            reconnecting = isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code == 503
+            if not reconnecting or time.monotonic() > end:
+                raise
+            time.sleep(min(_RECONNECT_PAUSE_S, patience))
+            continue
+        if not isinstance(answer, dict) or "status" not in answer:
+            raise PreflightError(f"{server.host} does not answer as an NDIF server does; check NDIF_HOST")
+        return
 
 
 def deployments(server: Server) -> list[Deployment]:
@@ -102,7 +148,7 @@ def deployments(server: Server) -> list[Deployment]:
     """
     answer = ask(server, "/status")
     if not isinstance(answer, dict) or "deployments" not in answer:
-        raise PreflightError(f"{server.host}/status is not an NDIF status; check NDIF_HOST")
+        raise PreflightError(f"{server.host} does not answer as an NDIF server does; check NDIF_HOST")
     groups: dict[tuple[str, str, str], list[State]] = {}
     for name, entry in answer["deployments"].items():
         key = (entry.get("repo_id") or name, entry.get("revision") or "main", entry.get("task") or "")
@@ -117,23 +163,35 @@ def check_versions(server: Server) -> list[Finding]:
     Raises:
         PreflightError: see `ask`.
     """
-    remote = ask(server, "/env")
-    theirs = {"python": str(remote.get("python_version", "")).split(" ")[0]}
-    theirs |= {name: str(remote.get("packages", {}).get(name, "")) for name in _SHARED}
+    try:
+        remote = ask(server, "/env")
+    except SlowError as error:
+        return [Finding("versions", True, f"not compared: {error}")]
+    packages = remote.get("packages") or {}
+    theirs = {"python": str(remote.get("python_version") or "").split(" ")[0]}
+    theirs |= {name: str(packages.get(name) or "") for name in _SHARED}
     ours = {"python": platform.python_version(), **{name: metadata.version(name) for name in _SHARED}}
     return [_compared(name, ours[name], theirs[name]) for name in ours]
 
 
-def preflight(server: Server, repo_id: str, revision: str) -> list[Finding]:
-    """Everything that would make a study fail before its first job: server, key, versions, model.
+def preflight(server: Server, model: str | None, revision: str, patience: float = _RECONNECT_S) -> list[Finding]:
+    """Everything that would make a study fail before its first job: server, key, versions, and the model if named.
+
+    `/connected` tells whether jobs run. `/status` may keep silent while they do (ndif 0.1.2, after a restart of its
+    Redis), so its silence is told and stops nothing.
 
     Raises:
         PreflightError: the server cannot be asked.
     """
-    found = deployments(server)
-    findings = [Finding("server", True, f"{server.host} answers, {len(found)} models known")]
-    findings += [_key(server), *check_versions(server)]
-    return [*findings, _model(found, repo_id, revision)]
+    await_connected(server, patience)
+    findings = [Finding("server", True, f"{server.host} is connected to its models"), _key(server)]
+    findings += check_versions(server)
+    try:
+        found = deployments(server)
+    except SlowError as error:
+        return [*findings, Finding("models", True, f"not known: {error}; jobs run meanwhile")]
+    findings.append(Finding("models", True, f"{len(found)} known"))
+    return [*findings, _model(found, model, revision)] if model else findings
 
 
 def examine(server: Server, model: str | None, revision: str) -> list[Finding]:
@@ -145,13 +203,9 @@ def examine(server: Server, model: str | None, revision: str) -> list[Finding]:
         Finding("host", True, f"{server.host} ({'NDIF_HOST' if os.environ.get('NDIF_HOST') else 'default'})"),
     ]
     try:
-        found = deployments(server)
-        findings += [Finding("server", True, f"answers, {len(found)} models known"), _key(server)]
-        findings += check_versions(server)
-        findings += [_model(found, model, revision)] if model else []
+        return findings + preflight(server, model, revision, patience=0.0)
     except PreflightError as error:
-        findings.append(Finding("server", False, str(error)))
-    return findings
+        return [*findings, Finding("server", False, str(error))]
 
 
 def refuse_bad(findings: list[Finding]) -> None:
@@ -166,7 +220,8 @@ def refuse_bad(findings: list[Finding]) -> None:
 
 
 def _model(found: list[Deployment], repo_id: str, revision: str) -> Finding:
-    mine = [one for one in found if one.repo_id == repo_id and one.revision == (revision or "main")]
+    wanted = (repo_id.lower(), revision or "main")
+    mine = [one for one in found if (one.repo_id.lower(), one.revision) == wanted]
     if mine:
         return Finding("model", mine[0].state != "unhealthy", f"{repo_id} is {mine[0].state}")
     return Finding("model", True, f"{repo_id} is not deployed; its first job asks the server to deploy it")
@@ -174,13 +229,15 @@ def _model(found: list[Deployment], repo_id: str, revision: str) -> Finding:
 
 def _status_message(server: Server, path: str, response: httpx.Response) -> str:
     try:
-        detail = response.json().get("detail", "")
+        detail = plain(str(response.json().get("detail", "")), server.key)
     except (ValueError, AttributeError):
         detail = ""
     if response.status_code in (401, 403):
         return f"{server.host} refuses the API key ({detail or response.status_code}); set NDIF_API_KEY"
     if response.status_code == 404:
         return f"{server.host} has no {path}, so it is no NDIF server; check NDIF_HOST"
+    if response.status_code == 504:
+        return f"{server.host} does not answer {path} in time ({detail or 504})"
     if response.status_code >= 500:
         return f"{server.host} is up but not ready ({response.status_code} {detail}); try again in a few minutes"
     return f"{server.host}{path} answers {response.status_code} {detail}".rstrip()

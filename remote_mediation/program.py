@@ -27,8 +27,8 @@ def execute(model: Any, payload: dict[str, Any], backend: Any = None) -> list[to
     """Run a job in one nnsight session and return its tensors.
 
     A `measure` job gives one tensor `[run, read]` (float32) per context: its two unpatched prompts, then its rows in
-    payload order. An `answer` job gives one tensor of token ids per prompt. A backend that only hands the job over
-    leaves the list empty.
+    payload order. An `answer` job gives one tensor of token ids per prompt, a `probe` job an empty one of the model's
+    type. A backend that only hands the job over leaves the list empty.
     """
     values: list[torch.Tensor] = []
     with model.session(backend=backend):
@@ -37,8 +37,17 @@ def execute(model: Any, payload: dict[str, Any], backend: Any = None) -> list[to
 
 
 def perform(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
-    """The job's task: measure rows, or answer prompts."""
+    """The job's task: measure rows, answer prompts, or say in which precision the model runs."""
+    if payload["task"] == "probe":
+        return [probe(model, payload["blocks"])]
     return answer(model, payload) if payload["task"] == "answer" else measure(model, payload)
+
+
+def probe(model: Any, blocks: str) -> torch.Tensor:
+    """An empty tensor of the type in which the residual stream is held."""
+    with model.trace(input_ids=torch.tensor([[0]])):
+        kind = module_at(model, blocks)[0].input.dtype
+    return torch.empty(0, dtype=kind)
 
 
 def answer(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:

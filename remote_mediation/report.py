@@ -31,7 +31,7 @@ from remote_mediation.prompts import Refusal
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.store import Store
 from remote_mediation.study import Result, Study
-from remote_mediation.summary import SUMMARY_COLUMNS, UNITS, Claim, Identity, Summary, pivot
+from remote_mediation.summary import CHECKS, SUMMARY_COLUMNS, UNITS, Claim, Identity, Summary, pivot
 
 TOLERANCE = 1e-4
 """Largest deviation from an identity that float32 explains, in the outcome's unit."""
@@ -259,7 +259,7 @@ def _csv_tables(result: Result) -> dict[str, pd.DataFrame]:
 
 
 def _granularities(result: Result) -> list[str]:
-    return list(dict.fromkeys(result.effects["granularity"]))
+    return [name for name in dict.fromkeys(result.effects["granularity"]) if name != CHECKS]
 
 
 def _informative_granularities(result: Result) -> list[str]:
@@ -268,8 +268,7 @@ def _informative_granularities(result: Result) -> list[str]:
 
 def _informative_sites(result: Result) -> pd.DataFrame:
     """Estimates, without the residual stream at all positions, where NIE = TE whatever the model does."""
-    # Numbers in a table that was put together with empty ones (no pair of a split yet) have lost their type.
-    sites = result.summary.sites.infer_objects()
+    sites = result.summary.sites
     return sites[(sites["component"] != "layer_output") | (sites["position"] != "all")]
 
 

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 # First guess of a backend's speed, operations per second; jobs are cut anew once it is measured.
 FIRST_RATE = 2e10
+# So often a job is handed over before its loss ends the study; what is measured is kept.
+MOST_TRIES = 4
 
 
 class Watch(Protocol):
@@ -266,7 +268,9 @@ def measure(
         watch.advance(job.rows)
 
 
-def _run(job: Job, values: dict[str, npt.NDArray[np.float32]], backend: Backend, store: Store) -> float:
+def _run(
+    job: Job, values: dict[str, npt.NDArray[np.float32]], backend: Backend, store: Store, tries: int = MOST_TRIES
+) -> float:
     """Run one job and keep its values; where it fails, find out which pairs do. Returns the seconds it took."""
     ticket = backend.submit(job)
     store.save_ticket(ticket, job)
@@ -274,7 +278,9 @@ def _run(job: Job, values: dict[str, npt.NDArray[np.float32]], backend: Backend,
         readout = backend.collect(ticket)
     except LostJobError:
         store.forget(job.id)
-        return _run(job, values, backend, store)
+        if tries == 1:
+            raise
+        return _run(job, values, backend, store, tries - 1)
     except JobError as error:
         store.forget(job.id)
         if len(job.parts) == 1:

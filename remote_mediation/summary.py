@@ -287,6 +287,8 @@ def _which(total: Estimate, mediators: pd.DataFrame, layers: int, effects: pd.Da
         return Claim(name, "undecided", _unknown(total))
     if len(mediators) and mediators["q"].isna().all():
         return Claim(name, "undecided", f"the held-out split cannot test them: {mediators['reason'].iloc[0]}")
+    if mediators.empty:
+        return Claim(name, "not supported", "no single neuron measured reaches the share of TE asked for")
     found = mediators[mediators["mediates"]]
     late = found[found["layer"] >= 2 * layers / 3]
     text = (
