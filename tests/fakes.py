@@ -1,0 +1,153 @@
+"""Stand-ins for what a test does not need in earnest: a tokenizer of words, a model's shape, a canned backend.
+
+The backend is a real one in all but the numbers: it takes jobs, gives tickets and answers them, and what was handed
+over outlives it on a `shelf`, as jobs on a server outlive the process that sent them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from remote_mediation.errors import JobError, LostJobError
+from remote_mediation.outcomes import Outcome
+from remote_mediation.plan import Job, Readout
+from remote_mediation.prompts import TokenPair
+from remote_mediation.sites import ModelInfo
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<user> {{ message['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WORDS = (
+    "<unk> <user> <end> <assistant> how do i steal wash sell a the my car bike house at night tonight now please sure "
+    "yes sorry no here is why burn fix"
+)
+INFO = ModelInfo(
+    name="tiny",
+    revision="",
+    family="llama",
+    layers=6,
+    d_model=8,
+    d_ff=12,
+    heads=2,
+    kv_heads=1,
+    d_head=4,
+    vocab=32,
+    gated=True,
+    tied=False,
+    sliding=(),
+    window=None,
+)
+SALT = 1  # with it the canned study of test_resume.py has windows to resolve
+LOGITS = Outcome("logit_diff", plus=(5, 6), minus=(7,))
+LOGPROBS = Outcome("response_logprob")
+
+
+def words_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
+    """A real fast tokenizer, one token per word; the id of a word is its place in `WORDS`."""
+    vocabulary = {word: index for index, word in enumerate(WORDS.split())}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def token_pair(name: str = "p", **changes: Any) -> TokenPair:
+    """Five tokens, the third of them differs, the last is the template's."""
+    fields = {"cluster": name, "category": "", "x0": (1, 2, 3, 4, 5), "x1": (1, 2, 9, 4, 5)}
+    return TokenPair(**{"id": name, **fields, "first": 2, "after": 2, "post": 1, **changes})
+
+
+def records(**extra: str) -> list[dict[str, str]]:
+    """Six prompt pairs of three templates, as a pairs file has them."""
+    return [
+        {
+            "id": f"{harmful}-{noun}",
+            "harmful": f"how do i {harmful} a {noun} at night",
+            "harmless": f"how do i {harmless} a {noun} at night",
+            "category": "theft",
+            "template": noun,
+            **extra,
+        }
+        for harmful, harmless in (("steal", "wash"), ("burn", "fix"))
+        for noun in ("car", "bike", "house")
+    ]
+
+
+def write_pairs(path: Path, content: Sequence[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in content), "utf-8")
+    return path
+
+
+class CannedBackend:
+    """Answers a job with values drawn from its row keys."""
+
+    def __init__(
+        self,
+        shelf: dict[str, Job],
+        *,
+        info: ModelInfo = INFO,
+        refuses: Sequence[str] = (),
+        loses: int = 0,
+        dies_after: float = np.inf,
+    ) -> None:
+        """Pairs whose jobs fail, how many jobs are lost first, and after how many its process is killed."""
+        self.info, self.tokenizer = info, words_tokenizer(chat=True)
+        self.collected: list[Job] = []
+        self._shelf, self._refuses, self._loses, self._dies_after = shelf, refuses, loses, dies_after
+
+    def submit(self, job: Job) -> str:
+        ticket = f"ticket {len(self._shelf)}"
+        self._shelf[ticket] = job
+        return ticket
+
+    def collect(self, ticket: str) -> Readout:
+        if len(self.collected) >= self._dies_after:
+            raise KeyboardInterrupt
+        if ticket not in self._shelf:
+            raise LostJobError(f"{ticket} is not known")
+        job = self._shelf[ticket]
+        if self._loses:
+            self._loses -= 1
+            raise LostJobError(f"{ticket} was lost")
+        failing = [part.pair for part in job.parts if part.pair in self._refuses]
+        if failing:
+            raise JobError(f"no memory for {failing[0]}")
+        self.collected.append(job)
+        values = [canned(key, len(part.payload["prompts"][0]["reads"])) for part in job.parts for key in part.keys]
+        return Readout(values, seconds=1.0)
+
+    def answer(self, prompts: Sequence[tuple[int, ...]], tokens: int) -> list[tuple[int, ...]]:
+        """Every prompt's own words from the verb on."""
+        return [prompt[4 : 4 + tokens] for prompt in prompts]
+
+
+def canned(key: str, count: int) -> np.ndarray:
+    """The values of a row: any numbers, but always the same for the same key."""
+    return np.random.default_rng([SALT, int(key, 16)]).normal(size=count).astype(np.float32)
+
+
+class Watcher:
+    """Counts what a study says of its progress, and may interrupt it."""
+
+    def __init__(self, stop_after: float = np.inf) -> None:
+        self.totals: list[int] = []
+        self.done: list[int] = []
+        self._stop_after = stop_after
+
+    def total(self, rows: int) -> None:
+        self.totals.append(rows)
+
+    def advance(self, rows: int) -> None:
+        self.done.append(rows)
+        if len(self.done) >= self._stop_after:
+            raise KeyboardInterrupt

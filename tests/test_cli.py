@@ -1,0 +1,445 @@
+"""The command line as users meet it: exit codes, one line for every mistake, and whole studies on a tiny model."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from fakes import records, write_pairs
+from oracle import Subject
+
+from remote_mediation import cli
+
+PYTHON = [sys.executable, "-m", "remote_mediation"]
+LOGITS = 'outcome = "logit_diff"\n[logit_diff]\nplus = ["sure", "yes"]\nminus = ["sorry", "no"]\n'
+ANSWERS = {"harmful_response": "sure here is a way", "harmless_response": "sorry i cannot"}
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture(scope="session")
+def model(subject: Callable[[str], Subject]) -> str:
+    """Folder of a tiny chat model."""
+    return subject("llama_chat").info.name
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["remote-mediation", *map(str, arguments)])
+        capsys.readouterr()
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        assert isinstance(code, int)
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+def study(folder: Path, model: str, settings: str = "", name: str = "study.toml") -> Path:
+    """A study file beside its six pairs, for which the file has answers."""
+    write_pairs(folder / "pairs.jsonl", records(**ANSWERS))
+    top = f'model = "{model}"\npairs = "pairs.jsonl"\n'
+    if "granularity" not in settings:
+        top += 'granularity = ["layers", "modules"]\n'
+    (folder / name).write_text(f"{top}{settings}\n[statistics]\nresamples = 100\n", "utf-8")
+    return folder / name
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+def refused(ran: Ran, *mentioned: str) -> None:
+    """Exit code 2 and one line that says what is wrong."""
+    assert ran.code == 2, ran
+    assert ran.out == ""
+    (line,) = ran.err.splitlines()
+    assert line.startswith("error: ")
+    for text in mentioned:
+        assert text in line
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+FIRST = json.dumps(records()[0])
+PAIRS_FILES: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
+    "missing.jsonl": (None, ("missing.jsonl", "No such file", "give a JSONL or CSV file")),
+    "missing.csv": (None, ("missing.csv", "No such file", "give a JSONL or CSV file")),
+    "binary.jsonl": (b"\xff\xfe\x00\x01", ("binary.jsonl", "can't decode", "give a JSONL or CSV file")),
+    "columns.csv": (b"id,clean,corrupted\n1,a,b\n", ("columns.csv", "'clean'", "it needs id, harmful, harmless")),
+    "columns.jsonl": (b'{"id": "1", "prompt": "a"}', ("columns.jsonl", "'prompt'", "it needs id, harmful, harmless")),
+    "empty.jsonl": (b"", ("empty.jsonl", "holds no pairs; give at least one record")),
+    "empty.csv": (b"", ("empty.csv", "holds no pairs; give at least one record")),
+    "twice.jsonl": (f"{FIRST}\n{FIRST}\n".encode(), ("twice.jsonl", "'steal-car' twice", "ids must be unique")),
+    "same.jsonl": (
+        json.dumps({**records()[0], "harmful": "hi [b]", "harmless": "hi [b]"}).encode(),
+        ("same.jsonl", "'steal-car'", "two identical prompts; they must differ"),
+    ),
+    "text.jsonl": (f"{FIRST}\nhow do i\n".encode(), ("text.jsonl, line 2", "not JSON", "write one object per line")),
+    "list.jsonl": (b"[1]\n", ("list.jsonl, record 1", "it needs id, harmful, harmless")),
+    "number.jsonl": (json.dumps({**records()[0], "id": 7}).encode(), ("number.jsonl", "'id' is not text")),
+}
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize("name", PAIRS_FILES)
+def test_bad_pairs_files(call: Run, tmp_path: Path, model: str, name: str, command: str) -> None:
+    content, mentioned = PAIRS_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    before = tree(tmp_path)
+    refused(call(command, "--model", model, "--pairs", name, "--granularity", "layers"), *mentioned)
+    refused(call("pairs", "check", name, "--model", model), *mentioned)
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_is_no_pairs_file(call: Run, tmp_path: Path, model: str) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    refused(call("run", "--model", model, "--pairs", "folder.jsonl"), "folder.jsonl", "Is a directory", "give a JSONL")
+    assert set(tree(tmp_path)) == {str(tmp_path / "folder.jsonl")}
+
+
+def test_pairs_are_looked_at_before_the_model(call: Run) -> None:
+    refused(
+        call("run", "--model", "./nowhere", "--pairs", "missing.jsonl"), "missing.jsonl", "give a JSONL or CSV file"
+    )
+
+
+SETTINGS = {
+    "colour = 1": ("study.toml", "unknown setting 'colour'", "--help"),
+    "[neurons]\nwidth = 1": ("unknown setting 'neurons.width'", "--help"),
+    'granularity = ["layer"]': ("granularity.0", "(got 'layer')", "'layers', 'modules'"),
+    'outcome = "logits"': ("outcome", "(got 'logits')", "'response_logprob' or 'logit_diff'"),
+    'backend = "cloud"': ("backend", "(got 'cloud')", "'local' or 'ndif'"),
+    'dtype = "float8"': ("dtype", "(got 'float8')", "'float32', 'bfloat16' or 'float16'"),
+    "max_pairs = 1": ("max_pairs", "(got 1)", "greater than or equal to 2"),
+    'outcome = "logit_diff"': ("logit_diff needs [logit_diff] with `plus` and `minus`",),
+    "model = ": ("study.toml", "is not TOML"),
+    'granularity = ["layers"]\n[positions]\nlayers = ["midle[0]"]': ("unknown position 'midle[0]'", "use one of edit,"),
+    'granularity = ["heads"]\n[positions]\nheads = ["edit[x]"]': ("position 'edit[x]'", "no token number"),
+    'granularity = ["heads"]\n[positions]\nheads = ["edit[7]"]': ("no pair has tokens", "'heads'", "[positions]"),
+    'granularity = ["heads"]\n[positions]\nheads = []': ("positions.heads", "at least 1 item"),
+    'granularity = ["neurons"]\n[neurons]\nlayers = [3]\nwindow = 8': ("layer 3 is out of range", "layers 0 to 2"),
+    'granularity = ["neurons"]\n[neurons]\nlayers = [-1]\nwindow = 8': ("layer -1 is out of range", "layers 0 to 2"),
+    'granularity = ["neurons"]\n[neurons]\nwindow = 41': ("neurons.window 41 is wider than the 40 neurons",),
+    LOGITS.replace('"sure"', '"sure way"'): ("'sure way' is 2 tokens", "not one"),
+    LOGITS.replace('"no"', '"yes"'): ("'yes'", "both `plus` and `minus`"),
+}
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_bad_settings(call: Run, tmp_path: Path, model: str, settings: str, command: str) -> None:
+    file = study(tmp_path, model, settings)
+    before = tree(tmp_path)
+    refused(call(command, file), *SETTINGS[settings])
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_bad_study_files(call: Run, tmp_path: Path, command: str) -> None:
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    before = tree(tmp_path)
+    refused(call(command, "missing.toml"), "'missing.toml'", "No such file", "give a TOML file")
+    refused(call(command, tmp_path), str(tmp_path), "Is a directory", "give a TOML file")
+    refused(call(command, "binary.toml"), "'binary.toml'", "can't decode", "give a TOML file")
+    refused(call(command), "setting 'model' is missing; give it in the study file or as a flag")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_unknown_models(call: Run, tmp_path: Path, model: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = study(tmp_path, model)
+    (tmp_path / "empty").mkdir()
+    before = tree(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("./nowhere", "empty", "nobody/no-such-model"):
+        refused(call(command, file, "--model", name), f"cannot load model '{name}'", "give a local folder, a hub id")
+    refused(call("pairs", "check", "builtin", "--model", "./nowhere"), "'./nowhere'", "give a local folder")
+    assert tree(tmp_path) == before
+
+
+def test_an_unknown_family(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "opt"}', "utf-8")
+    before = tree(tmp_path)
+    refused(call("run", file, "--model", "model"), "model family 'opt'", "add a row FAMILIES['opt']")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "mentioned"),
+    [
+        (records(harmful_response=" ", harmless_response="no"), ("pair 'steal-car'", "' ' has no tokens", "give text")),
+        (records(**ANSWERS)[:1], ("1 of 1 pairs can be run, a study needs two", "add pairs")),
+        (records(harmful_response="yes", harmless_response="yes"), ("0 of 6 pairs", "the same answer")),
+        ([{**record, "template": "t"} for record in records(**ANSWERS)], ("come from 1", "Add pairs")),
+    ],
+)
+def test_pairs_that_cannot_be_studied(
+    call: Run, tmp_path: Path, model: str, content: list[dict[str, str]], mentioned: tuple[str, ...]
+) -> None:
+    write_pairs(tmp_path / "mine.jsonl", content)
+    before = tree(tmp_path)
+    refused(call("run", "--model", model, "--pairs", "mine.jsonl", "--granularity", "layers"), *mentioned)
+    assert tree(tmp_path) == before
+
+
+def test_too_few_pairs(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model)
+    before = tree(tmp_path)
+    # Two of the six, both from one template.
+    refused(call("run", file, "--max-pairs", 2), "two templates or more; these 2 come from 1", "Add pairs")
+    assert tree(tmp_path) == before
+
+
+def test_plan_refuses_a_file_in_which_no_pair_can_be_run(call: Run, tmp_path: Path, model: str) -> None:
+    write_pairs(tmp_path / "mine.jsonl", [{**record, "harmful": f"x{record['harmless']}"} for record in records()])
+    unknown = [{**record, "harmful": "xx", "harmless": "yy"} for record in records()]
+    write_pairs(tmp_path / "mine.jsonl", unknown)
+    refused(call("plan", "--model", model, "--pairs", "mine.jsonl"), "0 of 6 pairs can be run", "the same tokens")
+
+
+# --- run folders that cannot be used ----------------------------------------------------------------------------------
+
+
+def test_folders_that_are_not_ours(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/thesis.tex").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/run.json").write_text('{"epochs": 3}')
+    before = tree(tmp_path)
+    refused(call("run", file, "--out", "used"), "used is in use and is no run folder; choose another with --out")
+    refused(call("run", file, "--out", "used/thesis.tex"), "used/thesis.tex is in use")
+    refused(call("run", file, "--out", "used/thesis.tex/run"), "used/thesis.tex is a file; choose another --out")
+    refused(call("run", file, "--out", "other"), "other/run.json was not written by a run; choose another")
+    refused(call("run", file, "--out", "x" * 300), "File name too long; choose another --out")
+    refused(call("report", "used"), "used is no run folder (it has no run.json)", "give the folder of")
+    refused(call("report", "nowhere"), "nowhere is no run folder", "give the folder of")
+    refused(call("report", "other"), "other/run.json was not written by a run")
+    assert tree(tmp_path) == before
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one page, which is taken."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform != "linux" or libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, b"size=4k"):
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        (folder / "filler").write_bytes(bytes(4096))
+        yield folder
+    finally:
+        libc.umount2(bytes(folder), 2)
+
+
+def test_no_space(call: Run, tmp_path: Path, model: str, full_disk: Path) -> None:
+    file = study(tmp_path, model)
+    before = tree(tmp_path)
+    refused(call("run", file, "--out", full_disk / "run"), "No space left on device; free some space or choose")
+    assert tree(tmp_path) == before
+
+
+# --- what runs --------------------------------------------------------------------------------------------------------
+
+
+def measured(folder: Path) -> dict[str, int]:
+    """Readouts of a run, and when they were written."""
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "readouts").glob("*.npz")}
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.csv")}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        'granularity = ["layers", "modules", "neurons"]\n[neurons]\nwindow = 10\nmax_windows = 1\n',
+        'granularity = ["tokens", "heads"]\n' + LOGITS,
+    ],
+    ids=["response_logprob", "logit_diff"],
+)
+def test_a_study_from_start_to_report(call: Run, tmp_path: Path, model: str, settings: str) -> None:
+    file, folder = study(tmp_path, model, settings), tmp_path / "runs/study"
+    ran = call("run", file)
+    assert (ran.code, ran.err) == (0, "")
+    assert "Total effect" in ran.out
+    assert "runs/study/report.md" in ran.out
+    assert {path.name for path in folder.iterdir()} >= {"run.json", "pairs.jsonl", "effects.csv", "report.md"}
+    first, jobs = tables(folder), measured(folder)
+    assert b"burn-house" in first["effects.csv"]
+    assert ("mediators.csv" in first) == ("neurons" in settings)
+
+    again = call("run", file)
+    assert again.code == 0
+    assert tables(folder) == first
+    assert measured(folder) == jobs
+
+    for name in (*first, "report.md"):
+        (folder / name).unlink()
+    rebuilt = call("report", folder)
+    assert (rebuilt.code, rebuilt.err) == (0, "")
+    assert tables(folder) == first
+
+    other = call("run", file, "--seed", 1)
+    refused(other, "holds another study: its seed is 0, not 1; choose another folder with --out")
+    assert tables(folder) == first
+
+
+def test_answers_are_shown_only_when_asked_for(call: Run, tmp_path: Path, model: str) -> None:
+    file, report = study(tmp_path, model), tmp_path / "runs/study/report.md"
+    call("run", file, "--granularity", "layers")
+    assert "steal a car at night" not in report.read_text("utf-8")
+    assert call("report", "runs/study", "--show-text").code == 0
+    assert "steal a car at night" in report.read_text("utf-8")
+    assert "sure here is a way" in report.read_text("utf-8")
+
+
+def test_an_interrupted_run_goes_on(call: Run, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, jobs = study(tmp_path, model, "job_seconds = 1e-9"), []
+
+    def interrupt(watch: object, rows: int) -> None:
+        jobs.append(rows)
+        raise KeyboardInterrupt
+
+    assert call("run", file, "--out", "undisturbed").code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(cli._Watch, "advance", interrupt)
+        stopped = call("run", file)
+    assert (stopped.code, len(jobs)) == (130, 1)
+    assert stopped.err == "stopped; everything finished so far is kept, and the same command goes on from there\n"
+    assert len(measured(tmp_path / "runs/study")) == 1
+
+    partial = call("report", "runs/study")
+    assert partial.code == 0
+    assert "not finished" in (tmp_path / "runs/study/report.md").read_text("utf-8")
+    assert call("run", file).code == 0
+    assert tables(tmp_path / "runs/study") == tables(tmp_path / "undisturbed")
+    assert "not finished" not in (tmp_path / "runs/study/report.md").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_ctrl_c(call: Run, tmp_path: Path, model: str) -> None:
+    settings = 'granularity = ["neurons"]\n{}\n[neurons]\nwindow = 2\nmax_windows = 1\n'
+    slow = study(tmp_path, model, settings.format("job_seconds = 1e-9\nbatch_gb = 1e-9"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([*PYTHON, "run", slow], stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/study/readouts/*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "stopped; everything finished so far is kept, and the same command goes on from there\n"
+    assert measured(tmp_path / "runs/study")
+
+    fast = study(tmp_path, model, settings.format(""))  # where and how it is cut up may change
+    assert call("run", fast).code == 0
+    assert call("run", fast, "--out", "undisturbed").code == 0
+    effects, undisturbed = (tmp_path / folder / "effects.csv" for folder in ("runs/study", "undisturbed"))
+    assert len(effects.read_text("utf-8").splitlines()) == len(undisturbed.read_text("utf-8").splitlines()) > 300
+
+
+def test_plan_loads_no_weights(call: Run, tmp_path: Path, model: str) -> None:
+    shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = study(tmp_path, "bare")
+    before = tree(tmp_path)
+    planned = call("plan", file)
+    assert (planned.code, planned.err) == (0, "")
+    # 3 layers: checks at 3, 3 positions and 2 modules make 18 sites, less one counted twice; 6 pairs, 2 directions.
+    for text in ("6 (0 refused)", "216", "TFLOP", "GPU-hours"):
+        assert text in planned.out
+    refused(call("run", file), "cannot load 'bare'")
+    assert tree(tmp_path) == before
+
+
+def test_pairs_check(call: Run, tmp_path: Path, model: str) -> None:
+    unknown = {**records()[1], "id": "[/b]", "harmful": "how do i xx", "harmless": "how do i yy"}
+    longer = {**records()[2], "id": "longer", "harmless": "how do i please wash a house at night"}
+    write_pairs(tmp_path / "mine.jsonl", [records()[0], unknown, longer])
+    ran = call("pairs", "check", "mine.jsonl", "--model", model)
+    assert (ran.code, ran.err) == (0, "")
+    lines = [" ".join(line.replace("│", " ").split()) for line in ran.out.splitlines()]
+    assert "steal-car car 11 11 4 6 2" in lines
+    assert "longer house 12 11 4 6 2" in lines
+    assert "refused [/b]: both prompts have the same tokens" in lines
+    assert "3 pairs: 2 usable (1 of equal length), 1 refused" in lines
+
+
+# --- what is not loaded -----------------------------------------------------------------------------------------------
+
+PROBE = """
+import contextlib, io, json, sys
+from remote_mediation import cli
+loaded = {}
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["remote-mediation", *command]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        cli.main()
+    loaded[" ".join(command[:2])] = [name for name in ("torch", "nnsight", "transformers") if name in sys.modules]
+print(json.dumps(loaded))
+"""
+
+
+def test_help_and_report_leave_torch_out(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model)
+    assert call("run", file, "--granularity", "layers", "--out", "run").code == 0
+    (tmp_path / "run/effects.csv").unlink()
+    light = [["--help"], ["run", "--help"], ["plan", "--help"], ["report", "run"]]
+    heavy = ["pairs", "check", "builtin", "--model", model]  # the check can fail
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps([*light, heavy])],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    loaded = json.loads(done.stdout)
+    assert all(loaded[" ".join(command)] == [] for command in light)
+    assert set(loaded["pairs check"]) >= {"torch", "transformers"}
+    assert (tmp_path / "run/effects.csv").exists()
+
+
+def test_help_is_quick() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([*PYTHON, "--help"], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "fetch-model" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_exit_codes_of_a_process(tmp_path: Path) -> None:
+    command = [*PYTHON, "run", "--model", "m", "--pairs", "no[such]file.csv", "--out", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    refused(Ran(done.returncode, done.stdout, done.stderr), "'no[such]file.csv'", "give a JSONL or CSV file")
+    assert list(tmp_path.iterdir()) == []

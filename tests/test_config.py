@@ -1,0 +1,141 @@
+"""Settings: what a study file and flags may say, and what is refused in which words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remote_mediation.config import StudyConfig, load_config
+from remote_mediation.errors import SettingsError
+
+
+def study(folder: Path, content: str) -> Path:
+    file = folder / "study.toml"
+    file.write_text(content, "utf-8")
+    return file
+
+
+def test_a_model_is_all_a_study_needs() -> None:
+    config = load_config(None, {"model": "m"})
+    assert config.granularity == ["layers", "modules", "neurons"]
+    assert (config.pairs, config.outcome, config.backend, config.dtype) == (
+        "builtin",
+        "response_logprob",
+        "local",
+        "float32",
+    )
+
+
+def test_flags_go_over_the_file(tmp_path: Path) -> None:
+    file = study(tmp_path, 'model = "m"\nseed = 3\ngranularity = ["heads"]\n[neurons]\nwindow = 7\n')
+    config = load_config(file, {"seed": 5, "model": None, "max_pairs": 4})
+    assert (config.model, config.seed, config.max_pairs, config.granularity) == ("m", 5, 4, ["heads"])
+    assert config.neurons.window == 7
+
+
+def test_pairs_are_named_from_where_the_name_stands(tmp_path: Path) -> None:
+    file = study(tmp_path, 'model = "m"\npairs = "mine.jsonl"\n')
+    assert load_config(file, {}).pairs == str(tmp_path / "mine.jsonl")
+    assert load_config(file, {"pairs": "other.jsonl"}).pairs == "other.jsonl"
+    assert load_config(study(tmp_path, 'model = "m"\npairs = "/abs/mine.jsonl"\n'), {}).pairs == "/abs/mine.jsonl"
+    assert load_config(study(tmp_path, 'model = "m"\npairs = "builtin"\n'), {}).pairs == "builtin"
+    assert load_config(study(tmp_path, 'model = "m"\n'), {}).pairs == "builtin"
+
+
+def test_what_is_named_twice_counts_once() -> None:
+    config = StudyConfig(
+        model="m",
+        granularity=["heads", "layers", "heads"],
+        positions={"heads": ["last", "last"]},
+        neurons={"layers": [2, 1, 2]},
+    )
+    assert config.granularity == ["heads", "layers"]
+    assert config.positions.heads == ["last"]
+    assert config.neurons.layers == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"setting 'model' is missing; give it in the study file or as a flag"),
+        ('model = "m"\nmodle = 1', r"unknown setting 'modle'; `remote-mediation run --help`"),
+        ('model = "m"\n[neurons]\nwidth = 1', r"unknown setting 'neurons.width'"),
+        ('model = "m"\n[nerons]\nwindow = 1', r"unknown setting 'nerons'"),
+        ('model = "m"\ngranularity = ["layer"]', r"granularity.0: .*'layers', 'modules'.*\(got 'layer'\)"),
+        ('model = "m"\ngranularity = "layers"', r"granularity: .*list \(got 'layers'\)"),
+        ('model = "m"\ngranularity = []', r"granularity: .*at least 1 item"),
+        ('model = "m"\noutcome = "logits"', r"outcome: .*'response_logprob' or 'logit_diff' \(got 'logits'\)"),
+        (
+            'model = "m"\noutcome = "logit_diff"',
+            r"study: outcome logit_diff needs \[logit_diff\] with `plus` and `minus`",
+        ),
+        ('model = "m"\noutcome = "logit_diff"\n[logit_diff]\nplus = ["a"]', r"needs \[logit_diff\] with `plus` and"),
+        ('model = "m"\nbackend = "cloud"', r"backend: .*'local' or 'ndif' \(got 'cloud'\)"),
+        ('model = "m"\nseed = -1', r"seed: .*greater than or equal to 0 \(got -1\)"),
+        ('model = "m"\nmax_pairs = 1', r"max_pairs: .*greater than or equal to 2 \(got 1\)"),
+        ('model = "m"\npairs = 5', r"pairs: .*string \(got 5\)"),
+        ('model = "m"\n[positions]\nheads = []', r"positions.heads: .*at least 1 item"),
+        ('model = "m"\n[neurons]\nlayers = []', r"neurons.layers: .*at least 1 item"),
+        ('model = "m"\n[neurons]\nwindow = 0', r"neurons.window: .*greater than or equal to 1 \(got 0\)"),
+        ('model = "m"\n[statistics]\nalpha = 0.5', r"statistics.alpha: .*less than 0.5 \(got 0.5\)"),
+        ("model = ", r"is not TOML: "),
+    ],
+)
+def test_refused(tmp_path: Path, content: str, message: str) -> None:
+    file = study(tmp_path, content)
+    with pytest.raises(SettingsError, match=message) as raised:
+        load_config(file, {})
+    assert str(file) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "."])
+def test_unreadable_study_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SettingsError, match=r"cannot read study file .*; give a TOML file"):
+        load_config(tmp_path / name, {})
+
+
+def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SettingsError, match="cannot read study file"):
+        load_config(tmp_path / "study.toml", {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"backend": "ndif"}, True),
+        ({"device": "cuda"}, True),
+        ({"out": "elsewhere"}, True),
+        ({"job_seconds": 1.0}, True),
+        ({"batch_gb": 0.1}, True),
+        ({"model": "other"}, False),
+        ({"revision": "r"}, False),
+        ({"pairs": "mine.jsonl"}, False),
+        ({"max_pairs": 4}, False),
+        ({"granularity": ["heads"]}, False),
+        ({"outcome": "logit_diff", "logit_diff": {"plus": ["a"], "minus": ["b"]}}, False),
+        ({"logit_diff": {"plus": ["a"], "minus": ["b"]}}, False),
+        ({"dtype": "float16"}, False),
+        ({"seed": 1}, False),
+        ({"response_logprob": {"tokens": 3}}, False),
+        ({"positions": {"heads": ["all"]}}, False),
+        ({"neurons": {"window": 3}}, False),
+        ({"statistics": {"resamples": 100}}, False),
+    ],
+)
+def test_what_makes_a_study_another(changes: dict[str, Any], same: bool) -> None:
+    plain, changed = StudyConfig(model="m"), StudyConfig(**{"model": "m", **changes})
+    assert changed != plain
+    assert (changed.identity() == plain.identity()) is same
+
+
+def test_every_setting_is_judged_above() -> None:
+    judged = {name for case in test_what_makes_a_study_another.pytestmark[0].args[1] for name in case[0]}
+    assert judged == set(StudyConfig.model_fields)
+
+
+def test_job_seconds_default_to_the_backend() -> None:
+    assert StudyConfig(model="m").seconds_per_job == 5
+    assert StudyConfig(model="m", backend="ndif").seconds_per_job == 60
+    assert StudyConfig(model="m", backend="ndif", job_seconds=2).seconds_per_job == 2

@@ -1,0 +1,246 @@
+"""What the pictures show, read back from the figure objects: every expected number is in the table given."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from remote_mediation import figures
+from remote_mediation.stats import DepthProfile, Estimate, Interval
+from remote_mediation.summary import SUMMARY_COLUMNS, UNITS
+
+NaN = math.nan
+LAYERS = 6
+TOTAL = Estimate(8, 4, 2.0, 1.5, 2.5, "", 0.01)
+
+
+def site(granularity: str, component: str, layer: int, position: str, **values: Any) -> dict[str, Any]:
+    """One row of `Summary.sites`; what is not said does not matter."""
+    unit = values.pop("unit", None)
+    return {
+        **dict.fromkeys(SUMMARY_COLUMNS, NaN),
+        **{"granularity": granularity, "component": component, "layer": layer, "position": position},
+        **{"unit_start": "", "unit_stop": "", "quantity": "nie", "split": "all", "n": 8, "clusters": 4},
+        **({} if unit is None else {"unit_start": str(unit[0]), "unit_stop": str(unit[1])}),
+        **{"mean": 0.0, "ci_low": -0.1, "ci_high": 0.1, "q": 0.5, "unit": "logits", "reason": ""},
+        **values,
+    }
+
+
+def table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """The rows as NIE, and once more as TIE with half the mean."""
+    found = list(rows)
+    return pd.DataFrame([*found, *({**row, "quantity": "tie", "mean": row["mean"] / 2} for row in found)])
+
+
+def panels(figure: Figure) -> list[Axes]:
+    return [axis for axis in figure.axes if axis.get_title(loc="left")]
+
+
+def line(axis: Axes, label: str) -> list[float]:
+    return [float(y) for y in next(line for line in axis.lines if line.get_label() == label).get_ydata()]
+
+
+def labels(axis: Axes) -> list[str]:
+    return axis.get_legend_handles_labels()[1]
+
+
+def depth_sites() -> pd.DataFrame:
+    rows = [site("layers", "layer_output", layer, "edit", mean=2.0 - 0.3 * layer) for layer in (1, 0, 2)]
+    return table([*rows, *(site("layers", "layer_output", layer, "last", mean=0.1 * layer) for layer in range(3))])
+
+
+def test_depth_draws_the_means_in_layer_order_with_te_beside_them() -> None:
+    nie, tie = panels(figures.depth(depth_sites(), TOTAL))
+    assert line(nie, "edit") == pytest.approx([2.0, 1.7, 1.4])
+    assert line(tie, "edit") == pytest.approx([1.0, 0.85, 0.7])
+    assert line(nie, "last") == pytest.approx([0.0, 0.1, 0.2])
+    assert line(nie, "TE, 2") == [2.0, 2.0]
+
+
+def test_titles_say_what_is_asked_and_where_it_is_strongest() -> None:
+    nie, tie = panels(figures.depth(depth_sites(), TOTAL))
+    assert nie.get_title(loc="left") == "NIE: is it sufficient?\nstrongest: edit, layer 0: 2"
+    assert tie.get_title(loc="left") == "TIE: is it necessary?\nstrongest: edit, layer 0: 1"
+    assert nie.get_ylabel() == "effect (logits)"
+
+
+def test_strongest_is_by_size_and_keeps_its_sign() -> None:
+    sites = table([site("heads", "attention_heads", 0, "last", unit=(h, h + 1), mean=m) for h, m in enumerate((1, -3))])
+    assert panels(figures.heads(sites, 0.05))[0].get_title(loc="left").endswith("strongest: head 1, layer 0: -3")
+
+
+def test_a_band_covers_the_interval_and_is_left_out_where_there_is_none() -> None:
+    rows = [
+        site("layers", "layer_output", n, "edit", mean=1.0, ci_low=low, ci_high=3.0) for n, low in ((0, 0.5), (1, NaN))
+    ]
+    band = panels(figures.depth(table(rows), TOTAL))[0].collections[0]
+    corners = np.concatenate([path.vertices for path in band.get_paths()])
+    assert set(corners[:, 0]) == {0.0}
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (0.5, 3.0)
+
+
+def test_what_most_estimates_ask_to_be_read_with_care_for_is_in_the_title() -> None:
+    sites = depth_sites().assign(n=2, clusters=2, reason="only 2 clusters")
+    title = figures.depth(sites, TOTAL).get_suptitle()
+    assert "mean and 95% interval; pairs: 2, clusters: 2" in title
+    assert title.endswith("only 2 clusters")
+
+
+def module_sites(*positions: str) -> pd.DataFrame:
+    means = {"attention_output": 0.1, "mlp_output": 0.4}
+    return table(
+        site("modules", component, layer, position, mean=mean * layer)
+        for position in positions
+        for layer in range(LAYERS)
+        for component, mean in means.items()
+    )
+
+
+def profile(centre: float) -> DepthProfile:
+    interval = Interval(8, 4, centre, centre, centre, "")
+    return DepthProfile(interval, interval)
+
+
+def test_modules_marks_the_last_third_and_the_centre_of_mass() -> None:
+    nie, tie = panels(figures.modules(module_sites("all"), profile(0.8), profile(NaN)))
+    assert line(nie, "MLP") == pytest.approx([0.4 * layer for layer in range(LAYERS)])
+    assert line(tie, "attention") == pytest.approx([0.05 * layer for layer in range(LAYERS)])
+    shaded = nie.patches[0].get_extents().transformed(nie.transData.inverted())
+    assert (shaded.x0, shaded.x1) == pytest.approx((3.5, 5.5))  # layers 4 and 5 of 6
+    marked = next(line for line in nie.lines if line.get_label() == "centre of MLP: 4")
+    assert marked.get_xdata()[0] == pytest.approx(0.8 * (LAYERS - 1))
+    assert marked.get_color() == next(line for line in nie.lines if line.get_label() == "MLP").get_color()
+
+
+@pytest.mark.parametrize("undefined", [None, profile(NaN)])
+def test_an_undefined_centre_of_mass_is_not_marked(undefined: DepthProfile | None) -> None:
+    figure = figures.modules(module_sites("all"), undefined, undefined)
+    assert labels(panels(figure)[0]) == ["MLP", "attention", "last third of layers"]
+
+
+def test_modules_has_a_row_per_position_and_marks_the_first() -> None:
+    axes = panels(figures.modules(module_sites("all", "last"), profile(0.5), None))
+    assert [axis.get_title(loc="left").split(":")[0] for axis in axes] == [
+        "NIE at 'all'",
+        "TIE at 'all'",
+        "NIE at 'last'",
+        "TIE at 'last'",
+    ]
+    assert ["centre of MLP: 2.5" in labels(axis) for axis in axes] == [True, False, False, False]
+
+
+def test_tokens_stand_in_reading_order_under_their_number_of_pairs() -> None:
+    names = {
+        "post_instruction[0]": 8,
+        "after_edit[10]": 2,
+        "after_edit[9]": 3,
+        "edit[-1]": 8,
+        "edit[-10]": 1,
+        "edit[-9]": 4,
+    }
+    rows = [
+        site("tokens", "layer_output", layer, name, n=n, mean=float(n + layer))
+        for name, n in names.items()
+        for layer in (0, 1)
+    ]
+    nie, _ = panels(figures.tokens(table(rows), 0.05))
+    order = ["edit[-10]", "edit[-9]", "edit[-1]", "after_edit[9]", "after_edit[10]", "post_instruction[0]"]
+    assert [text.get_text() for text in nie.get_xticklabels()] == order
+    above = next(child for child in nie.child_axes)
+    assert [text.get_text() for text in above.get_xticklabels()] == ["1", "4", "8", "3", "2", "8"]
+    assert np.asarray(nie.images[0].get_array()).tolist() == [[1, 4, 8, 3, 2, 8], [2, 5, 9, 4, 3, 9]]
+
+
+def window_sites() -> pd.DataFrame:
+    means = {(0, 0): 0.1, (0, 64): -0.6, (3, 0): 0.2, (3, 64): 0.3}
+    return table(
+        site(
+            "neurons", "mlp_neurons", layer, "last", unit=(first, first + 64), mean=mean, q=0.05 if mean > 0.2 else 0.06
+        )
+        for (layer, first), mean in means.items()
+    )
+
+
+def test_a_map_is_layer_by_unit_on_one_scale_centred_on_zero() -> None:
+    nie, tie = panels(figures.windows(window_sites(), 0.05))
+    assert np.asarray(nie.images[0].get_array()).tolist() == [[0.1, -0.6], [0.2, 0.3]]
+    assert np.asarray(tie.images[0].get_array()).tolist() == [[0.05, -0.3], [0.1, 0.15]]
+    assert [text.get_text() for text in nie.get_yticklabels()] == ["0", "3"]
+    assert [image.get_clim() for image in (nie.images[0], tie.images[0])] == [(-0.6, 0.6)] * 2
+    assert nie.get_title(loc="left").endswith("strongest: neurons 64-127, layer 0: -0.6")
+
+
+def test_dots_mark_the_cells_at_or_below_alpha() -> None:
+    nie, _ = panels(figures.windows(window_sites(), 0.05))
+    assert nie.collections[0].get_offsets().tolist() == [[1.0, 1.0]]  # second window, second layer row
+
+
+def test_what_was_not_measured_is_left_blank() -> None:
+    sites = window_sites()
+    nie, _ = panels(figures.windows(sites[(sites["layer"] == 0) | (sites["unit_start"] == "0")], 0.05))
+    assert np.ma.getmaskarray(np.ma.masked_invalid(nie.images[0].get_array())).tolist() == [
+        [False, False],
+        [False, True],
+    ]
+
+
+def test_heads_are_ordered_as_numbers_with_a_row_per_position() -> None:
+    rows = [
+        site("heads", "attention_heads", 0, position, unit=(head, head + 1), mean=float(head))
+        for position in ("last", "edit")
+        for head in range(11)
+    ]
+    axes = panels(figures.heads(table(rows), 0.05))
+    assert len(axes) == 4
+    assert np.asarray(axes[2].images[0].get_array()).tolist() == [[float(head) for head in range(11)]]
+
+
+def unit_figure() -> Axes:
+    values = {5: (0.4, 0.3), 6: (0.2, 0.02), 7: (0.0, 0.0)}
+    sites = pd.DataFrame(
+        site(UNITS, "mlp_neurons", 4, "last", unit=(unit, unit + 1), quantity=quantity, split="heldout", mean=mean)
+        for unit, means in values.items()
+        for quantity, mean in zip(("nie", "tie"), means, strict=True)
+    )
+    records = [{"layer": 4, "unit": unit, "nie": values[unit][0], "tie": values[unit][1]} for unit in (5, 6)]
+    mediators = pd.DataFrame(records).assign(mediates=[True, False])
+    return figures.units(sites, mediators, threshold=0.1, min_share=0.05).axes[0]
+
+
+def test_units_names_the_mediating_ones_and_draws_the_share_asked_for() -> None:
+    axis = unit_figure()
+    assert [text.get_text() for text in axis.texts] == ["4.5"]
+    assert labels(axis) == ["all 3 measured", "1 not confirmed", "1 mediating", "5% of TE"]
+    offsets = [np.asarray(points.get_offsets()).tolist() for points in axis.collections]
+    assert offsets == [[[0.4, 0.3], [0.2, 0.02], [0.0, 0.0]], [[0.2, 0.02]], [[0.4, 0.3]]]
+    thresholds = [line for line in axis.lines if line.get_linestyle() == "--"]
+    assert [thresholds[0].get_xdata()[0], thresholds[1].get_ydata()[0]] == [0.1, 0.1]
+
+
+def test_png_has_the_size_promised_and_the_same_bytes_each_time() -> None:
+    first, second = (figures.png(figures.depth(depth_sites(), TOTAL)) for _ in range(2))
+    assert first == second
+    assert first.startswith(b"\x89PNG")
+    assert int.from_bytes(first[16:20], "big") == figures.WIDTH * figures.DPI
+    assert b"Software" not in first  # the version of matplotlib would be a reason to differ
+
+
+_HEAVY = "{'torch', 'transformers', 'matplotlib.pyplot'}"
+_LOADED = f"import sys; import remote_mediation.report; print(*({_HEAVY} & set(sys.modules)))"
+
+
+@pytest.mark.parametrize(("before", "loaded"), [("", ""), ("import matplotlib.pyplot; ", "matplotlib.pyplot")])
+def test_reports_load_neither_torch_nor_pyplot(before: str, loaded: str) -> None:
+    """The second case shows that the check can fail."""
+    done = subprocess.run([sys.executable, "-c", before + _LOADED], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == loaded

@@ -1,0 +1,125 @@
+"""Imports point one way (LAYOUT.md): read from the syntax tree, lazy imports and those for type checkers included."""
+
+import ast
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import remote_mediation
+
+ROOT = Path(remote_mediation.__file__).parent
+# From the ground up: a module imports from rows above its own in this table, never from its own row or below.
+# `analyses.*` stands for every single analysis. A new module needs a place here.
+ORDER = (
+    ("errors", "organisms", "program", "provenance"),
+    ("fetch", "ndif", "prompts", "sites", "stats"),
+    ("models", "outcomes", "rows"),
+    ("config", "plan"),
+    ("analyses.*", "effects", "store"),
+    ("analyses", "summary"),
+    ("figures", "study"),
+    ("backends", "estimate", "report"),
+    ("selfcheck",),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+# Who may import what is slow to load: as the module is loaded, or only inside functions.
+HEAVY = ("nnsight", "torch", "transformers")
+AT_ONCE = {
+    "program": {"nnsight", "torch", "transformers"},
+    "backends": {"nnsight", "torch"},
+    "organisms": {"torch", "transformers"},
+}
+LAZILY = {"fetch": {"torch", "transformers"}, "ndif": {"nnsight"}, "models": {"transformers"}, "cli": {"transformers"}}
+
+
+class Import(NamedTuple):
+    target: str
+    lazy: bool
+    typing: bool
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST, lazy: bool = False, typing: bool = False) -> Iterator[Import]:
+    """All imports in a syntax tree."""
+    for node in ast.iter_child_nodes(tree):
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        checked = typing or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, inside, checked) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "write imports in full"
+            packages = ("remote_mediation", "remote_mediation.analyses")
+            for alias in node.names:
+                submodule = node.module in packages and (ROOT / _file(f"{node.module}.{alias.name}")).is_file()
+                yield Import(f"{node.module}.{alias.name}" if submodule else str(node.module), inside, checked)
+        yield from imports(node, inside, checked)
+
+
+def _file(module: str) -> str:
+    return "/".join(module.split(".")[1:]) + ".py"
+
+
+def place(name: str) -> str:
+    return "analyses.*" if name.startswith("analyses.") else name
+
+
+TREES = {name_of(path): ast.parse(path.read_text("utf-8")) for path in sorted(ROOT.rglob("*.py"))}
+
+
+def test_every_module_has_a_place_and_every_place_a_module() -> None:
+    assert {place(name) for name in TREES if name} == set(RANK)
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if name])
+def test_imports_come_from_below(name: str) -> None:
+    own = RANK[place(name)]
+    found = {entry.target for entry in imports(TREES[name]) if entry.target.split(".")[0] == "remote_mediation"}
+    internal = {target.removeprefix("remote_mediation").removeprefix(".") for target in found}
+    assert [target for target in sorted(internal) if RANK.get(place(target), own) >= own] == []
+
+
+def test_errors_import_nothing_and_the_program_nothing_of_ours() -> None:
+    assert {entry.target for entry in imports(TREES["errors"])} == {"__future__"}
+    assert not [entry for entry in imports(TREES["program"]) if entry.target.startswith("remote_mediation")]
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if name])
+def test_slow_libraries_stay_where_they_are_needed(name: str) -> None:
+    found = [entry for entry in imports(TREES[name]) if entry.target.split(".")[0] in HEAVY and not entry.typing]
+    at_once = {entry.target.split(".")[0] for entry in found if not entry.lazy}
+    lazily = {entry.target.split(".")[0] for entry in found if entry.lazy}
+    assert at_once <= AT_ONCE.get(name, set())
+    assert lazily <= LAZILY.get(name, set())
+
+
+def test_the_package_itself_imports_nothing_at_once() -> None:
+    internal = [entry for entry in imports(TREES[""]) if entry.target.startswith("remote_mediation")]
+    assert internal
+    assert all(entry.typing for entry in internal)
+
+
+def test_public_names_are_sorted_and_resolve() -> None:
+    names = remote_mediation.__all__
+    assert names == sorted(set(names))
+    assert 5 <= len(names) <= 12
+    assert all(getattr(remote_mediation, name).__name__ == name for name in names)
+    assert set(names) == set(remote_mediation._HOMES)
+    with pytest.raises(AttributeError, match="no attribute 'Sight'"):
+        _ = remote_mediation.Sight
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if not name.startswith("__main__")])
+def test_every_module_says_why_it_exists(name: str) -> None:
+    docstring = ast.get_docstring(TREES[name])
+    assert docstring
+    assert docstring.splitlines()[0].endswith((".", "?", ","))
+    assert import_module(f"remote_mediation.{name}".rstrip(".")).__doc__

@@ -1,0 +1,330 @@
+"""Jobs and their names: how rows are cut, what a key depends on, and what a row costs."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fakes import INFO, LOGITS, LOGPROBS, token_pair
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from remote_mediation.models import info_of
+from remote_mediation.outcomes import Outcome
+from remote_mediation.plan import (
+    Budget,
+    Job,
+    Keys,
+    Setting,
+    base_flops,
+    layer_flops,
+    plan_jobs,
+    row_bytes,
+    row_flops,
+    run_from,
+    weight_bytes,
+)
+from remote_mediation.prompts import TokenPair
+from remote_mediation.rows import Constant, Row, Scale, Source, Value, Write, swap
+from remote_mediation.sites import Site
+
+PLENTY = 1e18
+SETTING = Setting(INFO, "float32", LOGITS)
+PAIRS = (token_pair("a"), token_pair("b", x0=(1, 2, 3, 4, 6), x1=(1, 2, 9, 4, 6)))
+
+
+def swaps(pair: TokenPair, component: str = "mlp_output", position: str = "all", layers: int = 6) -> list[Row]:
+    sites = [Site(component, layer, position) for layer in range(layers)]
+    return [swap(pair, site, base, INFO) for site in sites for base in (0, 1)]
+
+
+def plan(
+    rows: Iterable[Row],
+    pairs: Sequence[TokenPair] = PAIRS,
+    setting: Setting = SETTING,
+    job_flops: float = PLENTY,
+    batch_bytes: float = PLENTY,
+) -> list[Job]:
+    budget = Budget(lambda: job_flops, batch_bytes)
+    return list(plan_jobs(rows, {pair.id: pair for pair in pairs}, setting, budget, Keys(setting, pairs)))
+
+
+ROWS = [row for pair in PAIRS for position in ("all", "edit", "last") for row in swaps(pair, position=position)]
+
+
+def test_one_job_holds_everything_that_fits() -> None:
+    (job,) = plan(ROWS)
+    assert [part.pair for part in job.parts] == ["a", "b"]
+    assert job.rows == len(ROWS) == 72
+    assert len(job.keys) == 72 + 2 * len(PAIRS)
+
+
+def test_a_batch_is_one_base_and_one_first_token_lower_layers_first() -> None:
+    (job,) = plan(ROWS)
+    for part in job.parts:
+        batches = part.payload["batches"]
+        # `all` and `edit` begin at the third token, `last` at the fifth.
+        assert [(batch["base"], batch["start"]) for batch in batches] == [(0, 2), (0, 4), (1, 2), (1, 4)]
+        assert [batch["joining"] for batch in batches] == [(2,) * 6, (1,) * 6] * 2
+        assert all(batch["low"] == 0 for batch in batches)
+    (late,) = plan([row for row in swaps(PAIRS[0]) if row.low >= 4])
+    assert [(batch["low"], batch["joining"]) for batch in late.parts[0].payload["batches"]] == [(4, (1, 1))] * 2
+
+
+def test_repeated_rows_are_measured_once_and_bare_ones_never() -> None:
+    (job,) = plan([*ROWS, *ROWS, Row("a", 0), Row("b", 1)])
+    assert job.rows == 72
+    assert plan([Row("a", 0)]) == []
+    assert plan([]) == []
+
+
+def test_every_part_begins_with_both_base_prompts() -> None:
+    keys = Keys(SETTING, PAIRS)
+    for job in plan(ROWS, job_flops=1.0):
+        for part in job.parts:
+            assert part.keys[:2] == (keys(Row(part.pair, 0)), keys(Row(part.pair, 1)))
+
+
+@pytest.mark.parametrize("batch_bytes", [PLENTY, 1e5, 1.0])
+@pytest.mark.parametrize("job_flops", [PLENTY, 2e5, 1.0])
+def test_budgets_cut_jobs_and_lose_nothing(job_flops: float, batch_bytes: float) -> None:
+    jobs = plan(ROWS, job_flops=job_flops, batch_bytes=batch_bytes)
+    keys = Keys(SETTING, PAIRS)
+    measured = [key for job in jobs for part in job.parts for key in part.keys[2:]]
+    assert sorted(measured) == sorted(keys(row) for row in ROWS)
+    assert sum(job.rows for job in jobs) == 72
+    batches = [batch for job in jobs for part in job.parts for batch in part.payload["batches"]]
+    if batch_bytes == 1.0:
+        assert len(batches) == 72
+    if job_flops == 1.0:
+        assert len(jobs) == len(batches)
+    assert all(one.flops + other.flops > job_flops for one, other in pairwise(jobs))
+    for job in jobs:  # more than one batch only where they fit together, but for the base runs of its last pair
+        assert job.flops <= job_flops + base_flops(PAIRS[0], SETTING) or job.rows == 1 or job_flops == 1.0
+
+
+def test_batches_of_a_group_are_of_even_size() -> None:
+    rows = swaps(PAIRS[0])[::2]
+    size = row_bytes(PAIRS[0], 2, SETTING)
+    batches = plan(rows, batch_bytes=4.5 * size)[0].parts[0].payload["batches"]
+    assert [sum(batch["joining"]) for batch in batches] == [3, 3]
+
+
+def test_the_job_budget_is_asked_anew_for_every_job() -> None:
+    asked = []
+
+    def budget() -> float:
+        asked.append(len(asked))
+        return 1.0
+
+    pairs = {pair.id: pair for pair in PAIRS}
+    jobs = plan_jobs(ROWS, pairs, SETTING, Budget(budget, PLENTY), Keys(SETTING, PAIRS))
+    next(jobs)
+    first = len(asked)
+    next(jobs)
+    assert 0 < first < len(asked)
+
+
+def test_a_job_splits_into_its_pairs() -> None:
+    (job,) = plan(ROWS)
+    parts = job.split()
+    assert [part.parts[0].pair for part in parts] == ["a", "b"]
+    assert tuple(key for part in parts for key in part.keys) == job.keys
+    assert sum(part.flops for part in parts) == job.flops
+    assert len({job.id, *(part.id for part in parts)}) == 3
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+SITE = Site("mlp_neurons", 2, "all", (3, 4))
+TEACHER_FORCED = Setting(INFO, "float32", LOGPROBS)
+ANSWERED = token_pair("a", answers=((1, 2), (3, 4)))
+
+
+def key(pair: TokenPair = ANSWERED, setting: Setting = TEACHER_FORCED, row: Row | None = None) -> str:
+    return Keys(setting, [pair])(row or swap(pair, SITE, 0, INFO))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(replace(INFO, name="other"), "float32", LOGPROBS),
+        Setting(replace(INFO, revision="r1"), "float32", LOGPROBS),
+        Setting(INFO, "bfloat16", LOGPROBS),
+        Setting(INFO, "float32", LOGITS),
+        Setting(INFO, "float32", Outcome("logit_diff", (5,), (7,))),
+        Setting(INFO, "float32", Outcome("logit_diff", (5, 6), (8,))),
+    ],
+)
+def test_keys_depend_on_model_precision_and_outcome(setting: Setting) -> None:
+    assert key(setting=setting) != key()
+
+
+def test_settings_of_one_outcome_differ_from_each_other() -> None:
+    outcomes = [LOGITS, Outcome("logit_diff", (5,), (7,)), Outcome("logit_diff", (5, 6), (8,)), LOGPROBS]
+    assert len({key(setting=Setting(INFO, "float32", outcome)) for outcome in outcomes}) == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x0": (1, 2, 3, 4, 7)},
+        {"x1": (1, 2, 8, 4, 5)},
+        {"answers": ((1, 3), (3, 4))},
+        {"answers": ((1, 2), (3, 5))},
+        {"answers": ((3, 4), (1, 2))},
+        {"x0": ANSWERED.x1, "x1": ANSWERED.x0},
+    ],
+)
+def test_keys_depend_on_tokens_and_answers(changes: dict[str, Any]) -> None:
+    assert key(replace(ANSWERED, **changes)) != key()
+    assert Keys(SETTING, [replace(ANSWERED, **changes)])(Row("a", 0)) != Keys(SETTING, [ANSWERED])(Row("a", 0))
+
+
+def test_keys_do_not_depend_on_what_changes_no_value() -> None:
+    assert key(replace(ANSWERED, cluster="other", category="other")) == key()
+    assert key(replace(ANSWERED, id="z"), row=replace(swap(ANSWERED, SITE, 0, INFO), pair="z")) == key()
+
+
+VALUES: tuple[Value, ...] = (
+    Source(1, (2, 3)),
+    Source(0, (2, 3)),
+    Source(1, (3, 4)),
+    Scale(0.0),
+    Scale(0.5),
+    Constant((1.0, 2.0)),
+    Constant((1.0, 2.5)),
+)
+WRITE = Write("mlp_neurons", 2, (2, 3), (4, 5), VALUES[0])
+DIFFERENT = (
+    Row("a", 0),
+    Row("a", 1),
+    Row("a", 1, (WRITE,)),
+    *(Row("a", 0, (replace(WRITE, value=value),)) for value in VALUES),
+    Row("a", 0, (replace(WRITE, component="mlp_output"),)),
+    Row("a", 0, (replace(WRITE, layer=3),)),
+    Row("a", 0, (replace(WRITE, places=(2, 4)),)),
+    Row("a", 0, (replace(WRITE, places=(2,), value=Source(1, (2,))),)),
+    Row("a", 0, (replace(WRITE, columns=(4, 6)),)),
+    Row("a", 0, (replace(WRITE, columns=()),)),
+    Row("a", 0, (WRITE, replace(WRITE, layer=3))),
+    Row("a", 0, (replace(WRITE, layer=3), WRITE)),
+)
+
+
+def test_keys_depend_on_everything_in_a_row() -> None:
+    keys = Keys(SETTING, PAIRS)
+    assert len({keys(row) for row in DIFFERENT}) == len(DIFFERENT)
+
+
+def test_keys_are_stable() -> None:
+    # A run folder of an earlier version is found again: change this only together with `plan.SCHEMA`.
+    assert key() == "14ff0907712bd8352df8f879"
+
+
+def test_order_of_rows_and_budgets_change_no_key() -> None:
+    shuffled = [ROWS[index] for index in np.random.default_rng(0).permutation(len(ROWS))]
+    plans = [plan(ROWS), plan(shuffled), plan(shuffled, job_flops=1.0, batch_bytes=1.0), plan(ROWS, job_flops=2e5)]
+    keys = [{key for job in jobs for key in job.keys} for jobs in plans]
+    assert keys[0] == keys[1] == keys[2] == keys[3]
+    assert plan(ROWS)[0].id == plan(ROWS)[0].id
+    assert plan(ROWS)[0].id != plan(ROWS[1:])[0].id
+
+
+def test_payloads_are_plain_data() -> None:
+    kinds: set[type] = set()
+
+    def collect(data: Any) -> None:
+        kinds.add(type(data))
+        for item in data.values() if isinstance(data, dict) else data if isinstance(data, tuple) else ():
+            collect(item)
+
+    rows = [*ROWS, Row("a", 0, (replace(WRITE, value=Scale(0.5)), replace(WRITE, value=Constant((1.0, 2.0)))))]
+    collect(plan(rows)[0].payload)
+    assert kinds == {dict, tuple, range, str, int, float, bool, type(None)}
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+def counted(model: PreTrainedModel, tokens: int) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        (
+            "llama",
+            {
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 24,
+            },
+        ),
+        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96}),
+    ],
+)
+def test_operations_are_those_that_torch_counts(family: str, shape: dict[str, int]) -> None:
+    config = AutoConfig.for_model(family, vocab_size=50, attn_implementation="eager", **shape)
+    model, info, tokens = AutoModelForCausalLM.from_config(config).eval(), info_of(config, "m"), 40
+    head = 2 * tokens * info.d_model * info.vocab
+    assert 2 * layer_flops(info, tokens, tokens) + head == pytest.approx(counted(model, tokens), rel=0.01)
+    matrices = sum(w.numel() for w in model.parameters() if w.dim() == 2)
+    if family == "gpt2":  # its table of positions is no weight of a layer
+        matrices -= config.n_positions * info.d_model
+    assert weight_bytes(info, "float32") == pytest.approx(4 * matrices, rel=0.01)
+    assert weight_bytes(info, "bfloat16") == weight_bytes(info, "float32") / 2
+
+
+def test_a_row_costs_its_tokens_and_its_layers() -> None:
+    pair = token_pair(answers=((1, 2, 3), (4, 5)))  # three answer tokens are fed, so four positions are read
+    setting = Setting(INFO, "float32", LOGPROBS)
+    head = 2 * 4 * INFO.d_model * INFO.vocab
+    for position, tokens in (("all", 6), ("last", 4)):
+        row = swap(pair, Site("mlp_output", 4, position), 0, INFO)
+        assert row_flops(row, pair, setting) == 2 * layer_flops(INFO, tokens, 8) + head
+    assert base_flops(pair, setting) == 2 * (6 * layer_flops(INFO, 8, 8) + head)
+
+
+def test_a_row_runs_from_its_first_write_but_reads_the_answer() -> None:
+    pair = token_pair(answers=((1, 2, 3), (4, 5)))
+    write = Write("mlp_output", 0, (6, 7), (), Scale(0.0))
+    assert run_from(swap(pair, Site("mlp_output", 0, "edit"), 0, INFO), pair) == 2
+    assert run_from(Row("p", 0, (write,)), pair) == 4
+
+
+def test_costs_grow_with_what_is_run() -> None:
+    pair, setting = token_pair(), SETTING
+    flops = [row_flops(swap(pair, Site("mlp_output", layer, "all"), 0, INFO), pair, setting) for layer in range(6)]
+    assert all(low > high for low, high in pairwise(flops))
+    longer = token_pair(x0=(1, 2, 3, 4, 5, 6), x1=(1, 2, 9, 4, 5, 6))
+    answered = token_pair(answers=((1, 2, 3), (4, 5)))
+    for costlier in (longer, answered):
+        assert base_flops(costlier, setting) > base_flops(pair, setting)
+        assert row_bytes(costlier, 2, setting) > row_bytes(pair, 2, setting)
+    wide = Setting(replace(INFO, vocab=1), "float32", LOGITS)  # without logits, which do not depend on the start
+    assert row_bytes(pair, 0, wide) > row_bytes(pair, 2, wide) > row_bytes(pair, 4, wide)
+    assert row_bytes(pair, 2, wide._replace(dtype="bfloat16")) < row_bytes(pair, 2, wide)
+    for field in ("layers", "d_model", "d_ff", "heads", "kv_heads", "vocab"):
+        bigger = setting._replace(info=replace(INFO, **{field: 2 * getattr(INFO, field)}))
+        assert base_flops(pair, bigger) > base_flops(pair, setting)
+        vocab = 10_000 if field == "vocab" else 1  # either the logits or a layer takes more memory
+        small = replace(INFO, vocab=vocab)
+        large = replace(small, **{field: 2 * getattr(small, field)})
+        assert row_bytes(pair, 2, setting._replace(info=large)) > row_bytes(pair, 2, setting._replace(info=small))
+
+
+def test_part_costs_add_up() -> None:
+    (job,) = plan(ROWS)
+    expected = sum(base_flops(pair, SETTING) for pair in PAIRS)
+    expected += sum(row_flops(row, {pair.id: pair for pair in PAIRS}[row.pair], SETTING) for row in ROWS)
+    assert job.flops == pytest.approx(expected)

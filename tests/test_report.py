@@ -1,0 +1,466 @@
+"""Reports of synthetic studies whose answers are known by hand: what a reader must find in them, and must not."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from remote_mediation.config import StatisticsSettings, StudyConfig
+from remote_mediation.effects import EFFECT_COLUMNS
+from remote_mediation.outcomes import Outcome, OutcomeName
+from remote_mediation.prompts import Refusal, TokenPair
+from remote_mediation.report import MEANINGS, PairText, markdown_table, terminal_summary, write_report
+from remote_mediation.sites import ModelInfo
+from remote_mediation.store import Store
+from remote_mediation.study import Result, Study
+from remote_mediation.summary import SUMMARY_COLUMNS, UNITS, Identity, summarise
+
+CLUSTERS = 16
+LAYERS = 4
+INFO = ModelInfo("planted", "", "llama", LAYERS, 8, 16, 2, 2, 4, 50, True, True, (), None)
+RECORD: dict[str, Any] = {
+    "study": {},
+    "finished": "2026-01-02T03:04:05+00:00",
+    "git": {"commit": "abc123", "dirty": True},
+    "host": None,
+}
+TEXT = PairText("p0", "how to steal a car", "how to wash a car", "first cut the wire", "take a sponge")
+
+Share = Callable[[int], float]
+"""Share of TE that a site carries in a pair, by the pair's number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """A site and the shares of TE that are its NIE and TIE."""
+
+    granularity: str
+    component: str
+    layer: int
+    position: str
+    nie: Share
+    tie: Share
+    units: tuple[int, int] | None = None
+
+
+def cluster_of(pair: int) -> int:
+    return pair // 2 % CLUSTERS
+
+
+def constant(share: float) -> Share:
+    """The same in every pair but for 0.01, which cancels over all pairs and within each split."""
+    return lambda pair: share + (0.01 if cluster_of(pair) // 4 % 2 else -0.01)
+
+
+def carries(granularity: str, component: str, layer: int, position: str, share: float, **more: Any) -> Planted:
+    return Planted(granularity, component, layer, position, constant(share), constant(share), **more)
+
+
+def modules(late: float = 0.8) -> list[Planted]:
+    """The last layer's MLP carries `late`, every other module next to nothing."""
+    return [
+        carries("modules", component, layer, "all", late if (component, layer) == ("mlp_output", LAYERS - 1) else 0.02)
+        for layer in range(LAYERS)
+        for component in ("attention_output", "mlp_output")
+    ]
+
+
+def layers() -> list[Planted]:
+    """The residual stream hands everything from `edit` to `last` in the middle, and is checked at `all`."""
+    everything = [Planted("checks", "layer_output", layer, "all", lambda _: 1.0, lambda _: 1.0) for layer in (0, 3)]
+    shares = {"edit": (0.9, 0.9, 0.1, 0.0), "last": (0.0, 0.1, 0.9, 0.95)}
+    named = [
+        carries("layers", "layer_output", layer, position, share)
+        for position, by_layer in shares.items()
+        for layer, share in enumerate(by_layer)
+    ]
+    return [*everything, *named]
+
+
+def units() -> list[Planted]:
+    """Neuron 5 of the last layer carries a fifth of TE, neuron 6 nothing."""
+    return [carries(UNITS, "mlp_neurons", 3, "last", share, units=(n, n + 1)) for n, share in ((5, 0.2), (6, 0.0))]
+
+
+def strong(pair: int) -> float:
+    """TE of 2 in the mean, over all pairs and within each split."""
+    return 2.1 if cluster_of(pair) % 2 else 1.9
+
+
+def absent(pair: int) -> float:
+    """TE of 0 in the mean, over all pairs and within each split."""
+    return 1.0 if cluster_of(pair) % 2 else -1.0
+
+
+def effects(planted: Sequence[Planted], te: Callable[[int], float] = strong, pairs: int = 2 * CLUSTERS) -> pd.DataFrame:
+    """Two pairs per cluster; two clusters for discovery, two held out, and so on."""
+    records = [_record(pair, site, te(pair)) for pair in range(pairs) for site in planted]
+    return pd.DataFrame(records, columns=list(EFFECT_COLUMNS)).astype({"unit_start": "Int64", "unit_stop": "Int64"})
+
+
+def _record(pair: int, site: Planted, te: float) -> dict[str, Any]:
+    cluster = cluster_of(pair)
+    nie, tie = site.nie(pair) * te, site.tie(pair) * te
+    start, stop = site.units or (None, None)
+    return {
+        **{"pair_id": f"p{pair}", "cluster": f"c{cluster}", "split": ("discovery", "heldout")[cluster // 2 % 2]},
+        **{"granularity": site.granularity, "component": site.component, "layer": site.layer},
+        **{"position": site.position, "unit_start": start, "unit_stop": stop},
+        **{"y_base": -1.0, "y_source": te - 1, "y_base_patched": nie - 1, "y_source_patched": te - tie - 1},
+        **{"te": te, "nie": nie, "nde": te - tie, "tie": tie, "int": tie - nie},
+        **{"outcome": "logit_diff", "unit": "logits"},
+    }
+
+
+def result(table: pd.DataFrame, refusals: Sequence[Refusal] = (), **settings: Any) -> Result:
+    """The table as a measured study; pair p0 alone has prompts of unequal length."""
+    logits = {"plus": ["a"], "minus": ["b"]}
+    by = StatisticsSettings(resamples=200)
+    settings = {"outcome": "logit_diff", "logit_diff": logits, "statistics": by, **settings}
+    config = StudyConfig(model="planted", **settings)
+    ids = list(dict.fromkeys(table["pair_id"]))
+    pairs = tuple(TokenPair(name, "c", "theft", (1, 2, 3), (1, 4, 3)[: 3 - (name == "p0")], 1, 1, 0) for name in ids)
+    study = Study(config, INFO, Outcome(config.outcome, (1,), (2,)), pairs, tuple(refusals))
+    return Result(study, table, summarise(table, set(ids) - {"p0"}, LAYERS, config.seed, config.statistics))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store.create(tmp_path / "run", {})
+    store.save_record(RECORD)
+    return store
+
+
+def written(store: Store, found: Result, texts: Sequence[PairText] = ()) -> str:
+    return write_report(store, found, texts).read_text("utf-8")
+
+
+def answer(report: str) -> str:
+    """The first paragraph."""
+    return report.split("\n\n")[1]
+
+
+def section(report: str, title: str) -> str:
+    return report.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of all table rows, headers included."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_a_planted_late_mlp_is_the_answer(store: Store) -> None:
+    report = written(store, result(effects(modules())))
+    assert answer(report).startswith(
+        "**Where in planted is harmful text decided? This run supports “Harmful output is decided in late layers” and "
+        "“MLP blocks carry it, not attention”.** The harmful prompts raise the outcome: the total effect (TE) is 2 ["
+    )
+    assert "It did not test “A sparse set of neurons in the final layers gates it”" in answer(report)
+    assert [row[1] for row in rows(section(report, "The paper's claims"))[1:]] == [
+        "supported",
+        "supported",
+        *["not tested"] * 3,
+    ]
+
+
+def test_the_planted_site_comes_first_with_its_share_of_te(store: Store) -> None:
+    header, nie, tie, *_ = rows(section(written(store, result(effects(modules()))), "Modules"))[3:]
+    assert header == [
+        "site",
+        "effect",
+        "mean [95% interval], logits",
+        "q",
+        "held-out mean",
+        "held-out q",
+        "share of TE",
+    ]
+    assert nie[:2] == ["MLP, layer 3 at 'all'", "NIE"]
+    assert tie[:2] == ["MLP, layer 3 at 'all'", "TIE"]
+    assert nie[2].startswith("1.6 [")
+    assert nie[4] == "1.6"
+    assert nie[6].startswith("80% [")
+
+
+def test_sites_are_ranked_on_the_discovery_pairs_alone(store: Store) -> None:
+    def in_split(half: int) -> Share:
+        return lambda pair: 0.5 if cluster_of(pair) // 2 % 2 == half else 0.1
+
+    lucky = [Planted("heads", "attention_heads", 0, "last", in_split(n), in_split(n), (n, n + 1)) for n in (1, 0)]
+    _, first, *_ = rows(section(written(store, result(effects(lucky))), "Heads"))
+    assert first[0] == "head 0, layer 0 at 'last'"
+    assert first[4] == "0.2"  # what the held-out pairs see of it: a tenth of 2
+
+
+def test_the_smaller_of_nie_and_tie_ranks_and_te_gives_the_direction(store: Store) -> None:
+    lopsided = [
+        Planted("heads", "attention_heads", layer, "last", constant(nie), constant(tie), (0, 1))
+        for layer, (nie, tie) in enumerate([(0.9, 0.1), (0.3, 0.2), (0.0, 0.0)])
+    ]
+    for te in (strong, lambda pair: -strong(pair)):
+        table = rows(section(written(store, result(effects(lopsided, te))), "Heads"))
+        assert [row[0] for row in table[1::2]] == [f"head 0, layer {layer} at 'last'" for layer in (1, 0, 2)]
+
+
+def test_an_absent_effect_is_said_first_and_leaves_every_share_undefined(store: Store) -> None:
+    report = written(store, result(effects(modules(), absent)))
+    assert answer(report).startswith(
+        "**This run cannot say where in planted harmful text is decided.** The total effect (TE)"
+    )
+    assert "not told apart from 0" in answer(report)
+    assert [row[1] for row in rows(section(report, "The paper's claims"))[1:]] == [
+        "undecided",
+        "undecided",
+        *["not tested"] * 3,
+    ]
+    modules_section = section(report, "Modules")
+    assert {row[6] for row in rows(modules_section)[4:]} == {"n/a [n/a]"}
+    assert re.search(r"^- share of TE: the interval of the denominator, -\S+ to \S+, spans 0$", modules_section, re.M)
+
+
+def test_harmful_prompts_that_lower_the_outcome_are_not_called_harmful(store: Store) -> None:
+    first = answer(written(store, result(effects(modules(), lambda pair: -strong(pair)))))
+    assert first.startswith(
+        "**In planted these harmful prompts do not make the harmful answer more likely.** They lower"
+    )
+
+
+def test_no_claim_supported_is_said_so(store: Store) -> None:
+    early = [dataclasses.replace(site, layer=LAYERS - 1 - site.layer) for site in modules()]
+    swapped = {"attention_output": "mlp_output", "mlp_output": "attention_output"}
+    attention = [dataclasses.replace(site, component=swapped[site.component]) for site in early]
+    first = answer(written(store, result(effects(attention))))
+    assert "This run supports none of the paper's claims.**" in first
+    assert "It does not support “MLP blocks carry it, not attention”" in first
+
+
+def test_nothing_tested_leaves_the_question_open(store: Store) -> None:
+    first = answer(written(store, result(effects(layers()))))
+    assert first.startswith("**This run leaves open where in planted harmful text is decided.**")
+
+
+def test_few_clusters_are_said_to_be_few_in_the_answer(store: Store) -> None:
+    first = answer(written(store, result(effects(modules(), pairs=8))))
+    assert "To be read with care: only 4 clusters: the interval covers 88% at most." in first
+
+
+def test_one_cluster_gives_no_interval_and_the_reason(store: Store) -> None:
+    found = result(effects(modules(), pairs=6))  # c0 and c1 for discovery, c2 alone held out
+    part = section(written(store, found), "Modules")
+    assert {row[5] for row in rows(part)[4:]} == {"n/a"}
+    assert "- held-out q: one cluster only" in part
+
+
+def test_a_test_too_coarse_for_single_sites_says_so(store: Store) -> None:
+    part = section(written(store, result(effects(modules()))), "Modules")
+    # 16 clusters allow 2^-15, but 200 resamples only 1/201; 8 sites x 1/201 / 0.05 is 0.8: one site suffices.
+    assert "give no p below" not in part
+    part = section(written(store, result(effects(modules(), pairs=12))), "Modules")
+    assert (
+        "6 clusters and 200 resamples give no p below 0.031, so among 8 sites q ≤ 0.05 is reached by 5 together" in part
+    )
+    part = section(written(store, result(effects(modules(), pairs=8))), "Modules")
+    assert "so among 8 sites q ≤ 0.05 is out of reach" in part
+
+
+def test_left_out_pairs_are_counted_and_named_by_reason(store: Store) -> None:
+    refusals = [Refusal("a", "same answer"), Refusal("b", "edit too long"), Refusal("c", "edit too long")]
+    store.save_failure("d", "out of <memory>")
+    part = section(written(store, result(effects(modules()), refusals)), "What was measured")
+    table = rows(part)
+    assert ["refused", "3 pairs"] in table
+    assert table[-3:] == [
+        ["refused: edit too long", "2", "b, c"],
+        ["refused: same answer", "1", "a"],
+        [r"failed while it ran, measured in part at most: out of &lt;memory&gt;", "1", "d"],
+    ]
+
+
+def test_what_was_measured(store: Store) -> None:
+    table = dict(rows(section(written(store, result(effects(modules()))), "What was measured")))
+    assert table["pairs"] == "builtin: 32 pairs in 16 clusters, of 32 that can be run"
+    assert table["discovery split"] == table["held-out split"] == "16 pairs in 8 clusters"
+    assert table["outcome"] == f"logit_diff, in logits: {MEANINGS['logit_diff']}"
+    assert "No pair was left out." in section(written(store, result(effects(modules()))), "What was measured")
+
+
+def test_every_outcome_has_a_meaning_that_says_what_positive_means() -> None:
+    assert set(MEANINGS) == set(get_args(OutcomeName))
+    assert all("positive: " in meaning for meaning in MEANINGS.values())
+
+
+def test_unequal_edits_and_the_model_s_own_answers_are_among_the_limits(store: Store) -> None:
+    assert "1 of 32 pairs have edits of unequal length" in section(written(store, result(effects(modules()))), "Limits")
+    own = section(written(store, result(effects(modules()), outcome="response_logprob")), "Limits")
+    assert "may be a refusal: a positive outcome then means refusing" in own
+
+
+def test_texts_are_shown_only_where_given_and_go_again(store: Store) -> None:
+    found = result(effects(modules()))
+    shown = section(written(store, found, [TEXT]), "Prompts and answers")
+    assert rows(shown)[1] == [TEXT.id, TEXT.harmful, TEXT.harmful_answer, TEXT.harmless, TEXT.harmless_answer]
+    assert "hidden" not in shown
+    hidden = written(store, found)
+    assert "are hidden" in section(hidden, "Prompts and answers")
+    assert "--show-text" in section(hidden, "Prompts and answers")
+    files = [path.read_text("utf-8", errors="replace") for path in store.folder.rglob("*") if path.is_file()]
+    assert not any(text in content for content in files for text in TEXT[1:])
+
+
+def test_generated_text_cannot_become_markup(store: Store) -> None:
+    hostile = TEXT._replace(harmful_answer="a | b\n![x](http://evil) <script> **bold**")
+    shown = section(written(store, result(effects(modules())), [hostile]), "Prompts and answers")
+    cell = rows(shown)[1][2]
+    assert cell == r"a \| b<br>\!\[x\]\(http\://evil\) &lt;script&gt; \*\*bold\*\*"
+
+
+def test_csv_files_have_the_documented_columns_and_every_digit(store: Store) -> None:
+    found = result(effects([*modules(), *units()]))
+    write_report(store, found)
+    table = pd.read_csv(store.folder / "effects.csv").astype({"unit_start": "Int64", "unit_stop": "Int64"})
+    assert list(table.columns) == list(EFFECT_COLUMNS)
+    pd.testing.assert_frame_equal(table, found.effects, check_exact=True, check_dtype=False)
+    assert list(pd.read_csv(store.folder / "summary.csv").columns) == list(SUMMARY_COLUMNS)
+    mediators = pd.read_csv(store.folder / "mediators.csv")
+    assert mediators[["layer", "unit", "mediates"]].to_numpy().tolist() == [[3, 5, True]]
+
+
+def test_mediators_are_written_only_where_units_were_measured(store: Store) -> None:
+    write_report(store, result(effects(modules())))
+    assert not (store.folder / "mediators.csv").exists()
+
+
+def test_the_mediating_neuron_is_reported_as_the_held_out_pairs_see_it(store: Store) -> None:
+    part = section(written(store, result(effects(units()))), "Single neurons")
+    assert "1 neuron reached 5% of TE by NIE and by TIE on the discovery pairs; 1 of them also do" in part
+    # Eight held-out clusters, all of one sign: p is near 2 / 2^8, from 200 of the 256 flips. One neuron was tested.
+    *cells, q, mediates = rows(part)[1]
+    assert cells == ["3.5 at 'last'", "0.4", "0.4", "20%", "20%"]
+    assert float(q) < 0.03
+    assert mediates == "yes"
+
+
+def test_no_neuron_chosen_is_said_so(store: Store) -> None:
+    part = section(written(store, result(effects(units()[1:]))), "Single neurons")
+    assert "No neuron reaches 5% of TE by NIE and by TIE on the discovery pairs." in part
+
+
+def test_every_figure_is_in_the_report_and_of_readable_size(store: Store) -> None:
+    report = written(store, result(effects([*layers(), *modules(), *units()])))
+    linked = re.findall(r"!\[[^]]*\]\((figures/[^)]*)\)", report)
+    assert linked == ["figures/layers.png", "figures/modules.png", "figures/neurons-units.png"]
+    assert sorted(path.name for path in store.folder.glob("figures/*")) == sorted(Path(name).name for name in linked)
+    for name in linked:
+        image = (store.folder / name).read_bytes()
+        assert image.startswith(b"\x89PNG")
+        assert 1000 <= int.from_bytes(image[16:20], "big") <= 1400
+        assert len(image) > 20_000
+
+
+def test_the_same_run_gives_the_same_bytes(store: Store) -> None:
+    found = result(effects([*layers(), *units()]))
+
+    def contents() -> dict[str, bytes]:
+        write_report(store, found, [TEXT])
+        return {str(path): path.read_bytes() for path in store.folder.rglob("*") if path.is_file()}
+
+    first = contents()
+    assert {Path(name).name for name in first} >= {"report.md", "effects.csv", "layers.png", "mediators.csv"}
+    assert contents() == first
+
+
+def test_sites_that_follow_by_construction_are_neither_ranked_nor_drawn(store: Store) -> None:
+    whole = [Planted("layers", "layer_output", layer, "all", lambda _: 1.0, lambda _: 1.0) for layer in (0, 3)]
+    report = written(store, result(effects([*whole, *layers()])))
+    assert not any("'all'" in row[0] for row in rows(section(report, "Layers")))
+    checks_only = section(written(store, result(effects(whole))), "Layers")
+    assert "Only sites whose effects follow by construction were measured." in checks_only
+    assert "![" not in checks_only
+
+
+def test_a_granularity_without_a_figure_still_has_its_table(store: Store) -> None:
+    part = section(written(store, result(effects([carries("paths", "mlp_output", 1, "all", 0.3)]))), "paths")
+    assert rows(part)[1][0] == "MLP, layer 1 at 'all'"
+    assert "![" not in part
+
+
+def with_deviation(found: Result, deviation: float, n: int = 5) -> Result:
+    return found._replace(summary=dataclasses.replace(found.summary, identities=(Identity("NDE = 0", n, deviation),)))
+
+
+@pytest.mark.parametrize(
+    ("deviation", "n", "dtype", "verdict"),
+    [
+        (1e-4, 5, "float32", "holds"),
+        (1.1e-4, 5, "float32", "violated"),
+        (float("nan"), 5, "float32", "violated"),
+        (1e-2, 5, "bfloat16", "not judged"),
+        (float("nan"), 0, "float32", "not checked"),
+    ],
+)
+def test_identities_are_judged_by_their_largest_deviation(
+    store: Store, deviation: float, n: int, dtype: str, verdict: str
+) -> None:
+    report = written(store, with_deviation(result(effects(modules()), dtype=dtype), deviation, n))
+    assert rows(section(report, "Identities"))[1][-1] == verdict
+    assert answer(report).startswith("**Do not trust these numbers") == (verdict == "violated")
+
+
+def test_identities_of_this_run_hold_on_pairs_of_equal_length(store: Store) -> None:
+    table = rows(section(written(store, result(effects(layers()))), "Identities"))
+    assert [row[1:] for row in table[1:3]] == [["62", "0", "holds"]] * 2  # two layers of 32 pairs less p0
+    assert [row[1:] for row in table[3:]] == [["0", "n/a", "not checked"]] * 2  # 'last' was not measured
+
+
+def test_provenance_is_flattened_and_gaps_are_named(store: Store) -> None:
+    table = dict(rows(section(written(store, result(effects(modules()))), "Provenance")))
+    assert (table["git.commit"], table["git.dirty"]) == ("abc123", "True")
+    assert (table["host"], table["versions"]) == ("not recorded", "not recorded")
+
+
+def test_a_run_that_has_not_ended_says_so_first(store: Store) -> None:
+    found = result(effects(modules()))
+    assert "not finished" not in written(store, found)
+    store.save_record({"study": {}})
+    assert answer(written(store, found)).startswith("**This run is not finished**")
+
+
+def test_half_a_run_can_be_reported(store: Store) -> None:
+    """Before the first held-out pair there is nothing to judge neurons by, and before any pair nothing at all."""
+    table = effects([*layers(), *modules()])
+    discovery = section(written(store, result(table[table["split"] == "discovery"])), "Modules")
+    assert "- held-out q: not measured on these pairs" in discovery
+    heldout = section(written(store, result(table[table["split"] == "heldout"])), "Modules")
+    assert "no discovery pair has been measured" in heldout
+
+
+def test_the_terminal_shows_the_answer_verdicts_sites_and_where_the_report_lies() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    found = result(effects([*modules(), carries("tokens", "layer_output", 1, "edit[-1]", 0.5)]))
+    path = Path("/some") / ("very-long-name" * 20) / "report.md"
+    console.print(terminal_summary(found, path))
+    text = console.export_text(clear=False)
+    assert "Where in planted is harmful text decided?" in text
+    assert "MLP, layer 3 at 'all'" in text
+    assert "residual stream, layer 1 at 'edit[-1]'" in text
+    assert str(path) in text.replace("\n", "")
+    styled = console.export_text(styles=True)
+    assert "\x1b[32msupported" in styled
+    assert "\x1b[2mnot tested" in styled
+
+
+def test_markdown_cells_keep_bars_and_line_breaks_inside() -> None:
+    assert markdown_table(("a", "b"), [("x|y", "1\n2"), (r"z\|", "")]).splitlines() == [
+        "| a | b |",
+        "| --- | --- |",
+        r"| x\|y | 1<br>2 |",
+        r"| z\| |  |",
+    ]

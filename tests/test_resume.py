@@ -1,0 +1,222 @@
+"""A study whose jobs fail, get lost or outlive their process, on a backend of canned values."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from fakes import CannedBackend, Watcher, records, write_pairs
+
+from remote_mediation.config import StudyConfig
+from remote_mediation.errors import PairsError, SiteError, StoreError, TransportError
+from remote_mediation.plan import Job
+from remote_mediation.store import Store
+from remote_mediation.study import Result, reread, run_study
+
+EACH_BATCH = {"job_seconds": 1e-9}  # one batch per job
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return write_pairs(tmp_path / "pairs.jsonl", records())
+
+
+def config(pairs: Path, **settings: Any) -> StudyConfig:
+    defaults = {
+        "model": "tiny",
+        "pairs": str(pairs),
+        "granularity": ["layers", "neurons"],
+        "neurons": {"window": 4, "max_windows": 2},
+        "statistics": {"resamples": 100},
+    }
+    return StudyConfig(**{**defaults, **settings})
+
+
+def run(settings: StudyConfig, backend: CannedBackend, folder: Path, watch: Watcher | None = None) -> Result:
+    return run_study(settings, backend, Store.create(folder, settings.identity()), watch or Watcher())
+
+
+def undisturbed(settings: StudyConfig, tmp_path: Path) -> pd.DataFrame:
+    effects = run(settings, CannedBackend({}), tmp_path / "undisturbed").effects
+    assert set(effects["granularity"]) == {"checks", "layers", "neurons", "neurons:units"}
+    return effects
+
+
+@pytest.mark.parametrize("settings", [{}, EACH_BATCH], ids=["one job", "a job per batch"])
+def test_a_pair_whose_jobs_fail_is_left_out(pairs: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    study, folder = config(pairs, **settings), tmp_path / "run"
+    backend = CannedBackend({}, refuses=["burn-bike"])
+    effects = run(study, backend, folder).effects
+    assert json.loads((folder / "failures.json").read_text("utf-8")) == {"burn-bike": "no memory for burn-bike"}
+    assert set(effects["pair_id"]) == {record["id"] for record in records()} - {"burn-bike"}
+    first = effects[effects["granularity"] != "neurons:units"].reset_index(drop=True)
+    expected = undisturbed(study, tmp_path)
+    expected = expected[(expected["pair_id"] != "burn-bike") & (expected["granularity"] != "neurons:units")]
+    pd.testing.assert_frame_equal(first, expected.reset_index(drop=True))
+    assert Store.open(folder).submitted() == []
+
+
+def test_a_failed_pair_is_not_tried_again(pairs: Path, tmp_path: Path) -> None:
+    study, folder = config(pairs), tmp_path / "run"
+    effects = run(study, CannedBackend({}, refuses=["burn-bike"]), folder).effects
+    later = CannedBackend({})
+    pd.testing.assert_frame_equal(run(study, later, folder).effects, effects)
+    assert later.collected == []
+
+
+def test_a_study_in_which_every_job_fails_has_no_effects(pairs: Path, tmp_path: Path) -> None:
+    names = [record["id"] for record in records()]
+    result = run(config(pairs), CannedBackend({}, refuses=names), tmp_path / "run")
+    assert result.effects.empty
+    assert set(Store.open(tmp_path / "run").failures()) == set(names)
+
+
+def test_a_lost_job_is_run_again(pairs: Path, tmp_path: Path) -> None:
+    study, shelf = config(pairs, **EACH_BATCH), {}
+    backend = CannedBackend(shelf, loses=1)
+    result = run(study, backend, tmp_path / "run")
+    pd.testing.assert_frame_equal(result.effects, undisturbed(study, tmp_path))
+    assert len(shelf) == len(backend.collected) + 1
+    assert [job.id for job in list(shelf.values())[:2]] == [backend.collected[0].id] * 2
+    assert Store.open(tmp_path / "run").submitted() == []
+    assert Store.open(tmp_path / "run").failures() == {}
+
+
+def test_a_job_handed_over_by_an_earlier_process_is_collected_and_not_run_again(pairs: Path, tmp_path: Path) -> None:
+    study, folder = config(pairs, **EACH_BATCH), tmp_path / "run"
+    shelf: dict[str, Job] = {}
+    earlier = CannedBackend(shelf, dies_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(study, earlier, folder)
+    assert [entry.ticket for entry in Store.open(folder).submitted()] == ["ticket 2"]
+    assert len(shelf) == 3
+
+    later = CannedBackend(shelf)
+    pd.testing.assert_frame_equal(run(study, later, folder).effects, undisturbed(study, tmp_path))
+    assert later.collected[0].id == shelf["ticket 2"].id
+    ids = [job.id for job in shelf.values()]
+    assert len(set(ids)) == len(ids)  # nothing was handed over twice
+    assert Store.open(folder).submitted() == []
+
+
+@pytest.mark.parametrize("trouble", [{"loses": 1}, {"refuses": ["burn-bike"]}], ids=["lost", "failed"])
+def test_an_earlier_job_that_is_lost_or_failed_is_planned_anew(
+    pairs: Path, tmp_path: Path, trouble: dict[str, Any]
+) -> None:
+    study, folder = config(pairs, **EACH_BATCH), tmp_path / "run"
+    shelf: dict[str, Job] = {}
+    with pytest.raises(KeyboardInterrupt):
+        run(study, CannedBackend(shelf, dies_after=0), folder)
+    later = CannedBackend(shelf, **trouble)
+    effects = run(study, later, folder).effects
+    assert Store.open(folder).submitted() == []
+    if "loses" in trouble:
+        pd.testing.assert_frame_equal(effects, undisturbed(study, tmp_path))
+        assert shelf["ticket 1"].id == shelf["ticket 0"].id
+    else:
+        assert shelf["ticket 0"].parts[0].pair == "burn-bike"
+        assert "burn-bike" not in set(effects["pair_id"])
+
+
+def test_a_lost_connection_keeps_what_is_done(pairs: Path, tmp_path: Path) -> None:
+    class Offline(CannedBackend):
+        def submit(self, job: Job) -> str:
+            if len(self.collected) == 3:
+                raise TransportError("connection lost")
+            return super().submit(job)
+
+    study, folder, shelf = config(pairs, **EACH_BATCH), tmp_path / "run", {}
+    with pytest.raises(TransportError):
+        run(study, Offline(shelf), folder)
+    later = CannedBackend(shelf)
+    pd.testing.assert_frame_equal(run(study, later, folder).effects, undisturbed(study, tmp_path))
+    assert len({job.id for job in shelf.values()}) == len(shelf)
+
+
+@pytest.mark.parametrize("stop_after", [1, 5])
+def test_an_interrupted_study_goes_on(pairs: Path, tmp_path: Path, stop_after: int) -> None:
+    study, folder, watch = config(pairs, **EACH_BATCH), tmp_path / "run", Watcher()
+    with pytest.raises(KeyboardInterrupt):
+        run(study, CannedBackend({}), folder, Watcher(stop_after))
+    done = sum(len(values) > 0 for values in Store.open(folder).values().values())
+    assert done > 0
+    assert reread(Store.open(folder)).effects["pair_id"].nunique() <= 1 + stop_after
+
+    backend = CannedBackend({})
+    result = run(study, backend, folder, watch)
+    pd.testing.assert_frame_equal(result.effects, undisturbed(study, tmp_path))
+    total = Watcher()
+    run(study, CannedBackend({}), tmp_path / "again", total)
+    assert watch.totals[0] < total.totals[0]
+    assert sum(watch.done) == sum(watch.totals)
+
+
+def test_a_finished_study_measures_nothing_new(pairs: Path, tmp_path: Path) -> None:
+    study, folder, watch = config(pairs), tmp_path / "run", Watcher()
+    first = run(study, CannedBackend({}), folder)
+    backend = CannedBackend({})
+    again = run(study, backend, folder, watch)
+    assert "neurons:units" in set(first.effects["granularity"])
+    assert (watch.totals, backend.collected) == ([0, 0], [])
+    pd.testing.assert_frame_equal(again.effects, first.effects)
+    pd.testing.assert_frame_equal(reread(Store.open(folder)).effects, first.effects)
+
+
+def test_another_place_to_run_is_the_same_study(pairs: Path, tmp_path: Path) -> None:
+    run(config(pairs), CannedBackend({}), tmp_path / "run")
+    backend = CannedBackend({})
+    elsewhere = config(pairs, backend="ndif", device="cuda", job_seconds=1.0, batch_gb=0.5)
+    run(elsewhere, backend, tmp_path / "run")
+    assert backend.collected == []
+
+
+def test_changed_pairs_are_another_study(pairs: Path, tmp_path: Path) -> None:
+    study, folder = config(pairs), tmp_path / "run"
+    run(study, CannedBackend({}), folder)
+    before = (folder / "run.json").read_bytes()
+    write_pairs(pairs, [{**record, "harmful": record["harmful"] + " now"} for record in records()])
+    with pytest.raises(
+        StoreError, match=r"holds a run on other pairs, .*pairs.jsonl has changed; choose another --out"
+    ):
+        run(study, CannedBackend({}), folder)
+    assert (folder / "run.json").read_bytes() == before
+
+
+def test_responses_are_taken_from_the_file_or_from_the_model(tmp_path: Path) -> None:
+    sure, sorry = {"harmful_response": "sure here is why"}, {"harmless_response": "sorry no"}
+    given = [{**sure, **sorry}, {}, sure, sorry, {}, {**sure, "harmless_response": sure["harmful_response"]}]
+    content = [{**record, **extra} for record, extra in zip(records(), given, strict=True)]
+    study = config(write_pairs(tmp_path / "pairs.jsonl", content), response_logprob={"tokens": 3})
+    result = run(study, CannedBackend({}), tmp_path / "run")
+    encoded = {"sure": (21, 25, 26), "sorry": (23, 24)}
+    # The canned answer repeats the prompt: "steal a car", "wash a car".
+    assert {pair.id: pair.answers for pair in result.study.pairs} == {
+        "steal-car": (encoded["sure"], encoded["sorry"]),
+        "steal-bike": ((7, 10, 14), (8, 10, 14)),
+        "steal-house": (encoded["sure"], (8, 10, 15)),
+        "burn-car": ((28, 10, 13), encoded["sorry"]),
+        "burn-bike": ((28, 10, 14), (29, 10, 14)),
+    }
+    assert [refusal.id for refusal in result.study.refusals] == ["burn-house"]
+    assert "same answer" in result.study.refusals[0].reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "error", "message"),
+    [
+        ({}, slice(0, 1), PairsError, r"1 of 1 pairs can be run, a study needs two \(none was refused\); add pairs"),
+        ({"max_pairs": 2}, slice(0, 6), PairsError, r"need pairs from two templates or more; these 2 come from 1"),
+        ({"positions": {"layers": ["nowhere"]}}, slice(0, 6), SiteError, "unknown position 'nowhere'"),
+        ({"granularity": ["heads"], "positions": {"heads": ["after_edit[9]"]}}, slice(0, 6), SiteError, "no pair has"),
+        ({"neurons": {"window": 4, "layers": [6]}}, slice(0, 6), SiteError, "layer 6 is out of range"),
+    ],
+)
+def test_what_cannot_be_measured_leaves_no_run_folder(
+    tmp_path: Path, settings: dict[str, Any], kept: slice, error: type[Exception], message: str
+) -> None:
+    responses = {"harmful_response": "sure", "harmless_response": "sorry"}
+    file = write_pairs(tmp_path / "pairs.jsonl", records(**responses)[kept])
+    with pytest.raises(error, match=message):
+        run(config(file, **settings), CannedBackend({}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,168 @@
+"""The run folder: whole files or none, found again by key, and kept apart from everything else."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import INFO, LOGITS, token_pair
+
+from remote_mediation.errors import StoreError
+from remote_mediation.plan import Job, Part, Readout
+from remote_mediation.prompts import Prepared, Refusal
+from remote_mediation.store import Store
+
+
+def job(*keys: str) -> Job:
+    return Job({}, (Part("p", keys, {}, 10.0),))
+
+
+def readout(*values: list[float]) -> Readout:
+    return Readout([np.array(v, np.float32) for v in values], 2.5)
+
+
+def begun(folder: Path, **identity: Any) -> Store:
+    store = Store.create(folder, identity)
+    store.save_record({"study": identity})
+    return store
+
+
+def test_create_writes_nothing(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "a/b", {"model": "m"})
+    assert list(tmp_path.iterdir()) == []
+    assert store.record() == {}
+    assert store.prepared() is None
+    assert store.values() == {}
+    assert store.failures() == {}
+    assert store.submitted() == []
+
+
+def test_the_same_study_goes_on_and_another_is_refused(tmp_path: Path) -> None:
+    begun(tmp_path / "run", model="m", seed=0)
+    assert Store.create(tmp_path / "run", {"model": "m", "seed": 0}).record()["study"] == {"model": "m", "seed": 0}
+    with pytest.raises(
+        StoreError, match=r"holds another study: its seed is 0, not 1; choose another folder with --out"
+    ):
+        Store.create(tmp_path / "run", {"model": "m", "seed": 1})
+    with pytest.raises(StoreError, match="its seed is 0, not None"):
+        Store.create(tmp_path / "run", {"model": "m"})
+    with pytest.raises(StoreError, match="its extra is None, not 2"):
+        Store.create(tmp_path / "run", {"model": "m", "seed": 0, "extra": 2})
+
+
+def test_an_empty_folder_will_do(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    begun(tmp_path / "run", model="m")
+
+
+def test_folders_in_use(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(StoreError, match=r"is in use and is no run folder; choose another with --out"):
+            Store.create(folder, {})
+    with pytest.raises(StoreError, match=r"notes.txt is a file; choose another --out"):
+        Store.create(tmp_path / "notes.txt" / "run", {})
+    with pytest.raises(StoreError, match=r"cannot use .*File name too long; choose another --out"):
+        Store.create(tmp_path / ("x" * 300), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"epochs": 3}', "\xff"])
+def test_a_run_json_of_something_else(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_bytes(content.encode("latin-1"))
+    for use in (lambda: Store.create(tmp_path, {}), lambda: Store.open(tmp_path)):
+        with pytest.raises(StoreError, match=r"run\.json.*choose another folder"):
+            use()
+
+
+def test_open_needs_a_run(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(StoreError, match=r"is no run folder \(it has no run.json\); give the folder of a finished"):
+            Store.open(folder)
+    begun(tmp_path / "run", model="m")
+    assert Store.open(tmp_path / "run").record() == {"study": {"model": "m"}}
+
+
+def test_prepared_pairs_round_trip(tmp_path: Path) -> None:
+    store = begun(tmp_path / "run")
+    prepared = Prepared((token_pair("a"), token_pair("b", answers=((1, 2), (3,)))), (Refusal("c", "why"),))
+    store.save_prepared(prepared)
+    assert store.prepared() == prepared
+
+
+def test_values_are_found_by_key(tmp_path: Path) -> None:
+    store = begun(tmp_path / "run")
+    store.save_readout(job("k1", "k2"), readout([1.5, 2.5], [3.5]))
+    store.save_readout(job("k3"), readout([4.5, 5.5, 6.5]))
+    store.save_readout(job("k1", "k4"), readout([1.5, 2.5], [7.5]))
+    values = store.values()
+    assert {key: value.tolist() for key, value in values.items()} == {
+        "k1": [1.5, 2.5],
+        "k2": [3.5],
+        "k3": [4.5, 5.5, 6.5],
+        "k4": [7.5],
+    }
+    assert all(value.dtype == np.float32 for value in values.values())
+    assert Store.open(tmp_path / "run").values().keys() == values.keys()
+
+
+def test_tickets_are_kept_until_the_values_are_here(tmp_path: Path) -> None:
+    store = begun(tmp_path / "run")
+    first, second = job("k1", "k2", "k3"), job("k4", "k5")
+    store.save_ticket("t1", first)
+    store.save_ticket("t2", second)
+    waiting = {entry.ticket: entry for entry in Store.open(tmp_path / "run").submitted()}
+    assert waiting.keys() == {"t1", "t2"}
+    assert waiting["t1"] == (first.id, "t1", ["k1", "k2", "k3"], 1, 10.0)
+    store.save_readout(waiting["t1"], readout([1.0], [2.0], [3.0]))
+    assert [entry.ticket for entry in store.submitted()] == ["t2"]
+    store.forget(second.id)
+    store.forget(second.id)
+    assert store.submitted() == []
+    assert store.values().keys() == {"k1", "k2", "k3"}
+
+
+def test_failures_add_up(tmp_path: Path) -> None:
+    store = begun(tmp_path / "run")
+    store.save_failure("a", "no memory")
+    store.save_failure("b", "no luck")
+    store.save_failure("a", "no memory again")
+    assert Store.open(tmp_path / "run").failures() == {"a": "no memory again", "b": "no luck"}
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = begun(tmp_path / "run", model="m")
+    before = (tmp_path / "run/run.json").read_bytes()
+
+    def full(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StoreError, match=r"cannot write .*run.json: No space left on device; free some space"):
+        store.save_record({"study": {}})
+    with pytest.raises(StoreError, match="No space left on device"):
+        store.save_readout(job("k"), readout([1.0]))
+    with pytest.raises(StoreError, match="No space left on device"):
+        Store.create(tmp_path / "new", {}).save_record({"study": {}})
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/run.json"]
+    assert (tmp_path / "run/run.json").read_bytes() == before
+
+
+def test_unfinished_files_are_not_read(tmp_path: Path) -> None:
+    store = begun(tmp_path / "run")
+    store.save_readout(job("k"), readout([1.0]))
+    (tmp_path / "run/readouts/.other.npz.partial").write_bytes(b"half")
+    assert store.values().keys() == {"k"}
+
+
+def test_the_record_is_readable_json(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "run", {})
+    store.save_record({"study": {"b": 1, "a": INFO.name}, "outcome": LOGITS.plus})
+    text = (tmp_path / "run/run.json").read_text("utf-8")
+    assert json.loads(text) == {"study": {"b": 1, "a": "tiny"}, "outcome": [5, 6]}
+    assert text.endswith("}\n")
+    assert text.index('"a"') < text.index('"b"')

@@ -1,0 +1,261 @@
+"""Verdicts on made-up effects, where what holds is known because we wrote it down."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from remote_mediation.config import StatisticsSettings
+from remote_mediation.effects import EFFECT_COLUMNS
+from remote_mediation.summary import SUMMARY_COLUMNS, UNITS, Claim, Summary, summarise
+
+LAYERS, PAIRS = 6, 16
+BY = StatisticsSettings(resamples=200)
+NONE, EARLY, LATE = (0.0,) * 6, (0.7, 0.3, 0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0, 0.3, 0.7)
+WHERE, WHAT, WHICH = range(3)
+
+
+class Made:
+    """Effects of `PAIRS` pairs, each its own cluster, every other one held out."""
+
+    def __init__(self, te: float = 4.0, spread: float = 0.2) -> None:
+        self._noise = np.random.default_rng(0)
+        self._spread = spread
+        self.te = self._noisy(te)
+        self._rows: list[dict[str, object]] = []
+
+    def _noisy(self, mean: float) -> np.ndarray:
+        return mean + self._spread * self._noise.normal(size=PAIRS)
+
+    def add(
+        self,
+        granularity: str,
+        component: str,
+        layer: int,
+        share: float,
+        heldout: float | None = None,
+        *,
+        position: str = "last",
+        unit: int | None = None,
+    ) -> None:
+        """A site whose NIE and TIE are this share of TE, and on held-out pairs perhaps another."""
+        for pair in range(PAIRS):
+            split = ("discovery", "heldout")[pair % 2]
+            part = share if heldout is None or split == "discovery" else heldout
+            nie, tie = (part * self.te[pair] + 0.05 * self._noise.normal() for _ in range(2))
+            te = self.te[pair]
+            self._rows.append(
+                {
+                    **{"pair_id": f"p{pair}", "cluster": f"c{pair}", "split": split, "granularity": granularity},
+                    **{"component": component, "layer": layer, "position": position, "unit_start": unit},
+                    **{"unit_stop": None if unit is None else unit + 1, "y_base": 0.0, "y_source": te},
+                    **{"y_base_patched": nie, "y_source_patched": te - tie, "te": te, "nie": nie, "nde": te - tie},
+                    **{"tie": tie, "int": tie - nie, "outcome": "logit_diff", "unit": "logits"},
+                }
+            )
+
+    def modules(self, mlp: Sequence[float], attention: Sequence[float]) -> "Made":
+        for layer in range(LAYERS):
+            self.add("modules", "mlp_output", layer, mlp[layer], position="all")
+            self.add("modules", "attention_output", layer, attention[layer], position="all")
+        return self
+
+    def neurons(self, shares: Mapping[tuple[int, int], tuple[float, float]]) -> "Made":
+        """shares: by layer and unit, on the discovery and on the held-out split."""
+        for (layer, unit), (discovery, heldout) in shares.items():
+            self.add(UNITS, "mlp_neurons", layer, discovery, heldout, unit=unit)
+        return self
+
+    def table(self) -> pd.DataFrame:
+        table = pd.DataFrame(self._rows, columns=list(EFFECT_COLUMNS))
+        return table.astype({"unit_start": "Int64", "unit_stop": "Int64"})
+
+    def summary(self, seed: int = 0) -> Summary:
+        return summarise(self.table(), {f"p{pair}" for pair in range(PAIRS)}, LAYERS, seed, BY)
+
+    def claim(self, number: int) -> Claim:
+        return self.summary().claims[number]
+
+
+@pytest.mark.parametrize(("mlp", "verdict"), [(LATE, "supported"), (EARLY, "not supported")])
+def test_where(mlp: Sequence[float], verdict: str) -> None:
+    claim = Made().modules(mlp, NONE).claim(WHERE)
+    assert claim.verdict == verdict
+    assert "of the MLPs' NIE" in claim.finding
+    share = float(claim.finding.split("holds ")[1].split("%")[0])
+    assert share > 95 if mlp is LATE else share < 5
+
+
+def test_where_depth_does_not_matter_nothing_is_decided() -> None:
+    assert Made().modules((0.2,) * 6, NONE).claim(WHERE).verdict == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("mlp", "attention", "verdict"),
+    [(LATE, NONE, "supported"), (NONE, LATE, "not supported"), ((0.21, 0.0, 0.2, 0.2, 0.2, 0.2), LATE, "undecided")],
+)
+def test_what(mlp: Sequence[float], attention: Sequence[float], verdict: str) -> None:
+    claim = Made().modules(mlp, attention).claim(WHAT)
+    assert claim.verdict == verdict
+    assert claim.finding.startswith("MLP minus attention, NIE ")
+
+
+def test_mlp_minus_attention_is_paired_by_pair() -> None:
+    made = Made().modules(LATE, (0.0, 0.0, 0.25, 0.0, 0.0, 0.25))
+    summary, table = made.summary(), made.table()
+    assert summary.difference is not None
+    by_kind = table.groupby(["pair_id", "component"])["nie"].sum().unstack()
+    expected = by_kind["mlp_output"] - by_kind["attention_output"]
+    assert summary.difference.value == pytest.approx(expected.mean())
+    assert summary.difference.n_pairs == PAIRS
+
+
+@pytest.mark.parametrize(("mlp", "attention", "what"), [(LATE, NONE, "supported"), (NONE, LATE, "not supported")])
+def test_a_negative_total_effect_has_its_place_too(mlp: Sequence[float], attention: Sequence[float], what: str) -> None:
+    claims = Made(te=-4.0).modules(mlp, attention).neurons({(5, 1): (0.5, 0.5)}).summary().claims
+    assert [claim.verdict for claim in claims[1:3]] == [what, "supported"]
+    assert (claims[0].verdict == "supported") == (mlp is LATE)
+
+
+@pytest.mark.parametrize("number", [WHERE, WHAT, WHICH])
+def test_few_clusters_decide_nothing(number: int) -> None:
+    made = Made().modules(LATE, NONE).neurons({(5, 3): (0.9, 0.9)})
+    table = made.table()
+    table["cluster"] = [f"c{int(name[1:]) % 4}" for name in table["pair_id"]]
+    claim = summarise(table, set(), LAYERS, 0, BY).claims[number]
+    assert claim.verdict == "undecided"
+    assert "4 clusters" in claim.finding
+
+
+@pytest.mark.parametrize("number", [WHERE, WHAT, WHICH])
+def test_without_a_total_effect_nothing_is_decided(number: int) -> None:
+    made = Made(te=0.0, spread=1.0).modules(LATE, NONE).neurons({(5, 3): (0.9, 0.9)})
+    claim = made.claim(number)
+    assert claim.verdict == "undecided"
+    assert "there is no total effect to mediate" in claim.finding
+    assert "spans 0" in claim.finding
+
+
+def test_what_was_not_measured_is_not_tested() -> None:
+    made = Made()
+    made.add("layers", "layer_output", 2, 0.5)
+    summary = made.summary()
+    assert {claim.verdict for claim in summary.claims} == {"not tested"}
+    assert summary.mlp is summary.attention is summary.difference is None
+    assert summary.mediators.empty
+
+
+def test_mediators_are_chosen_on_the_discovery_split_only() -> None:
+    shares = {(5, 1): (0.5, 0.5), (5, 2): (0.4, 0.0), (5, 3): (0.0, 0.9), (4, 1): (0.3, 0.3), (1, 7): (0.02, 0.9)}
+    found = Made().neurons(shares).summary().mediators
+    assert list(zip(found["layer"], found["unit"], found["mediates"], strict=True)) == [
+        (5, 1, True),
+        (5, 2, False),  # did not hold up
+        (4, 1, True),
+    ]
+
+
+def test_mediators_are_reported_on_the_heldout_split() -> None:
+    made = Made().neurons({(5, 1): (0.5, 0.25)})
+    (found,) = made.summary().mediators.to_dict("records")
+    heldout = made.table().query("split == 'heldout'")
+    assert found["nie"] == pytest.approx(heldout["nie"].mean())
+    assert found["tie"] == pytest.approx(heldout["tie"].mean())
+    assert found["nie_share"] == pytest.approx(heldout["nie"].mean() / heldout["te"].mean())
+    assert found["tie_share"] == pytest.approx(heldout["tie"].mean() / heldout["te"].mean())
+
+
+def test_a_share_that_chance_explains_makes_no_mediator() -> None:
+    table = Made().neurons({(5, 1): (0.5, 0.5), (5, 2): (0.4, 0.4)}).table()
+    unsteady = (table["split"] == "heldout") & (table["unit_start"] == 2)
+    table.loc[unsteady, ["nie", "tie"]] = np.tile([[3.0], [-2.0]], (PAIRS // 4, 2))
+    found = summarise(table, set(), LAYERS, 0, BY).mediators.set_index("unit")
+    assert found.loc[2, ["nie_share", "tie_share"]].min() > BY.min_share
+    assert found["mediates"].to_dict() == {1: True, 2: False}
+
+
+def test_a_mediator_is_sufficient_and_necessary() -> None:
+    made = Made().neurons({(5, 1): (0.5, 0.5)})
+    for effect in ("nie", "tie"):
+        table = made.table().assign(**{effect: 0.0})
+        assert summarise(table, set(), LAYERS, 0, BY).mediators.empty
+
+
+@pytest.mark.parametrize(
+    ("shares", "verdict", "finding"),
+    [
+        ({(5, 1): (0.5, 0.5), (4, 2): (0.3, 0.3)}, "supported", "2 of 2 neurons chosen on the discovery split hold up"),
+        ({(1, 1): (0.5, 0.5)}, "not supported", "0 of them in the last third of the layers"),
+        ({(5, 1): (0.5, 0.0)}, "not supported", "0 of 1 neurons chosen"),
+        ({(5, 1): (0.01, 0.01)}, "not supported", "no single neuron measured"),
+    ],
+)
+def test_which(shares: Mapping[tuple[int, int], tuple[float, float]], verdict: str, finding: str) -> None:
+    claim = Made().neurons(shares).claim(WHICH)
+    assert claim.verdict == verdict
+    assert finding in claim.finding
+
+
+def test_identities_look_at_the_whole_stream_of_equal_pairs() -> None:
+    made = Made()
+    made.add("checks", "layer_output", 2, 1.0, position="all")
+    made.add("layers", "layer_output", 2, 0.3, position="all")
+    made.add("layers", "layer_output", 2, 0.3, position="last")
+    table = made.modules(LATE, EARLY).table()
+    whole = table["granularity"] == "checks"
+    table.loc[whole, ["nie", "nde"]] = np.stack([table.loc[whole, "te"], np.zeros(PAIRS)], axis=1)
+    table.loc[whole & (table["pair_id"] == "p3"), "nie"] += 0.5
+    table.loc[whole & (table["pair_id"] == "p4"), "nde"] = -0.25
+    table.loc[whole & (table["pair_id"] == "p5"), ["nie", "nde"]] = 99.0
+    equal = {f"p{pair}" for pair in range(PAIRS)} - {"p5"}
+    nie, nde, *last = summarise(table, equal, LAYERS, 0, BY).identities
+    assert (nie.n, nde.n) == (PAIRS - 1, PAIRS - 1)
+    assert (nie.largest, nde.largest) == (pytest.approx(0.5), pytest.approx(0.25))
+    for nothing in (*last, summarise(table, set(), LAYERS, 0, BY).identities[0]):
+        assert nothing.n == 0
+        assert np.isnan(nothing.largest)
+
+
+def test_identities_of_the_last_layer_hold_for_all_pairs() -> None:
+    made = Made()
+    made.add("checks", "layer_output", LAYERS - 1, 0.5, position="last")
+    table = made.table()
+    table.loc[table["pair_id"] == "p5", ["nie", "nde"]] = 99.0
+    nie, nde = summarise(table, set(), LAYERS, 0, BY).identities[2:]
+    assert (nie.n, nde.n) == (PAIRS, PAIRS)
+    assert (nie.largest, nde.largest) == (pytest.approx(99 - made.te[5]), pytest.approx(99.0))
+
+
+def test_estimates_of_sites() -> None:
+    made = Made().modules(LATE, EARLY)
+    summary, table = made.summary(), made.table()
+    sites = summary.sites
+    assert list(sites.columns) == list(SUMMARY_COLUMNS)
+    assert set(sites.groupby("split")["quantity"].unique().map(set).map(frozenset)) == {
+        frozenset({"nie", "tie", "nde", "int"}),
+        frozenset({"nie", "tie"}),
+    }
+    for row in sites.itertuples():
+        part = table[(table["component"] == row.component) & (table["layer"] == row.layer)]
+        part = part if row.split == "all" else part[part["split"] == row.split]
+        assert row.mean == pytest.approx(part[row.quantity].mean())
+        assert (row.n, row.clusters, row.unit) == (len(part), len(part), "logits")
+        assert row.ci_low < row.mean < row.ci_high
+        assert row.q >= row.p
+    assert summary.total.value == pytest.approx(made.te.mean())
+    assert summary.total.n_pairs == PAIRS
+
+
+def test_no_answer_depends_on_which_other_questions_were_asked() -> None:
+    alone, both = Made().modules(LATE, EARLY), Made().modules(LATE, EARLY).neurons({(5, 1): (0.5, 0.5)})
+    first, second = alone.summary(), both.summary()
+    modules = second.sites[second.sites["granularity"] == "modules"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(first.sites, modules)
+    assert first.claims[:2] == second.claims[:2]
+
+
+def test_the_same_seed_gives_the_same_numbers() -> None:
+    made = Made().modules(LATE, EARLY)
+    pd.testing.assert_frame_equal(made.summary().sites, made.summary().sites)
+    assert not made.summary(seed=1).sites["ci_low"].equals(made.summary().sites["ci_low"])

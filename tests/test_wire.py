@@ -1,0 +1,132 @@
+"""What crosses the wire: a job's payload must run where this package is not installed."""
+
+from __future__ import annotations
+
+import pickletools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cloudpickle import register_pickle_by_value, unregister_pickle_by_value
+from nnsight.ndif import pull_env
+from nnsight.schema.request import RequestModel
+from oracle import Subject, token_pair
+
+from remote_mediation import program
+from remote_mediation.outcomes import Outcome
+from remote_mediation.plan import Job
+from remote_mediation.rows import swap
+from remote_mediation.sites import Site
+
+# Runs a payload with `remote_mediation` made impossible to import, as on a server that does not have it.
+SERVER = """
+import sys
+import numpy as np, torch
+from nnsight import TransformersModel
+from nnsight.schema.request import RequestModel
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "remote_mediation":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Absent())
+sys.path[:] = [entry for entry in sys.path if not entry.endswith("main")]
+folder, blob, out = sys.argv[1:]
+model = TransformersModel(folder, task="text-generation", dispatch=True, dtype=torch.float32)
+tracer = RequestModel.deserialize(open(blob, "rb").read(), model._remoteable_persistent_objects())
+from nnsight.tracing import tracer as tracing
+tracing.inc()
+tracer.execute(tracer.info.code)
+np.savez(out, *[values.numpy() for values in tracer.info.frame.f_locals["values"]])
+assert "remote_mediation" not in sys.modules
+"""
+
+
+class Capture:
+    """An nnsight backend that keeps the request instead of sending it."""
+
+    blob = b""
+
+    def __call__(self, tracer: Any) -> None:
+        pull_env()
+        self.blob = RequestModel.serialize(tracer)
+
+
+@pytest.fixture
+def by_value() -> Any:
+    """What `NdifBackend` does before its first job."""
+    register_pickle_by_value(program)
+    yield
+    unregister_pickle_by_value(program)
+
+
+def _job(subject: Subject) -> Job:
+    pair = token_pair("wire", answers=(3, 2))
+    neurons, attention = Site("mlp_neurons", 0, "all", (1, 5)), Site("attention_output", 2, "edit")
+    sites = [Site("layer_output", 1, "last"), neurons, attention]
+    rows = [swap(pair, site, side, subject.info) for site in sites for side in (0, 1)]
+    return subject.plan([pair], rows, Outcome("response_logprob"))[0]
+
+
+def _blob(subject: Subject, job: Job) -> bytes:
+    capture = Capture()
+    program.execute(subject.backend._model, job.payload, capture)
+    return capture.blob
+
+
+def _modules(blob: bytes) -> set[str]:
+    """Modules that a pickle imports from: the string two below each STACK_GLOBAL, memoised strings followed."""
+    strings: list[str] = []
+    memo: dict[int, str] = {}
+    found = set()
+    for opcode, argument, _ in pickletools.genops(blob):
+        if "UNICODE" in opcode.name:
+            strings.append(str(argument))
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = strings[-1] if strings else ""
+        elif opcode.name in ("BINGET", "LONG_BINGET"):
+            strings.append(memo[int(argument)])
+        elif opcode.name == "STACK_GLOBAL":
+            found.update(strings[-2:])
+        elif opcode.name == "GLOBAL":
+            found.add(str(argument).split(" ")[0])
+    return found
+
+
+def test_no_module_of_this_package_is_named(subject: Callable[[str], Subject], by_value: None) -> None:
+    blob = _blob(subject("llama"), _job(subject("llama")))
+    modules = _modules(blob)
+    assert "torch" in " ".join(modules)  # the reading of the pickle works
+    assert not [name for name in modules if name.split(".")[0] == "remote_mediation"]
+
+
+def test_without_registering_the_package_would_be_named(
+    subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.pull_env", lambda: None)  # as for a package in site-packages
+    modules = _modules(_blob(subject("llama"), _job(subject("llama"))))
+    assert "remote_mediation.program" in modules
+
+
+def test_a_payload_is_small(subject: Callable[[str], Subject], by_value: None) -> None:
+    blob = _blob(subject("llama"), _job(subject("llama")))
+    assert len(blob) < 40_000  # the program's source is most of it
+
+
+@pytest.mark.slow
+def test_a_payload_runs_without_this_package(subject: Callable[[str], Subject], by_value: None, tmp_path: Path) -> None:
+    model = subject("llama")
+    job = _job(model)
+    (tmp_path / "blob").write_bytes(_blob(model, job))
+    command = [sys.executable, "-c", SERVER, model.info.name, str(tmp_path / "blob"), str(tmp_path / "out.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "out.npz") as data:
+        there = np.concatenate([data[name] for name in data.files])
+    here = np.stack(list(model.run([job]).values()))
+    np.testing.assert_allclose(there, here, atol=1e-6)
