@@ -23,7 +23,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_e
 from remote_mediation import program
 from remote_mediation.errors import BackendError, JobError, LostJobError, ModelError, PreflightError, TransportError
 from remote_mediation.fetch import located
-from remote_mediation.models import info_of, load_info
+from remote_mediation.models import load_info
 from remote_mediation.ndif import Server, plain, preflight, refuse_bad
 from remote_mediation.plan import Job, Readout
 from remote_mediation.sites import ModelInfo, family_of
@@ -60,7 +60,9 @@ class LocalBackend:
             ModelError: the weights or the device cannot be had.
             SiteError: the model's family is not in the table.
         """
+        info = load_info(name, revision)
         try:
+            torch.empty(0, device=device)
             model = TransformersModel(
                 located(name),
                 revision=revision or "main",
@@ -69,10 +71,10 @@ class LocalBackend:
                 dtype=getattr(torch, dtype),
                 device_map=device,
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"cannot load {name!r} as {dtype} on {device!r}: {error}") from error
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
+            raise ModelError(f"cannot load {name!r} as {dtype} on {device!r}: {error}; try --device cpu") from error
         model.eval()
-        return cls(model, info_of(model.config, name, revision))
+        return cls(model, info)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -280,7 +280,6 @@ def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
 
 def _backend(config: StudyConfig, progress: _Watch) -> Backend:
     from remote_mediation.backends import LocalBackend, NdifBackend
-    from remote_mediation.models import load_info
     from remote_mediation.ndif import server_from_environment
 
     _quiet_libraries()
@@ -288,7 +287,6 @@ def _backend(config: StudyConfig, progress: _Watch) -> Backend:
         server = server_from_environment()
         return NdifBackend(config.model, config.revision, server, progress.note, dtype=config.dtype)
     progress.note(f"loading {config.model}")
-    load_info(config.model, config.revision)  # a wrong name is refused in better words than the weights' loader has
     return LocalBackend.load(config.model, config.revision, config.dtype, config.device)
 
 

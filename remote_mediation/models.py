@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remote_mediation.errors import ModelError
@@ -25,7 +28,8 @@ def load_info(name: str, revision: str = "") -> ModelInfo:
     """
     from transformers import AutoConfig
 
-    return info_of(_load(AutoConfig, name, revision), name, revision)
+    info = info_of(_load(AutoConfig, name, revision), name, revision)
+    return replace(info, weights=_fingerprint(Path(located(name))))
 
 
 def load_tokenizer(name: str, revision: str = "") -> PreTrainedTokenizerBase:
@@ -64,6 +68,13 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
         sliding=sliding,
         window=window,
     )
+
+
+def _fingerprint(folder: Path) -> str:
+    """Names, sizes and times of a local folder's weight files as a short hash; empty for a hub id."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest() if facts else ""
 
 
 def _sliding_layers(config: PreTrainedConfig) -> tuple[tuple[int, ...], int | None]:

@@ -157,7 +157,8 @@ class Keys:
     """Names rows by everything their values depend on, hashing what a pair's rows share only once."""
 
     def __init__(self, setting: Setting, pairs: Iterable[TokenPair]) -> None:
-        shared = (SCHEMA, setting.info.name, setting.info.revision, setting.dtype, setting.outcome.normalise)
+        info = setting.info
+        shared = (SCHEMA, info.name, info.revision, info.weights, setting.dtype, setting.outcome.normalise)
         self._prefixes = {
             pair.id: _digest([*shared, pair.x0, pair.x1, pair.answers, setting.outcome.reads(pair)]) for pair in pairs
         }

@@ -136,6 +136,8 @@ class ModelInfo:
     """Layers with sliding-window attention."""
     window: int | None
     """Tokens that a sliding-window layer sees, itself included."""
+    weights: str = ""
+    """Fingerprint of a local folder's weight files; empty for a hub model, which its revision names."""
 
     def width(self, component: Component) -> int:
         """Units of a component: heads for `attention_heads`, vector width for the others."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from fakes import INFO, LOGITS, LOGPROBS, token_pair
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from remote_mediation.models import info_of
+from remote_mediation.models import info_of, load_info
 from remote_mediation.outcomes import Outcome
 from remote_mediation.plan import (
     Budget,
@@ -153,6 +154,7 @@ def key(pair: TokenPair = ANSWERED, setting: Setting = TEACHER_FORCED, row: Row 
     [
         Setting(replace(INFO, name="other"), "float32", LOGPROBS),
         Setting(replace(INFO, revision="r1"), "float32", LOGPROBS),
+        Setting(replace(INFO, weights="w1"), "float32", LOGPROBS),
         Setting(INFO, "bfloat16", LOGPROBS),
         Setting(INFO, "float32", LOGITS),
         Setting(INFO, "float32", Outcome("logit_diff", (5,), (7,))),
@@ -222,7 +224,7 @@ def test_keys_depend_on_everything_in_a_row() -> None:
 
 def test_keys_are_stable() -> None:
     # A run folder of an earlier version is found again: change this only together with `plan.SCHEMA`.
-    assert key() == "14ff0907712bd8352df8f879"
+    assert key() == "fda00bc54af99c85f1e0d0e7"
 
 
 def test_order_of_rows_and_budgets_change_no_key() -> None:
@@ -328,3 +330,12 @@ def test_part_costs_add_up() -> None:
     expected = sum(base_flops(pair, SETTING) for pair in PAIRS)
     expected += sum(row_flops(row, {pair.id: pair for pair in PAIRS}[row.pair], SETTING) for row in ROWS)
     assert job.flops == pytest.approx(expected)
+
+
+def test_keys_know_the_weights_of_a_local_folder(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    before = load_info(str(tmp_path)).weights
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    assert before
+    assert load_info(str(tmp_path)).weights != before
