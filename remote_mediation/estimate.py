@@ -7,14 +7,17 @@ many as it may, in the middle of the network).
 
 from __future__ import annotations
 
+import pickle
 import time
+import zlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.models import load_info, load_tokenizer
-from remote_mediation.plan import Budget, Keys, plan_jobs, row_bytes, row_flops, weight_bytes
+from remote_mediation.plan import Budget, Job, Keys, plan_jobs, row_bytes, row_flops, weight_bytes
 from remote_mediation.prompts import load_pairs, tokenise
 from remote_mediation.rows import swap
 from remote_mediation.sites import Site
@@ -22,6 +25,11 @@ from remote_mediation.study import FIRST_RATE, Study, check_enough, first_reques
 
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
 _GPU_FLOPS = 0.3 * 312e12
+# Bytes of the program's source in every payload, and of the file around a tensor that comes back (tests/ndif).
+_PROGRAM_BYTES = 12_000
+_TENSOR_BYTES = 700
+# Peak of a client process over NDIF, mostly Python and its libraries (tests/ndif measures it).
+CLIENT_MEMORY = 0.7e9
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,10 @@ class Estimate:
     """Bytes of the largest batch's activations."""
     seconds: float
     """Time on this machine, at the speed of its matrix products."""
+    up: float
+    """Bytes of the first wave's payloads, as a server would be sent them."""
+    down: float
+    """Bytes of the numbers that come back from it."""
 
     def described(self) -> list[tuple[str, str]]:
         """Names and values for a table."""
@@ -59,6 +71,8 @@ class Estimate:
             ("largest batch", f"{self.batch / 1e9:,.2f} GB"),
             ("time here", f"about {self.seconds / 60:,.1f} min at this machine's matmul speed"),
             ("time on one GPU", f"about {self.flops / _GPU_FLOPS / 3600:,.3f} GPU-hours (30% of an A100's peak)"),
+            ("over NDIF", f"{self.up / 1e6:,.2f} MB up, {self.down / 1e6:,.2f} MB down (without the single neurons)"),
+            ("client memory", f"about {CLIENT_MEMORY / 1e9:.1f} GB over NDIF for a model of any size"),
         ]
 
 
@@ -96,7 +110,20 @@ def estimate(config: StudyConfig) -> Estimate:
         weights=weight_bytes(info, config.dtype),
         batch=_largest_batch(study, config.batch_gb * 1e9),
         seconds=flops / matmul_rate(),
+        up=sum(_PROGRAM_BYTES + _packed(job.payload) for job in jobs),
+        down=sum(_values_bytes(job) for job in jobs),
     )
+
+
+def _packed(payload: dict[str, Any]) -> int:
+    """Bytes of a payload as it is sent, but for the compressor: nnsight uses zstd, which does no worse than this."""
+    return len(zlib.compress(pickle.dumps(payload), 1))
+
+
+def _values_bytes(job: Job) -> int:
+    """Float32 numbers of every row and base prompt, and the file around each context's tensor."""
+    numbers = sum(len(part.keys) * len(part.payload["prompts"][0]["reads"]) for part in job.parts)
+    return 4 * numbers + _TENSOR_BYTES * (1 + len(job.parts))
 
 
 def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
