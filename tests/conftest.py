@@ -1,0 +1,127 @@
+"""Subjects of the engine's tests: tiny models of the real transformers classes, random but seeded, saved to a folder.
+
+Weights are large enough for effects of the order of 1, so that a test of an effect can fail.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from oracle import VOCAB, Subject
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from remote_mediation.backends import LocalBackend
+from remote_mediation.fetch import located
+
+LAYERS, WINDOW = 3, 6
+WORDS = (
+    "<pad> <s> </s> <unk> <user> <assistant> <end> how do i a the to steal wash fix burn my your old car bank bike "
+    "house near school in at night day quickly please tell me write story about sure sorry yes no cannot here is way"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<user> {{ message['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+_SHAPE = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 40}
+_GQA = {**_SHAPE, "num_key_value_heads": 2}
+_WIDE_HEADS = {**_GQA, "head_dim": 12}  # side by side the heads are wider than the residual stream
+_GEMMA = {**_WIDE_HEADS, "query_pre_attn_scalar": 12}
+_GEMMA2 = {**_GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 6.0}  # low enough to bend these logits
+_QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+_GEMMA_WINDOW = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
+_GPT2 = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4}
+
+# By name: `model_type` and configuration. Every family under its own name, then variants of it.
+SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _WIDE_HEADS),
+    "llama_chat": ("llama", {**_GQA, "tie_word_embeddings": True}),
+    "mistral": ("mistral", _WIDE_HEADS),
+    "mistral_window": ("mistral", {**_WIDE_HEADS, "sliding_window": WINDOW}),
+    "qwen2": ("qwen2", _GQA),
+    "qwen2_window": ("qwen2", {**_GQA, **_QWEN_WINDOW}),
+    "qwen3": ("qwen3", _WIDE_HEADS),
+    "qwen3_window": ("qwen3", {**_WIDE_HEADS, **_QWEN_WINDOW}),
+    "phi3": ("phi3", _GQA),
+    # The list is not read by transformers: every layer of phi3 slides.
+    "phi3_window": ("phi3", {**_GQA, "sliding_window": WINDOW, "layer_types": ["full_attention"] * LAYERS}),
+    "gemma2": ("gemma2", _GEMMA2),
+    "gemma2_window": ("gemma2", {**_GEMMA2, **_GEMMA_WINDOW}),
+    "gemma3_text": ("gemma3_text", _GEMMA),
+    "gemma3_text_window": ("gemma3_text", {**_GEMMA, **_GEMMA_WINDOW}),
+    "gpt2": ("gpt2", _GPT2),
+    "gpt2_narrow": ("gpt2", {**_GPT2, "n_inner": 40}),
+    "gpt_neox": ("gpt_neox", {**_SHAPE, "use_parallel_residual": True}),
+    "gpt_neox_sequential": ("gpt_neox", {**_SHAPE, "use_parallel_residual": False}),
+}
+
+
+def pytest_configure() -> None:
+    """One thread: the tensors are too small to share out."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
+    """Subjects by name (a key of `SUBJECTS`), each made once."""
+    made: dict[str, Subject] = {}
+
+    def get(name: str) -> Subject:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            _tiny_model(*SUBJECTS[name], seed=list(SUBJECTS).index(name)).save_pretrained(folder)
+            _tiny_tokenizer(chat=name.endswith("chat")).save_pretrained(folder)
+            made[name] = _load(folder)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Subject:
+    """SmolLM2-135M-Instruct, from the folder that the environment names, or else from the package's model cache."""
+    folder = Path(os.environ.get("REMOTE_MEDIATION_SMOLLM2") or located("HuggingFaceTB/SmolLM2-135M-Instruct"))
+    if not (folder / "config.json").is_file():
+        pytest.skip(
+            "run `remote-mediation fetch-model smollm2`, or name the model's folder in REMOTE_MEDIATION_SMOLLM2"
+        )
+    return _load(folder)
+
+
+def _load(folder: Path) -> Subject:
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return Subject(LocalBackend.load(str(folder)), plain.eval())
+
+
+def _tiny_model(family: str, settings: dict[str, Any], seed: int) -> PreTrainedModel:
+    """Matrices have standard deviation 0.3; biases and norms are moved as far off the 0 and 1 they start from."""
+    common = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **common, **settings)).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.empty(weight.shape).normal_(0, 0.3, generator=generator)
+            weight.copy_(weight + noise if weight.dim() == 1 else noise)
+        if not model.config.tie_word_embeddings:
+            model.get_input_embeddings().weight.mul_(3)
+    return model
+
+
+def _tiny_tokenizer(chat: bool) -> PreTrainedTokenizerFast:
+    """A real fast tokenizer, one token per known word."""
+    words = WORDS.split()
+    words += [f"word{number}" for number in range(VOCAB - len(words))]
+    model = tokenizers.models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast

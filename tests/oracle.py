@@ -1,0 +1,328 @@
+"""What a row means, written a second time: the independent oracle of the engine's tests, and the comparison with it.
+
+The oracle runs plain transformers with plain PyTorch hooks, one forward pass per answer over the whole of prompt and
+answer, nothing cached, skipped, packed or batched. It shares with the package the data it is asked about (`Row`,
+`TokenPair`, the token sets of an `Outcome`) and not one line of how it is run; module names are written out again for
+each family. A `Subject` is one model under both: `compare` gives Y of rows by the package and by the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from remote_mediation.backends import LocalBackend
+from remote_mediation.outcomes import Outcome
+from remote_mediation.plan import Budget, Job, Keys, Setting, plan_jobs
+from remote_mediation.prompts import TokenPair
+from remote_mediation.rows import Constant, Row, Scale, Source, Write
+from remote_mediation.sites import COMPONENTS, Component, ModelInfo
+
+VOCAB = 64  # of the tiny models; tokens below FIRST_WORD are special
+FIRST_WORD = 7
+LOGIT_DIFF = Outcome("logit_diff", plus=(11, 12), minus=(13, 14, 15))
+RESPONSE_LOGPROB = Outcome("response_logprob")
+# The engine adds up in another order than the oracle, in float32 (METHOD.md: "to 1e-4 logits in fp32").
+TOLERANCE = 1e-4
+PLENTY = 1e18
+
+_LLAMA = {
+    "layer_output": "model.layers.{}",
+    "attention_output": "model.layers.{}.self_attn",
+    "mlp_output": "model.layers.{}.mlp",
+    "mlp_neurons": "model.layers.{}.mlp.down_proj",
+    "attention_heads": "model.layers.{}.self_attn.o_proj",
+}
+_GEMMA = {
+    "layer_output": "model.layers.{}",
+    "attention_output": "model.layers.{}.post_attention_layernorm",
+    "mlp_output": "model.layers.{}.post_feedforward_layernorm",
+    "mlp_neurons": "model.layers.{}.mlp.down_proj",
+    "attention_heads": "model.layers.{}.self_attn.o_proj",
+}
+MODULES: dict[str, dict[str, str]] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "phi3": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gpt2": {
+        "layer_output": "transformer.h.{}",
+        "attention_output": "transformer.h.{}.attn",
+        "mlp_output": "transformer.h.{}.mlp",
+        "mlp_neurons": "transformer.h.{}.mlp.c_proj",
+        "attention_heads": "transformer.h.{}.attn.c_proj",
+    },
+    "gpt_neox": {
+        "layer_output": "gpt_neox.layers.{}",
+        "attention_output": "gpt_neox.layers.{}.attention",
+        "mlp_output": "gpt_neox.layers.{}.mlp",
+        "mlp_neurons": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+        "attention_heads": "gpt_neox.layers.{}.attention.dense",
+    },
+}
+# These two are what goes into the named module; the other components are what comes out of it.
+INPUTS = ("mlp_neurons", "attention_heads")
+
+
+class Token(NamedTuple):
+    """One token of a packed sequence."""
+
+    answer: int | None
+    """The answer that it was fed for, None for a token of the prompt."""
+    index: int
+    """Its index in a sequence of the prompt and that answer alone."""
+
+
+def unpacked(pair: TokenPair, side: int) -> list[Token]:
+    """What stands at each index of a side's packed sequence: the prompt, then both answers without their last token."""
+    prompt = len(pair.prompts[side])
+    tokens = [Token(None, index) for index in range(prompt)]
+    for answer, ids in enumerate(pair.answers):
+        tokens += [Token(answer, prompt + index) for index in range(len(ids) - 1)]
+    return tokens
+
+
+class Oracle:
+    """Rows on one pair, each run in full; rows of the same prompt stand side by side in a forward pass."""
+
+    def __init__(self, model: PreTrainedModel, pair: TokenPair) -> None:
+        """Record every component of both prompts' plain runs, with either answer behind them."""
+        self._model, self._pair = model, pair
+        self._modules = MODULES[model.config.model_type]
+        # One pass per answer, or one over the bare prompt.
+        self._passes = (0, 1) if any(pair.answers) else (0,)
+        self._recorded = {(side, answer): self._record(side, answer) for side in (0, 1) for answer in self._passes}
+
+    def values(self, rows: Sequence[Row], outcome: Outcome) -> np.ndarray:
+        """Y of each row, in float64."""
+        found = np.full(len(rows), np.nan)
+        for side in (0, 1):
+            numbers = [number for number, row in enumerate(rows) if row.base == side]
+            if not numbers:
+                continue
+            held = [rows[number].writes for number in numbers]
+            logits = [self._answer_logits(side, answer, held) for answer in self._passes]
+            found[numbers] = [self._outcome([of[i] for of in logits], outcome) for i in range(len(numbers))]
+        return found
+
+    def _outcome(self, logits: list[Tensor], outcome: Outcome) -> float:
+        """Y from its definition (METHOD.md, "Outcomes"), of logits `[step, vocab]` by answer."""
+        if outcome.name == "logit_diff":
+            first = logits[0][0].double()
+            return float(first[list(outcome.plus)].mean() - first[list(outcome.minus)].mean())
+        mean_logprob = []
+        for ids, steps in zip(self._pair.answers, logits, strict=True):
+            scores = torch.log_softmax(steps.double(), dim=-1)
+            mean_logprob.append(sum(float(scores[step, token]) for step, token in enumerate(ids)) / len(ids))
+        return mean_logprob[0] - mean_logprob[1]
+
+    def _answer_logits(self, side: int, answer: int, held: Sequence[tuple[Write, ...]]) -> Tensor:
+        """`[row, step, vocab]` that predict the tokens of an answer, while each row's writes are held."""
+        hooks = [self._hold(write, row, side, answer) for row, writes in enumerate(held) for write in writes]
+        return self._forward(side, answer, len(held), hooks)[:, len(self._pair.prompts[side]) - 1 :]
+
+    def _forward(self, side: int, answer: int, rows: int, hooks: Iterable[Any]) -> Tensor:
+        """Logits `[row, token, vocab]` of a prompt and an answer without its last token; hooks are then taken off."""
+        ids = torch.tensor([self._pair.prompts[side] + self._pair.answers[answer][:-1]])
+        handles = list(hooks)
+        try:
+            with torch.no_grad():
+                return self._model(input_ids=ids.repeat(rows, 1), use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _record(self, side: int, answer: int) -> dict[tuple[str, int], Tensor]:
+        """Every component of every layer, `[token, width]`, on a plain run."""
+        seen: dict[tuple[str, int], Tensor] = {}
+
+        def keep(name: str, layer: int) -> Any:
+            def look(tensor: Tensor) -> Tensor:
+                seen[name, layer] = tensor[0].clone()
+                return tensor
+
+            return self._hook(name, layer, look)
+
+        layers = range(self._model.config.num_hidden_layers)
+        self._forward(side, answer, 1, [keep(name, layer) for name in self._modules for layer in layers])
+        return seen
+
+    def _hook(self, name: str, layer: int, change: Any) -> Any:
+        """Pass a component through `change` whenever it is computed."""
+        module = self._model.get_submodule(self._modules[name].format(layer))
+        if name in INPUTS:
+            return module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+
+        def on_output(_: Any, __: Any, output: Any) -> Any:
+            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+        return module.register_forward_hook(on_output)
+
+    def _hold(self, write: Write, row: int, side: int, answer: int) -> Any:
+        """Hold one row's write, as far as its tokens occur in this pass, at its value."""
+        packed = unpacked(self._pair, side)
+
+        def change(tensor: Tensor) -> Tensor:
+            tensor = tensor.clone()
+            columns = list(write.columns) or list(range(tensor.shape[-1]))
+            for number, place in enumerate(write.places):
+                if packed[place].answer in (None, answer):
+                    vector = tensor[row, packed[place].index]
+                    vector[columns] = self._held_at(write, number, vector[columns], columns)
+            return tensor
+
+        return self._hook(write.component, write.layer, change)
+
+    def _held_at(self, write: Write, number: int, own: Tensor, columns: list[int]) -> Tensor:
+        """What the written columns of the write's place of that number become."""
+        match write.value:
+            case Scale(factor):
+                return own * factor
+            case Constant(values):
+                return torch.tensor(values)
+            case Source(side, places):
+                token = unpacked(self._pair, side)[places[number]]
+                return self._recorded[side, token.answer or 0][write.component, write.layer][token.index, columns]
+
+
+class Measured(NamedTuple):
+    """Y of rows, by the engine and by the oracle."""
+
+    engine: np.ndarray
+    """Y of each row, as the package measures it."""
+    oracle: np.ndarray
+    """Y of each row, run in full."""
+    effects: np.ndarray
+    """The oracle's Y of each row minus that of its base prompt."""
+
+    @property
+    def deviation(self) -> float:
+        """Largest difference between the two."""
+        return float(np.abs(self.engine - self.oracle).max())
+
+    def felt(self, least: float = 10 * TOLERANCE) -> float:
+        """Share of the rows with an effect of at least this size: an engine that writes nothing misses all of them."""
+        return float((np.abs(self.effects) >= least).mean())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model folder loaded twice."""
+
+    backend: LocalBackend
+    """The package's, through nnsight."""
+    plain: PreTrainedModel
+    """The oracle's; attention written out (`eager`), so that the fused kernels are compared with it too."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """Shape of the model."""
+        return self.backend.info
+
+    def plan(
+        self,
+        pairs: Sequence[TokenPair],
+        rows: Sequence[Row],
+        outcome: Outcome,
+        job_flops: float = PLENTY,
+        batch_bytes: float = PLENTY,
+    ) -> list[Job]:
+        """The package's jobs for these rows."""
+        setting, budget = Setting(self.info, "float32", outcome), Budget(lambda: job_flops, batch_bytes)
+        return list(plan_jobs(rows, {pair.id: pair for pair in pairs}, setting, budget, self.keys(pairs, outcome)))
+
+    def keys(self, pairs: Sequence[TokenPair], outcome: Outcome) -> Keys:
+        """How the package names rows."""
+        return Keys(Setting(self.info, "float32", outcome), pairs)
+
+    def run(self, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
+        """The values of jobs, by key."""
+        return {
+            key: value
+            for job in jobs
+            for key, value in zip(job.keys, self.backend.collect(self.backend.submit(job)).values, strict=True)
+        }
+
+    def measure(self, pairs: Sequence[TokenPair], rows: Sequence[Row], outcome: Outcome, **budget: float) -> np.ndarray:
+        """Y of each row by the package: planned, batched, run, read."""
+        by_id, keys = {pair.id: pair for pair in pairs}, self.keys(pairs, outcome)
+        values = self.run(self.plan(pairs, rows, outcome, **budget))
+        return np.array([outcome.value(by_id[row.pair], values[keys(row)]) for row in rows])
+
+    def compare(self, pairs: Sequence[TokenPair], rows: Sequence[Row], outcome: Outcome) -> Measured:
+        """Y of each row by the package and by the oracle."""
+        expected: dict[Row, float] = {}
+        for pair in pairs:
+            run = [Row(pair.id, 0), Row(pair.id, 1), *(row for row in rows if row.pair == pair.id)]
+            expected.update(zip(run, Oracle(self.plain, pair).values(run, outcome), strict=True))
+        oracle = np.array([expected[row] for row in rows])
+        bases = np.array([expected[Row(row.pair, row.base)] for row in rows])
+        return Measured(self.measure(pairs, rows, outcome), oracle, oracle - bases)
+
+
+def token_pair(
+    name: str,
+    before: int = 4,
+    edits: tuple[int, int] = (2, 2),
+    between: int = 2,
+    post: int = 2,
+    answers: tuple[int, int] = (0, 0),
+) -> TokenPair:
+    """A pair of random tokens: so many before the edit, in x0's and x1's edit, in the user's text after it, after that.
+
+    The edits have no token in common, so the edit's first token is the first to differ; nor have the answers.
+    """
+    rng = np.random.default_rng([before, *edits, between, post, *answers])
+    middle = (FIRST_WORD + VOCAB) // 2
+
+    def draw(count: int, low: int = FIRST_WORD, high: int = VOCAB) -> tuple[int, ...]:
+        return tuple(int(token) for token in rng.integers(low, high, count))
+
+    head, tail = draw(before), draw(between + post)
+    x0, x1 = head + draw(edits[0], high=middle) + tail, head + draw(edits[1], low=middle) + tail
+    responses = (draw(answers[0], high=middle), draw(answers[1], low=middle))
+    return TokenPair(name, name, "", x0, x1, before, between + post, post, responses)
+
+
+def random_rows(pair: TokenPair, info: ModelInfo, rng: np.random.Generator, count: int) -> list[Row]:
+    """Rows of one to four writes of any kind, anywhere in the packed sequence."""
+    bases = [int(base) for base in rng.integers(0, 2, count)]
+    return [
+        Row(pair.id, base, tuple(_random_write(pair, base, info, rng) for _ in range(rng.integers(1, 5))))
+        for base in bases
+    ]
+
+
+def _random_write(pair: TokenPair, base: int, info: ModelInfo, rng: np.random.Generator) -> Write:
+    component: Component = COMPONENTS[rng.integers(len(COMPONENTS))]
+    widths = {"mlp_neurons": info.d_ff, "attention_heads": info.heads * info.d_head}
+    width = widths.get(component, info.d_model)
+    lengths = [len(prompt) + pair.fed for prompt in pair.prompts]
+    places = _random_subset(lengths[base], int(rng.integers(1, 6)), rng)
+    columns = _random_subset(width, int(rng.integers(1, width)), rng) if rng.random() < 2 / 3 else ()
+    match rng.integers(4):
+        case 0:
+            value: Source | Scale | Constant = Scale((0.0, 2.5, -1.0)[rng.integers(3)])
+        case 1:
+            value = Constant(tuple(float(x) for x in rng.normal(size=len(columns) or width)))
+        case _:
+            side = int(rng.integers(2))
+            value = Source(side, _random_subset(lengths[side], len(places), rng))
+    return Write(component, int(rng.integers(info.layers)), places, columns, value)
+
+
+def _random_subset(size: int, count: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """So many of the first `size` numbers, ascending; contiguous half of the time."""
+    if rng.random() < 0.5:
+        start = int(rng.integers(size - count + 1))
+        return tuple(range(start, start + count))
+    return tuple(sorted(int(index) for index in rng.choice(size, count, replace=False)))

@@ -1,0 +1,143 @@
+"""Every model family against the oracle: every component, position, direction and outcome; and what the table says."""
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, TOLERANCE, Subject, token_pair
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from remote_mediation.errors import SiteError
+from remote_mediation.models import info_of, load_info
+from remote_mediation.outcomes import Outcome
+from remote_mediation.program import module_at
+from remote_mediation.prompts import SPANS, TokenPair
+from remote_mediation.rows import Row, swap
+from remote_mediation.sites import COMPONENTS, FAMILIES, Component, Hook, Site
+
+Subjects = Callable[[str], Subject]
+
+VARIANTS = (
+    "llama_chat",
+    "gpt2_narrow",
+    "gpt_neox_sequential",
+    "qwen2_window",
+    "phi3_window",
+    "gemma2_window",
+    "gemma3_text_window",
+)
+UNITS: tuple[tuple[Component, tuple[int, ...]], ...] = (
+    ("layer_output", ()),
+    ("attention_output", ()),
+    ("mlp_output", ()),
+    ("mlp_neurons", tuple(range(8, 32))),
+    ("mlp_neurons", (0, 3, 5, 6, 17, 30, 39)),
+    ("attention_heads", (1,)),
+    ("attention_heads", (0, 3)),
+)
+POSITIONS = (*SPANS, "edit[-1]", "after_edit[0]", "post_instruction[-1]")
+# Positions that hold the token where the answer is read; elsewhere the last layer's values reach no answer.
+READ = ("last", "all", "post_instruction", "post_instruction[-1]")
+
+
+def grid(pair: TokenPair, subject: Subject) -> list[Row]:
+    """Every choice of units at every position, in both directions; the layer changes from site to site."""
+    rows = []
+    for number, ((component, units), position) in enumerate(product(UNITS, POSITIONS)):
+        layer = number % (subject.info.layers - (position not in READ))
+        rows += [swap(pair, Site(component, layer, position, units), base, subject.info) for base in (0, 1)]
+    return rows
+
+
+@pytest.mark.parametrize("edits", [(2, 2), (2, 4)], ids=["equal", "unequal"])
+@pytest.mark.parametrize(
+    ("outcome", "answers"), [(LOGIT_DIFF, (0, 0)), (RESPONSE_LOGPROB, (4, 1))], ids=["logit_diff", "response_logprob"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_site_is_measured_as_the_oracle_does(
+    subject: Subjects, family: str, outcome: Outcome, answers: tuple[int, int], edits: tuple[int, int]
+) -> None:
+    model, pair = subject(family), token_pair("pair", edits=edits, answers=answers)
+    measured = model.compare([pair], grid(pair, model), outcome)
+    assert measured.deviation < TOLERANCE
+    assert measured.felt() > 0.75
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_default_attention_is_the_fused_one_unless_logits_are_capped(subject: Subjects, family: str) -> None:
+    # What the engine's additive mask meets: scaled_dot_product_attention, or for gemma2 attention written out, with
+    # the mask added after the soft cap. The tiny gemma2 caps at 3, so its logits are far into the bend.
+    model = subject(family)
+    assert model.backend._model.config._attn_implementation == ("eager" if family == "gemma2" else "sdpa")
+    assert model.plain.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
+def test_attention_and_mlp_add_up_to_the_layer(subject: Subjects, name: str) -> None:
+    """Stream in, plus what attention and MLP add to it, is stream out: the table's components are whole."""
+    model = subject(name).plain
+    for block in module_at(model, FAMILIES[model.config.model_type].blocks):
+        seen = seen_in(model, block)
+        total = seen["layer_input"] + seen["attention_output"] + seen["mlp_output"]
+        torch.testing.assert_close(total, seen["layer_output"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
+def test_info_is_the_shape_of_the_weights(subject: Subjects, name: str) -> None:
+    model, info = subject(name).plain, subject(name).info
+    blocks = module_at(model, FAMILIES[info.family].blocks)
+    seen, head = seen_in(model, blocks[0]), model.get_output_embeddings().weight
+    keys = model(input_ids=torch.tensor([[7, 8, 9]])).past_key_values.layers[0].keys
+    matrices = sum(weight.numel() for weight in blocks[0].mlp.parameters() if weight.dim() == 2)
+    assert info.layers == len(blocks)
+    assert (info.vocab, info.d_model) == tuple(head.shape)
+    assert info.d_ff == seen["mlp_neurons"].shape[-1]
+    assert info.heads * info.d_head == seen["attention_heads"].shape[-1]
+    assert (info.kv_heads, info.d_head) == (keys.shape[1], keys.shape[3])
+    assert matrices == (3 if info.gated else 2) * info.d_model * info.d_ff
+    assert info.tied == (head.data_ptr() == model.get_input_embeddings().weight.data_ptr())
+
+
+def seen_in(model: PreTrainedModel, block: nn.Module) -> dict[str, Tensor]:
+    """Every component of one block by the package's table, and the block's input, on a plain run."""
+    family, seen = FAMILIES[model.config.model_type], {}
+
+    def watch(name: str, hook: Hook) -> Any:
+        def see(_: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+            value = args[0] if hook.side == "input" else output
+            seen[name] = value if hook.item is None else value[hook.item]
+
+        module = module_at(block, hook.path)
+        return module.register_forward_pre_hook(see) if hook.side == "input" else module.register_forward_hook(see)
+
+    hooks = {component: family.hook(component) for component in COMPONENTS}
+    handles = [watch(name, hook) for name, hook in {**hooks, "layer_input": Hook("", "input")}.items()]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[7, 8, 9, 10, 11, 12, 13, 14]]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_sliding_layers_are_those_of_the_configuration(subject: Subjects) -> None:
+    found = {name: (subject(name).info.sliding, subject(name).info.window) for name in [*FAMILIES, *VARIANTS]}
+    assert found["qwen2"] == found["qwen3"] == found["phi3"] == found["llama"] == found["gpt2"] == ((), None)
+    assert found["mistral"] == found["gemma3_text"] == ((0, 1, 2), 4096)
+    assert found["gemma2"] == ((0, 2), 4096)
+    assert found["qwen2_window"] == ((1, 2), 6)
+    assert found["phi3_window"] == ((0, 1, 2), 6)
+    assert found["gemma2_window"] == found["gemma3_text_window"] == ((0, 2), 6)
+
+
+def test_unknown_family_names_the_row_to_add(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("opt")
+    config.save_pretrained(tmp_path)
+    for ask in (lambda: info_of(config, "some/opt"), lambda: load_info(str(tmp_path))):
+        with pytest.raises(
+            SiteError, match=r"'opt'.*known: gemma2, .*add a row FAMILIES\['opt'\] = Family\(.*sites\.py"
+        ):
+            ask()

@@ -1,0 +1,260 @@
+"""What is said of servers that are down, no NDIF server, out of reach of their models, slow, or of another version.
+
+A real HTTP server on loopback, fed with answers. The same against a real NDIF server: tests/ndif.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+import pytest
+from nnsight.intervention.backends.remote import RemoteError
+from typer.testing import CliRunner
+
+from remote_mediation import ndif
+from remote_mediation.backends import LocalBackend, NdifBackend, _CrashError, _translated
+from remote_mediation.cli import app
+from remote_mediation.errors import BackendError, JobError, LostJobError, PreflightError, TransportError
+from remote_mediation.ndif import Server, plain, preflight, refuse_bad
+
+KEY = "11111111-2222-3333-4444-555555555555"
+ENV = {"python_version": "3.11.7 (main)", "packages": {"nnsight": "0.8.1"}}
+WORKING: dict[str, tuple[int, Any]] = {
+    "/connected": (200, {"status": "connected"}),
+    "/whoami": (200, {"email": "me@example.org", "tags": []}),
+    "/env": (200, ENV),
+    "/status": (
+        200,
+        {
+            "deployments": {
+                "a": {"repo_id": "org/hot", "revision": "main", "task": "t", "deployment_level": "HOT"},
+                "b": {"repo_id": "org/warm", "revision": "main", "task": "t", "deployment_level": "WARM"},
+                "c": {"repo_id": "org/ill", "revision": "main", "application_state": "UNHEALTHY"},
+                "d": {"repo_id": "org/coming", "revision": "main", "application_state": "DEPLOYING"},
+            }
+        },
+    ),
+}
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
+    """Start a server with these answers by path; a status of 0 means never to answer."""
+    running: list[ThreadingHTTPServer] = []
+    released = threading.Event()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(ndif, "_TIMEOUT", httpx.Timeout(0.5))
+    monkeypatch.setattr(ndif, "_RECONNECT_PAUSE_S", 0.05)
+
+    def start(answers: dict[str, Any]) -> Server:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                found = answers.get(self.path, (404, {"detail": "Not Found"}))
+                status, content = found.pop(0) if isinstance(found, list) else found
+                if status == 0:
+                    released.wait(5)
+                    return
+                body = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        running.append(server)
+        host = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("NDIF_HOST", host)
+        monkeypatch.setenv("NDIF_API_KEY", KEY)
+        return Server(host, KEY)
+
+    yield start
+    released.set()
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def refusal(server: Server, model: str = "org/hot") -> str:
+    with pytest.raises(PreflightError) as caught:
+        refuse_bad(preflight(server, model, "", patience=0.2))
+    assert KEY not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_server_in_order(serve: Callable[..., Server]) -> None:
+    findings = {finding.name: finding for finding in preflight(serve(WORKING), "org/hot", "")}
+    assert all(finding.good for finding in findings.values())
+    assert findings["key"].detail == "accepted, me@example.org"
+    assert findings["model"].detail == "org/hot is hot"
+
+
+def test_a_server_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(Server("http://127.0.0.1:9", ""))
+    assert "cannot reach http://127.0.0.1:9" in message
+    assert "check NDIF_HOST" in message
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [{}, {"/connected": (200, "<html>welcome</html>")}, {"/connected": (200, [1])}],
+    ids=["404", "a page", "other JSON"],
+)
+def test_a_host_that_is_no_ndif_server(serve: Callable[..., Server], answers: dict[str, Any]) -> None:
+    assert "check NDIF_HOST" in refusal(serve(answers))
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (401, "refuses the API key (Bad key <key>); set NDIF_API_KEY"),
+        (403, "refuses the API key (Bad key <key>); set NDIF_API_KEY"),
+        (503, "is up but not ready (503 Bad key <key>); try again in a few minutes"),
+        (504, "does not answer /whoami in time"),
+    ],
+)
+def test_statuses(serve: Callable[..., Server], status: int, said: str) -> None:
+    assert said in refusal(serve({**WORKING, "/whoami": (status, {"detail": f"Bad key {KEY}"})}))
+
+
+def test_a_server_that_is_reconnecting_is_waited_for(serve: Callable[..., Server]) -> None:
+    reconnecting = (503, {"detail": "Service temporarily unavailable: compute backend is reconnecting."})
+    findings = preflight(serve({**WORKING, "/connected": [reconnecting] * 3 + [WORKING["/connected"]]}), None, "")
+    assert all(finding.good for finding in findings)
+    assert "compute backend is reconnecting" in refusal(serve({**WORKING, "/connected": reconnecting}))
+
+
+@pytest.mark.parametrize("silence", [(0, ""), (504, {"detail": "Timed out waiting for cluster status."})])
+def test_a_status_that_does_not_come_stops_no_study(serve: Callable[..., Server], silence: tuple[int, Any]) -> None:
+    findings = preflight(serve({**WORKING, "/status": silence, "/env": silence}), "org/hot", "")
+    refuse_bad(findings)
+    told = {finding.name: finding.detail for finding in findings}
+    assert told["models"].startswith("not known: http")
+    assert told["models"].endswith("jobs run meanwhile")
+    assert told["versions"].startswith("not compared")
+
+
+def test_another_nnsight_is_refused_and_another_python_is_not(serve: Callable[..., Server]) -> None:
+    env = {"python_version": "3.9.1", "packages": {"nnsight": "0.9.0", "torch": "1.0", "transformers": "4.1"}}
+    server = serve({**WORKING, "/env": (200, env)})
+    assert refusal(server) == "nnsight: 0.8.1 here, 0.9.0 on the server: jobs may not load there; install 0.9.0"
+    told = {finding.name: finding for finding in preflight(server, None, "")}
+    assert told["python"].good
+    assert "travel as source" in told["python"].detail
+    assert "1.0 on the server" in told["torch"].detail
+
+
+def test_models_by_state(serve: Callable[..., Server]) -> None:
+    server = serve(WORKING)
+    assert refusal(server, "org/ill") == "model: org/ill is unhealthy"
+    for model, state in (("org/warm", "is warm"), ("org/coming", "is deploying"), ("org/new", "asks the server to")):
+        findings = preflight(server, model, "")
+        refuse_bad(findings)
+        assert state in findings[-1].detail
+
+
+def test_doctor_says_what_would_fail(serve: Callable[..., Server]) -> None:
+    serve(WORKING)
+    well = CliRunner().invoke(app, ["doctor", "--model", "org/hot"])
+    assert well.exit_code == 0, well.output
+    assert "FAIL" not in well.output
+    serve({**WORKING, "/whoami": (403, {"detail": "no"})})
+    ill = CliRunner().invoke(app, ["doctor"])
+    assert ill.exit_code == 1
+    assert "FAIL server: http" in ill.output
+    assert KEY not in well.output + ill.output
+
+
+def test_status_lists_models_and_tells_failures_apart(serve: Callable[..., Server]) -> None:
+    serve(WORKING)
+    listed = CliRunner().invoke(app, ["status"])
+    assert listed.exit_code == 0
+    for word in ("org/hot", "org/warm", "org/ill", "hot", "warm", "unhealthy", "deploying"):
+        assert word in listed.output
+    serve({**WORKING, "/status": (504, {"detail": "Timed out"})})
+    silent = CliRunner().invoke(app, ["status"])
+    assert isinstance(silent.exception, PreflightError)
+    assert "does not answer /status in time" in str(silent.exception)
+    assert "down" not in str(silent.exception)
+
+
+def test_a_study_asked_for_on_a_server_never_runs_here(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, subject: Callable[[str], Any]
+) -> None:
+    model = subject("llama").info.name
+
+    def never(*args: object, **settings: object) -> None:
+        raise AssertionError("a remote study loaded a local model")
+
+    monkeypatch.setattr(LocalBackend, "load", never)
+    server = serve({**WORKING, "/whoami": (403, {"detail": "no"})})
+    with pytest.raises(PreflightError, match="refuses the API key"):
+        NdifBackend(model, "", server, lambda line: None)
+
+
+def test_the_key_is_in_no_repr() -> None:
+    assert KEY not in repr(Server("http://host", KEY))
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("", ""),
+        ("one line", "one line"),
+        ("two\nlines", "two lines"),
+        ('Traceback (most recent call last):\n  File "/home/me/x.py"\nIndexError: too far', "IndexError: too far"),
+        (f"Invalid: '{KEY}'. See https://login.ndif.us/a/b", "Invalid: '<key>'. See https://login.ndif.us/a/b"),
+        ("no such file: '/home/me/secret/x.py'", "no such file: '<path>'"),
+        ("shape 3/4/5 and a/b", "shape 3/4/5 and a/b"),
+    ],
+)  # fmt: skip
+def test_messages_of_a_server_in_one_plain_line(message: str, expected: str) -> None:
+    assert plain(message, KEY) == expected
+
+
+def _answer(status: int, url: str = "http://host/request") -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", url)
+    return httpx.HTTPStatusError("", request=request, response=httpx.Response(status, request=request))
+
+
+def _raised_from(message: str, cause: Exception | None) -> RemoteError:
+    error = RemoteError(message)
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("foreign", "ours"),
+    [
+        (_raised_from("Failed to send request: [Errno 111]", httpx.ConnectError("refused")), TransportError),
+        (_raised_from("Failed to send request: Internal server error.", _answer(500)), TransportError),
+        (_raised_from("Failed to send request: reconnecting", _answer(503)), TransportError),
+        (_raised_from("Failed to send request: slow down", _answer(429)), TransportError),
+        (_raised_from(f"Failed to send request: Invalid API key format: '{KEY}'", _answer(400)), PreflightError),
+        (_raised_from("Failed to send request: who are you", _answer(401)), PreflightError),
+        (_raised_from("Failed to send request: too large", _answer(413)), JobError),
+        (_raised_from("Traceback\nIndexError: out of range", None), JobError),
+        (_raised_from("Your job exceeded the execution timeout of 5s.", None), JobError),
+        (_raised_from("Error submitting request to model deployment. gone", None), _CrashError),
+        (_answer(500, "http://host/response/1"), TransportError),
+        (_answer(401, "http://host/response/1"), PreflightError),
+        (_answer(403, "http://store/1.pt"), LostJobError),
+        (_answer(404, "http://store/1.pt"), LostJobError),
+        (httpx.ReadTimeout("slow"), TransportError),
+    ],
+)
+def test_foreign_errors(foreign: Exception, ours: type[BackendError]) -> None:
+    with pytest.raises(BackendError) as caught, _translated(Server("http://host", KEY)):
+        raise foreign
+    assert type(caught.value) is ours
+    assert KEY not in str(caught.value)
+    assert "\n" not in str(caught.value)
