@@ -19,6 +19,7 @@ from .processes import Session, wait_until
 from .settings import (
     ENV_FILE,
     LOOPBACK,
+    RAY_TEMP,
     RUN,
     SERVER_HOME,
     SERVER_TEMP,
@@ -150,7 +151,8 @@ def stop(part: Part) -> bool:
 def stop_all() -> list[str]:
     """End all parts and delete what they wrote but for the logs; returns the names of those that ran."""
     stopped = [part.name for part in reversed(PARTS.values()) if stop(part)]
-    shutil.rmtree(RUN, ignore_errors=True)
+    for folder in (RUN, RAY_TEMP):
+        shutil.rmtree(folder, ignore_errors=True)
     ENV_FILE.unlink(missing_ok=True)
     return stopped
 

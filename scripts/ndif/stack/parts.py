@@ -14,13 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import StackError
-from .settings import LOGS, LOOPBACK, RUN, SERVER_CODE, VENV, Settings
+from .settings import LOGS, LOOPBACK, RAY_TEMP, RUN, SERVER_CODE, VENV, Settings
 
 _OBJECT_STORE_BYTES = 200_000_000
-_RAY_TEMP = RUN / "ray"
-_LONGEST_RAY_TEMP = 44
-"""Ray puts sockets up to 63 characters below its folder; the kernel takes paths of up to 107."""
 _ACTOR_SLOTS = 8
 """The controller and each model actor take one. Memory, not this number, is meant to be the limit."""
 
@@ -71,11 +67,6 @@ def _hub(settings: Settings) -> list[str]:
 
 
 def _ray(settings: Settings) -> list[str]:
-    if len(str(_RAY_TEMP)) > _LONGEST_RAY_TEMP:
-        raise StackError(
-            f"{_RAY_TEMP} is too long for Ray's sockets ({_LONGEST_RAY_TEMP} characters at most); "
-            "put the project into a folder with a shorter path"
-        )
     # The controller passes over nodes without a GPU, so this one claims a GPU that has half of the machine's memory.
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     resources = {"head": 10, "cuda_memory_bytes": memory, "cpu_memory_bytes": memory}
@@ -83,7 +74,7 @@ def _ray(settings: Settings) -> list[str]:
     options = {
         "node-ip-address": LOOPBACK,
         "dashboard-host": LOOPBACK,
-        "temp-dir": _RAY_TEMP,
+        "temp-dir": RAY_TEMP,
         "num-cpus": _ACTOR_SLOTS,
         "num-gpus": 1,
         "resources": json.dumps(resources),

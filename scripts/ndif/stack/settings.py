@@ -4,9 +4,11 @@
 server that is there and not about the shell they were typed in.
 """
 
+import hashlib
 import json
 import os
 import shlex
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +21,10 @@ HOME = Path(__file__).resolve().parents[3] / ".ndif"
 VENV = HOME / "venv"
 LOGS = HOME / "logs"
 RUN = HOME / "run"
-"""Everything `down` deletes: pids, Redis's data, Ray's session, the server's model cache."""
+"""Everything `down` deletes: pids, Redis's data, the server's model cache; and Ray's session, there if it fits."""
+RAY_TEMP = RUN / "ray"
+if len(str(RAY_TEMP)) > 44:  # Ray puts sockets up to 63 characters below it; the kernel takes paths of up to 107
+    RAY_TEMP = Path(tempfile.gettempdir()) / f"ray-{hashlib.sha256(str(HOME).encode()).hexdigest()[:12]}"
 SERVER_HOME = RUN / "home"
 SERVER_TEMP = RUN / "tmp"
 CLIENT_CACHE = HOME / "client"
