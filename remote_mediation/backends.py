@@ -290,7 +290,7 @@ class _Remote(RemoteBackend):  # type: ignore[misc]  # nnsight is untyped
     ) -> None:
         super().__init__(model_key, host=server.host, api_key=server.key, env=env, blocking=False, job_id=ticket)
         self.api_key = server.key  # and no other that nnsight may know
-        self.display.enabled = False
+        self.display.enabled = self.verbose = False  # nnsight takes a `-v` of whatever command for its own
         self.heard = time.monotonic()
         self._notify, self._traffic = notify, traffic
         self._said = ""

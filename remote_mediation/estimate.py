@@ -26,7 +26,7 @@ from remote_mediation.study import FIRST_RATE, Study, check_enough, first_reques
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
 _GPU_FLOPS = 0.3 * 312e12
 # Bytes of the program's source in every payload, and of the file around a tensor that comes back (tests/ndif).
-_PROGRAM_BYTES = 12_000
+_PROGRAM_BYTES = 6_000
 _TENSOR_BYTES = 700
 # Peak of a client process over NDIF, mostly Python and its libraries (tests/ndif measures it).
 CLIENT_MEMORY = 0.7e9

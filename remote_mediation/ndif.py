@@ -25,7 +25,7 @@ from remote_mediation.errors import PreflightError
 PUBLIC_HOST = "https://api.ndif.us"
 # Packages whose version decides whether a program means the same on both sides.
 _SHARED = ("nnsight", "transformers", "torch")
-_TIMEOUT = httpx.Timeout(10.0)
+_TIMEOUT = httpx.Timeout(10.0, read=5.0)
 # Seconds for which a server that cannot reach its models is asked again: it takes so long after a restart.
 _RECONNECT_S = 30.0
 _RECONNECT_PAUSE_S = 2.0
@@ -82,8 +82,8 @@ def server_from_environment() -> Server:
     return Server(host.rstrip("/"), os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY or "")
 
 
-class SlowError(PreflightError):
-    """The server is there and one of its answers does not come in time; jobs may run all the same."""
+class SilentError(PreflightError):
+    """The server is there and one of its answers fails or does not come in time; jobs may run all the same."""
 
 
 def plain(message: str, key: str) -> str:
@@ -99,7 +99,7 @@ def ask(server: Server, path: str) -> Any:
 
     Raises:
         PreflightError: not reachable, not an NDIF server, or an error of its own; the message tells which.
-        SlowError: it is there and does not answer this in time.
+        SilentError: it is there and fails to answer this, or not in time.
     """
     headers = {"ndif-api-key": server.key} if server.key else {}
     try:
@@ -107,10 +107,10 @@ def ask(server: Server, path: str) -> Any:
         response.raise_for_status()
         return response.json()
     except httpx.HTTPStatusError as error:
-        kind = SlowError if error.response.status_code == 504 else PreflightError
+        kind = SilentError if error.response.status_code >= 500 else PreflightError
         raise kind(_status_message(server, path, error.response)) from error
     except httpx.ReadTimeout as error:
-        raise SlowError(f"{server.host} does not answer {path} within {_TIMEOUT.read:.0f} s") from error
+        raise SilentError(f"{server.host} does not answer {path} within {_TIMEOUT.read:.0f} s") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         reason = str(error) or type(error).__name__
         raise PreflightError(f"cannot reach {server.host} ({reason}); check NDIF_HOST and the network") from error
@@ -131,7 +131,7 @@ def await_connected(server: Server, patience: float = _RECONNECT_S) -> None:
         except PreflightError as error:
             cause = error.__cause__
             reconnecting = isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code == 503
-            if not reconnecting or time.monotonic() > end:
+            if not (reconnecting or isinstance(error, SilentError)) or time.monotonic() > end:
                 raise
             time.sleep(min(_RECONNECT_PAUSE_S, patience))
             continue
@@ -165,7 +165,7 @@ def check_versions(server: Server) -> list[Finding]:
     """
     try:
         remote = ask(server, "/env")
-    except SlowError as error:
+    except SilentError as error:
         return [Finding("versions", True, f"not compared: {error}")]
     packages = remote.get("packages") or {}
     theirs = {"python": str(remote.get("python_version") or "").split(" ")[0]}
@@ -188,7 +188,7 @@ def preflight(server: Server, model: str | None, revision: str, patience: float 
     findings += check_versions(server)
     try:
         found = deployments(server)
-    except SlowError as error:
+    except SilentError as error:
         return [*findings, Finding("models", True, f"not known: {error}; jobs run meanwhile")]
     findings.append(Finding("models", True, f"{len(found)} known"))
     return [*findings, _model(found, model, revision)] if model else findings

@@ -62,7 +62,7 @@ def greedy(model: Any, prompt: tuple[int, ...], tokens: int) -> torch.Tensor:
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
     ) as tracer:
         found = tracer.result
-    new: torch.Tensor = found[0, len(prompt) :].cpu()
+    new: torch.Tensor = found[0, len(prompt) :].cpu().clone()  # a view would bring the prompt back with it
     return new
 
 
