@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remote_mediation.errors import ModelError
+from remote_mediation.errors import ModelError, SiteError
 from remote_mediation.fetch import located
 from remote_mediation.sites import ModelInfo, family_of
 
@@ -47,9 +47,11 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
     """The shape of a model from its transformers configuration.
 
     Raises:
-        SiteError: the model's family is not in the table.
+        SiteError: the model's family is not in the table, or it is no causal decoder.
     """
     family_of(config.model_type)
+    if getattr(config, "use_bidirectional_attention", False):
+        raise SiteError(f"{name} attends in both directions; only causal decoders can be studied")
     heads, d_model = config.num_attention_heads, config.hidden_size
     sliding, window = _sliding_layers(config)
     return ModelInfo(

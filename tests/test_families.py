@@ -141,3 +141,9 @@ def test_unknown_family_names_the_row_to_add(tmp_path: Path) -> None:
             SiteError, match=r"'opt'.*known: gemma2, .*add a row FAMILIES\['opt'\] = Family\(.*sites\.py"
         ):
             ask()
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    config = AutoConfig.for_model("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(SiteError, match="both directions"):
+        info_of(config, "some/encoder")
