@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -12,6 +11,12 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.ndif import server_from_environment
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
+
+
+def peak_gib() -> float:
+    """Peak memory of this program alone; `ru_maxrss` would count the process that started it too."""
+    status = Path("/proc/self/status").read_text("utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def main(model: str, folder: str) -> None:
@@ -29,7 +34,7 @@ def main(model: str, folder: str) -> None:
     store = Store.create(Path(folder), study.identity())
     run_study(study, backend, store)
     said = {
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_gib(),
         "devices": sorted({weight.device.type for weight in backend._model._module.parameters()}),
         "values": len(store.values()),
         "traffic": vars(backend.traffic),
