@@ -27,7 +27,7 @@ from remote_mediation.effects import Request, Values, effects_table
 from remote_mediation.errors import JobError, LostJobError, PairsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
 from remote_mediation.outcomes import Outcome, logit_diff
-from remote_mediation.plan import Backend, Budget, Job, Keys, Setting, plan_jobs
+from remote_mediation.plan import Backend, Budget, Job, Keys, Readout, Setting, plan_jobs
 from remote_mediation.prompts import (
     Prepared,
     PromptPair,
@@ -42,7 +42,7 @@ from remote_mediation.provenance import now, provenance
 from remote_mediation.rows import Row
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import split_clusters
-from remote_mediation.store import Store
+from remote_mediation.store import Store, Submitted
 from remote_mediation.summary import CHECKS, Summary, summarise
 
 if TYPE_CHECKING:
@@ -287,8 +287,7 @@ def _run(
             store.save_failure(job.parts[0].pair, str(error))
             return 0.0
         return sum(_run(part, values, backend, store) for part in job.split())
-    store.save_readout(job, readout)
-    values.update(zip(job.keys, readout.values, strict=True))
+    _keep(job, readout, values, store)
     return readout.seconds
 
 
@@ -300,8 +299,13 @@ def _collect_submitted(values: dict[str, npt.NDArray[np.float32]], backend: Back
         except (JobError, LostJobError):
             store.forget(job.id)
             continue
-        store.save_readout(job, readout)
-        values.update(zip(job.keys, readout.values, strict=True))
+        _keep(job, readout, values, store)
+
+
+def _keep(job: Job | Submitted, readout: Readout, values: dict[str, npt.NDArray[np.float32]], store: Store) -> None:
+    """A job's values, first in the run folder, then at hand."""
+    store.save_readout(job, readout)
+    values.update(zip(job.keys, readout.values, strict=True))
 
 
 def _result(study: Study, effects: pd.DataFrame) -> Result:
