@@ -13,6 +13,7 @@ from remote_mediation.outcomes import OutcomeName
 from remote_mediation.prompts import BUILTIN
 
 Granularity = Literal["layers", "modules", "tokens", "heads", "neurons"]
+Search = Literal["gradient", "windows", "all"]
 _Item = TypeVar("_Item")
 # One or more items; what is named twice counts once.
 Distinct = Annotated[list[_Item], Field(min_length=1), AfterValidator(lambda items: list(dict.fromkeys(items)))]
@@ -48,14 +49,20 @@ class PositionSettings(_Strict):
 
 
 class NeuronSettings(_Strict):
-    """`[neurons]`: from windows of neighbouring neurons to single ones."""
+    """`[neurons]`: how single neurons are found, and the set of them that gates."""
 
-    window: int = Field(default=64, ge=1)
-    """Neurons per window."""
-    max_windows: int = Field(default=8, ge=1)
-    """At most so many windows, the strongest on the discovery split, are resolved into single neurons."""
+    search: Distinct[Search] = ["gradient"]
+    """Ways to search, the first that the backend allows (see `analyses.neurons`)."""
+    exact: int = Field(default=64, ge=1)
+    """`gradient`: so many neurons, those of the first ranks, are measured, and as many random others."""
+    max_windows: int = Field(default=16, ge=1)
+    """`windows`: at most so many windows, the strongest, are split in each step."""
     layers: Distinct[int] | None = None
     """Layers to search; all by default."""
+    carry: float = Field(default=0.8, gt=0, lt=1)
+    """The gate set carries this share of its MLP's NIE on the discovery split."""
+    random_sets: int = Field(default=200, ge=1)
+    """Random sets of the same size that it is compared with."""
 
 
 class StatisticsSettings(_Strict):
@@ -118,8 +125,9 @@ class StudyConfig(_Strict):
         return self.job_seconds or (60.0 if self.backend == "ndif" else 5.0)
 
     def identity(self) -> dict[str, Any]:
-        """What makes this study this study: everything but where it runs, how it is cut up and where it is written."""
-        return self.model_dump(mode="json", exclude={"backend", "device", "out", "job_seconds", "batch_gb"})
+        """What makes this study this study: model, pairs and outcome. What is asked of it may change."""
+        kept = {"model", "revision", "pairs", "max_pairs", "outcome", "dtype", "seed", "response_logprob", "logit_diff"}
+        return self.model_dump(mode="json", include=kept)
 
 
 def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:

@@ -1,12 +1,13 @@
 """What a study would cost, before any weights are loaded: rows, jobs, operations, bytes, memory and time.
 
 The rows are the real ones: the pairs are tokenised and every analysis names its sites. Only two things must be guessed,
-the answers (taken to be as long as the study allows) and which windows the neuron search will resolve (taken to be as
-many as it may, in the middle of the network).
+the answers (taken to be as long as the study allows) and what the neuron search will measure (taken to be as much as it
+may, in the middle of the network).
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import time
 import zlib
@@ -16,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from remote_mediation.config import StudyConfig
+from remote_mediation.lab import FIRST_RATE, Study
 from remote_mediation.models import load_info, load_tokenizer
 from remote_mediation.plan import Budget, Job, Keys, plan_jobs, row_bytes, row_flops, weight_bytes
 from remote_mediation.prompts import load_pairs, tokenise
 from remote_mediation.rows import swap
 from remote_mediation.sites import Site
-from remote_mediation.study import FIRST_RATE, Study, check_enough, first_requests, outcome_of, select
+from remote_mediation.study import check_enough, first_requests, outcome_of, select
 
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
 _GPU_FLOPS = 0.3 * 312e12
@@ -139,14 +141,22 @@ def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
 
 
 def _units(study: Study) -> tuple[int, float]:
-    """Rows and operations of resolving as many windows as the study allows, in the middle layer."""
+    """Rows and operations of the search for single neurons, at most, as if all were in the middle layer."""
     if "neurons" not in study.config.granularity:
         return 0, 0.0
-    settings = study.config.neurons
-    count = settings.max_windows * settings.window
+    count = _neurons_measured(study)
     site = Site("mlp_neurons", study.info.layers // 2, study.config.positions.neurons[0], (0,))
     sample = [(swap(pair, site, side, study.info), pair) for pair in study.pairs for side in (0, 1)]
     return count * len(sample), count * sum(row_flops(row, pair, study.setting) for row, pair in sample if row.writes)
+
+
+def _neurons_measured(study: Study) -> int:
+    """Single neurons or windows that the search measures on every pair, at most."""
+    settings, width = study.config.neurons, study.info.d_ff
+    if settings.search[0] == "windows":
+        return 4 * settings.max_windows * math.ceil(math.log(width, 4))
+    searched = len(settings.layers or range(study.info.layers)) * width
+    return searched if settings.search[0] == "all" else min(2 * settings.exact, searched)
 
 
 def _largest_batch(study: Study, budget: float) -> float:

@@ -62,7 +62,7 @@ class Part(NamedTuple):
     pair: str
     """Id of the pair."""
     keys: tuple[str, ...]
-    """Keys of the values it brings back: both base prompts, then the rows."""
+    """Keys of the values it brings back; of a `measure` job both base prompts, then the rows."""
     payload: dict[str, Any]
     """The context's entry in `Job.payload`."""
     flops: float
@@ -73,6 +73,8 @@ class Part(NamedTuple):
 class Job:
     """One unit of work for a backend."""
 
+    task: str
+    """What `program.perform` does with its contexts."""
     model: dict[str, Any]
     """The model's entry in the payload."""
     parts: tuple[Part, ...]
@@ -81,7 +83,7 @@ class Job:
     @property
     def id(self) -> str:
         """Hash of its row keys, which hash everything its values depend on."""
-        return _digest(self.keys)
+        return digest(self.keys)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -91,12 +93,12 @@ class Job:
     @property
     def payload(self) -> dict[str, Any]:
         """What `program.execute` takes: strings, numbers, tuples, ranges and dicts only."""
-        return {"task": "measure", "model": self.model, "contexts": tuple(part.payload for part in self.parts)}
+        return {"task": self.task, "model": self.model, "contexts": tuple(part.payload for part in self.parts)}
 
     @property
     def rows(self) -> int:
-        """Rows it measures, base prompts not counted."""
-        return sum(len(part.keys) - 2 for part in self.parts)
+        """Rows it measures, base prompts not counted; contexts of the other tasks count as one each."""
+        return sum(len(part.keys) - 2 if self.task == "measure" else 1 for part in self.parts)
 
     @property
     def flops(self) -> float:
@@ -105,7 +107,7 @@ class Job:
 
     def split(self) -> list[Job]:
         """One job per context, so that one pair's failure is its own."""
-        return [Job(self.model, (part,)) for part in self.parts]
+        return [Job(self.task, self.model, (part,)) for part in self.parts]
 
 
 class Readout(NamedTuple):
@@ -159,16 +161,19 @@ class Keys:
     def __init__(self, setting: Setting, pairs: Iterable[TokenPair]) -> None:
         info = setting.info
         shared = (SCHEMA, info.name, info.revision, info.weights, setting.dtype, setting.outcome.normalise)
+        self._known: dict[Row, str] = {}
         self._prefixes = {
-            pair.id: _digest([*shared, pair.x0, pair.x1, pair.answers, setting.outcome.reads(pair)]) for pair in pairs
+            pair.id: digest([*shared, pair.x0, pair.x1, pair.answers, setting.outcome.reads(pair)]) for pair in pairs
         }
 
     def __call__(self, row: Row) -> str:
         """The key of a row."""
-        writes = [
-            (w.component, w.layer, _brief(w.places), _brief(w.columns), repr(_brief_value(w))) for w in row.writes
-        ]
-        return _digest([self._prefixes[row.pair], row.base, writes])
+        if row not in self._known:
+            writes = [
+                (w.component, w.layer, _brief(w.places), _brief(w.columns), repr(_brief_value(w))) for w in row.writes
+            ]
+            self._known[row] = digest([self._prefixes[row.pair], row.base, writes])
+        return self._known[row]
 
 
 def plan_jobs(
@@ -178,12 +183,12 @@ def plan_jobs(
 
     Rows without writes need no batch of their own: every context measures both base prompts.
     """
-    unique = dict.fromkeys(row for row in rows if row.writes)
+    unique = dict.fromkeys(rows)
     contexts: list[Context] = []
     spent = 0.0
     for pair_id, group in groupby(sorted(unique, key=lambda row: row.pair), key=lambda row: row.pair):
         pair = pairs[pair_id]
-        for batch in _batches(list(group), pair, setting, budget):
+        for batch in list(_batches([row for row in group if row.writes], pair, setting, budget)) or [()]:
             cost = sum(row_flops(row, pair, setting) for row in batch)
             if contexts and spent + cost > budget.job_flops():
                 yield _job(contexts, setting, keys)
@@ -191,7 +196,7 @@ def plan_jobs(
             if not contexts or contexts[-1].pair.id != pair_id:
                 contexts.append(Context(pair, ()))
                 spent += base_flops(pair, setting)
-            contexts[-1] = contexts[-1]._replace(batches=(*contexts[-1].batches, batch))
+            contexts[-1] = contexts[-1]._replace(batches=(*contexts[-1].batches, *([batch] if batch else ())))
             spent += cost
     if contexts:
         yield _job(contexts, setting, keys)
@@ -230,7 +235,7 @@ def row_bytes(pair: TokenPair, start: int, setting: Setting) -> float:
     """Peak memory of one row of a batch: answer logits, one layer's activations, and keys and values of all layers."""
     info, size = setting.info, DTYPE_BYTES[setting.dtype]
     length = max(len(prompt) for prompt in pair.prompts) + pair.fed
-    logits = (1 + pair.fed) * info.vocab * 4 * _LOGIT_COPIES
+    logits = (1 + pair.fed) * info.vocab * 4 * _LOGIT_COPIES if setting.outcome.normalise else 0
     layer = (length - start) * (4 * info.d_model + 3 * info.d_ff) * size
     attention = 2 * length * info.heads * info.d_head * size + (length - start) * length * info.heads * size
     cache = 2 * info.layers * length * info.kv_heads * info.d_head * size
@@ -249,6 +254,7 @@ def model_spec(setting: Setting) -> dict[str, Any]:
     family = family_of(setting.info.family)
     return {
         "blocks": family.blocks,
+        "vocab": setting.info.vocab,
         "layers": setting.info.layers,
         "components": {component: tuple(family.hook(component)) for component in FORWARD_ORDER},
         "sliding": setting.info.sliding,
@@ -259,7 +265,8 @@ def model_spec(setting: Setting) -> dict[str, Any]:
 
 
 def _unembedding_flops(pair: TokenPair, setting: Setting) -> float:
-    return 2.0 * (1 + pair.fed) * setting.info.d_model * setting.info.vocab
+    read = setting.info.vocab if setting.outcome.normalise else len(setting.outcome.reads(pair))
+    return 2.0 * (1 + pair.fed) * setting.info.d_model * read
 
 
 def _batches(rows: list[Row], pair: TokenPair, setting: Setting, budget: Budget) -> Iterator[tuple[Row, ...]]:
@@ -274,7 +281,7 @@ def _batches(rows: list[Row], pair: TokenPair, setting: Setting, budget: Budget)
 
 
 def _job(contexts: list[Context], setting: Setting, keys: Keys) -> Job:
-    return Job(model_spec(setting), tuple(_part(context, setting, keys) for context in contexts))
+    return Job("measure", model_spec(setting), tuple(_part(context, setting, keys) for context in contexts))
 
 
 def _part(context: Context, setting: Setting, keys: Keys) -> Part:
@@ -288,15 +295,15 @@ def _context_payload(context: Context, setting: Setting) -> dict[str, Any]:
     pair, writes = context.pair, [write for batch in context.batches for row in batch for write in row.writes]
     sources = [(write.component, write.value) for write in writes if isinstance(write.value, Source)]
     used = {component for component, _ in sources}
-    first = min(pair.first, *(write.places[0] for write in writes), *(source.places[0] for _, source in sources))
+    first = min([pair.first, *(write.places[0] for write in writes), *(source.places[0] for _, source in sources)])
     return {
-        "prompts": tuple(_prompt_payload(pair, side, first, setting.outcome) for side in (0, 1)),
+        "prompts": tuple(side_payload(pair, side, first, setting.outcome) for side in (0, 1)),
         "capture": tuple(component for component in FORWARD_ORDER if component in used),
         "batches": tuple(_batch_payload(batch, pair, first, setting.info.layers) for batch in context.batches),
     }
 
 
-def _prompt_payload(pair: TokenPair, side: int, first: int, outcome: Outcome) -> dict[str, Any]:
+def side_payload(pair: TokenPair, side: int, first: int, outcome: Outcome) -> dict[str, Any]:
     """The packed sequence (segments: 0 prompt, 1 and 2 the answers), and what is kept and read of it."""
     prompt = pair.prompts[side]
     ids, positions, segments = list(prompt), list(range(len(prompt))), [0] * len(prompt)
@@ -321,7 +328,7 @@ def _batch_payload(batch: tuple[Row, ...], pair: TokenPair, first: int, layers: 
     for index, row in enumerate(batch):
         joining[row.low - low] += 1
         for item in row.writes:
-            entry = (index, _shifted(item.places, start), _brief(item.columns), *_value_payload(item, first))
+            entry = (index, shifted(item.places, start), _brief(item.columns), *_value_payload(item, first))
             writes.setdefault(item.layer, {}).setdefault(item.component, []).append(entry)
     return {
         "base": batch[0].base,
@@ -338,14 +345,15 @@ def _batch_payload(batch: tuple[Row, ...], pair: TokenPair, first: int, layers: 
 def _value_payload(item: Write, first: int) -> tuple[str, Any]:
     match item.value:
         case Source(side, places):
-            return "source", (side, _shifted(places, first))
+            return "source", (side, shifted(places, first))
         case Scale(factor):
             return "scale", factor
         case Constant(values):
             return "constant", values
 
 
-def _shifted(indices: tuple[int, ...], by: int) -> tuple[int, ...] | range:
+def shifted(indices: tuple[int, ...], by: int) -> tuple[int, ...] | range:
+    """Indices counted from another origin, as they are sent."""
     return _brief(tuple(index - by for index in indices))
 
 
@@ -359,6 +367,7 @@ def _brief_value(item: Write) -> Any:
     return (item.value.side, _brief(item.value.places)) if isinstance(item.value, Source) else item.value
 
 
-def _digest(data: Any) -> str:
+def digest(data: Any) -> str:
+    """Hash of nested tuples, lists, dicts, strings and numbers."""
     text = json.dumps(data, default=repr, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

@@ -10,7 +10,10 @@ with some mediators overwritten) in one forward pass that does only the work a r
 - only the answer positions reach the unembedding.
 
 Sequences are packed: prompt, then the teacher-forced tokens of both responses, which see the prompt and themselves but
-not each other. Everything here is plain functions over tensors, tuples, dicts and strings, because nnsight ships this
+not each other. Four smaller tasks serve what rows cannot: `read` activations, `screen` units by gradients, `generate`
+and measure the `drift` of an answer while units are held.
+
+Everything here is plain functions over tensors, tuples, dicts and strings, because nnsight ships this
 source to the server, where `remote_mediation` is not installed. What the payload holds is written in `plan.py`.
 """
 
@@ -26,9 +29,10 @@ from transformers import DynamicCache
 def execute(model: Any, payload: dict[str, Any], backend: Any = None) -> list[torch.Tensor]:
     """Run a job in one nnsight session and return its tensors.
 
-    A `measure` job gives one tensor `[run, read]` (float32) per context: its two unpatched prompts, then its rows in
-    payload order. An `answer` job gives one tensor of token ids per prompt, a `probe` job an empty one of the model's
-    type. A backend that only hands the job over leaves the list empty.
+    A job of contexts gives one tensor `[key, value]` (float32) per context; `measure` has a key for each of the two
+    unpatched prompts and then for each row, the other tasks one. An `answer` job gives one tensor of token ids per
+    prompt, a `probe` job an empty one of the model's type. A backend that only hands the job over leaves the list
+    empty.
     """
     values: list[torch.Tensor] = []
     with model.session(backend=backend):
@@ -37,10 +41,14 @@ def execute(model: Any, payload: dict[str, Any], backend: Any = None) -> list[to
 
 
 def perform(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
-    """The job's task: measure rows, answer prompts, or say in which precision the model runs."""
+    """The job's task, context by context, so that one context's activations are held at a time."""
     if payload["task"] == "probe":
         return [probe(model, payload["blocks"])]
-    return answer(model, payload) if payload["task"] == "answer" else measure(model, payload)
+    if payload["task"] == "answer":
+        return answer(model, payload)
+    task = {"measure": measure, "read": read, "screen": screen, "generate": generate, "drift": drift}[payload["task"]]
+    with torch.no_grad():
+        return [task(model, payload["model"], context).cpu() for context in payload["contexts"]]
 
 
 def probe(model: Any, blocks: str) -> torch.Tensor:
@@ -66,19 +74,13 @@ def greedy(model: Any, prompt: tuple[int, ...], tokens: int) -> torch.Tensor:
     return new
 
 
-def measure(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
-    """All contexts of a job, one after the other, so that one pair's activations are held at a time."""
-    with torch.no_grad():
-        return [measure_context(model, payload["model"], context) for context in payload["contexts"]]
-
-
-def measure_context(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
+def measure(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
     """Both base runs and all batches of one prompt pair."""
     bases = [base_run(model, spec, prompt, context["capture"]) for prompt in context["prompts"]]
     values = [base["values"] for base in bases]
     for batch in context["batches"]:
         values.append(batch_run(model, spec, context["prompts"][batch["base"]], batch, bases))
-    return torch.cat(values).cpu()
+    return torch.cat(values)
 
 
 def base_run(model: Any, spec: dict[str, Any], prompt: dict[str, Any], components: tuple[str, ...]) -> dict[str, Any]:
@@ -86,8 +88,8 @@ def base_run(model: Any, spec: dict[str, Any], prompt: dict[str, Any], component
     arguments = forward_arguments(spec, prompt, 0)
     with model.trace(input_ids=torch.tensor([prompt["ids"]]), past_key_values=DynamicCache(), **arguments):
         captured = capture(model, spec, prompt, components)
+        values = answer_values(model, spec, prompt)
         cache = model.output.past_key_values
-        values = answer_values(model.output.logits, prompt, spec["normalise"])
     keyvalues = [(layer.keys, layer.values) for layer in cache.layers]
     return {"values": values, "captured": captured, "keyvalues": keyvalues}
 
@@ -100,7 +102,7 @@ def batch_run(
     past = prefix_cache(bases[batch["base"]]["keyvalues"], batch)
     with model.trace(input_ids=torch.tensor([prompt["ids"][batch["start"] :]]), past_key_values=past, **arguments):
         climb(model, spec, prompt, batch, bases)
-        values = answer_values(model.output.logits, prompt, spec["normalise"])
+        values = answer_values(model, spec, prompt)
     return values
 
 
@@ -224,12 +226,137 @@ def prefix_cache(keyvalues: list[Any], batch: dict[str, Any]) -> DynamicCache:
     return cache
 
 
-def answer_values(logits: torch.Tensor, prompt: dict[str, Any], normalise: bool) -> torch.Tensor:
+def answer_values(model: Any, spec: dict[str, Any], prompt: dict[str, Any]) -> torch.Tensor:
     """`[row, read]` float32: the logit, or with `normalise` the log-probability in nats, of each token that is read."""
-    logits = logits.float()
-    queries, tokens = torch.tensor(prompt["reads"]).T.to(logits.device)
-    values = logits[:, queries, tokens]
-    return values - torch.logsumexp(logits, -1)[:, queries] if normalise else values
+    queries, tokens = torch.tensor(prompt["reads"]).T
+    if not spec["normalise"]:
+        head = model.lm_head
+        head.skip(rows_of(head, head.input, tokens))  # a few rows of the unembedding in place of the vocabulary
+        tokens = torch.arange(len(tokens))
+    logits = model.output.logits.float()
+    values: torch.Tensor = logits[:, queries, tokens]
+    return values - torch.logsumexp(logits, -1)[:, queries] if spec["normalise"] else values
+
+
+def rows_of(linear: Any, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some outputs of a linear module."""
+    bias = None if linear.bias is None else linear.bias[rows]
+    return torch.nn.functional.linear(value, linear.weight[rows], bias)
+
+
+def read(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
+    """Activations of one prompt, one after the other: each read is a component's columns, averaged over its places."""
+    found = []
+    with model.trace(input_ids=torch.tensor([context["ids"]]), logits_to_keep=1):
+        for layer, reads in context["reads"].items():
+            block = module_at(model, spec["blocks"])[layer]
+            for name, places, columns in reads:
+                found.append(tensor_of(spec, block, name)[0][grid(places, columns)].float().mean(0))
+    return torch.cat([value.to(found[0].device) for value in found])[None]
+
+
+def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
+    """First-order estimates of NIE, then TIE, of every unit of one component at the written places, in two variants.
+
+    Attribution patching (AtP) is the change of the activation times the gradient of Y; GradDrop averages its size over
+    backward passes in which one layer at a time passes on nothing but the residual stream (Kramar et al. 2024,
+    arXiv 2403.00745, sections 3.1 and 3.2). `[1, (base, variant, layer, unit)]`, in the unit of Y.
+    """
+    name, prompts = context["component"], context["prompts"]
+    bases = [base_run(model, spec, prompt, (name,)) for prompt in prompts]
+    held = [
+        [layer[grid(places, ())].float() for layer in base["captured"][name]]
+        for base, places in zip(bases, context["places"], strict=True)
+    ]
+    scores = []
+    for side in (0, 1):
+        where, change = grid(context["places"][side], ())[0], [one - zero for zero, one in zip(*held, strict=True)]
+        products = []  # of the change and the gradient, `[layer, unit]` each: as it is, then with a layer cut off
+        for first in range(0, spec["layers"] + 1, context["rows"]):
+            cuts = range(first, min(first + context["rows"], spec["layers"] + 1))
+            gradients = gradients_of(model, spec, prompts[side], context, bases[side]["keyvalues"], cuts)
+            by_layer = [(change[layer] * gradient[:, where]).sum(1).cpu() for layer, gradient in enumerate(gradients)]
+            products.append(torch.stack(by_layer, 1))
+        by_cut = torch.cat(products)
+        scores += [by_cut[0], by_cut[1:].abs().sum(0) / (spec["layers"] - 1)]
+    return torch.stack(scores).flatten()[None]
+
+
+def gradients_of(
+    model: Any, spec: dict[str, Any], prompt: dict[str, Any], context: dict[str, Any], keyvalues: list[Any], cuts: range
+) -> list[torch.Tensor]:
+    """By layer the gradient `[row, token, width]` of Y; a row of cut c > 0 ignores what layer c - 1 adds."""
+    start, live = context["start"], []
+    past = prefix_cache(keyvalues, {"start": start, "low": 0, "joining": (len(cuts),) + (0,) * (spec["layers"] - 1)})
+    ids = torch.tensor([prompt["ids"][start:]]).expand(len(cuts), -1)
+    with (
+        torch.enable_grad(),
+        model.trace(input_ids=ids, past_key_values=past, **forward_arguments(spec, prompt, start)),
+    ):
+        for layer in range(spec["layers"]):
+            block = module_at(model, spec["blocks"])[layer]
+            bound_window(spec, prompt, start, block, layer)
+            if layer == 0:
+                block.input = block.input.detach().requires_grad_()
+            for name in spec["components"]:
+                if name == context["component"]:
+                    live.append(tensor_of(spec, block, name))
+                if name in ("attention_output", "mlp_output") and layer + 1 in cuts:
+                    replace_tensor(spec, block, name, cut_off(tensor_of(spec, block, name), cuts.index(layer + 1)))
+        weights = torch.tensor(context["weights"])
+        values = answer_values(model, spec, prompt)
+        found = torch.autograd.grad((values * weights.to(values.device)).sum(), live)
+    return [gradient.float() for gradient in found]
+
+
+def cut_off(tensor: torch.Tensor, row: int) -> torch.Tensor:
+    """The same values; no gradient flows back through one row."""
+    return torch.cat([tensor[:row], tensor[row : row + 1].detach(), tensor[row + 1 :]])
+
+
+def generate(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
+    """Greedy continuations `[1, (prompt, token)]` of prompts, with units held from the last prompt token on.
+
+    Every answer has all its tokens, whatever follows its end.
+    """
+    width, tokens = max(len(ids) for ids in context["prompts"]), context["tokens"]
+    ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in context["prompts"]])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in context["prompts"]])
+    never = spec["vocab"]  # no token ends an answer, so that every step runs
+    with model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=never, pad_token_id=0
+    ) as tracer:
+        for _ in tracer.iter[:tokens]:
+            hold(model, spec, context["held"], 1)
+        found = tracer.result
+    new: torch.Tensor = found[:, width:].float().reshape(1, -1)
+    return new
+
+
+def drift(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
+    """What holding units changes along an answer: `[1, (quantity, token)]` of KL(plain || held) and both losses."""
+    answer, tokens = torch.tensor(context["answer"]), len(context["answer"])
+    ids = torch.tensor([context["ids"] + context["answer"][:-1]])
+    with model.trace(input_ids=ids, logits_to_keep=tokens):
+        plain = torch.log_softmax(model.output.logits[0].float(), -1)
+    with model.trace(input_ids=ids, logits_to_keep=tokens):
+        hold(model, spec, context["held"], tokens)
+        held = torch.log_softmax(model.output.logits[0].float(), -1)
+    divergence = (plain.exp() * (plain - held)).sum(-1)
+    losses = [-scores[torch.arange(tokens), answer] for scores in (plain, held)]
+    return torch.cat([divergence, *losses])[None]
+
+
+def hold(model: Any, spec: dict[str, Any], held: dict[int, Any], tokens: int) -> None:
+    """Set units of layers, in every row and at the last `tokens` tokens of what runs."""
+    for layer, parts in held.items():
+        block = module_at(model, spec["blocks"])[layer]
+        for name, columns, kind, value in parts:
+            target = tensor_of(spec, block, name)
+            where = (slice(None), slice(-tokens, None), torch.tensor(columns))
+            new = target[where] * value if kind == "scale" else torch.tensor(value)
+            target[where] = new.to(target.device, target.dtype)
+            replace_tensor(spec, block, name, target)
 
 
 def module_at(root: Any, path: str) -> Any:

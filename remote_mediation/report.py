@@ -26,11 +26,12 @@ from rich.text import Text
 
 from remote_mediation import figures
 from remote_mediation.effects import EFFECT_COLUMNS, SITE_COLUMNS
+from remote_mediation.lab import Study
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.prompts import Refusal
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.store import Store
-from remote_mediation.study import Result, Study
+from remote_mediation.study import Result
 from remote_mediation.summary import CHECKS, SUMMARY_COLUMNS, UNITS, Claim, Identity, Summary, pivot
 
 TOLERANCE = 1e-4

@@ -17,10 +17,11 @@ import pandas as pd
 from rich.table import Table
 
 from remote_mediation.backends import LocalBackend
-from remote_mediation.config import LogitSettings, NeuronSettings, StudyConfig
+from remote_mediation.config import LogitSettings, NeuronSettings, Search, StudyConfig
+from remote_mediation.lab import Watch
 from remote_mediation.organisms import Organism, planted_gate, save
 from remote_mediation.store import Store
-from remote_mediation.study import Result, Watch, run_study
+from remote_mediation.study import Result, run_study
 
 Neuron = tuple[int, int]
 
@@ -74,7 +75,9 @@ class SelfCheck:
         return table
 
 
-def run_selfcheck(seed: int, watch: Watch, *, layers: int = 10, d_ff: int = 256) -> SelfCheck:
+def run_selfcheck(
+    seed: int, watch: Watch, *, layers: int = 10, d_ff: int = 256, search: Search = "gradient"
+) -> SelfCheck:
     """Plant a model, study it, compare.
 
     Raises:
@@ -86,20 +89,20 @@ def run_selfcheck(seed: int, watch: Watch, *, layers: int = 10, d_ff: int = 256)
         save(organism, folder / "model")
         records = [json.dumps(pair._asdict()) for pair in organism.pairs]
         (folder / "pairs.jsonl").write_text("\n".join(records), "utf-8")
-        config = _config(organism, folder, seed)
+        config = _config(organism, folder, seed, search)
         store = Store.create(folder / "run", config.identity())
         result = run_study(config, LocalBackend.load(config.model), store, watch)
     return _compared(seed, organism, result)
 
 
-def _config(organism: Organism, folder: Path, seed: int) -> StudyConfig:
+def _config(organism: Organism, folder: Path, seed: int, search: Search) -> StudyConfig:
     return StudyConfig(
         model=str(folder / "model"),
         pairs=str(folder / "pairs.jsonl"),
         granularity=["modules", "neurons"],
         outcome="logit_diff",
         logit_diff=LogitSettings(plus=[organism.plus_token], minus=[organism.minus_token]),
-        neurons=NeuronSettings(window=16, max_windows=16),
+        neurons=NeuronSettings(search=[search]),
         seed=seed,
     )
 

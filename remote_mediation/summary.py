@@ -7,6 +7,7 @@ which of them answer which question.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -59,6 +60,8 @@ MEDIATOR_COLUMNS: dict[str, str] = {
 }
 # With fewer clusters a 95% percentile interval cannot cover 95% (see `stats.estimate_means`).
 _FEWEST_CLUSTERS = 6
+# A gate set of more of its MLP's neurons than this is not called sparse.
+_SPARSE = 0.1
 _NO_ANALYSIS = "this study has no analysis for it"
 
 Verdict = Literal["supported", "not supported", "undecided", "not tested"]
@@ -110,11 +113,19 @@ class Summary:
     """Checks."""
 
 
-def summarise(effects: pd.DataFrame, equal_length: set[str], layers: int, seed: int, by: StatisticsSettings) -> Summary:
+def summarise(
+    effects: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
+    equal_length: set[str],
+    layers: int,
+    seed: int,
+    by: StatisticsSettings,
+) -> Summary:
     """All statistics of a study.
 
-    effects: `EFFECT_COLUMNS`. equal_length: pairs whose prompts have equally many tokens; only on these is the residual
-    stream at all positions the whole state, so only on these do its identities hold. layers: decoder layers.
+    effects: `EFFECT_COLUMNS`. tables: what analyses found beyond effects, by CSV file. equal_length: pairs whose
+    prompts have equally many tokens; only on these is the residual stream at all positions the whole state, so only on
+    these do its identities hold. layers: decoder layers.
     """
     rng = _Generators(seed)
     totals = effects.groupby("pair_id").agg(te=("te", "first"), cluster=("cluster", "first"))
@@ -131,7 +142,7 @@ def summarise(effects: pd.DataFrame, equal_length: set[str], layers: int, seed: 
         claims=(
             _where(total, modules.mlp),
             _what(total, modules.difference),
-            _which(total, mediators, layers, effects),
+            _which(total, tables, layers, by),
             Claim("Early layers understand harm before it acts", "not tested", _NO_ANALYSIS),
             Claim("That understanding is handed on through MLPs", "not tested", _NO_ANALYSIS),
         ),
@@ -279,25 +290,39 @@ def _what(total: Estimate, difference: Estimate | None) -> Claim:
     return Claim(name, _verdict(difference.low, difference.high), text)
 
 
-def _which(total: Estimate, mediators: pd.DataFrame, layers: int, effects: pd.DataFrame) -> Claim:
+def _which(total: Estimate, tables: Mapping[str, pd.DataFrame], layers: int, by: StatisticsSettings) -> Claim:
     name = "A sparse set of neurons in the final layers gates it"
-    if not (effects["granularity"] == UNITS).any():
+    if "search.csv" not in tables:
         return Claim(name, "not tested", "no single neurons were measured in this study")
     if _unknown(total):
         return Claim(name, "undecided", _unknown(total))
-    if len(mediators) and mediators["q"].isna().all():
-        return Claim(name, "undecided", f"the held-out split cannot test them: {mediators['reason'].iloc[0]}")
-    if mediators.empty:
-        return Claim(name, "not supported", "no single neuron measured reaches the share of TE asked for")
-    found = mediators[mediators["mediates"]]
-    late = found[found["layer"] >= 2 * layers / 3]
+    if "gates.csv" not in tables:
+        return Claim(name, "not supported", "no MLP moves the outcome by its neurons where they were swapped")
+    sets = tables["gates.csv"].set_index("set")
+    gates, mlp = sets.loc["gates"], sets.loc["mlp"]
+    if np.isnan(gates["nie_low"]):
+        return Claim(name, "undecided", f"the held-out split cannot test the gate set: {gates['reason']}")
+    direction = -1 if total.value < 0 else 1
+    ends = [direction * gates[end] for end in ("nie_low", "nie_high", "tie_low", "tie_high")]
+    random = direction * sets.loc[["random"], "nie"]
+    p = float((1 + (random >= direction * gates["nie"]).sum()) / (1 + len(random)))
+    failed = [
+        reason
+        for reason, fails in {
+            "its layer is not in the last third": gates["layer"] < 2 * layers / 3,
+            f"that is more than {_SPARSE:.0%} of its MLP": gates["size"] > _SPARSE * mlp["size"],
+            "held out, it is not both sufficient and necessary": min(ends) <= 0,
+            f"it carries less than {by.min_share:.0%} of TE": min(gates[["nie_share", "tie_share"]]) < by.min_share,
+            "random sets of its size do as much": p > by.alpha,
+        }.items()
+        if fails
+    ]
     text = (
-        f"{len(found)} of {len(mediators)} neurons chosen on the discovery split hold up on the held-out split, "
-        f"{len(late)} of them in the last third of the layers"
+        f"{gates['size']} of {mlp['size']} neurons of layer {gates['layer']} carry, held out, {gates['nie_share']:.0%} "
+        f"of TE by NIE and {gates['tie_share']:.0%} by TIE (their whole MLP {mlp['nie_share']:.0%} and "
+        f"{mlp['tie_share']:.0%}; p = {p:.2g} against random sets)"
     )
-    if late.empty:
-        return Claim(name, "not supported", f"{text}; no single late neuron reaches the share of TE asked for")
-    return Claim(name, "supported", f"{text}; together they add up to {late['nie_share'].sum():.0%} of TE by NIE")
+    return Claim(name, "not supported" if failed else "supported", "; ".join([text, *failed]))
 
 
 def _identities(checks: pd.DataFrame, equal_length: set[str], layers: int) -> tuple[Identity, ...]:

@@ -317,12 +317,14 @@ def test_costs_grow_with_what_is_run() -> None:
     assert row_bytes(pair, 0, wide) > row_bytes(pair, 2, wide) > row_bytes(pair, 4, wide)
     assert row_bytes(pair, 2, wide._replace(dtype="bfloat16")) < row_bytes(pair, 2, wide)
     for field in ("layers", "d_model", "d_ff", "heads", "kv_heads", "vocab"):
-        bigger = setting._replace(info=replace(INFO, **{field: 2 * getattr(INFO, field)}))
-        assert base_flops(pair, bigger) > base_flops(pair, setting)
+        asked = setting._replace(outcome=LOGPROBS)  # which takes logits of the whole vocabulary
+        bigger = asked._replace(info=replace(INFO, **{field: 2 * getattr(INFO, field)}))
+        assert base_flops(answered, bigger) > base_flops(answered, asked)
         vocab = 10_000 if field == "vocab" else 1  # either the logits or a layer takes more memory
         small = replace(INFO, vocab=vocab)
         large = replace(small, **{field: 2 * getattr(small, field)})
-        assert row_bytes(pair, 2, setting._replace(info=large)) > row_bytes(pair, 2, setting._replace(info=small))
+        more, less = (row_bytes(answered, 2, asked._replace(info=info)) for info in (large, small))
+        assert more > less
 
 
 def test_part_costs_add_up() -> None:

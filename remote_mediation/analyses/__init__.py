@@ -1,29 +1,32 @@
 """Questions. Each analysis compiles one to sites; the engine measures them all alike. A new analysis is one file.
 
-An analysis names the sites to measure on a pair, and may, once these are measured, name further ones (`refine`).
+An analysis names the sites to measure on a pair, and may go on from there with a `Lab`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
 
 from remote_mediation.analyses import checks, heads, layers, modules, neurons, tokens
 from remote_mediation.config import StudyConfig
+from remote_mediation.lab import Lab
 from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import ModelInfo, Site
+
+Tables = Mapping[str, pd.DataFrame]
 
 
 @dataclass(frozen=True)
 class Analysis:
     """One granularity of a study."""
 
-    sites: Callable[[StudyConfig, ModelInfo, TokenPair], list[Site]]
-    """Sites to measure on a pair."""
-    refine: Callable[[StudyConfig, ModelInfo, pd.DataFrame], list[Site]] | None = None
-    """Further sites, the same for every pair, from the effects of the first ones."""
+    sites: Callable[[StudyConfig, ModelInfo, TokenPair], list[Site]] | None = None
+    """Sites to measure on a pair; those of all analyses are measured together."""
+    analyse: Callable[[Lab, Tables], dict[str, pd.DataFrame]] | None = None
+    """What to do once they are: tables by name of their CSV file, from those of the analyses before it."""
 
 
 ANALYSES: dict[str, Analysis] = {
@@ -32,5 +35,5 @@ ANALYSES: dict[str, Analysis] = {
     "modules": Analysis(modules.sites),
     "tokens": Analysis(tokens.sites),
     "heads": Analysis(heads.sites),
-    "neurons": Analysis(neurons.sites, neurons.units),
+    "neurons": Analysis(neurons.sites, neurons.analyse),
 }

@@ -1,52 +1,393 @@
-"""Which MLP neurons: windows of neighbours over all layers, then the single neurons of the strongest windows.
+"""Which MLP neurons, and how few of them: a search for single neurons, then the smallest set that does its MLP's work.
 
-Windows are chosen on the discovery split only, so what the held-out split says of their neurons is free of the choice.
+Everything is chosen on the discovery split and reported on the held-out one. `search` says how single neurons are
+found; each way ends in exact measurements:
+
+- `gradient`: attribution patching ranks all neurons in a few passes (`program.screen`), the first ones are measured.
+  What it may have missed is estimated from a random sample of the others.
+- `windows`: whole layers are split into ever smaller windows, only where an interval leaves room for a mediator. Rows
+  grow with the number of mediators and the logarithm of the width. Neurons that cancel within a window are missed.
+- `all`: every neuron is measured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
 import pandas as pd
 
 from remote_mediation.config import StudyConfig
-from remote_mediation.errors import SiteError
+from remote_mediation.errors import JobError, SiteError
+from remote_mediation.lab import Floats, Lab
 from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import ModelInfo, Site, check_site
+from remote_mediation.stats import estimate_means, sparsity, wilson
+from remote_mediation.tasks import screen_task
+
+LAYERS, UNITS, WINDOWS, SAMPLE = "neurons", "neurons:units", "neurons:windows", "neurons:sample"
+# A window that may hold a mediator is split into so many.
+_BRANCHES = 4
+_RESAMPLES = 999
+
+SEARCH_COLUMNS: dict[str, str] = {
+    "step": "what was measured",
+    "sites": "neurons or windows measured",
+    "pairs": "pairs they were measured on",
+    "kept": "those that may be or hold a mediator, as far as the discovery split can tell",
+    "followed": "those of them that were followed; fewer than kept where the study's limit cut the search short",
+    "missed": "estimated mediators among the neurons that were not measured",
+    "missed_high": "upper end of its 95% interval",
+}
+GATE_COLUMNS: dict[str, str] = {
+    "set": "gates, random (same size and layer), earlier (best same-size set of an earlier layer), mlp (all neurons)",
+    "layer": "decoder layer, from 0",
+    "position": "where they were swapped",
+    "size": "neurons in the set",
+    "units": "the neurons",
+    "nie": "mean joint NIE on the held-out split",
+    "nie_low": "lower end of its 95% interval",
+    "nie_high": "upper end",
+    "tie": "mean joint TIE on the held-out split",
+    "tie_low": "lower end of its 95% interval",
+    "tie_high": "upper end",
+    "nie_share": "mean NIE / mean TE, both held out",
+    "tie_share": "mean TIE / mean TE, both held out",
+    "reason": "why a number is missing, or why to read it with care",
+}
+CURVE_COLUMNS: dict[str, str] = {
+    "size": "neurons in the set, the strongest first",
+    "discovery": "mean joint NIE / mean NIE of the whole MLP, discovery split",
+    "heldout": "the same, held-out split",
+}
+SPARSITY_COLUMNS: dict[str, str] = {
+    "layer": "decoder layer, from 0",
+    "gini": "Gini index of the neurons' NIE (its positive part)",
+    "fewest": "fewest neurons whose NIE adds up to 80% of all positive ones",
+    "of": "neurons of the layer",
+    "negative_share": "share of the profile that works the other way",
+    "by": "measured, or estimated by attribution patching",
+}
+
+
+class Found(NamedTuple):
+    """What a search leaves."""
+
+    ranked: dict[int, list[int]]
+    """By layer its neurons, the strongest first; perhaps not all of them."""
+    steps: list[dict[str, Any]]
+    """Rows of `SEARCH_COLUMNS`."""
+    profiles: pd.DataFrame
+    """Rows of `SPARSITY_COLUMNS`."""
 
 
 def sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[Site]:
-    """All windows of every layer to search.
+    """All neurons of every layer to search, together.
 
     Raises:
-        SiteError: a layer out of range, or a window wider than the layer.
+        SiteError: a layer out of range.
     """
-    if config.neurons.window > info.d_ff:
-        raise SiteError(f"neurons.window {config.neurons.window} is wider than the {info.d_ff} neurons of {info.name}")
-    windows = [
-        Site("mlp_neurons", layer, position, tuple(range(start, min(start + config.neurons.window, info.d_ff))))
+    whole = [
+        Site("mlp_neurons", layer, position, tuple(range(info.d_ff)))
         for position in config.positions.neurons
-        for layer in (range(info.layers) if config.neurons.layers is None else config.neurons.layers)
-        for start in range(0, info.d_ff, config.neurons.window)
+        for layer in _layers(config, info)
         if pair.places(position).x0
     ]
-    for site in windows:
+    for site in whole:
         check_site(site, info)
-    return windows
+    return whole
 
 
-def units(config: StudyConfig, info: ModelInfo, effects: pd.DataFrame) -> list[Site]:
-    """The single neurons of the windows with the largest effects on the discovery split.
+def analyse(lab: Lab, tables: object) -> dict[str, pd.DataFrame]:
+    """Search at the first position asked for, measure what was found on all pairs, find the gate set."""
+    found = _search(lab)
+    return {
+        "search.csv": pd.DataFrame(found.steps, columns=list(SEARCH_COLUMNS)),
+        "sparsity.csv": found.profiles,
+        **_gate_tables(lab, found.ranked),
+    }
 
-    A window's effect is the smaller of its mean NIE and mean TIE, both in the direction of the mean TE: sufficient and
-    necessary.
+
+def gate_set(gates: pd.DataFrame) -> Site | None:
+    """The gate set of a table of `GATE_COLUMNS`, or None if there is none."""
+    rows = gates[gates["set"] == "gates"]
+    if rows.empty:
+        return None
+    units = tuple(int(unit) for unit in str(rows["units"].iloc[0]).split())
+    return Site("mlp_neurons", int(rows["layer"].iloc[0]), str(rows["position"].iloc[0]), units)
+
+
+def strengths(effects: pd.DataFrame) -> pd.Series:
+    """By layer, first and last unit the smaller of mean NIE and mean TIE on the discovery split, in TE's direction.
+
+    A mediator is both sufficient and necessary. Sorted, the strongest first.
     """
-    discovery = effects[effects["split"] == "discovery"]
-    if discovery.empty:
-        return []
-    means = discovery.groupby(["layer", "position", "unit_start", "unit_stop"])[["nie", "tie"]].mean()
-    direction = -1 if discovery["te"].mean() < 0 else 1
-    strongest = (direction * means).min(axis=1).nlargest(config.neurons.max_windows)
-    return [
-        Site("mlp_neurons", int(layer), str(position), (unit,))
-        for layer, position, start, stop in strongest[strongest > 0].index
-        for unit in range(int(start), int(stop))
+    used = effects[effects["split"] == "discovery"]
+    means = used.groupby(["layer", "unit_start", "unit_stop"])[["nie", "tie"]].mean()
+    strength: pd.Series = (_direction(used) * means).min(axis=1).sort_values(ascending=False)
+    return strength
+
+
+def _search(lab: Lab) -> Found:
+    """The first way of searching that the backend can go.
+
+    Raises:
+        SiteError: it can go none.
+    """
+    ways = {"gradient": _by_gradient, "windows": _by_windows, "all": _all}
+    refusals = []
+    for way in lab.study.config.neurons.search:
+        try:
+            return ways[way](lab)
+        except JobError as error:  # a sandboxed server, or a model whose weights allow no gradient
+            refusals.append(f"{way}: {error}")
+    raise SiteError(
+        f"the neurons could not be searched ({'; '.join(refusals)}); allow another way, as neurons.search = "
+        '["gradient", "windows"]'
+    )
+
+
+def _by_gradient(lab: Lab) -> Found:
+    """Rank by attribution, measure the first `exact` and a sample of the others."""
+    study, settings, position = lab.study, lab.study.config.neurons, _position(lab)
+    scores = _screened(lab, position)
+    order = [
+        (int(flat // study.info.d_ff), int(flat % study.info.d_ff))
+        for flat in np.argsort(-scores.rank, axis=None, kind="stable")
+        if np.isfinite(scores.rank.flat[flat])
     ]
+    first, rest = order[: settings.exact], order[settings.exact :]
+    sample = [rest[i] for i in sorted(lab.rng("sample").permutation(len(rest))[: settings.exact])]
+    measured = lab.measure_sites(UNITS, [_unit(position, *one) for one in first])
+    checked = lab.measure_sites(SAMPLE, [_unit(position, *one) for one in sample], "discovery")
+    strong, missed = strengths(measured), strengths(checked)
+    least = _least(lab, checked)
+    hits = wilson(int((missed >= least).sum()), len(missed))
+    steps = [
+        _step("screened by gradients", study.info.d_ff * len(_layers(study.config, study.info)), lab, len(first)),
+        _step("measured, first ranks", len(first), lab, int((strong >= _least(lab, measured)).sum()), "all"),
+        {
+            **_step("measured, random others", len(sample), lab, int((missed >= least).sum())),
+            "missed": hits.value * len(rest),
+            "missed_high": hits.high * len(rest),
+        },
+    ]
+    ranked: dict[int, list[int]] = {}
+    exact = [(int(layer), int(unit)) for layer, unit, _ in strong[strong > 0].index]
+    for layer, unit in [*exact, *(one for one in order if one not in set(exact))]:
+        ranked.setdefault(layer, []).append(unit)
+    profiles = [
+        _profile(layer, scores.nie[layer], "attribution patching") for layer in _layers(study.config, study.info)
+    ]
+    return Found(ranked, steps, pd.DataFrame(profiles, columns=list(SPARSITY_COLUMNS)))
+
+
+class _Scores(NamedTuple):
+    """Attribution scores `[layer, unit]`."""
+
+    rank: Floats
+    """By which neurons are ranked: the smaller of NIE and TIE, GradDrop's size; -inf in layers not searched."""
+    nie: Floats
+    """AtP's estimate of NIE in TE's direction."""
+
+
+def _screened(lab: Lab, position: str) -> _Scores:
+    study = lab.study
+    pairs = [pair for pair in lab.pairs("discovery") if pair.places(position).x0]
+    found = lab.run([screen_task(pair, "mlp_neurons", position, study.setting) for pair in pairs])
+    shape = (len(pairs), 2, 2, study.info.layers, study.info.d_ff)
+    mean = np.array(found, dtype=np.float64).reshape(shape).mean(0)
+    rank = mean[:, 1].min(0)
+    unsearched = sorted(set(range(study.info.layers)) - set(_layers(study.config, study.info)))
+    rank[unsearched] = -np.inf
+    return _Scores(rank, _direction(lab.effects) * mean[0, 0])
+
+
+def _by_windows(lab: Lab) -> Found:
+    """Split windows, breadth first, wherever the discovery split leaves room for a mediator."""
+    position, settings = _position(lab), lab.study.config.neurons
+    effects, steps, leaves = lab.effects, [], []
+    effects = effects[(effects["granularity"] == LAYERS) & (effects["position"] == position)]
+    width = lab.study.info.d_ff
+    while not effects.empty:
+        kept = _plausible(lab, effects)
+        leaves += [window for window in kept if window.stop - window.start == 1]
+        wide = [window for window in kept if window.stop - window.start > 1]
+        followed = wide[: settings.max_windows]
+        count = len(effects.groupby(["layer", "unit_start"]))
+        step = _step(f"windows of up to {width} neurons", count, lab, len(kept))
+        steps.append({**step, "followed": len(kept) - len(wide) + len(followed)})
+        parts = [part for window in followed for part in _split(window)]
+        width = max((part.stop - part.start for part in parts), default=0)
+        sites = [Site("mlp_neurons", part.layer, position, tuple(range(part.start, part.stop))) for part in parts]
+        effects = lab.measure_sites(WINDOWS, sites, "discovery")
+    units = lab.measure_sites(UNITS, [_unit(position, leaf.layer, leaf.start) for leaf in leaves])
+    ranked: dict[int, list[int]] = {}
+    for layer, unit, _ in strengths(units).index:
+        ranked.setdefault(int(layer), []).append(int(unit))
+    return Found(ranked, steps, pd.DataFrame(columns=list(SPARSITY_COLUMNS)))
+
+
+class _Window(NamedTuple):
+    layer: int
+    start: int
+    stop: int
+
+
+def _plausible(lab: Lab, effects: pd.DataFrame) -> list[_Window]:
+    """Windows whose NIE and TIE may both reach `min_share` of TE by their intervals, the strongest first."""
+    used = effects[effects["split"] == "discovery"]
+    least, direction = _least(lab, used), _direction(used)
+    kept = None
+    for quantity in ("nie", "tie"):
+        table = direction * used.pivot_table(
+            index=["layer", "unit_start", "unit_stop"], columns=["pair_id", "cluster"], values=quantity
+        )
+        clusters = table.columns.get_level_values("cluster")
+        found = estimate_means(table.to_numpy(), clusters, lab.rng("windows"), _RESAMPLES)
+        reach = [one.value if np.isnan(one.high) else one.high for one in found]
+        possible = set(table.index[np.array(reach) >= least])
+        kept = possible if kept is None else kept & possible
+    return [_Window(*map(int, window)) for window in strengths(used).index if window in (kept or ())]
+
+
+def _split(window: _Window) -> list[_Window]:
+    bounds = np.unique(np.linspace(window.start, window.stop, _BRANCHES + 1).round().astype(int))
+    return [_Window(window.layer, int(low), int(high)) for low, high in pairwise(bounds)]
+
+
+def _all(lab: Lab) -> Found:
+    """Measure every neuron on every pair."""
+    study, position = lab.study, _position(lab)
+    layers = _layers(study.config, study.info)
+    units = [_unit(position, layer, unit) for layer in layers for unit in range(study.info.d_ff)]
+    effects = lab.measure_sites(UNITS, units)
+    ranked: dict[int, list[int]] = {}
+    strong = strengths(effects)
+    for layer, unit, _ in strong.index:
+        ranked.setdefault(int(layer), []).append(int(unit))
+    used = effects[effects["split"] == "discovery"]
+    nie = _direction(used) * used.groupby(["layer", "unit_start"])["nie"].mean()
+    profiles = [_profile(layer, nie[layer].to_numpy(float), "measured") for layer in layers]
+    step = _step("every neuron", len(units), lab, int((strong >= _least(lab, used)).sum()), "all")
+    return Found(ranked, [step], pd.DataFrame(profiles, columns=list(SPARSITY_COLUMNS)))
+
+
+def _gate_tables(lab: Lab, ranked: dict[int, list[int]]) -> dict[str, pd.DataFrame]:
+    """The smallest set of the strongest MLP's neurons that carries `carry` of its NIE, beside its controls."""
+    effects = lab.effects
+    whole = strengths(effects[(effects["granularity"] == LAYERS) & (effects["position"] == _position(lab))])
+    layers = [int(layer) for layer, _, _ in whole.index]
+    if not layers or whole.iloc[0] <= 0 or not ranked.get(layers[0]):
+        return {}
+    layer = layers[0]
+    curve, size = _curve(lab, layer, ranked[layer])
+    sets = {"mlp": [_everything(lab, layer)], "gates": [_first(lab, layer, ranked[layer], size)]}
+    earlier = [one for one in layers if one < layer and len(ranked.get(one, ())) >= size]
+    sets["earlier"] = [_first(lab, one, ranked[one], size) for one in earlier[:1]]
+    draw, d_ff = lab.rng("random sets"), lab.study.info.d_ff
+    sets["random"] = [
+        Site("mlp_neurons", layer, _position(lab), tuple(sorted(map(int, draw.permutation(d_ff)[:size]))))
+        for _ in range(lab.study.config.neurons.random_sets)
+    ]
+    return {"gates.csv": _compared(lab, sets), "gate_curve.csv": curve}
+
+
+def _curve(lab: Lab, layer: int, ranked: Sequence[int]) -> tuple[pd.DataFrame, int]:
+    """Joint NIE of the first neurons as a share of their MLP's, and the smallest size that carries enough of it."""
+    carry, most = lab.study.config.neurons.carry, len(ranked)
+    sizes = sorted({*(2**power for power in range(most.bit_length())), most})
+    shares = dict(zip(sizes, _shares(lab, layer, ranked, sizes, "discovery"), strict=True))
+    enough = next((size for size in sizes if shares[size] >= carry), most)
+    low = max((size for size in sizes if size < enough), default=0)
+    while enough - low > 1 and shares[enough] >= carry:
+        middle = (low + enough) // 2
+        (shares[middle],) = _shares(lab, layer, ranked, [middle], "discovery")
+        low, enough = (low, middle) if shares[middle] >= carry else (middle, enough)
+    sizes = sorted(shares)
+    heldout = _shares(lab, layer, ranked, sizes, "heldout")
+    rows = {"size": sizes, "discovery": [shares[size] for size in sizes], "heldout": heldout}
+    return pd.DataFrame(rows, columns=list(CURVE_COLUMNS)), enough
+
+
+def _shares(lab: Lab, layer: int, ranked: Sequence[int], sizes: Sequence[int], split: str) -> list[float]:
+    sites = [_everything(lab, layer), *(_first(lab, layer, ranked, size) for size in sizes)]
+    whole, *means = np.nanmean(lab.indirect(sites, lab.pairs(split)).nie, axis=1)
+    return [float(mean / whole) for mean in means]
+
+
+def _compared(lab: Lab, sets: dict[str, list[Site]]) -> pd.DataFrame:
+    """`GATE_COLUMNS` of sets, on the held-out split."""
+    named = [(name, site) for name, sites in sets.items() for site in sites]
+    found = lab.indirect([site for _, site in named], lab.pairs("heldout"))
+    by = lab.study.config.statistics
+    nie, tie = (
+        estimate_means(table, found.clusters, lab.rng("gates"), by.resamples) for table in (found.nie, found.tie)
+    )
+    te = float(np.nanmean(found.te)) if len(found.te) else np.nan
+    rows = [
+        {
+            "set": name,
+            "layer": site.layer,
+            "position": site.position,
+            "size": len(site.units),
+            "units": " ".join(map(str, site.units)),
+            **{"nie": one.value, "nie_low": one.low, "nie_high": one.high},
+            **{"tie": other.value, "tie_low": other.low, "tie_high": other.high},
+            "nie_share": one.value / te,
+            "tie_share": other.value / te,
+            "reason": one.reason,
+        }
+        for (name, site), one, other in zip(named, nie, tie, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=list(GATE_COLUMNS))
+
+
+def _position(lab: Lab) -> str:
+    return lab.study.config.positions.neurons[0]
+
+
+def _layers(config: StudyConfig, info: ModelInfo) -> Sequence[int]:
+    return range(info.layers) if config.neurons.layers is None else config.neurons.layers
+
+
+def _unit(position: str, layer: int, unit: int) -> Site:
+    return Site("mlp_neurons", layer, position, (unit,))
+
+
+def _everything(lab: Lab, layer: int) -> Site:
+    return Site("mlp_neurons", layer, _position(lab), tuple(range(lab.study.info.d_ff)))
+
+
+def _first(lab: Lab, layer: int, ranked: Sequence[int], size: int) -> Site:
+    return Site("mlp_neurons", layer, _position(lab), tuple(sorted(ranked[:size])))
+
+
+def _direction(effects: pd.DataFrame) -> int:
+    return -1 if effects["te"].mean() < 0 else 1
+
+
+def _least(lab: Lab, effects: pd.DataFrame) -> float:
+    """The effect from which on a neuron counts as a mediator, on the discovery split."""
+    te = effects[effects["split"] == "discovery"].drop_duplicates("pair_id")["te"].mean()
+    return abs(float(te)) * lab.study.config.statistics.min_share
+
+
+def _step(name: str, count: int, lab: Lab, kept: int, split: str = "discovery") -> dict[str, Any]:
+    pairs = len(lab.pairs(split))
+    unknown = {"missed": np.nan, "missed_high": np.nan}
+    return {"step": name, "sites": count, "pairs": pairs, "kept": kept, "followed": kept, **unknown}
+
+
+def _profile(layer: int, nie: Floats, by: str) -> dict[str, Any]:
+    found = sparsity(nie)
+    return {
+        "layer": layer,
+        "gini": found.gini,
+        "fewest": found.fewest,
+        "of": found.n_units,
+        "negative_share": found.negative_share,
+        "by": by,
+    }

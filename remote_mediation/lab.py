@@ -1,0 +1,263 @@
+"""Where an analysis gets its numbers: it asks for rows, effects or tasks; what the run folder lacks is measured.
+
+An analysis is straight-line code over a `Lab`. The same code runs when a report is rebuilt; then nothing can be
+measured, and an analysis that asks for what an unfinished run does not have ends there (`UnmeasuredError`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from remote_mediation.config import StudyConfig
+from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
+from remote_mediation.errors import JobError, LostJobError
+from remote_mediation.outcomes import Outcome
+from remote_mediation.plan import Backend, Budget, Job, Keys, Readout, Setting, plan_jobs
+from remote_mediation.prompts import Refusal, TokenPair
+from remote_mediation.rows import Row, swap
+from remote_mediation.sites import ModelInfo, Site
+from remote_mediation.stats import split_clusters
+from remote_mediation.store import Store, Submitted
+from remote_mediation.tasks import Task, plan_tasks
+
+# First guess of a backend's speed, operations per second; jobs are cut anew once it is measured.
+FIRST_RATE = 2e10
+# So often a job is handed over before its loss ends the study; what is measured is kept.
+MOST_TRIES = 4
+
+Floats = npt.NDArray[np.float64]
+
+
+class Watch(Protocol):
+    """Sees how far a study is."""
+
+    def total(self, rows: int) -> None:
+        """So many rows are to be measured from here on."""
+        ...
+
+    def advance(self, rows: int) -> None:
+        """So many more are done."""
+        ...
+
+
+class Unwatched:
+    """Nobody watches."""
+
+    def total(self, rows: int) -> None:
+        """Nothing."""
+
+    def advance(self, rows: int) -> None:
+        """Nothing."""
+
+
+class UnmeasuredError(Exception):
+    """An analysis asked for what this run has not measured (yet)."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that is fixed before the first row runs."""
+
+    config: StudyConfig
+    """Settings."""
+    info: ModelInfo
+    """Shape of the model."""
+    outcome: Outcome
+    """What Y is."""
+    pairs: tuple[TokenPair, ...]
+    """Pairs that can be run, with their answers."""
+    refusals: tuple[Refusal, ...]
+    """Pairs that cannot, and why."""
+
+    @property
+    def setting(self) -> Setting:
+        """What all rows share."""
+        return Setting(self.info, self.config.dtype, self.outcome)
+
+    def splits(self) -> dict[str, str]:
+        """Discovery or heldout, by pair id; whole clusters."""
+        clusters = np.array([pair.cluster for pair in self.pairs])
+        split = split_clusters(clusters, np.random.default_rng(self.config.seed))
+        return dict(zip((pair.id for pair in self.pairs), map(str, split), strict=True))
+
+
+class Indirect(NamedTuple):
+    """Indirect effects of some sites on some pairs, in the outcome's unit."""
+
+    nie: Floats
+    """`[site, pair]`"""
+    tie: Floats
+    """`[site, pair]`"""
+    te: Floats
+    """`[pair]`"""
+    clusters: npt.NDArray[np.str_]
+    """`[pair]`"""
+
+
+class Lab:
+    """A study with its run folder and, while it is being measured, a backend."""
+
+    def __init__(self, study: Study, store: Store, backend: Backend | None = None, watch: Watch | None = None) -> None:
+        """Without a backend only what is in the run folder can be had."""
+        self.study = study
+        self._store, self._backend, self._watch = store, backend, watch or Unwatched()
+        self._values = store.values()
+        self._keys = Keys(study.setting, study.pairs)
+        self._splits = study.splits()
+        self._effects: list[pd.DataFrame] = []
+        self._rate = FIRST_RATE
+
+    @property
+    def effects(self) -> pd.DataFrame:
+        """All effects measured so far, in the order in which they were asked for (columns: `EFFECT_COLUMNS`)."""
+        frames = [frame for frame in self._effects if not frame.empty]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(EFFECT_COLUMNS))
+
+    def pairs(self, split: str = "all") -> tuple[TokenPair, ...]:
+        """Pairs of a split (`all`, `discovery`, `heldout`) whose jobs have not failed."""
+        failed = self._store.failures()
+        return tuple(
+            pair for pair in self.study.pairs if pair.id not in failed and split in ("all", self._splits[pair.id])
+        )
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """A generator of the study's seed, another one for every purpose."""
+        return np.random.default_rng([self.study.config.seed, *purpose.encode()])
+
+    def measure(self, requests: Sequence[Request]) -> pd.DataFrame:
+        """Effects of sites on pairs, which become part of the study's effects."""
+        self._measure(row for request in requests for row in request.rows(self.study.info))
+        study = self.study
+        found = effects_table(requests, self._values, self._keys, study.outcome, study.info, self._splits)
+        self._effects.append(found)
+        return found
+
+    def measure_sites(self, granularity: str, sites: Iterable[Site], split: str = "all") -> pd.DataFrame:
+        """Effects of the same sites on every pair of a split."""
+        asked = list(sites)
+        return self.measure([Request(granularity, pair, site) for pair in self.pairs(split) for site in asked])
+
+    def outcomes(self, rows: Sequence[Row]) -> Floats:
+        """Y of each row; NaN where the row's pair failed.
+
+        Raises:
+            UnmeasuredError: a row was not measured.
+        """
+        self._measure(rows)
+        pairs = {pair.id: pair for pair in self.pairs()}
+        return np.array([self._outcome(row, pairs) if row.pair in pairs else np.nan for row in rows])
+
+    def indirect(self, sites: Sequence[Site], pairs: Sequence[TokenPair]) -> Indirect:
+        """Joint effects of sites, which may be any sets of units, on pairs; they do not become part of the effects.
+
+        Raises:
+            UnmeasuredError: a row was not measured.
+        """
+        info = self.study.info
+        bases = [self.outcomes([Row(pair.id, side) for pair in pairs]) for side in (0, 1)]
+        swapped = [[swap(pair, site, side, info) for site in sites for pair in pairs] for side in (0, 1)]
+        self._measure(row for rows in swapped for row in rows)
+        y0, y1 = (self.outcomes(rows).reshape(len(sites), len(pairs)) for rows in swapped)
+        clusters = np.array([pair.cluster for pair in pairs])
+        return Indirect(nie=y0 - bases[0], tie=bases[1] - y1, te=bases[1] - bases[0], clusters=clusters)
+
+    def run(self, tasks: Sequence[Task]) -> list[npt.NDArray[np.float32]]:
+        """Values of tasks, in their order.
+
+        Raises:
+            JobError: one of them failed.
+            UnmeasuredError: one was not run, and there is no backend.
+        """
+        keys = [task.key(self.study.setting) for task in tasks]
+        if self._backend:
+            self._collect_submitted(self._backend)
+            missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in self._values}
+            self._work(
+                len(missing), lambda budget: plan_tasks(missing.values(), self.study.setting, budget), self._backend
+            )
+        if any(key not in self._values for key in keys):
+            raise UnmeasuredError
+        return [self._values[key] for key in keys]
+
+    def beside(
+        self, pairs: Sequence[TokenPair] | None = None, info: ModelInfo | None = None, backend: Backend | None = None
+    ) -> Lab:
+        """The same study on other pairs of the same ids, or on another model, in the same run folder and splits."""
+        study = replace(self.study, pairs=tuple(pairs or self.study.pairs), info=info or self.study.info)
+        other = Lab(study, self._store, backend if info else self._backend, self._watch)
+        other._splits = self._splits
+        return other
+
+    def _outcome(self, row: Row, pairs: dict[str, TokenPair]) -> float:
+        key = self._keys(row)
+        if key not in self._values:
+            raise UnmeasuredError
+        return self.study.outcome.value(pairs[row.pair], self._values[key])
+
+    def _measure(self, rows: Iterable[Row]) -> None:
+        """Run the rows that are not in the run folder yet, job by job, and keep each job's values as it ends."""
+        if not self._backend:
+            return
+        self._collect_submitted(self._backend)
+        pairs = {pair.id: pair for pair in self.pairs()}
+        wanted = (row for row in dict.fromkeys(rows) if row.pair in pairs)
+        missing = [row for row in wanted if self._keys(row) not in self._values]
+        self._work(
+            sum(bool(row.writes) for row in missing),
+            lambda budget: plan_jobs(missing, pairs, self.study.setting, budget, self._keys),
+            self._backend,
+        )
+
+    def _work(self, count: int, plan: Callable[[Budget], Iterator[Job]], backend: Backend) -> None:
+        """Run planned jobs, cut by the speed of those before."""
+        if not count:
+            return
+        self._watch.total(count)
+        config = self.study.config
+        for job in plan(Budget(lambda: config.seconds_per_job * self._rate, config.batch_gb * 1e9)):
+            seconds = self._run(job, backend)
+            self._rate = job.flops / seconds if seconds else self._rate
+            self._watch.advance(job.rows)
+
+    def _run(self, job: Job, backend: Backend, tries: int = MOST_TRIES) -> float:
+        """Run one job and keep its values; where rows fail, find out of which pairs. Returns the seconds it took."""
+        ticket = backend.submit(job)
+        self._store.save_ticket(ticket, job)
+        try:
+            readout = backend.collect(ticket)
+        except LostJobError:
+            self._store.forget(job.id)
+            if tries == 1:
+                raise
+            return self._run(job, backend, tries - 1)
+        except JobError as error:
+            self._store.forget(job.id)
+            if job.task != "measure":
+                raise
+            if len(job.parts) == 1:
+                self._store.save_failure(job.parts[0].pair, str(error))
+                return 0.0
+            return sum(self._run(part, backend) for part in job.split())
+        self._keep(job, readout)
+        return readout.seconds
+
+    def _collect_submitted(self, backend: Backend) -> None:
+        """Fetch what an earlier process handed over and did not live to see; what is lost will be planned anew."""
+        for job in self._store.submitted():
+            try:
+                readout = backend.collect(job.ticket)
+            except (JobError, LostJobError):
+                self._store.forget(job.id)
+                continue
+            self._keep(job, readout)
+
+    def _keep(self, job: Job | Submitted, readout: Readout) -> None:
+        """A job's values, first in the run folder, then at hand."""
+        self._store.save_readout(job, readout)
+        self._values.update(zip(job.keys, readout.values, strict=True))

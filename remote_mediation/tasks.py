@@ -1,0 +1,124 @@
+"""What rows cannot do, as jobs of the same kind: read activations, screen units by gradients, generate, measure drift.
+
+A `Task` is one context of such a job. It is known by a key that hashes all its values depend on, so it is resumed,
+retried and kept in the run folder exactly as rows are. Pure, as `plan` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
+
+from remote_mediation.plan import Budget, Job, Part, Setting, digest, layer_flops, model_spec, shifted, side_payload
+from remote_mediation.prompts import TokenPair
+from remote_mediation.rows import Constant, Scale
+from remote_mediation.sites import FORWARD_ORDER, Component
+
+# Backward passes of a screening that share a batch; each keeps its whole graph in memory.
+_SCREENED_TOGETHER = 16
+
+Kind = Literal["read", "screen", "generate", "drift"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One context of a job that is not made of rows."""
+
+    kind: Kind
+    """Name of the program's task."""
+    owner: str
+    """Id of the pair that it belongs to."""
+    payload: dict[str, Any]
+    """What the program takes."""
+    flops: float
+    """Estimated floating-point operations."""
+
+    def key(self, setting: Setting) -> str:
+        """Hash of everything that its values depend on."""
+        info = setting.info
+        return digest([info.name, info.revision, info.weights, setting.dtype, self.kind, self.payload])
+
+
+class Reading(NamedTuple):
+    """An activation to read: some columns (all if empty) of a component, averaged over token indices."""
+
+    component: Component
+    layer: int
+    places: tuple[int, ...]
+    columns: tuple[int, ...] = ()
+
+
+class Held(NamedTuple):
+    """MLP neurons of one layer held at a value from the last prompt token on."""
+
+    layer: int
+    units: tuple[int, ...]
+    value: Scale | Constant
+
+
+def read_task(owner: str, ids: tuple[int, ...], readings: Sequence[Reading], setting: Setting) -> Task:
+    """Read activations of one prompt; values come back in the order of layers, then of `FORWARD_ORDER`."""
+    ordered = sorted(readings, key=lambda one: (one.layer, FORWARD_ORDER.index(one.component)))
+    by_layer = {
+        layer: tuple((one.component, shifted(one.places, 0), shifted(one.columns, 0)) for one in group)
+        for layer, group in groupby(ordered, key=lambda one: one.layer)
+    }
+    return Task("read", owner, {"ids": ids, "reads": by_layer}, _forward(len(ids), setting))
+
+
+def screen_task(pair: TokenPair, component: Component, position: str, setting: Setting) -> Task:
+    """Estimate NIE and TIE of every unit of a component at a position: `[base, variant, layer, unit]`."""
+    places = pair.places(position)
+    start = min(min(places.x0), min(places.x1), *(len(prompt) - 1 for prompt in pair.prompts))
+    payload = {
+        "component": component,
+        "start": start,
+        "rows": _SCREENED_TOGETHER,
+        "prompts": tuple(side_payload(pair, side, start, setting.outcome) for side in (0, 1)),
+        "places": tuple(shifted(one, start) for one in places),
+        "weights": tuple(read.weight for read in setting.outcome.reads(pair)),
+    }
+    tokens = max(map(len, pair.prompts)) + pair.fed
+    return Task("screen", pair.id, payload, _forward(2 * tokens + 6 * setting.info.layers * (tokens - start), setting))
+
+
+def generate_task(
+    owner: str, prompts: Sequence[tuple[int, ...]], tokens: int, held: Sequence[Held], setting: Setting
+) -> Task:
+    """Continue prompts greedily while neurons are held: `[prompt, token]` of token ids."""
+    payload = {"prompts": tuple(prompts), "tokens": tokens, "held": _held_payload(held)}
+    return Task("generate", owner, payload, _forward(sum(len(ids) + tokens for ids in prompts), setting))
+
+
+def drift_task(
+    owner: str, ids: tuple[int, ...], answer: tuple[int, ...], held: Sequence[Held], setting: Setting
+) -> Task:
+    """What holding neurons changes along an answer: `[quantity, token]` of KL, plain loss and loss held (nats)."""
+    payload = {"ids": ids, "answer": answer, "held": _held_payload(held)}
+    return Task("drift", owner, payload, _forward(2 * (len(ids) + len(answer)), setting))
+
+
+def plan_tasks(tasks: Iterable[Task], setting: Setting, budget: Budget) -> Iterator[Job]:
+    """Group tasks of one kind into jobs that fit the budget of operations."""
+    for kind, group in groupby(sorted(tasks, key=lambda task: task.kind), key=lambda task: task.kind):
+        parts: list[Part] = []
+        for task in group:
+            if parts and sum(part.flops for part in parts) + task.flops > budget.job_flops():
+                yield Job(kind, model_spec(setting), tuple(parts))
+                parts = []
+            parts.append(Part(task.owner, (task.key(setting),), task.payload, task.flops))
+        yield Job(kind, model_spec(setting), tuple(parts))
+
+
+def _held_payload(held: Sequence[Held]) -> dict[int, Any]:
+    layers: dict[int, tuple[Any, ...]] = {}
+    for one in sorted(held, key=lambda one: one.layer):
+        value = ("scale", one.value.factor) if isinstance(one.value, Scale) else ("constant", one.value.values)
+        layers[one.layer] = (*layers.get(one.layer, ()), ("mlp_neurons", one.units, *value))
+    return layers
+
+
+def _forward(tokens: int, setting: Setting) -> float:
+    return layer_flops(setting.info, tokens, 0) * setting.info.layers

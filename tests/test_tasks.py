@@ -1,0 +1,239 @@
+"""Tasks that are not rows, against plain PyTorch: hooks, autograd and a decoding loop written out by hand."""
+
+from collections.abc import Callable
+from typing import NamedTuple, get_args
+
+import numpy as np
+import pytest
+import torch
+from oracle import LOGIT_DIFF, MODULES, RESPONSE_LOGPROB, TOLERANCE, Subject, token_pair
+
+from remote_mediation import program
+from remote_mediation.outcomes import Outcome
+from remote_mediation.plan import Budget, Setting
+from remote_mediation.prompts import TokenPair
+from remote_mediation.rows import Constant, Scale
+from remote_mediation.tasks import (
+    Held,
+    Kind,
+    Reading,
+    Task,
+    drift_task,
+    generate_task,
+    plan_tasks,
+    read_task,
+    screen_task,
+)
+
+Subjects = Callable[[str], Subject]
+KINDS = ("llama", "gemma2_window", "gpt2", "gpt_neox")
+PROMPTS = ((7, 8, 9, 10, 11), (12, 13, 14), (20, 21, 22, 23, 24, 25, 26))
+HELD = (Held(1, (0, 3, 17), Constant((60.0, -50.0, 80.0))), Held(2, (5, 6), Scale(-4.0)))
+
+
+def setting(model: Subject, outcome: Outcome = LOGIT_DIFF) -> Setting:
+    return Setting(model.info, "float32", outcome)
+
+
+def run(model: Subject, tasks: list[Task], outcome: Outcome = LOGIT_DIFF) -> list[np.ndarray]:
+    """Values of tasks, in their order."""
+    named = setting(model, outcome)
+    found = {}
+    for job in plan_tasks(tasks, named, Budget(lambda: 1e18, 1e9)):
+        readout = model.backend.collect(model.backend.submit(job))
+        found.update(zip(job.keys, readout.values, strict=True))
+    return [found[task.key(named)] for task in tasks]
+
+
+@pytest.fixture(params=KINDS)
+def model(subject: Subjects, request: pytest.FixtureRequest) -> Subject:
+    return subject(request.param)
+
+
+def neurons_module(model: Subject, layer: int) -> torch.nn.Module:
+    return model.plain.get_submodule(MODULES[model.plain.config.model_type]["mlp_neurons"].format(layer))
+
+
+class Holding:
+    """Plain hooks that hold neurons at tokens from `start` of a sequence on."""
+
+    def __init__(self, model: Subject, start: int) -> None:
+        self._handles = [
+            neurons_module(model, one.layer).register_forward_pre_hook(self._hook(one, start)) for one in HELD
+        ]
+
+    def _hook(self, one: Held, start: int) -> Callable[..., tuple[torch.Tensor]]:
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            value = args[0].clone()
+            for number, unit in enumerate(one.units):
+                if isinstance(one.value, Scale):
+                    value[:, start:, unit] *= one.value.factor
+                else:
+                    value[:, start:, unit] = one.value.values[number]
+            return (value,)
+
+        return hook
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def test_read_gives_activations_averaged_over_places(model: Subject) -> None:
+    readings = [
+        Reading("mlp_neurons", 2, (1, 2), (0, 7)),
+        Reading("layer_output", 0, (4,)),
+        Reading("attention_output", 2, (0, 1, 2)),
+    ]
+    (found,) = run(model, [read_task("a", PROMPTS[0], readings, setting(model))])
+    caught: dict[str, torch.Tensor] = {}
+    names = MODULES[model.plain.config.model_type]
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor], output: object = None) -> None:
+            value = args[0] if output is None else output[0] if isinstance(output, tuple) else output
+            caught[name] = value[0] if value.dim() == 3 else value
+
+        return hook
+
+    handles = [
+        neurons_module(model, 2).register_forward_pre_hook(keep("neurons")),
+        model.plain.get_submodule(names["layer_output"].format(0)).register_forward_hook(keep("layer")),
+        model.plain.get_submodule(names["attention_output"].format(2)).register_forward_hook(keep("attention")),
+    ]
+    with torch.no_grad():
+        model.plain(input_ids=torch.tensor([PROMPTS[0]]))
+    for handle in handles:
+        handle.remove()
+    expected = [caught["layer"][4], caught["attention"][:3].mean(0), caught["neurons"][1:3][:, [0, 7]].mean(0)]
+    np.testing.assert_allclose(found, torch.cat(expected), rtol=0, atol=TOLERANCE)
+
+
+def test_generate_holds_neurons_at_every_step(model: Subject) -> None:
+    plain, held = run(model, [generate_task("a", PROMPTS, 6, held, setting(model)) for held in ((), HELD)])
+    for values, holding in ((plain, False), (held, True)):
+        for prompt, answer in zip(PROMPTS, values.reshape(len(PROMPTS), 6).astype(int), strict=True):
+            assert answer.tolist() == continued(model, prompt, 6, holding)
+    assert plain.tolist() != held.tolist()
+
+
+def continued(model: Subject, prompt: tuple[int, ...], tokens: int, holding: bool) -> list[int]:
+    """Token by token, the whole sequence anew for each."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(tokens):
+            if holding:
+                with Holding(model, len(prompt) - 1):
+                    logits = model.plain(input_ids=torch.tensor([ids])).logits
+            else:
+                logits = model.plain(input_ids=torch.tensor([ids])).logits
+            ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_drift_along_an_answer(model: Subject) -> None:
+    answer = (30, 31, 32)
+    (found,) = run(model, [drift_task("a", PROMPTS[0], answer, HELD, setting(model))])
+    ids = torch.tensor([PROMPTS[0] + answer])
+    start = len(PROMPTS[0]) - 1
+    with torch.no_grad():
+        plain = model.plain(input_ids=ids).logits[0].double().log_softmax(-1)[start:-1]
+        with Holding(model, start):
+            held = model.plain(input_ids=ids).logits[0].double().log_softmax(-1)[start:-1]
+    divergence = torch.nn.functional.kl_div(held, plain, log_target=True, reduction="none").sum(-1)
+    losses = [torch.nn.functional.nll_loss(scores, torch.tensor(answer), reduction="none") for scores in (plain, held)]
+    np.testing.assert_allclose(found.reshape(3, 3), torch.stack([divergence, *losses]), rtol=0, atol=TOLERANCE)
+    assert divergence.min() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("outcome", [LOGIT_DIFF, RESPONSE_LOGPROB], ids=["logit_diff", "response_logprob"])
+def test_screening_is_the_gradient_times_the_change(model: Subject, outcome: Outcome) -> None:
+    pair = token_pair("pair", edits=(2, 3), answers=(3, 2) if outcome is RESPONSE_LOGPROB else (0, 0))
+    (found,) = run(model, [screen_task(pair, "mlp_neurons", "last", setting(model, outcome))], outcome)
+    layers = model.info.layers
+    scores = found.reshape(2, 2, layers, model.info.d_ff)
+    for base in (0, 1):
+        dropped = [attributed(model, pair, base, outcome, drop=layer) for layer in range(layers)]
+        expected = [attributed(model, pair, base, outcome), np.abs(dropped).sum(0) / (layers - 1)]
+        np.testing.assert_allclose(scores[base], expected, rtol=1e-3, atol=TOLERANCE)
+        assert np.abs(scores[base, 1] - np.abs(scores[base, 0])).max() > 10 * TOLERANCE
+    assert np.abs(scores[0, 0] - scores[1, 0]).max() > 100 * TOLERANCE
+
+
+def attributed(model: Subject, pair: TokenPair, base: int, outcome: Outcome, drop: int | None = None) -> np.ndarray:
+    """`[layer, unit]` from its definition: one pass per answer over prompt and answer, autograd through plain hooks.
+
+    The values are those of the harmful minus those of the harmless prompt. Nothing flows back through what layer
+    `drop` adds to the stream.
+    """
+    total = torch.zeros(model.info.layers, model.info.d_ff)
+    for answer in (0, 1) if any(pair.answers) else (0,):
+        neurons = [recorded(model, pair, side, answer, drop) for side in (0, 1)]
+        value = outcome_of_pass(neurons[base].logits, pair, answer, outcome)
+        gradients = torch.autograd.grad(value, neurons[base].activations, allow_unused=True)
+        for layer, gradient in enumerate(gradients):
+            if gradient is not None:
+                change = neurons[1].activations[layer] - neurons[0].activations[layer]
+                total[layer] += (change * gradient).sum(0).detach()
+    return total.numpy()
+
+
+class Recorded(NamedTuple):
+    logits: torch.Tensor
+    """From the last prompt token on."""
+    activations: list[torch.Tensor]
+    """Neurons of each layer from the last prompt token on, in the graph of the logits."""
+
+
+def recorded(model: Subject, pair: TokenPair, side: int, answer: int, drop: int | None) -> Recorded:
+    names, start = MODULES[model.plain.config.model_type], len(pair.prompts[side]) - 1
+    activations: list[torch.Tensor] = []
+    handles = []
+
+    def split(module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        activations.append(args[0][0, start:])
+        return (torch.cat([args[0][:, :start], activations[-1][None]], 1),)
+
+    def cut(module: torch.nn.Module, args: object, output: object) -> object:
+        return (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()  # type: ignore
+
+    for layer in range(model.info.layers):
+        handles.append(neurons_module(model, layer).register_forward_pre_hook(split))
+        if layer == drop:
+            for name in ("attention_output", "mlp_output"):
+                handles.append(model.plain.get_submodule(names[name].format(layer)).register_forward_hook(cut))
+    ids = torch.tensor([pair.prompts[side] + pair.answers[answer][:-1]])
+    logits = model.plain(input_ids=ids, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return Recorded(logits[0, start:], activations)
+
+
+def outcome_of_pass(logits: torch.Tensor, pair: TokenPair, answer: int, outcome: Outcome) -> torch.Tensor:
+    """One answer's part of Y (METHOD.md, "Outcomes")."""
+    if outcome.name == "logit_diff":
+        return logits[0, list(outcome.plus)].mean() - logits[0, list(outcome.minus)].mean()
+    scores, tokens = logits.log_softmax(-1), torch.tensor(pair.answers[answer])
+    return (1, -1)[answer] * scores[torch.arange(len(tokens)), tokens].mean()
+
+
+def test_keys_name_everything_values_depend_on(subject: Subjects) -> None:
+    model = subject("llama")
+    named = setting(model)
+    tasks = [
+        generate_task("a", PROMPTS, 6, (), named),
+        generate_task("a", PROMPTS, 5, (), named),
+        generate_task("a", PROMPTS[:2], 6, (), named),
+        generate_task("a", PROMPTS, 6, HELD, named),
+        generate_task("a", PROMPTS, 6, HELD[:1], named),
+    ]
+    assert len({task.key(named) for task in tasks}) == len(tasks)
+    assert tasks[0].key(named) == generate_task("b", PROMPTS, 6, (), named).key(named)
+    assert tasks[0].key(named) != tasks[0].key(named._replace(dtype="bfloat16"))
+
+
+def test_the_program_knows_every_task() -> None:
+    assert all(callable(getattr(program, kind)) for kind in get_args(Kind))
