@@ -208,8 +208,10 @@ def _random_areas(random: Sequence[Mapping[str, Scored]]) -> dict[str, NDArray[n
 
 
 def _area(scored: Scored) -> float:
-    """AUROC alone: one resample is enough for the value."""
-    return auroc(scored.scores, scored.labels, scored.clusters, np.random.default_rng(0), resamples=1).value
+    """AUROC alone, as `stats.auroc` defines it; NaN if there is one class only."""
+    seen = _Classes.of(scored)
+    wins = (np.sign(seen.positives[:, None] - seen.negatives) + 1) / 2
+    return float(wins.mean()) if wins.size else np.nan
 
 
 def _rank(area: float, areas: NDArray[np.float64] | None) -> dict[str, Any]:

@@ -124,8 +124,8 @@ def probe(
     10.1016/j.csda.2010.11.018, on the bias of pooling otherwise). Intervals resample clusters, given the probes: they
     do not say how much other training prompts would change the probe.
 
-    Accuracy without a single error, and AUROC without a single inversion, leave a bootstrap no spread. Their lower ends
-    are then Wilson's: of k clusters drawn, k had no error; of k // 2 disjoint pairs of clusters, all were in order.
+    Accuracy without a single error leaves a bootstrap no spread; its lower end is then Wilson's, of k clusters that were
+    drawn and k that had no error.
 
     Control: every cluster's labels are swapped with probability 1/2, harmful for harmless, all its pairs together, and
     the cross-validation is run again. That keeps classes, clusters and folds as they are and only takes away what harm
@@ -153,7 +153,7 @@ def probe(
     few = f"{used} folds, as there are only {n_clusters} clusters" if used < folds else ""
     return ProbeResult(
         accuracy=accuracy,
-        auroc=_auroc(scores, data, rng),
+        auroc=auroc(scores, data.labels, data.cluster, rng),
         control=float(control.mean()),
         control_high=float(np.quantile(control, 0.95, method="higher")),
         p=float((np.sum(control >= right.mean() - 1e-9) + 1) / (len(control) + 1)) if not lacking else np.nan,
@@ -330,20 +330,10 @@ def _fit_many(features: _Floats, labels: NDArray[np.bool_], judged: _Floats) -> 
 
 def _accuracy(right: NDArray[np.bool_], cluster: NDArray[np.intp], rng: np.random.Generator) -> Interval:
     found = estimate_means(right[None].astype(float), cluster, rng)[0]
-    plain = Interval(found.n_pairs, found.n_clusters, found.value, found.low, found.high, found.reason)
-    return _faultless(plain, found.n_clusters, "clusters, all without an error")
-
-
-def _auroc(scores: _Floats, data: _Data, rng: np.random.Generator) -> Interval:
-    found = auroc(scores, data.labels, data.cluster, rng)
-    return _faultless(found, found.n_clusters // 2, "disjoint pairs of clusters, all in order")
-
-
-def _faultless(found: Interval, n: int, what: str) -> Interval:
-    """Wilson's lower end where a share of 1 leaves a bootstrap no spread; see `probe`."""
-    if found.value < 1 or not np.isnan(found.low):
-        return found
-    return Interval(found.n_pairs, found.n_clusters, 1.0, wilson(n, n).low, 1.0, f"Wilson interval of {n} {what}")
+    n, k = found.n_pairs, found.n_clusters
+    if found.value < 1:
+        return Interval(n, k, found.value, found.low, found.high, found.reason)
+    return Interval(n, k, 1.0, wilson(k, k).low, 1.0, f"Wilson interval of {k} clusters, all without an error")
 
 
 def _nothing(n: int, n_clusters: int, why: str) -> ProbeResult:

@@ -284,7 +284,9 @@ def auroc(
 
     scores, labels, clusters: [item]; labels 1 or 0 (positive or negative). The `n_pairs` of the result are items.
     Items with a score that is not finite are dropped. The interval is that of `estimate_means`, with the area
-    recomputed in each resample, which takes the wins of every cluster's positives over every cluster's negatives.
+    recomputed in each resample, which takes the wins of every cluster's positives over every cluster's negatives. An
+    area of 1 or 0 leaves a bootstrap no spread; its interval is Wilson's, of as many disjoint pairs of clusters as can
+    be compared, all of which were in one order.
     NaN with a reason if there is no positive or no negative. Raises ValueError if shapes differ, labels are not 0 and
     1, or resamples < 1.
     """
@@ -308,7 +310,13 @@ def auroc(
         drawn: _Floats = (weights @ positives) * (weights @ negatives)
         return (won / drawn)[None]
 
-    return _bootstrap(area, len(groups.sizes), rng, resamples).interval(0, given.size, dropped)
+    found = _bootstrap(area, len(groups.sizes), rng, resamples).interval(0, given.size, dropped)
+    apart = min(int(np.sum(positives > 0)), int(np.sum(negatives > 0)), len(groups.sizes) // 2)
+    if found.value not in (0.0, 1.0) or not apart:
+        return found
+    bound = wilson(int(found.value) * apart, apart)
+    why = _join(f"Wilson interval of {apart} disjoint pairs of clusters, all in one order", dropped)
+    return Interval(found.n_pairs, found.n_clusters, found.value, bound.low, bound.high, why)
 
 
 class _Clusters(NamedTuple):
