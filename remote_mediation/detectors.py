@@ -125,7 +125,7 @@ def detector(fit: Scored, judged: Scored, rng: np.random.Generator) -> DetectorR
     chosen, seen = _Classes.of(fit), _Classes.of(judged)
     area = auroc(judged.scores, judged.labels, judged.clusters, rng)
     found = [_operating(chosen, seen, recall) for recall in RECALLS]
-    reasons = [area.reason, *(reason for _, why in found for reason in why)]
+    reasons = [area.reason and f"AUROC: {area.reason}", *(reason for _, why in found for reason in why)]
     return DetectorResult(
         auroc=area,
         positives=len(seen.positives),

@@ -124,8 +124,8 @@ def probe(
     10.1016/j.csda.2010.11.018, on the bias of pooling otherwise). Intervals resample clusters, given the probes: they
     do not say how much other training prompts would change the probe.
 
-    Accuracy without a single error leaves a bootstrap no spread; its lower end is then Wilson's, of k clusters that were
-    drawn and k that had no error.
+    Accuracy without a single error leaves a bootstrap no spread; its lower end is then Wilson's, of k clusters drawn of
+    which k had no error.
 
     Control: every cluster's labels are swapped with probability 1/2, harmful for harmless, all its pairs together, and
     the cross-validation is run again. That keeps classes, clusters and folds as they are and only takes away what harm
