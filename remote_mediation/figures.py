@@ -279,3 +279,79 @@ def _threshold_lines(axis: Axes, threshold: float, label: str) -> None:
     axis.axhline(threshold, color="black", linestyle="--", linewidth=0.9)
     axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+
+
+def probe_figure(profile: pd.DataFrame, acts: Mapping[str, int]) -> Figure:
+    """Accuracy of harm probes by depth, a panel per position, above what swapped labels reach.
+
+    profile: `probes.PROBE_COLUMNS`. acts: first layer whose NIE is significant, by name of what acts.
+    """
+    facets = {str(position): part.sort_values("layer") for position, part in profile.groupby("position", sort=False)}
+    figure = Figure((WIDTH, 4.3), DPI, layout="constrained")
+    axes = figure.subplots(1, len(facets), sharey=True, squeeze=False)[0]
+    counts = f"prompts: {profile['n'].max()}, clusters: {profile['clusters'].max()}"
+    figure.suptitle(f"Harm read by linear probes, layer by layer\naccuracy and 95% interval; {counts}", fontsize=11)
+    for axis, (position, part), colour in zip(axes, facets.items(), cycle(_COLOURS), strict=False):
+        _accuracies(axis, part, colour)
+        for (name, layer), style in zip(acts.items(), cycle((":", "--", "-.")), strict=False):
+            depths = part.loc[part["layer"] == layer, "relative_depth"]
+            if len(depths):
+                axis.axvline(depths.iloc[0], color="black", linestyle=style, label=f"{name} acts from layer {layer} on")
+        axis.set_title(f"at '{position}'\n{_best(part)}", fontsize=10, loc="left")
+        axis.set(xlabel="relative depth", ylabel="accuracy on other templates", xlim=(-0.03, 1.03))
+        axis.label_outer()
+    _legend(figure, axes[0])
+    return figure
+
+
+def detector_figure(table: pd.DataFrame, recall: int = 95) -> Figure:
+    """Detectors of harm: AUROC on the left, false alarms at a recall on the right; a colour per set of prompts.
+
+    table: `detectors.DETECTOR_COLUMNS`. recall: percent, a column of the table.
+    """
+    names = list(dict.fromkeys(table["detector"]))
+    evaluations = list(dict.fromkeys(table["evaluation"]))
+    figure = Figure((WIDTH, 2.2 + 0.45 * len(names)), DPI, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    counts = ", ".join(f"{name}: {table.loc[table['evaluation'] == name, 'n'].max()}" for name in evaluations)
+    title = "Detectors of harmful prompts, thresholds from other prompts"
+    figure.suptitle(f"{title}\n95% intervals; prompts: {counts}", fontsize=11)
+    for axis, column in zip(axes, ("auroc", f"false_alarms_{recall}"), strict=True):
+        _detectors(axis, table[table[column].notna()], column, names, evaluations)
+    axes[0].axvline(0.5, color="0.5", linewidth=0.8)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].set_title("AUROC: are harmful prompts scored higher?", fontsize=10, loc="left")
+    axes[0].set(xlabel="AUROC (random sets: median and 95% range)")
+    axes[1].set_title(f"False alarms at the threshold for {recall}% recall", fontsize=10, loc="left")
+    axes[1].set(xlabel="share of harmless prompts", xlim=(-0.03, 1.03))
+    _legend(figure, axes[0])
+    return figure
+
+
+def _accuracies(axis: Axes, part: pd.DataFrame, colour: str) -> None:
+    """Accuracy with its 95% band, and in grey what swapped labels reach."""
+    depths = part["relative_depth"]
+    reached = "swapped labels: mean to 95% quantile"
+    axis.fill_between(depths, part["control"], part["control_high"], color="0.8", label=reached)
+    axis.fill_between(depths, part["low"], part["high"], color=colour, alpha=0.2, linewidth=0)
+    axis.plot(depths, part["accuracy"], color=colour, marker="o", markersize=3.5)
+    axis.axhline(0.5, color="0.5", linewidth=0.8)
+
+
+def _best(part: pd.DataFrame) -> str:
+    if part["accuracy"].isna().all():
+        return f"none: {part['reason'].iloc[0]}"
+    best = part.loc[part["accuracy"].idxmax()]
+    return f"best: layer {best['layer']}: {best['accuracy']:.0%}"
+
+
+def _detectors(axis: Axes, table: pd.DataFrame, column: str, names: list[str], evaluations: list[str]) -> None:
+    """A dot with its interval per detector; sets of prompts side by side, each in its colour."""
+    styles = zip(evaluations, cycle(_COLOURS), cycle(_MARKERS), strict=False)
+    for number, (evaluation, colour, marker) in enumerate(styles):
+        part = table[table["evaluation"] == evaluation]
+        beside = 0.25 * (number - (len(evaluations) - 1) / 2)
+        rows = [names.index(name) + beside for name in part["detector"]]
+        axis.hlines(rows, part[f"{column}_low"], part[f"{column}_high"], color=colour)
+        axis.plot(part[column], rows, color=colour, marker=marker, linestyle="", label=evaluation)

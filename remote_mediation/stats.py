@@ -23,6 +23,7 @@ __all__ = [
     "Estimate",
     "Interval",
     "Sparsity",
+    "auroc",
     "benjamini_hochberg",
     "depth_profile",
     "estimate_means",
@@ -270,6 +271,52 @@ def wilson(successes: int, n: int) -> Interval:
         return Interval(0, 0, np.nan, np.nan, np.nan, "no trials")
     low, high = _scipy.binomtest(successes, n).proportion_ci(_CONFIDENCE, method="wilson")
     return Interval(n, n, successes / n, float(low), float(high), "")
+
+
+def auroc(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    clusters: ArrayLike,
+    rng: np.random.Generator,
+    resamples: int = _RESAMPLES,
+) -> Interval:
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counted half (Bamber 1975).
+
+    scores, labels, clusters: [item]; labels 1 or 0 (positive or negative). The `n_pairs` of the result are items.
+    Items with a score that is not finite are dropped. The interval is that of `estimate_means`, with the area
+    recomputed in each resample, which takes the wins of every cluster's positives over every cluster's negatives. An
+    area of 1 or 0 leaves a bootstrap no spread; its interval is Wilson's, of as many disjoint pairs of clusters as can
+    be compared, all of which were in one order.
+    NaN with a reason if there is no positive or no negative. Raises ValueError if shapes differ, labels are not 0 and
+    1, or resamples < 1.
+    """
+    given, positive = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    if given.ndim != 1 or given.shape != positive.shape or not np.isin(positive, (0, 1)).all():
+        raise ValueError(f"scores and labels (0 or 1) must both be [item]; got {given.shape} and {positive.shape}")
+    _Clusters.of(clusters, given.size)
+    kept = np.isfinite(given)
+    given, positive = given[kept], positive[kept].astype(np.bool_)
+    groups = _Clusters.of(np.asarray(clusters)[kept], given.size)
+    dropped = _dropped(int(np.sum(~kept)), kept.size, "items")
+    if positive.all() or not positive.any():
+        problem = _join("no positives" if not positive.any() else "no negatives", dropped)
+        return Interval(given.size, len(groups.sizes), np.nan, np.nan, np.nan, problem)
+    wins = np.where(positive[:, None] & ~positive, (np.sign(given[:, None] - given) + 1) / 2, 0.0)
+    wins = groups.sums(groups.sums(wins).T).T  # [cluster of the positive, cluster of the negative]
+    positives, negatives = groups.sums(np.stack([positive, ~positive]).astype(np.float64))
+
+    def area(weights: _Floats) -> _Floats:
+        won: _Floats = ((weights @ wins) * weights).sum(axis=1)
+        drawn: _Floats = (weights @ positives) * (weights @ negatives)
+        return (won / drawn)[None]
+
+    found = _bootstrap(area, len(groups.sizes), rng, resamples).interval(0, given.size, dropped)
+    apart = min(int(np.sum(positives > 0)), int(np.sum(negatives > 0)), len(groups.sizes) // 2)
+    if found.value not in (0.0, 1.0) or not apart:
+        return found
+    bound = wilson(int(found.value) * apart, apart)
+    why = _join(f"Wilson interval of {apart} disjoint pairs of clusters, all in one order", dropped)
+    return Interval(found.n_pairs, found.n_clusters, found.value, bound.low, bound.high, why)
 
 
 class _Clusters(NamedTuple):

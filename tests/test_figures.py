@@ -244,3 +244,75 @@ def test_reports_load_neither_torch_nor_pyplot(before: str, loaded: str) -> None
     """The second case shows that the check can fail."""
     done = subprocess.run([sys.executable, "-c", before + _LOADED], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == loaded
+
+
+def probe_profile() -> pd.DataFrame:
+    """Three layers in any order; harm is read at `edit`, and at `last` nothing could be measured."""
+    rows = [
+        {"position": position, "layer": layer, "relative_depth": layer / 2, "accuracy": 0.5 + 0.2 * layer}
+        for position in ("edit", "last")
+        for layer in (1, 0, 2)
+    ]
+    table = pd.DataFrame(rows).assign(n=120, clusters=20, control=0.5, control_high=0.6, reason="")
+    table = table.assign(low=table["accuracy"] - 0.1, high=table["accuracy"] + 0.05)
+    table.loc[table["position"] == "last", ["accuracy", "low", "high"]] = NaN
+    table.loc[table["position"] == "last", "reason"] = "one class only"
+    return table
+
+
+def band(axis: Axes, number: int) -> dict[float, list[float]]:
+    """Lowest and highest point of a band, by depth."""
+    corners = np.concatenate([path.vertices for path in axis.collections[number].get_paths()])
+    return {
+        float(x): [float(corners[corners[:, 0] == x, 1].min()), float(corners[corners[:, 0] == x, 1].max())]
+        for x in np.unique(corners[:, 0])
+    }
+
+
+def test_probes_are_drawn_by_depth_above_what_swapped_labels_reach() -> None:
+    figure = figures.probe_figure(probe_profile(), {})
+    edit, last = panels(figure)
+    assert [float(x) for x in edit.lines[0].get_xdata()] == [0, 0.5, 1]
+    assert [float(y) for y in edit.lines[0].get_ydata()] == pytest.approx([0.5, 0.7, 0.9])
+    assert list(band(edit, 0).values()) == [pytest.approx([0.5, 0.6])] * 3
+    assert list(band(edit, 1).values()) == [pytest.approx([y - 0.1, y + 0.05]) for y in (0.5, 0.7, 0.9)]
+    assert edit.get_title(loc="left") == "at 'edit'\nbest: layer 2: 90%"
+    assert last.get_title(loc="left") == "at 'last'\nnone: one class only"
+    assert figure.get_suptitle().endswith("prompts: 120, clusters: 20")
+
+
+def test_where_harm_acts_is_marked_in_every_panel_of_the_probes() -> None:
+    for axis in panels(figures.probe_figure(probe_profile(), {"MLP": 1, "attention": 2, "unmeasured": 7})):
+        marked = {str(line.get_label()): line.get_xdata()[0] for line in axis.lines if "acts" in str(line.get_label())}
+        assert marked == {"MLP acts from layer 1 on": 0.5, "attention acts from layer 2 on": 1.0}
+
+
+def detectors() -> pd.DataFrame:
+    rows = [
+        {"detector": name, "evaluation": evaluation, "n": 40 + n, "auroc": area, "false_alarms_90": alarms}
+        for n, evaluation in enumerate(("heldout", "hard_negatives"))
+        for name, area, alarms in (("gates", 0.9 - n / 10, 0.2 + n / 10), ("random neurons", 0.5, NaN))
+    ]
+    table = pd.DataFrame(rows)
+    ends = {
+        f"{name}_{end}": table[name] + by
+        for name in ("auroc", "false_alarms_90")
+        for end, by in (("low", -0.1), ("high", 0.05))
+    }
+    return table.assign(**ends)
+
+
+def test_detectors_have_a_dot_and_an_interval_for_every_set_of_prompts() -> None:
+    figure = figures.detector_figure(detectors(), recall=90)
+    area, alarms = panels(figure)
+    assert [text.get_text() for text in area.get_yticklabels()] == ["gates", "random neurons"]
+    drawn = {str(line.get_label()): line for line in area.lines}
+    assert [float(x) for x in drawn["heldout"].get_xdata()] == [0.9, 0.5]
+    assert [float(x) for x in drawn["hard_negatives"].get_xdata()] == [0.8, 0.5]
+    assert [float(y) for y in drawn["heldout"].get_ydata()] == [-0.125, 0.875]
+    assert [float(y) for y in drawn["hard_negatives"].get_ydata()] == [0.125, 1.125]
+    first = area.collections[0].get_segments()[0]
+    assert first.tolist() == [pytest.approx([0.8, -0.125]), pytest.approx([0.95, -0.125])]
+    assert [float(x) for x in alarms.lines[1].get_xdata()] == pytest.approx([0.3])  # none for random sets
+    assert "90% recall" in alarms.get_title(loc="left")
+    assert figure.get_suptitle().endswith("prompts: heldout: 40, hard_negatives: 41")
