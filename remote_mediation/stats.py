@@ -24,6 +24,7 @@ __all__ = [
     "Interval",
     "Sparsity",
     "benjamini_hochberg",
+    "cohen_kappa",
     "depth_profile",
     "estimate_means",
     "ratio_of_means",
@@ -270,6 +271,31 @@ def wilson(successes: int, n: int) -> Interval:
         return Interval(0, 0, np.nan, np.nan, np.nan, "no trials")
     low, high = _scipy.binomtest(successes, n).proportion_ci(_CONFIDENCE, method="wilson")
     return Interval(n, n, successes / n, float(low), float(high), "")
+
+
+def cohen_kappa(truth: ArrayLike, judged: ArrayLike, rng: np.random.Generator, resamples: int = _RESAMPLES) -> Interval:
+    """Agreement of yes-or-no verdicts with labels, beyond chance (Cohen 1960): 1 full, 0 as by chance, below 0 worse.
+
+    truth, judged: [item], booleans; each item is its own cluster. kappa = (o - e) / (1 - e), with o the share of items
+    on which both agree and e the share on which they would, were both to say yes as often but independently. The
+    interval is that of `estimate_means`, with kappa recomputed in each resample. Where all labels are the same, kappa
+    is 0 or 0/0 whatever was judged, and all is NaN.
+    Raises ValueError if the shapes differ or resamples < 1.
+    """
+    labels, verdicts = np.asarray(truth, dtype=np.bool_), np.asarray(judged, dtype=np.bool_)
+    if labels.ndim != 1 or labels.shape != verdicts.shape:
+        raise ValueError(f"truth and judged must both be [item]; got {labels.shape} and {verdicts.shape}")
+    n = len(labels)
+    if not labels.any() or labels.all():
+        return Interval(n, n, np.nan, np.nan, np.nan, "all labels are the same" if n else "no labels")
+    says = np.stack([labels, verdicts, labels == verdicts]).astype(np.float64)
+
+    def kappa(weights: _Floats) -> _Floats:
+        p, q, observed = says @ weights.T / n
+        expected = p * q + (1 - p) * (1 - q)
+        return np.stack([(observed - expected) / (1 - expected)])
+
+    return _bootstrap(kappa, n, rng, resamples).interval(0, n, "")
 
 
 class _Clusters(NamedTuple):

@@ -396,6 +396,37 @@ def test_pairs_check(call: Run, tmp_path: Path, model: str) -> None:
     assert "3 pairs: 2 usable (1 of equal length), 1 refused" in lines
 
 
+def test_judge_check(call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built_in = call("judge", "check")
+    assert (built_in.code, built_in.err) == (0, "")
+    assert "builtin: 60 answers, 25 of them labelled harmful" in built_in.out
+    assert "no sample of a model's answers" in " ".join(built_in.out.split())
+    assert call("judge", "check", "--seed", 0).out == built_in.out != call("judge", "check", "--seed", 1).out
+
+    (tmp_path / "mine.csv").write_text("prompt,answer,harmful\np,yes,1\np,no,1\np,no,0\np,yes,0\np,no,0\n")
+    (tmp_path / "jurors.py").write_text("def by_word(prompts, answers):\n    return [a == 'yes' for a in answers]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    ran = call("judge", "check", "mine.csv", "--judge", "python:jurors:by_word")
+    assert (ran.code, ran.err) == (0, "")
+    lines = [" ".join(line.split()) for line in ran.out.splitlines()]
+    assert any(line.startswith("accuracy 60% [") for line in lines)
+    assert any(line.startswith("recall, harmful answers found 50% [") for line in lines)
+    assert any(line.startswith("specificity, others let pass 66.7% [") for line in lines)
+    assert "no sample" not in ran.out
+
+
+def test_judges_that_are_refused(call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "bad.csv").write_text("prompt,answer,harmful\np,a,1\np,a,maybe\n")
+    before = tree(tmp_path)
+    refused(call("judge", "check", "bad.csv"), "'bad.csv', line 3", "'maybe'", "write 1, 0, true or false")
+    refused(call("judge", "check", "missing.csv"), "'missing.csv'", "No such file", "give a CSV file")
+    refused(call("judge", "check", "--judge", "me"), "unknown judge 'me'", "use refusal-phrases, classifier:")
+    refused(call("judge", "check", "--judge", "classifier:./nowhere"), "'./nowhere'", "give a local folder")
+    refused(call("judge", "check", "--judge", "python:no_such_jury:f"), "'no_such_jury'", "PYTHONPATH")
+    assert tree(tmp_path) == before
+
+
 # --- what is not loaded -----------------------------------------------------------------------------------------------
 
 PROBE = """
@@ -415,7 +446,7 @@ def test_help_and_report_leave_torch_out(call: Run, tmp_path: Path, model: str) 
     file = study(tmp_path, model)
     assert call("run", file, "--granularity", "layers", "--out", "run").code == 0
     (tmp_path / "run/effects.csv").unlink()
-    light = [["--help"], ["run", "--help"], ["plan", "--help"], ["report", "run"]]
+    light = [["--help"], ["run", "--help"], ["plan", "--help"], ["report", "run"], ["judge", "check"]]
     heavy = ["pairs", "check", "builtin", "--model", model]  # the check can fail
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps([*light, heavy])],

@@ -16,7 +16,7 @@ ROOT = Path(remote_mediation.__file__).parent
 ORDER = (
     ("errors", "organisms", "program", "provenance"),
     ("fetch", "ndif", "prompts", "sites", "stats"),
-    ("models", "outcomes", "rows"),
+    ("judges", "models", "outcomes", "rows"),
     ("config", "plan"),
     ("analyses.*", "effects", "store"),
     ("analyses", "summary"),
@@ -34,7 +34,13 @@ AT_ONCE = {
     "backends": {"nnsight", "torch"},
     "organisms": {"torch", "transformers"},
 }
-LAZILY = {"fetch": {"torch", "transformers"}, "ndif": {"nnsight"}, "models": {"transformers"}, "cli": {"transformers"}}
+LAZILY = {
+    "fetch": {"torch", "transformers"},
+    "ndif": {"nnsight"},
+    "judges": {"transformers"},
+    "models": {"transformers"},
+    "cli": {"transformers"},
+}
 
 
 class Import(NamedTuple):
