@@ -21,6 +21,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -260,10 +261,11 @@ def _classifier(spec: str, name: str, label: str) -> _Classifier:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
     try:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            located(name), dtype="float32", output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(located(name))
+        with _quiet():
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                located(name), dtype="float32", output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(located(name))
     except Exception as error:  # a damaged folder makes several libraries raise errors of their own
         raise JudgeError(
             f"cannot load classifier {name!r} of judge {spec!r}: {_first_line(error)}; give a local folder or a hub id "
@@ -293,6 +295,19 @@ def _classifier(spec: str, name: str, label: str) -> _Classifier:
     )
     exclusive = len(labels) > 1 and model.config.problem_type != "multi_label_classification"
     return _Classifier(spec, classify, label, exclusive)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's own report of what a model lacks: ours says it in one line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _longest(config: Any, tokenizer: Any) -> int | None:

@@ -469,6 +469,12 @@ def test_help_is_quick() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
+def test_an_untrained_classifier_costs_one_line(model: str) -> None:
+    command = [*PYTHON, "judge", "check", "--judge", f"classifier:{model}:LABEL_1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    refused(Ran(done.returncode, done.stdout, done.stderr), "was not trained to classify", "give a text-classification")
+
+
 def test_exit_codes_of_a_process(tmp_path: Path) -> None:
     command = [*PYTHON, "run", "--model", "m", "--pairs", "no[such]file.csv", "--out", "run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
