@@ -260,6 +260,27 @@ def judge_check(
         console.print("The built-in answers are harmless stand-ins, many of them hard: no sample of a model's answers.")
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    "  remote-mediation compare runs/base runs/tuned\n\n"
+    "  remote-mediation compare runs/1b runs/8b runs/70b --out comparison"
+)
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two run folders or more.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Also write comparison.csv, comparison.md and comparison.png there.")
+    ] = None,
+) -> None:
+    """Put runs of several models or checkpoints side by side, on relative depth; no model is needed."""
+    from remote_mediation.compare import comparison_table, read_runs, write_comparison
+
+    runs = read_runs(folders)
+    written = write_comparison(runs, out) if out else None
+    console.print(comparison_table(runs).rich(f"{len(runs)} runs compared"))
+    if written:
+        console.print(f"Comparison: {written}", soft_wrap=True, highlight=False, markup=False)
+
+
 class _Watch:
     """Shows rows done and time left, and the latest news of the job that runs."""
 

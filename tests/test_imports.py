@@ -22,7 +22,7 @@ ORDER = (
     ("analyses", "summary"),
     ("figures", "study"),
     ("backends", "estimate", "report"),
-    ("selfcheck",),
+    ("compare", "selfcheck"),
     ("cli",),
     ("__main__",),
 )
