@@ -92,7 +92,8 @@ class Compared:
 
     def notes(self) -> list[str]:
         """Why numbers are missing or to be read with care, each said once."""
-        reasons = [*self.warnings, self.total.reason, *(found.reason for found in self.measures.values())]
+        known = self.total.reason if not math.isnan(self.total.low) else ""  # else the measures say it
+        reasons = [*self.warnings, known, *(found.reason for found in self.measures.values())]
         return list(dict.fromkeys(filter(None, [*reasons, _NO_NEURONS if self.chosen is None else ""])))
 
 
@@ -196,6 +197,8 @@ def _no_effect(total: Estimate) -> str:
     """Why there are no shares of the total effect; empty where there are."""
     if total.low > 0 or total.high < 0:
         return ""
+    if not total.n_pairs:
+        return "it has no values: nothing was measured yet, or another version of this package measured it"
     if math.isnan(total.low):
         return f"TE has no interval: {total.reason}"
     return f"TE spans 0, {shown(total)}: there is no effect to take shares of"

@@ -139,7 +139,9 @@ class Table(NamedTuple):
     def rich(self, title: str) -> RichTable:
         """For the terminal; cells are shown as they are, verdicts in colour."""
         notes = Text("\n".join(map(str, self.notes)))
-        table = RichTable(*self.header, title=Text(title, "bold"), caption=notes, box=SIMPLE_HEAD)
+        table = RichTable(title=Text(title, "bold"), caption=notes, box=SIMPLE_HEAD)
+        for name in self.header:
+            table.add_column(Text(name), overflow="fold")
         table.title_justify = table.caption_justify = "left"
         for row in self.rows:
             table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))

@@ -427,6 +427,34 @@ def test_judges_that_are_refused(call: Run, tmp_path: Path, monkeypatch: pytest.
     assert tree(tmp_path) == before
 
 
+def test_compare(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model, 'granularity = ["modules"]\n')
+    assert call("run", file, "--out", "one").code == 0
+    assert call("run", file, "--out", "two", "--max-pairs", 5).code == 0
+    before = tree(tmp_path)
+    shown = call("compare", "one", "two")
+    assert (shown.code, shown.err) == (0, "")
+    assert "2 runs compared" in shown.out
+    assert {"one", "two"} <= set(shown.out.split())
+    assert tree(tmp_path) == before  # nothing is written unless it is asked for
+
+    written = call("compare", "two", "one", "--out", "both")
+    assert (written.code, written.err) == (0, "")
+    assert "both/comparison.md" in written.out
+    assert {"comparison.csv", "comparison.md"} <= {path.name for path in (tmp_path / "both").iterdir()}
+    assert [line.split(",")[0] for line in (tmp_path / "both/comparison.csv").read_text().splitlines()[1:]] == [
+        "two",
+        "one",
+    ]
+
+    before = tree(tmp_path)
+    refused(call("compare", "one"), "two run folders or more, got 1", "name another run")
+    refused(call("compare", "one", "./one"), "is named twice")
+    refused(call("compare", "one", "both"), "both is no run folder")
+    refused(call("compare", "one", "two", "--out", "both/comparison.md"), "choose another --out")
+    assert tree(tmp_path) == before
+
+
 # --- what is not loaded -----------------------------------------------------------------------------------------------
 
 PROBE = """
@@ -447,6 +475,8 @@ def test_help_and_report_leave_torch_out(call: Run, tmp_path: Path, model: str) 
     assert call("run", file, "--granularity", "layers", "--out", "run").code == 0
     (tmp_path / "run/effects.csv").unlink()
     light = [["--help"], ["run", "--help"], ["plan", "--help"], ["report", "run"], ["judge", "check"]]
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    light.append(["compare", "run", "again"])
     heavy = ["pairs", "check", "builtin", "--model", model]  # the check can fail
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps([*light, heavy])],

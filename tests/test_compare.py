@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fakes import INFO, CannedBackend, Watcher, records, write_pairs
+from rich.console import Console
 
 from remote_mediation import figures
 from remote_mediation.compare import (
@@ -212,6 +214,29 @@ def test_unfinished_and_violated_runs_are_marked(make: Callable[..., Path]) -> N
     run_study(config, Wrong("wrong", LATE, strong), store, Watcher())
     wrong = by_name(read_runs([store.folder, early]))["wrong"]
     assert any(note.startswith("do not trust this run") for note in wrong.notes())
+
+
+def test_a_run_without_values_is_listed(make: Callable[..., Path]) -> None:
+    late, early = make("late", LATE), make("early", EARLY)
+    for path in late.glob("readouts/*"):
+        path.unlink()
+    runs = by_name(read_runs([late, early]))
+    (reason,) = {found.reason for found in runs["late"].measures.values()}
+    assert reason.startswith("it has no values: nothing was measured yet")
+    assert runs["late"].notes()[0] == reason
+    assert len(runs["early"].profile)
+
+
+def test_the_terminal_shows_long_names_in_full(make: Callable[..., Path]) -> None:
+    runs = read_runs(
+        [make("organisation/a-very-long-model-name-of-seventy-letters-7B-Instruct", LATE), make("b[red]", EARLY)]
+    )
+    console = Console(width=60, file=io.StringIO())
+    console.print(comparison_table(runs).rich("both"))
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    assert "[red]" in printed
 
 
 def test_what_is_refused(make: Callable[..., Path], tmp_path: Path) -> None:
