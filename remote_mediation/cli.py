@@ -31,6 +31,10 @@ app = typer.Typer(
 )
 pairs_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at prompt pairs before running them.")
 app.add_typer(pairs_app, name="pairs")
+judge_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", help="Measure who says which answers are harmful."
+)
+app.add_typer(judge_app, name="judge")
 console = Console()
 errors = Console(stderr=True)
 
@@ -222,6 +226,59 @@ def doctor(model: Model = None, revision: Revision = None) -> None:
         console.print(f"{mark} {escape(finding.name)}: {escape(finding.detail)}", highlight=False, soft_wrap=True)
     if not all(finding.good for finding in findings):
         raise typer.Exit(1)
+
+
+@judge_app.command(
+    "check",
+    epilog="Examples:\n\n"
+    "  remote-mediation judge check\n\n"
+    "  remote-mediation judge check labelled.csv --judge classifier:./my-classifier:unsafe\n\n"
+    "  remote-mediation judge check labelled.csv --judge python:my_package.judges:by_keyword",
+)
+def judge_check(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="'builtin', or a CSV file with prompt, answer and harmful (1 or 0).")
+    ] = "builtin",
+    judge: Annotated[
+        str, typer.Option(help="refusal-phrases, classifier:MODEL_OR_FOLDER[:LABEL] or python:package.module:function.")
+    ] = "refusal-phrases",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap of kappa.")] = 0,
+) -> None:
+    """Compare a judge's verdicts with labels: accuracy, recall, specificity and Cohen's kappa, with 95% intervals."""
+    import numpy as np
+
+    from remote_mediation.judges import BUILTIN, MEANING, check_judge, load_judge, load_labelled
+    from remote_mediation.report import judge_table
+
+    records = load_labelled(file)
+    if judge.startswith("classifier:"):
+        _quiet_libraries()
+    quality = check_judge(load_judge(judge), records, np.random.default_rng(seed))
+    console.print(judge_table(quality).rich(f"{file}: {quality.n} answers, {quality.harmful} of them labelled harmful"))
+    console.print(MEANING, soft_wrap=True, highlight=False)
+    if file == BUILTIN:
+        console.print("The built-in answers are harmless stand-ins, many of them hard: no sample of a model's answers.")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  remote-mediation compare runs/base runs/tuned\n\n"
+    "  remote-mediation compare runs/1b runs/8b runs/70b --out comparison"
+)
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two run folders or more.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Also write comparison.csv, comparison.md and comparison.png there.")
+    ] = None,
+) -> None:
+    """Put runs of several models or checkpoints side by side, on relative depth; no model is needed."""
+    from remote_mediation.compare import comparison_table, read_runs, write_comparison
+
+    runs = read_runs(folders)
+    written = write_comparison(runs, out) if out else None
+    console.print(comparison_table(runs).rich(f"{len(runs)} runs compared"))
+    if written:
+        console.print(f"Comparison: {written}", soft_wrap=True, highlight=False, markup=False)
 
 
 class _Watch:

@@ -9,10 +9,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from remote_mediation.errors import SettingsError
+from remote_mediation.judges import REFUSAL_PHRASES
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.prompts import BUILTIN
 
-Granularity = Literal["layers", "modules", "tokens", "heads", "neurons"]
+Granularity = Literal[
+    "layers", "modules", "tokens", "heads", "neurons", "detect", "paths", "intervene", "attacks", "monitor"
+]
 Search = Literal["gradient", "windows", "all"]
 _Item = TypeVar("_Item")
 # One or more items; what is named twice counts once.
@@ -65,6 +68,31 @@ class NeuronSettings(_Strict):
     """Random sets of the same size that it is compared with."""
 
 
+class InterveneSettings(_Strict):
+    """`[intervene]`: what the gates are held at, and who judges what is then said."""
+
+    judge: str = REFUSAL_PHRASES
+    """`refusal-phrases`, `classifier:MODEL[:LABEL]` or `python:module:function`."""
+    tokens: int = Field(default=24, ge=1)
+    """Tokens of each generated answer."""
+    factors: Distinct[float] = [0.0, 0.5, 2.0]
+    """The gates' activity is multiplied by each of these, beside being held at its harmless mean."""
+
+
+class AttackSettings(_Strict):
+    """`[attacks]`: is the gate set still the gate set?"""
+
+    checkpoints: list[str] = []
+    """Fine-tuned models of the same shape, or PEFT adapters, beside the rewrapped prompts."""
+
+
+class MonitorSettings(_Strict):
+    """`[monitor]`: the gates as a detector."""
+
+    hard_negatives: str | None = None
+    """A pairs file, such as XSTest's, whose harmless prompts only sound harmful."""
+
+
 class StatisticsSettings(_Strict):
     """`[statistics]`: intervals and tests."""
 
@@ -109,6 +137,9 @@ class StudyConfig(_Strict):
     logit_diff: LogitSettings = LogitSettings()
     positions: PositionSettings = PositionSettings()
     neurons: NeuronSettings = NeuronSettings()
+    intervene: InterveneSettings = InterveneSettings()
+    attacks: AttackSettings = AttackSettings()
+    monitor: MonitorSettings = MonitorSettings()
     statistics: StatisticsSettings = StatisticsSettings()
 
     @model_validator(mode="after")

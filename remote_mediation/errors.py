@@ -6,6 +6,7 @@ MediationError
 │   ├── PairsError        pairs file, alignment, responses
 │   ├── SiteError         unknown family, component, layer, unit or position
 │   ├── ModelError        model or tokenizer not found
+│   ├── JudgeError        judge that cannot be loaded or answers amiss, file of labelled answers
 │   └── StoreError        run folder: another study, no permission, no space
 └── BackendError          the place that runs the model (exit code 1)
     ├── PreflightError    server not reachable, key refused, model not deployable, versions apart
@@ -42,6 +43,10 @@ class SiteError(InputError):
 
 class ModelError(InputError):
     """A model, its configuration or its tokenizer cannot be loaded."""
+
+
+class JudgeError(InputError):
+    """A judge cannot be loaded, its verdicts cannot be used, or a file of labelled answers cannot be read."""
 
 
 class StoreError(InputError):

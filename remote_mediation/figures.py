@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from remote_mediation.prompts import SPANS
 from remote_mediation.stats import DepthProfile, Estimate
@@ -140,6 +140,28 @@ def units(sites: pd.DataFrame, mediators: pd.DataFrame, threshold: float, min_sh
     axis.margins(0.1)
     _title(figure, f"Single MLP neurons on held-out pairs: {len(found)} of {len(wide)} mediate", part, "mean")
     _legend(figure, axis)
+    return figure
+
+
+def comparison(shares: pd.DataFrame) -> Figure:
+    """NIE / TE of MLP (solid) and attention (dashed) by relative depth, a colour per run; the last third is shaded.
+
+    shares: `compare.PROFILE_COLUMNS` of one run or more, in the order of the legend.
+    """
+    figure = Figure((WIDTH, 5.0), DPI, layout="constrained")
+    axis = figure.subplots()
+    styles = zip(shares.groupby("run", sort=False), cycle(_COLOURS), cycle(_MARKERS), strict=False)
+    for (run, part), colour, marker in styles:
+        for component, dashes in (("mlp_output", "-"), ("attention_output", "--")):
+            line = part[part["component"] == component].sort_values("depth")
+            label = f"{run}, {_MODULES[component]}"
+            axis.plot(line["depth"], line["share"], dashes, color=colour, marker=marker, markersize=3.5, label=label)
+    axis.axhline(0, color="0.5", linewidth=0.8)
+    axis.axvspan(2 / 3, 1, color="0.92", zorder=0)
+    axis.set(xlabel="relative depth (0 first layer, 1 last; shaded: last third)", ylabel="mean NIE / mean TE")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    figure.suptitle("What MLP and attention carry of each run's own total effect, layer by layer", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,15 @@ from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.outcomes import Outcome
 from remote_mediation.plan import Backend, Budget, Job, Keys, Readout, Setting, plan_jobs
-from remote_mediation.prompts import Refusal, TokenPair
+from remote_mediation.prompts import Prepared, PromptPair, Refusal, TokenPair, tokenise
 from remote_mediation.rows import Row, swap
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import split_clusters
 from remote_mediation.store import Store, Submitted
 from remote_mediation.tasks import Task, plan_tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # First guess of a backend's speed, operations per second; jobs are cut anew once it is measured.
 FIRST_RATE = 2e10
@@ -184,6 +187,36 @@ class Lab:
         if any(key not in self._values for key in keys):
             raise UnmeasuredError
         return [self._values[key] for key in keys]
+
+    def tokenised(self, name: str, texts: Callable[[], Sequence[PromptPair]]) -> Prepared:
+        """Other pairs than the study's, without answers, by a name of their own.
+
+        Raises:
+            PairsError: they cannot be read.
+            UnmeasuredError: they were never tokenised, and there is no backend.
+        """
+        prepared = self._store.prepared(name)
+        if prepared is None:
+            prepared = tokenise(texts(), self._present().tokenizer)
+            self._store.save_prepared(prepared, name)
+        return prepared
+
+    def noted(self, name: str, make: Callable[[PreTrainedTokenizerBase], Any]) -> Any:
+        """JSON data that takes a tokenizer to make, made once.
+
+        Raises:
+            UnmeasuredError: it was never made, and there is no backend.
+        """
+        content = self._store.note(name)
+        if content is None:
+            content = make(self._present().tokenizer)
+            self._store.save_note(name, content)
+        return content
+
+    def _present(self) -> Backend:
+        if self._backend is None:
+            raise UnmeasuredError
+        return self._backend
 
     def beside(
         self, pairs: Sequence[TokenPair] | None = None, info: ModelInfo | None = None, backend: Backend | None = None

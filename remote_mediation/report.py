@@ -26,6 +26,7 @@ from rich.text import Text
 
 from remote_mediation import figures
 from remote_mediation.effects import EFFECT_COLUMNS, SITE_COLUMNS
+from remote_mediation.judges import JudgeQuality
 from remote_mediation.lab import Study
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.prompts import Refusal
@@ -139,7 +140,9 @@ class Table(NamedTuple):
     def rich(self, title: str) -> RichTable:
         """For the terminal; cells are shown as they are, verdicts in colour."""
         notes = Text("\n".join(map(str, self.notes)))
-        table = RichTable(*self.header, title=Text(title, "bold"), caption=notes, box=SIMPLE_HEAD)
+        table = RichTable(title=Text(title, "bold"), caption=notes, box=SIMPLE_HEAD)
+        for name in self.header:
+            table.add_column(Text(name), overflow="fold")
         table.title_justify = table.caption_justify = "left"
         for row in self.rows:
             table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
@@ -624,3 +627,23 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
     if isinstance(value, dict) and value:
         return [row for key, inner in value.items() for row in _flat(f"{name}.{key}", inner)]
     return [(name, _UNRECORDED if value is None else str(value))]
+
+
+def shown(found: Interval, share: bool = False) -> str:
+    """An estimate with its interval as all tables here have it. share: as percentages."""
+    return _estimate(found, _percent if share else _number)
+
+
+def judge_table(quality: JudgeQuality) -> Table:
+    """How good a judge is; stands beside every rate that the judge has counted."""
+    measures = {
+        "accuracy": quality.accuracy,
+        "recall, harmful answers found": quality.recall,
+        "specificity, others let pass": quality.specificity,
+        "Cohen's kappa": quality.kappa,
+    }
+    rows = [
+        (name, shown(found, share=found is not quality.kappa), str(found.n_pairs)) for name, found in measures.items()
+    ]
+    notes = [Note(name, found.reason) for name, found in measures.items() if found.reason]
+    return Table((f"judge {quality.judge}", "value [95% interval]", "labelled answers"), rows, tuple(notes))

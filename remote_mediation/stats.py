@@ -25,6 +25,7 @@ __all__ = [
     "Sparsity",
     "auroc",
     "benjamini_hochberg",
+    "cohen_kappa",
     "depth_profile",
     "estimate_means",
     "ratio_of_means",
@@ -317,6 +318,31 @@ def auroc(
     bound = wilson(int(found.value) * apart, apart)
     why = _join(f"Wilson interval of {apart} disjoint pairs of clusters, all in one order", dropped)
     return Interval(found.n_pairs, found.n_clusters, found.value, bound.low, bound.high, why)
+
+
+def cohen_kappa(truth: ArrayLike, judged: ArrayLike, rng: np.random.Generator, resamples: int = _RESAMPLES) -> Interval:
+    """Agreement of yes-or-no verdicts with labels, beyond chance (Cohen 1960): 1 full, 0 as by chance, below 0 worse.
+
+    truth, judged: [item], booleans; each item is its own cluster. kappa = (o - e) / (1 - e), with o the share of items
+    on which both agree and e the share on which they would, were both to say yes as often but independently. It is
+    computed from counts as 2 (ad - bc) / ((a + b)(b + d) + (a + c)(c + d)), with a both yes, d both no, b and c the
+    rest, which is the same and exactly 0 where it should be. The interval is that of `estimate_means`, with kappa
+    recomputed in each resample. Where all labels are the same, kappa is 0 or 0/0 whatever was judged, and all is NaN.
+    Raises ValueError if the shapes differ or resamples < 1.
+    """
+    labels, verdicts = np.asarray(truth, dtype=np.bool_), np.asarray(judged, dtype=np.bool_)
+    if labels.ndim != 1 or labels.shape != verdicts.shape:
+        raise ValueError(f"truth and judged must both be [item]; got {labels.shape} and {verdicts.shape}")
+    n = len(labels)
+    if not labels.any() or labels.all():
+        return Interval(n, n, np.nan, np.nan, np.nan, "all labels are the same" if n else "no labels")
+    cells = np.stack([labels & verdicts, labels & ~verdicts, ~labels & verdicts, ~labels & ~verdicts]).astype(float)
+
+    def kappa(weights: _Floats) -> _Floats:
+        a, b, c, d = cells @ weights.T
+        return np.stack([2 * (a * d - b * c) / ((a + b) * (b + d) + (a + c) * (c + d))])
+
+    return _bootstrap(kappa, n, rng, resamples).interval(0, n, "")
 
 
 class _Clusters(NamedTuple):

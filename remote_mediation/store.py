@@ -96,9 +96,9 @@ class Store:
         """Write `run.json`."""
         self.write("run.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
 
-    def prepared(self) -> Prepared | None:
-        """The tokenised pairs of this run, once they are known."""
-        path = self.folder / "pairs.jsonl"
+    def prepared(self, name: str = "pairs") -> Prepared | None:
+        """The tokenised pairs of this run, or others by name, once they are known."""
+        path = self.folder / f"{name}.jsonl"
         if not path.exists():
             return None
         records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -107,10 +107,10 @@ class Store:
             tuple(Refusal(**record) for record in records if "reason" in record),
         )
 
-    def save_prepared(self, prepared: Prepared) -> None:
+    def save_prepared(self, prepared: Prepared, name: str = "pairs") -> None:
         """Write the tokenised pairs and the refused ones."""
         records = [*map(to_record, prepared.pairs), *map(asdict, prepared.refusals)]
-        self.write("pairs.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        self.write(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
     def save_ticket(self, ticket: str, job: Job) -> None:
         """Remember that a job was handed over, before anyone waits for it."""
@@ -148,6 +148,15 @@ class Store:
         """Pairs whose jobs failed, with the reason."""
         path = self.folder / "failures.json"
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    def note(self, name: str) -> Any:
+        """What `save_note` kept under a name; None if nothing."""
+        path = self.folder / "notes" / f"{name}.json"
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+    def save_note(self, name: str, content: Any) -> None:
+        """Keep JSON data, such as the verdicts of a judge."""
+        self.write(f"notes/{name}.json", json.dumps(content))
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
         """All values measured so far, by row key."""

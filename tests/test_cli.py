@@ -396,6 +396,65 @@ def test_pairs_check(call: Run, tmp_path: Path, model: str) -> None:
     assert "3 pairs: 2 usable (1 of equal length), 1 refused" in lines
 
 
+def test_judge_check(call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built_in = call("judge", "check")
+    assert (built_in.code, built_in.err) == (0, "")
+    assert "builtin: 60 answers, 25 of them labelled harmful" in built_in.out
+    assert "no sample of a model's answers" in " ".join(built_in.out.split())
+    assert call("judge", "check", "--seed", 0).out == built_in.out != call("judge", "check", "--seed", 1).out
+
+    (tmp_path / "mine.csv").write_text("prompt,answer,harmful\np,yes,1\np,no,1\np,no,0\np,yes,0\np,no,0\n")
+    (tmp_path / "jurors.py").write_text("def by_word(prompts, answers):\n    return [a == 'yes' for a in answers]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    ran = call("judge", "check", "mine.csv", "--judge", "python:jurors:by_word")
+    assert (ran.code, ran.err) == (0, "")
+    lines = [" ".join(line.split()) for line in ran.out.splitlines()]
+    assert any(line.startswith("accuracy 60% [") for line in lines)
+    assert any(line.startswith("recall, harmful answers found 50% [") for line in lines)
+    assert any(line.startswith("specificity, others let pass 66.7% [") for line in lines)
+    assert "no sample" not in ran.out
+
+
+def test_judges_that_are_refused(call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "bad.csv").write_text("prompt,answer,harmful\np,a,1\np,a,maybe\n")
+    before = tree(tmp_path)
+    refused(call("judge", "check", "bad.csv"), "'bad.csv', line 3", "'maybe'", "write 1, 0, true or false")
+    refused(call("judge", "check", "missing.csv"), "'missing.csv'", "No such file", "give a CSV file")
+    refused(call("judge", "check", "--judge", "me"), "unknown judge 'me'", "use refusal-phrases, classifier:")
+    refused(call("judge", "check", "--judge", "classifier:./nowhere"), "'./nowhere'", "give a local folder")
+    refused(call("judge", "check", "--judge", "python:no_such_jury:f"), "'no_such_jury'", "PYTHONPATH")
+    assert tree(tmp_path) == before
+
+
+def test_compare(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model, 'granularity = ["modules"]\n')
+    assert call("run", file, "--out", "one").code == 0
+    assert call("run", file, "--out", "two", "--max-pairs", 5).code == 0
+    before = tree(tmp_path)
+    shown = call("compare", "one", "two")
+    assert (shown.code, shown.err) == (0, "")
+    assert "2 runs compared" in shown.out
+    assert {"one", "two"} <= set(shown.out.split())
+    assert tree(tmp_path) == before  # nothing is written unless it is asked for
+
+    written = call("compare", "two", "one", "--out", "both")
+    assert (written.code, written.err) == (0, "")
+    assert "both/comparison.md" in written.out
+    assert {"comparison.csv", "comparison.md"} <= {path.name for path in (tmp_path / "both").iterdir()}
+    assert [line.split(",")[0] for line in (tmp_path / "both/comparison.csv").read_text().splitlines()[1:]] == [
+        "two",
+        "one",
+    ]
+
+    before = tree(tmp_path)
+    refused(call("compare", "one"), "two run folders or more, got 1", "name another run")
+    refused(call("compare", "one", "./one"), "is named twice")
+    refused(call("compare", "one", "both"), "both is no run folder")
+    refused(call("compare", "one", "two", "--out", "both/comparison.md"), "choose another --out")
+    assert tree(tmp_path) == before
+
+
 # --- what is not loaded -----------------------------------------------------------------------------------------------
 
 PROBE = """
@@ -415,7 +474,9 @@ def test_help_and_report_leave_torch_out(call: Run, tmp_path: Path, model: str) 
     file = study(tmp_path, model)
     assert call("run", file, "--granularity", "layers", "--out", "run").code == 0
     (tmp_path / "run/effects.csv").unlink()
-    light = [["--help"], ["run", "--help"], ["plan", "--help"], ["report", "run"]]
+    light = [["--help"], ["run", "--help"], ["plan", "--help"], ["report", "run"], ["judge", "check"]]
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    light.append(["compare", "run", "again"])
     heavy = ["pairs", "check", "builtin", "--model", model]  # the check can fail
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps([*light, heavy])],
@@ -436,6 +497,12 @@ def test_help_is_quick() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "fetch-model" in done.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_an_untrained_classifier_costs_one_line(model: str) -> None:
+    command = [*PYTHON, "judge", "check", "--judge", f"classifier:{model}:LABEL_1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    refused(Ran(done.returncode, done.stdout, done.stderr), "was not trained to classify", "give a text-classification")
 
 
 def test_exit_codes_of_a_process(tmp_path: Path) -> None:

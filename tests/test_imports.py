@@ -16,13 +16,13 @@ ROOT = Path(remote_mediation.__file__).parent
 ORDER = (
     ("errors", "organisms", "program", "provenance"),
     ("fetch", "ndif", "prompts", "sites", "stats"),
-    ("detectors", "models", "outcomes", "probes", "rows"),
+    ("detectors", "judges", "models", "outcomes", "probes", "rows"),
     ("config", "plan"),
     ("analyses.*", "effects", "store"),
     ("analyses", "summary"),
     ("figures", "study"),
     ("backends", "estimate", "report"),
-    ("selfcheck",),
+    ("compare", "selfcheck"),
     ("cli",),
     ("__main__",),
 )
@@ -34,7 +34,13 @@ AT_ONCE = {
     "backends": {"nnsight", "torch"},
     "organisms": {"torch", "transformers"},
 }
-LAZILY = {"fetch": {"torch", "transformers"}, "ndif": {"nnsight"}, "models": {"transformers"}, "cli": {"transformers"}}
+LAZILY = {
+    "fetch": {"torch", "transformers"},
+    "ndif": {"nnsight"},
+    "judges": {"transformers"},
+    "models": {"transformers"},
+    "cli": {"transformers"},
+}
 
 
 class Import(NamedTuple):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from remote_mediation.analyses import checks, heads, layers, modules, neurons, tokens
+from remote_mediation.analyses import checks, detect, heads, intervene, layers, modules, monitor, neurons, paths, tokens
 from remote_mediation.config import StudyConfig
 from remote_mediation.lab import Lab
 from remote_mediation.prompts import TokenPair
@@ -36,4 +36,8 @@ ANALYSES: dict[str, Analysis] = {
     "tokens": Analysis(tokens.sites),
     "heads": Analysis(heads.sites),
     "neurons": Analysis(neurons.sites, neurons.analyse),
+    "detect": Analysis(analyse=detect.analyse),
+    "paths": Analysis(analyse=paths.analyse),
+    "intervene": Analysis(analyse=intervene.analyse),
+    "monitor": Analysis(analyse=monitor.analyse),
 }

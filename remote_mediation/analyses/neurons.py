@@ -12,7 +12,7 @@ found; each way ends in exact measurements:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -100,7 +100,7 @@ def sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[Site]:
     return whole
 
 
-def analyse(lab: Lab, tables: object) -> dict[str, pd.DataFrame]:
+def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Search at the first position asked for, measure what was found on all pairs, find the gate set."""
     found = _search(lab)
     return {
@@ -110,13 +110,24 @@ def analyse(lab: Lab, tables: object) -> dict[str, pd.DataFrame]:
     }
 
 
-def gate_set(gates: pd.DataFrame) -> Site | None:
-    """The gate set of a table of `GATE_COLUMNS`, or None if there is none."""
-    rows = gates[gates["set"] == "gates"]
-    if rows.empty:
-        return None
-    units = tuple(int(unit) for unit in str(rows["units"].iloc[0]).split())
-    return Site("mlp_neurons", int(rows["layer"].iloc[0]), str(rows["position"].iloc[0]), units)
+def gate_set(tables: Mapping[str, pd.DataFrame]) -> Site | None:
+    """The gate set that `analyse` found, or None if there is none."""
+    return next(iter(_sets(tables, "gates")), None)
+
+
+def random_sets(tables: Mapping[str, pd.DataFrame]) -> list[Site]:
+    """The random sets that it was compared with."""
+    return _sets(tables, "random")
+
+
+def _sets(tables: Mapping[str, pd.DataFrame], name: str) -> list[Site]:
+    if "gates.csv" not in tables:
+        return []
+    rows = tables["gates.csv"].query("set == @name")
+    return [
+        Site("mlp_neurons", int(row.layer), str(row.position), tuple(map(int, row.units.split())))
+        for row in rows.itertuples()
+    ]
 
 
 def strengths(effects: pd.DataFrame) -> pd.Series:

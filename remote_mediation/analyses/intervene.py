@@ -1,0 +1,216 @@
+"""Does holding the gates repair the model, and what does that cost?
+
+Neurons are held from the last prompt token on, along given answers and at every step of generation. *Benefit* is read
+on held-out harmful prompts, in the outcome and by a judge of what the model then says. *Cost* is read on their harmless
+counterparts: the divergence from the plain model along its own answers, their perplexity, and what the judge says of
+the answers. The controls are random sets of the same size, held in the same way, and the whole MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from remote_mediation.analyses import neurons
+from remote_mediation.judges import check_judge, load_judge, load_labelled
+from remote_mediation.lab import Floats, Lab
+from remote_mediation.plan import digest
+from remote_mediation.prompts import TokenPair
+from remote_mediation.rows import Constant, Row, Scale, Write
+from remote_mediation.sites import Site
+from remote_mediation.stats import estimate_means, wilson
+from remote_mediation.tasks import Held, Reading, drift_task, generate_task, read_task
+
+INTERVENE_COLUMNS: dict[str, str] = {
+    "held": "what is held, and at which value",
+    "size": "neurons held",
+    "prompts": "harmful or harmless, both held out",
+    "n": "prompts",
+    "change": "mean change of the outcome, in its unit",
+    "change_low": "lower end of its 95% clustered interval",
+    "change_high": "upper end",
+    "share": "change / -mean TE: 1 undoes what the harmful prompts change",
+    "kl": "mean divergence from the plain model along its own answer, nats per token; harmless prompts",
+    "kl_low": "lower end of its 95% clustered interval",
+    "kl_high": "upper end",
+    "perplexity": "of the plain model's own answers; harmless prompts",
+    "judged": "answers judged",
+    "complied": "share of generated answers that comply, says the judge",
+    "complied_low": "lower end of its 95% Wilson interval",
+    "complied_high": "upper end",
+    "reason": "why a number is missing, or why to read it with care",
+}
+JUDGE_COLUMNS: dict[str, str] = {
+    "judge": "its spec",
+    "measure": "accuracy, recall of complying answers, specificity, or Cohen's kappa",
+    "n": "labelled answers it was measured on",
+    "value": "the measure",
+    "low": "lower end of its 95% interval",
+    "high": "upper end",
+    "reason": "why a number is missing, or why to read it with care",
+}
+PLAIN, MEAN = "nothing", "gates at their harmless mean"
+RANDOM, MLP = "random sets at their harmless mean", "whole MLP at its harmless mean"
+SIDES = ("harmless", "harmful")
+_RANDOM_SETS = 20
+# Prompts that are continued together.
+_TOGETHER = 16
+
+
+class Condition(NamedTuple):
+    """A way of holding neurons; random sets are several, whose effects are averaged."""
+
+    name: str
+    sets: tuple[tuple[Held, ...], ...]
+
+
+def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Benefit and cost of every condition (`INTERVENE_COLUMNS`), and the judge's quality (`JUDGE_COLUMNS`)."""
+    gates = neurons.gate_set(tables)
+    if gates is None:
+        return {}
+    conditions = _conditions(lab, gates, neurons.random_sets(tables)[:_RANDOM_SETS])
+    rows = [_row(lab, condition, side) for condition in conditions for side in (1, 0)]
+    return {"intervene.csv": pd.DataFrame(rows, columns=list(INTERVENE_COLUMNS)), "judge.csv": judge_quality(lab)}
+
+
+def harmless_mean(lab: Lab, layer: int) -> Floats:
+    """Mean activity `[unit]` of a layer's neurons at the last token of the discovery split's harmless prompts."""
+    tasks = [
+        read_task(pair.id, pair.x0, [Reading("mlp_neurons", layer, (len(pair.x0) - 1,))], lab.study.setting)
+        for pair in lab.pairs("discovery")
+    ]
+    mean: Floats = np.mean(np.array(lab.run(tasks), dtype=np.float64), axis=0)
+    return mean
+
+
+def at_mean(site: Site, mean: Floats) -> Held:
+    """A set of neurons held at its mean."""
+    return Held(site.layer, site.units, Constant(tuple(float(mean[unit]) for unit in site.units)))
+
+
+def outcome_change(lab: Lab, pairs: Sequence[TokenPair], side: int, held: Sequence[Held]) -> Floats:
+    """`[pair]`, change of Y when neurons are held where the answer is read."""
+    rows = [
+        Row(
+            pair.id,
+            side,
+            tuple(Write("mlp_neurons", one.layer, pair.places("last")[side], one.units, one.value) for one in held),
+        )
+        for pair in pairs
+    ]
+    return lab.outcomes(rows) - lab.outcomes([Row(pair.id, side) for pair in pairs])
+
+
+def continued(lab: Lab, prompts: Sequence[tuple[int, ...]], held: Sequence[Held]) -> list[tuple[int, ...]]:
+    """Greedy answers while neurons are held, up to the token that ends them."""
+    tokens = lab.study.config.intervene.tokens
+    parts = [prompts[start : start + _TOGETHER] for start in range(0, len(prompts), _TOGETHER)]
+    found = lab.run([generate_task("", part, tokens, held, lab.study.setting) for part in parts])
+    ends = set(lab.noted("special-tokens", lambda tokenizer: sorted(tokenizer.all_special_ids)))
+    answers = np.concatenate([values.reshape(-1, tokens) for values in found]).astype(int).tolist()
+    return [_until(answer, ends) for answer in answers]
+
+
+def complied(lab: Lab, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]) -> list[bool]:
+    """The judge's verdicts, kept in the run folder; the texts are not."""
+    spec = lab.study.config.intervene.judge
+
+    def judged(tokenizer: Any) -> list[bool]:
+        texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in (prompts, answers)]
+        return [bool(verdict) for verdict in load_judge(spec)(*texts)]
+
+    verdicts: list[bool] = lab.noted(f"judged-{digest([spec, prompts, answers])}", judged)
+    return verdicts
+
+
+def judge_quality(lab: Lab) -> pd.DataFrame:
+    """How the judge agrees with the package's labelled answers (`JUDGE_COLUMNS`)."""
+    spec = lab.study.config.intervene.judge
+
+    def measured(tokenizer: Any) -> list[dict[str, Any]]:
+        found = check_judge(load_judge(spec), load_labelled(), lab.rng("judge"))
+        measures = ("accuracy", "recall", "specificity", "kappa")
+        intervals = [(name, getattr(found, name)) for name in measures]
+        return [
+            {
+                "judge": spec,
+                "measure": name,
+                "n": one.n_pairs,
+                "value": one.value,
+                "low": one.low,
+                "high": one.high,
+                "reason": one.reason,
+            }
+            for name, one in intervals
+        ]
+
+    return pd.DataFrame(lab.noted(f"judge-{digest(spec)}", measured), columns=list(JUDGE_COLUMNS))
+
+
+def _conditions(lab: Lab, gates: Site, random: Sequence[Site]) -> list[Condition]:
+    mean = harmless_mean(lab, gates.layer)
+    whole = Site("mlp_neurons", gates.layer, gates.position, tuple(range(lab.study.info.d_ff)))
+    doses = [
+        Condition(f"gates times {factor:g}", ((Held(gates.layer, gates.units, Scale(factor)),),))
+        for factor in lab.study.config.intervene.factors
+    ]
+    return [
+        Condition(PLAIN, ((),)),
+        Condition(MEAN, ((at_mean(gates, mean),),)),
+        *doses,
+        Condition(RANDOM, tuple((at_mean(site, mean),) for site in random)),
+        Condition(MLP, ((at_mean(whole, mean),),)),
+    ]
+
+
+def _row(lab: Lab, condition: Condition, side: int) -> dict[str, Any]:
+    """One condition on the held-out prompts of one side. Of random sets, only the first generates and drifts."""
+    pairs, by = lab.pairs("heldout"), lab.study.config.statistics
+    clusters = [pair.cluster for pair in pairs]
+    changes = np.mean([outcome_change(lab, pairs, side, held) for held in condition.sets], axis=0)
+    te = float(np.nanmean(lab.outcomes([Row(p.id, 1) for p in pairs]) - lab.outcomes([Row(p.id, 0) for p in pairs])))
+    (change,) = estimate_means([changes], clusters, lab.rng("intervene"), by.resamples)
+    prompts = [pair.prompts[side] for pair in pairs]
+    verdicts = complied(lab, prompts, continued(lab, prompts, condition.sets[0]))
+    rate = wilson(sum(verdicts), len(verdicts))
+    still = condition.name == PLAIN
+    return {
+        "held": condition.name,
+        "size": len(condition.sets[0][0].units) if condition.sets[0] else 0,
+        "prompts": SIDES[side],
+        "n": change.n_pairs,
+        "change": 0.0 if still else change.value,
+        **{"change_low": np.nan if still else change.low, "change_high": np.nan if still else change.high},
+        "share": np.nan if still else -change.value / te,
+        **(_cost(lab, pairs, clusters, condition.sets[0]) if side == 0 else {}),
+        "judged": len(verdicts),
+        **{"complied": rate.value, "complied_low": rate.low, "complied_high": rate.high},
+        "reason": "" if still else change.reason,
+    }
+
+
+def _cost(lab: Lab, pairs: Sequence[TokenPair], clusters: Sequence[str], held: Sequence[Held]) -> dict[str, float]:
+    """Drift from the plain model along its own answers to the harmless prompts."""
+    answers = continued(lab, [pair.x0 for pair in pairs], ())
+    used = [(pair, answer, cluster) for pair, answer, cluster in zip(pairs, answers, clusters, strict=True) if answer]
+    if not used:
+        return {}
+    found = lab.run([drift_task(pair.id, pair.x0, answer, held, lab.study.setting) for pair, answer, _ in used])
+    by_token = [values.reshape(3, -1) for values in found]
+    (kl,) = estimate_means(
+        [[float(one[0].mean()) for one in by_token]],
+        [cluster for *_, cluster in used],
+        lab.rng("drift"),
+        lab.study.config.statistics.resamples,
+    )
+    losses = np.concatenate([one[2] for one in by_token])
+    return {"kl": kl.value, "kl_low": kl.low, "kl_high": kl.high, "perplexity": float(np.exp(losses.mean()))}
+
+
+def _until(answer: Sequence[int], ends: set[int]) -> tuple[int, ...]:
+    stop = next((index for index, token in enumerate(answer) if token in ends), len(answer))
+    return tuple(answer[:stop])
