@@ -208,7 +208,7 @@ def onset(profile: pd.DataFrame, alpha: float = 0.05, floor: float = 0.5) -> dic
 def earlier(profile: pd.DataFrame, nie: pd.DataFrame, total: float, alpha: float = 0.05) -> Order:
     """Is harm readable at a layer before the first at which it acts?
 
-    profile: `PROBE_COLUMNS`, one position. nie: `layer, mean, ci_low, ci_high, q`, one row per layer, of one component
+    profile: `PROBE_COLUMNS`, one position. nie: `layer, ci_low, ci_high, q`, one row per layer, of one component
     and position. total: mean TE in the same unit; effects count in its direction.
 
     Both first layers are late estimates, as too few data only delay a finding. So the order alone proves nothing: a

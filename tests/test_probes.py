@@ -198,6 +198,11 @@ class TestControl:
         assert 0.03 < np.mean(p <= 0.1) < 0.17
         assert 0.36 < np.mean(p <= 0.5) < 0.62
 
+    def test_high_end_is_an_accuracy_that_occurred(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(probes, "_control", lambda *_: (np.linspace(0.4, 0.6, 11), ""))
+        found = probe(*planted(0.2), rng())
+        assert (found.control, found.control_high) == pytest.approx((0.5, 0.6))
+
     def test_p_counts_the_labelling_measured(self) -> None:
         assert probe(*planted(0.6), rng(), repetitions=19).p == 0.05
 
