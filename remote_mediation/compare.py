@@ -17,10 +17,11 @@ import pandas as pd
 
 from remote_mediation import figures
 from remote_mediation.errors import SettingsError
+from remote_mediation.lab import Study
 from remote_mediation.report import TOLERANCE, Note, Table, shown
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.store import Store
-from remote_mediation.study import Result, Study, reread
+from remote_mediation.study import Result, reread
 from remote_mediation.summary import UNITS, pivot
 
 MEASURES: dict[str, str] = {

@@ -6,7 +6,7 @@ measured, and an analysis that asks for what an unfinished run does not have end
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -106,15 +106,27 @@ class Indirect(NamedTuple):
 class Lab:
     """A study with its run folder and, while it is being measured, a backend."""
 
-    def __init__(self, study: Study, store: Store, backend: Backend | None = None, watch: Watch | None = None) -> None:
-        """Without a backend only what is in the run folder can be had."""
-        self.study = study
+    def __init__(
+        self,
+        study: Study,
+        store: Store,
+        backend: Backend | None = None,
+        watch: Watch | None = None,
+        variants: Mapping[str, Backend] | None = None,
+    ) -> None:
+        """Without a backend only what is in the run folder can be had. variants: other checkpoints of the model."""
+        self.study, self.variants = study, variants or {}
         self._store, self._backend, self._watch = store, backend, watch or Unwatched()
         self._values = store.values()
         self._keys = Keys(study.setting, study.pairs)
         self._splits = study.splits()
         self._effects: list[pd.DataFrame] = []
         self._rate = FIRST_RATE
+
+    @property
+    def can_measure(self) -> bool:
+        """Whether there is a backend."""
+        return self._backend is not None
 
     @property
     def effects(self) -> pd.DataFrame:
@@ -249,9 +261,8 @@ class Lab:
 
     def _work(self, count: int, plan: Callable[[Budget], Iterator[Job]], backend: Backend) -> None:
         """Run planned jobs, cut by the speed of those before."""
-        if not count:
-            return
-        self._watch.total(count)
+        if count:
+            self._watch.total(count)
         config = self.study.config
         for job in plan(Budget(lambda: config.seconds_per_job * self._rate, config.batch_gb * 1e9)):
             seconds = self._run(job, backend)

@@ -25,6 +25,7 @@ __all__ = [
     "Sparsity",
     "auroc",
     "benjamini_hochberg",
+    "bootstrap_mean_of",
     "cohen_kappa",
     "depth_profile",
     "estimate_means",
@@ -180,6 +181,31 @@ def ratio_of_means(
     found = _bootstrap(denominator_and_ratio, len(sizes), rng, resamples)
     problem = _not_clear_of_zero(found, "the denominator")
     return found.interval(1, int(sizes.sum()), dropped, problem)
+
+
+def bootstrap_mean_of(
+    statistics: Callable[[_Floats], _Floats],
+    values: ArrayLike,
+    clusters: ArrayLike,
+    rng: np.random.Generator,
+    resamples: int = _RESAMPLES,
+) -> list[Interval]:
+    """Statistics of means over pairs, such as a rank correlation of sites, with clustered intervals.
+
+    values: [..., pair]; pairs that are not finite everywhere are dropped. clusters: [pair]. statistics: means
+    [..., resample] to [statistic, resample]. The intervals are those of `estimate_means`, with the means, and the
+    statistics of them, recomputed in each resample.
+    Raises ValueError if there is not one label per pair, or resamples < 1.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    shape = table.shape[:-1]
+    sums, sizes, dropped = _complete_pairs(table.reshape(-1, table.shape[-1]), clusters)
+
+    def of_means(weights: _Floats) -> _Floats:
+        return statistics(((sums @ weights.T) / (sizes @ weights.T)).reshape(*shape, len(weights)))
+
+    found = _bootstrap(of_means, len(sizes), rng, resamples)
+    return [found.interval(row, int(sizes.sum()), dropped) for row in range(len(found.value))]
 
 
 def depth_profile(

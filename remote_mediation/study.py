@@ -11,10 +11,9 @@ Steps 3 to 5 run again from the run folder alone when a report is rebuilt; nothi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,8 +56,14 @@ class Result(NamedTuple):
     summary: Summary
 
 
-def run_study(config: StudyConfig, backend: Backend, store: Store, watch: Watch | None = None) -> Result:
-    """Measure a study, going on from what its run folder holds.
+def run_study(
+    config: StudyConfig,
+    backend: Backend,
+    store: Store,
+    watch: Watch | None = None,
+    variants: Mapping[str, Backend] | None = None,
+) -> Result:
+    """Measure a study, going on from what its run folder holds. variants: backends of the checkpoints to attack with.
 
     Raises:
         PairsError: fewer than two pairs can be run.
@@ -74,7 +79,7 @@ def run_study(config: StudyConfig, backend: Backend, store: Store, watch: Watch 
     prepared = store.prepared() or prepare(config, backend)
     study = Study(config, backend.info, outcome_of(config, backend.tokenizer), prepared.pairs, prepared.refusals)
     first_requests(study)  # refuses sites that are not there, and the lab pairs that cannot be split
-    lab = Lab(study, store, backend, watch)
+    lab = Lab(study, store, backend, watch, variants)
     record = {**provenance(), **begun, **_described(study), "texts": texts}
     spent = record.get("seconds", 0.0)
     store.save_record({**record, "seconds": spent})
@@ -148,8 +153,12 @@ def analysed(lab: Lab) -> Result:
     for name, analysis in ANALYSES.items():
         if name not in study.config.granularity or not analysis.analyse:
             continue
-        with contextlib.suppress(UnmeasuredError):  # in an unfinished run; what is there is reported
+        try:
             tables.update(analysis.analyse(lab, tables))
+        except UnmeasuredError:
+            if lab.can_measure:
+                raise
+            # an unfinished run: what is there is reported
     return Result(study, lab.effects, tables, _summary(study, lab.effects, tables))
 
 

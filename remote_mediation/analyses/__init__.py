@@ -10,7 +10,19 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from remote_mediation.analyses import checks, detect, heads, intervene, layers, modules, monitor, neurons, paths, tokens
+from remote_mediation.analyses import (
+    attacks,
+    checks,
+    detect,
+    heads,
+    intervene,
+    layers,
+    modules,
+    monitor,
+    neurons,
+    paths,
+    tokens,
+)
 from remote_mediation.config import StudyConfig
 from remote_mediation.lab import Lab
 from remote_mediation.prompts import TokenPair
@@ -39,5 +51,6 @@ ANALYSES: dict[str, Analysis] = {
     "detect": Analysis(analyse=detect.analyse),
     "paths": Analysis(analyse=paths.analyse),
     "intervene": Analysis(analyse=intervene.analyse),
+    "attacks": Analysis(analyse=attacks.analyse),
     "monitor": Analysis(analyse=monitor.analyse),
 }
