@@ -16,6 +16,7 @@ import pandas as pd
 
 from remote_mediation.config import StatisticsSettings
 from remote_mediation.effects import SITE_COLUMNS
+from remote_mediation.probes import earlier
 from remote_mediation.stats import (
     DepthProfile,
     Estimate,
@@ -62,7 +63,6 @@ MEDIATOR_COLUMNS: dict[str, str] = {
 _FEWEST_CLUSTERS = 6
 # A gate set of more of its MLP's neurons than this is not called sparse.
 _SPARSE = 0.1
-_NO_ANALYSIS = "this study has no analysis for it"
 
 Verdict = Literal["supported", "not supported", "undecided", "not tested"]
 
@@ -132,8 +132,9 @@ def summarise(
     total = estimate_means(totals[["te"]].T, totals["cluster"], rng("total"), by.resamples)[0]
     modules = _modules(effects, total, rng, by)
     mediators = _mediators(effects, rng, by)
+    sites = site_estimates(effects[effects["granularity"] != CHECKS], rng, by)
     return Summary(
-        sites=site_estimates(effects[effects["granularity"] != CHECKS], rng, by),
+        sites=sites,
         total=total,
         mlp=modules.mlp,
         attention=modules.attention,
@@ -143,8 +144,8 @@ def summarise(
             _where(total, modules.mlp),
             _what(total, modules.difference),
             _which(total, tables, layers, by),
-            Claim("Early layers understand harm before it acts", "not tested", _NO_ANALYSIS),
-            Claim("That understanding is handed on through MLPs", "not tested", _NO_ANALYSIS),
+            _understood(total, tables, sites, by),
+            _handed_on(total, tables),
         ),
         identities=_identities(effects[effects["granularity"] == CHECKS], equal_length, layers),
     )
@@ -323,6 +324,41 @@ def _which(total: Estimate, tables: Mapping[str, pd.DataFrame], layers: int, by:
         f"{mlp['tie_share']:.0%}; p = {p:.2g} against random sets)"
     )
     return Claim(name, "not supported" if failed else "supported", "; ".join([text, *failed]))
+
+
+def _understood(
+    total: Estimate, tables: Mapping[str, pd.DataFrame], sites: pd.DataFrame, by: StatisticsSettings
+) -> Claim:
+    """At the last token: is harm readable at a depth where the residual stream there does not act yet?"""
+    name = "Early layers understand harm before it acts"
+    acting = sites.query("component == 'layer_output' and position == 'last' and quantity == 'nie' and split == 'all'")
+    if "probes.csv" not in tables or acting.empty:
+        return Claim(name, "not tested", "it takes the granularities `detect` and `layers`, the latter at `last`")
+    if _unknown(total):
+        return Claim(name, "undecided", _unknown(total))
+    probes = tables["probes.csv"].query("position == 'last'")
+    found = earlier(probes, acting.assign(layer=acting["layer"].astype(int)), total.value, by.alpha)
+    verdicts: dict[str, Verdict] = {"before": "supported", "not before": "not supported", "undecided": "undecided"}
+    return Claim(name, verdicts[found.verdict], f"at the last token {found.finding}")
+
+
+def _handed_on(total: Estimate, tables: Mapping[str, pd.DataFrame]) -> Claim:
+    """Does most of the early site's effect need the later MLPs?"""
+    name = "That understanding is handed on through MLPs"
+    if "paths.csv" not in tables:
+        return Claim(name, "not tested", "the granularity `paths` was not part of this study")
+    if _unknown(total):
+        return Claim(name, "undecided", _unknown(total))
+    shares = tables["paths.csv"].query("quantity == 'nie'").set_index("frozen")
+    mlps, attention = shares.loc["MLPs"], shares.loc["attention"]
+    if np.isnan(mlps["share_low"]):
+        return Claim(name, "undecided", f"the share that needs the MLPs is unknown: {mlps['reason']}")
+    text = (
+        f"with all later MLPs frozen, {mlps['share']:.0%} [{mlps['share_low']:.0%}, {mlps['share_high']:.0%}] of the "
+        f"NIE of the residual stream at the differing tokens after layer {mlps['layer']} is gone (supported above 50%); "
+        f"with attention frozen, {attention['share']:.0%} [{attention['share_low']:.0%}, {attention['share_high']:.0%}]"
+    )
+    return Claim(name, _verdict(mlps["share_low"] - 0.5, mlps["share_high"] - 0.5), text)
 
 
 def _identities(checks: pd.DataFrame, equal_length: set[str], layers: int) -> tuple[Identity, ...]:
