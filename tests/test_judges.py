@@ -380,8 +380,8 @@ def test_labelled_answers_are_read(tmp_path: Path) -> None:
     rows = [("p", "a, b\nc", " TRUE "), ("q", "", "0"), ("r", 'say "no"', "False"), ("s", "x", "1")]
     with (tmp_path / "mine.csv").open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("id", "prompt", "answer", "harmful"))
-        writer.writerows((number, *row) for number, row in enumerate(rows))
+        writer.writerow(("prompt", "answer", "harmful", "id"))
+        writer.writerows((*row, number) for number, row in enumerate(rows))
     found = load_labelled(str(tmp_path / "mine.csv"))
     assert [record.harmful for record in found] == [True, False, False, True]
     assert [(record.prompt, record.answer) for record in found] == [row[:2] for row in rows]
@@ -395,6 +395,7 @@ FILES: dict[str, tuple[bytes | None, str]] = {
     "columns": (b"prompt,answer,label\na,b,1\n", "has no column 'harmful'"),
     "rows": (HEAD.encode(), "holds no labelled answers; give at least one row"),
     "value": ((HEAD + 'a,"b\nb",1\n\na,b,yes\n').encode(), r", line 5: harmful is 'yes'; write 1, 0, true or false"),
+    "lines": ((HEAD + 'a,"b\nb",2\n').encode(), ", line 2: harmful is '2'"),
     "score": ((HEAD + "a,b,0.7\n").encode(), ", line 2: harmful is '0.7'"),
     "blank": ((HEAD + "a,b,1\na,b,\n").encode(), ", line 3: harmful is ''"),
     "short": ((HEAD + "a,b\n").encode(), ", line 2: fewer cells than columns"),
