@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from remote_mediation.errors import InputError, MediationError
+from remote_mediation.errors import InputError, MediationError, SettingsError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -43,13 +43,14 @@ Model = Annotated[str | None, typer.Option(help="Hub id or local folder of the m
 Revision = Annotated[str | None, typer.Option(help="Hub revision of the model.")]
 Pairs = Annotated[str | None, typer.Option(help="'builtin', or a JSONL or CSV file of prompt pairs.")]
 MaxPairs = Annotated[int | None, typer.Option(help="Use at most so many pairs, spread over the file.")]
-Kinds = Annotated[str | None, typer.Option(help="Comma-separated: layers, modules, tokens, heads, neurons.")]
+Kinds = Annotated[str | None, typer.Option(help="Comma-separated: layers, modules, tokens, heads, neurons, detect ...")]
 OutcomeFlag = Annotated[str | None, typer.Option("--outcome", help="response_logprob or logit_diff.")]
 BackendFlag = Annotated[str | None, typer.Option("--backend", help="local or ndif.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Where a local model runs: cpu, cuda, cuda:0 ...")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the split, the bootstrap and the permutations.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 ShowText = Annotated[bool, typer.Option("--show-text", help="Show generated answers in the report.")]
 
 
@@ -87,26 +88,61 @@ def run(
 ) -> None:
     """Measure a study and write its report. The same command continues a run that was stopped."""
     config = _config(study, locals())
-    folder = config.out or Path("runs") / (study.stem if study else "study")
-    from remote_mediation.prompts import load_pairs
-    from remote_mediation.store import Store
-    from remote_mediation.study import run_study
+    _measure(config, config.out or Path("runs") / (study.stem if study else "study"), show_text)
 
-    load_pairs(config.pairs)  # a bad file is refused before a model is loaded
-    store = Store.create(folder, config.identity())
-    try:
-        with _progress() as progress:
-            watch = _Watch(progress)
-            result = run_study(config, _backend(config, watch), store, watch)
-    except KeyboardInterrupt:
-        note = "stopped; everything finished so far is kept, and the same command goes on from there"
-        errors.print(note, soft_wrap=True)
-        raise typer.Exit(130) from None
-    _write_report(store, result, show_text)
+
+@app.command(epilog="Example:\n\n  remote-mediation detect runs/study")
+def detect(folder: RunFolder) -> None:
+    """Add linear probes to a run: from which depth on can harm be read, and from which does it act?"""
+    _extend(folder, ["layers", "detect"])
+
+
+@app.command(epilog="Example:\n\n  remote-mediation paths runs/study")
+def paths(folder: RunFolder) -> None:
+    """Add paths to a run: what is left of an early site's effect while MLPs, attention or the gates are frozen?"""
+    _extend(folder, ["neurons", "paths"])
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  remote-mediation intervene runs/study\n\n"
+    "  remote-mediation intervene runs/study --attacks --judge classifier:my-org/my-judge:HARMFUL\n\n"
+    "  remote-mediation intervene runs/study --attacks --adapter ./my-lora"
+)
+def intervene(
+    folder: RunFolder,
+    judge: Annotated[
+        str | None, typer.Option(help="refusal-phrases, classifier:MODEL[:LABEL] or python:module:function.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each generated answer.")] = None,
+    attacks: Annotated[bool, typer.Option("--attacks", help="Rewrap the prompts, too.")] = False,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="Fine-tuned checkpoint or PEFT adapter to repeat it on; implies --attacks."),
+    ] = None,
+) -> None:
+    """Add repair to a run: hold the gate neurons, and see what the model then says, at what cost."""
+    changes: dict[str, Any] = {"intervene": {"judge": judge, "tokens": tokens}, "attacks": {"checkpoints": adapter}}
+    _extend(folder, ["neurons", "intervene", *(["attacks"] if attacks or adapter else [])], changes)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  remote-mediation monitor runs/study\n\n"
+    "  remote-mediation monitor runs/study --hard-negatives xstest_prompts.csv"
+)
+def monitor(
+    folder: RunFolder,
+    hard_negatives: Annotated[
+        str | None, typer.Option(help="Pairs file whose harmless prompts only sound harmful, such as XSTest's.")
+    ] = None,
+) -> None:
+    """Add a monitor to a run: the gates' activity as a detector of harmful prompts."""
+    _extend(folder, ["neurons", "monitor"], {"monitor": {"hard_negatives": hard_negatives}})
 
 
 @app.command(epilog="Example:\n\n  remote-mediation report runs/study --show-text")
-def report(folder: Annotated[Path, typer.Argument(help="Run folder.")], show_text: ShowText = False) -> None:
+def report(folder: RunFolder, show_text: ShowText = False) -> None:
     """Rebuild CSV tables, figures and report from a run folder; no model is needed."""
     from remote_mediation.store import Store
     from remote_mediation.study import reread
@@ -281,6 +317,37 @@ def compare(
         console.print(f"Comparison: {written}", soft_wrap=True, highlight=False, markup=False)
 
 
+def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None:
+    """Run a study in its folder and write the report; Ctrl-C leaves what is finished."""
+    from remote_mediation.prompts import load_pairs
+    from remote_mediation.store import Store
+    from remote_mediation.study import run_study
+
+    load_pairs(config.pairs)  # a bad file is refused before a model is loaded
+    store = Store.create(folder, config.identity())
+    try:
+        with _progress() as progress:
+            watch = _Watch(progress)
+            result = run_study(config, _backend(config, watch), store, watch, _variants(config, watch))
+    except KeyboardInterrupt:
+        note = "stopped; everything finished so far is kept, and the same command goes on from there"
+        errors.print(note, soft_wrap=True)
+        raise typer.Exit(130) from None
+    _write_report(store, result, show_text)
+
+
+def _extend(folder: Path, granularity: list[str], changes: dict[str, Any] | None = None) -> None:
+    """Run a study again with more to ask; what it has measured is kept. Settings that are None stay as they are."""
+    from remote_mediation.config import load_config
+    from remote_mediation.store import Store
+
+    known = Store.open(folder).record()["config"]
+    asked = {name: {k: v for k, v in part.items() if v is not None} for name, part in (changes or {}).items()}
+    settings = {name: {**known[name], **part} for name, part in asked.items()}
+    more = list(dict.fromkeys([*known["granularity"], *granularity]))
+    _measure(load_config(None, {**known, **settings, "granularity": more}), folder)
+
+
 class _Watch:
     """Shows rows done and time left, and the latest news of the job that runs."""
 
@@ -345,6 +412,25 @@ def _backend(config: StudyConfig, progress: _Watch) -> Backend:
         return NdifBackend(config.model, config.revision, server, progress.note, dtype=config.dtype)
     progress.note(f"loading {config.model}")
     return LocalBackend.load(config.model, config.revision, config.dtype, config.device)
+
+
+def _variants(config: StudyConfig, progress: _Watch) -> dict[str, Backend]:
+    """The checkpoints that a study repeats its repair on.
+
+    Raises:
+        SettingsError: it runs on a server, which has no such model.
+    """
+    from remote_mediation.backends import LocalBackend
+    from remote_mediation.fetch import checkpoint
+
+    wanted = config.attacks.checkpoints if "attacks" in config.granularity else []
+    if wanted and config.backend == "ndif":
+        raise SettingsError("attacks.checkpoints run locally only; deploy the checkpoint and study it as a model")
+    found: dict[str, Backend] = {}
+    for name in wanted:
+        progress.note(f"loading {name}")
+        found[name] = LocalBackend.load(checkpoint(name, config.model), "", config.dtype, config.device)
+    return found
 
 
 def _quiet_libraries() -> None:

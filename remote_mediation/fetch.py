@@ -6,6 +6,7 @@ reads GGUF but refuses to save a model loaded from it, so the weights move into 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -79,6 +80,42 @@ def fetch_model(name: str) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.move(done, folder)
     return folder
+
+
+def checkpoint(name: str, base: str) -> str:
+    """A model to load: a checkpoint as it is, a PEFT adapter merged into its base model, once, in the cache.
+
+    Raises:
+        ModelError: peft is not installed, or the adapter does not fit the base.
+    """
+    adapter = Path(name)
+    if not (adapter / "adapter_config.json").exists():
+        return name
+    weights = b"".join(path.read_bytes() for path in sorted(adapter.glob("adapter_*")))
+    folder = cache_folder() / "merged" / hashlib.sha256(base.encode() + weights).hexdigest()[:16]
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            shutil.move(_merged(adapter, located(base), Path(scratch) / "model"), folder)
+    return str(folder)
+
+
+def _merged(adapter: Path, base: str, target: Path) -> Path:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError(f"{str(adapter)!r} is a PEFT adapter: pip install peft") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+        model.merge_and_unload().save_pretrained(target)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"cannot merge adapter {str(adapter)!r} into {base!r}: {error}; give one of this model"
+        ) from error
+    AutoTokenizer.from_pretrained(base).save_pretrained(target)
+    return target
 
 
 def _folder(hub_id: str) -> Path:
