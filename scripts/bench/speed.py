@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -34,6 +35,16 @@ from remote_mediation.sites import ModelInfo
 SEED = 0
 # What the values of two libraries may differ by, in logits.
 TOLERANCE = 1e-3
+
+
+class Timed(NamedTuple):
+    """What a contender took for its cases."""
+
+    contender: Contender
+    seconds: float
+    cpu_seconds: float
+    """Of this process, all threads; unlike `seconds` it hardly depends on what else the machine does."""
+    values: list[float]
 
 
 def main() -> None:
@@ -106,18 +117,19 @@ def _run(
         if contender.whole:  # beside the engine, whose time is compared with it
             rates.append(matmul_rate(info))
     rate, floor = max(rates), floor_of(pair, cases, info)
-    values = next(found for contender, _, found in timed if contender.whole)
+    values = next(one.values for one in timed if one.contender.whole)
     expected = dict(zip(cases, values, strict=True))
     records = [
         {
             "run": number,
-            "contender": contender.title,
-            "measured": len(found),
-            "seconds": seconds,
-            "grid_seconds": seconds * len(cases) / len(found),
-            "deviation": _deviation(cases if contender.whole else chosen, found, expected),
+            "contender": one.contender.title,
+            "measured": len(one.values),
+            "seconds": one.seconds,
+            "grid_seconds": one.seconds * len(cases) / len(one.values),
+            "grid_cpu_seconds": one.cpu_seconds * len(cases) / len(one.values),
+            "deviation": _deviation(cases if one.contender.whole else chosen, one.values, expected),
         }
-        for contender, seconds, found in timed
+        for one in timed
     ]
     run = {
         "run": number,
@@ -128,6 +140,7 @@ def _run(
         **{f"rate_{rows}": value for rows, value in rate[1]},
         "fewest_flops": floor.fewest,
         "whole_layers_flops": floor.whole_layers,
+        "span": min(_span(expected, base) for base in (0, 1)),
         "load_average": average,
         "others": load.others(),
     }
@@ -135,15 +148,21 @@ def _run(
     return records, run
 
 
-def _timed(contender: Contender, pair: TokenPair, cases: list[Case]) -> tuple[Contender, float, list[float]]:
+def _timed(contender: Contender, pair: TokenPair, cases: list[Case]) -> Timed:
     contender.prepare(pair, cases)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     found = contender.measure(cases)
-    return contender, time.perf_counter() - start, found
+    return Timed(contender, time.perf_counter() - start, time.process_time() - start_cpu, found)
 
 
 def _deviation(cases: list[Case], found: list[float], expected: dict[Case, float]) -> float:
     return max(abs(value - expected[case]) for case, value in zip(cases, found, strict=True))
+
+
+def _span(values: dict[Case, float], base: int) -> float:
+    """How far apart the outcomes of one prompt lie: what a deviation is to be compared with."""
+    own = [value for case, value in values.items() if case.base == base]
+    return max(own) - min(own)
 
 
 def _print(records: list[dict[str, object]], run: dict[str, object]) -> None:
