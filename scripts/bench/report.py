@@ -77,6 +77,7 @@ def _speed_section() -> list[str]:
                 "ms per outcome",
                 "engine is faster by",
                 "least and most",
+                "by CPU time",
                 "largest deviation, logits",
             ),
             [_contender_row(timings, name, engine, outcomes) for name in dict.fromkeys(timings["contender"])],
