@@ -1,0 +1,230 @@
+"""reports/benchmark: what was measured as CSV, and a report that is made of nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+OUT = Path(__file__).resolve().parents[2] / "reports/benchmark"
+# The share of the floor that the engine is meant to reach.
+FLOOR_GOAL = 0.7
+
+
+def save_speed(timings: pd.DataFrame, runs: pd.DataFrame, facts: dict[str, Any]) -> None:
+    """Keep what `speed` measured."""
+    _save("speed", timings, facts)
+    runs.to_csv(OUT / "speed_runs.csv", index=False, float_format="%.6g")
+
+
+def save_growth(points: pd.DataFrame, facts: dict[str, Any]) -> None:
+    """Keep what `growth` measured."""
+    _save("growth", points, facts)
+
+
+def write() -> Path:
+    """Write report.md from what is there."""
+    lines = [
+        "# Benchmark",
+        "",
+        "Made by `scripts/bench/run`; [what is timed and how](../../scripts/bench/README.md).",
+        "",
+    ]
+    if (OUT / "speed.json").exists():
+        lines += _speed_section()
+    if (OUT / "growth.json").exists():
+        lines += _growth_section()
+    path = OUT / "report.md"
+    path.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
+    print(path.relative_to(OUT.parents[1]))
+    return path
+
+
+def _save(name: str, table: pd.DataFrame, facts: dict[str, Any]) -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    table.to_csv(OUT / f"{name}.csv", index=False, float_format="%.6g")
+    (OUT / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+
+
+def _speed_section() -> list[str]:
+    facts = json.loads((OUT / "speed.json").read_text("utf-8"))
+    timings, runs = pd.read_csv(OUT / "speed.csv"), pd.read_csv(OUT / "speed_runs.csv").set_index("run")
+    engine = timings[timings["contender"] == facts["engine"]].set_index("run")
+    own, outcomes = engine["seconds"], runs["outcomes"]
+    return [
+        "## Speed",
+        "",
+        f"{facts['model']}, float32, `logit_diff` {facts['outcome']} at the last prompt token. The grid of a pair: "
+        "layer_output, attention_output and mlp_output of every layer, at every single token from the first difference "
+        f"on, both directions: {outcomes.min():,} to {outcomes.max():,} outcomes of {runs['tokens'].min()} to "
+        f"{runs['tokens'].max()} tokens. {len(runs)} interleaved runs in one process, over {facts['pairs']} pairs.",
+        "",
+        *_machine_lines(facts),
+        f"- load average before each run: {_each(runs['load_average'], '.1f')}; cores used by other processes during "
+        f"it: {_each(runs['others'], '.2f')}; torch threads: {facts['threads']}",
+        "",
+        "The engine is timed on the whole grid of every pair. The others take the same time for every site, so each is "
+        f"timed on {facts['sample']} sites of the same pair, as many of each component and direction, drawn at random, "
+        "and **scaled to the grid by the number of sites**. Ratios are taken within a run; the table has medians.",
+        "",
+        *_table(
+            (
+                "",
+                "grid of a pair, s",
+                "ms per outcome",
+                "engine is faster by",
+                "least and most",
+                "by CPU time",
+                "largest deviation, logits",
+            ),
+            [_contender_row(timings, name, engine, outcomes) for name in dict.fromkeys(timings["contender"])],
+        ),
+        "",
+        f"The largest deviation of any value from the engine's is {timings['deviation'].max():.1e} logits; at 1e-3 the "
+        f"benchmark fails. Outcomes of one prompt span at least {runs['span'].min():.2f} logits.",
+        "",
+        "### The floor",
+        "",
+        "The fewest operations that the outcomes need, over the rate of the machine's own matrix products in the same "
+        "run (formula in `scripts/bench/floor.py`):",
+        "",
+        *_table(("run", "outcomes", "TFLOP", "GFLOP/s", "floor, s", "engine, s", "share"), _floor_rows(runs, own)),
+        "",
+        _rates(runs),
+        "",
+        "Counted by whole layers, which is every layer above the write and every token from the written one on (though "
+        "in the first of these layers only one token has changed, and in the last only the last token is read), the "
+        f"floor is {_median(runs['whole_layers_flops'] / runs['fewest_flops']):.2f} times as high and the engine's "
+        f"share of it {_median(_share(runs, own, 'whole_layers_flops')):.0%}.",
+        "",
+        "### Goals",
+        "",
+        *_table(("goal", "wanted", "measured", ""), _goal_rows(timings, runs, own, facts)),
+        "",
+    ]
+
+
+def _contender_row(timings: pd.DataFrame, name: str, engine: pd.DataFrame, outcomes: pd.Series) -> tuple[str, ...]:
+    part = timings[timings["contender"] == name].set_index("run")
+    times = (name, f"{_median(part['grid_seconds']):.1f}", f"{_median(1e3 * part['grid_seconds'] / outcomes):.2f}")
+    if part.equals(engine):
+        return (*times, "", "", "", "")
+    ratio = part["grid_seconds"] / engine["grid_seconds"]
+    return (
+        *times,
+        f"{_median(ratio):.1f}x",
+        f"{ratio.min():.1f} to {ratio.max():.1f}",
+        f"{_median(part['grid_cpu_seconds'] / engine['grid_cpu_seconds']):.1f}x",
+        f"{part['deviation'].max():.1e}",
+    )
+
+
+def _floor_rows(runs: pd.DataFrame, own: pd.Series) -> Iterable[tuple[str, ...]]:
+    for number, run in runs.iterrows():
+        floor = run["fewest_flops"] / run["rate"]
+        yield (
+            str(number),
+            f"{run['outcomes']:,.0f}",
+            f"{run['fewest_flops'] / 1e12:.3f}",
+            f"{run['rate'] / 1e9:.0f}",
+            f"{floor:.2f}",
+            f"{own[number]:.2f}",
+            f"{floor / own[number]:.0%}",
+        )
+
+
+def _rates(runs: pd.DataFrame) -> str:
+    columns = [name for name in runs.columns if name.startswith("rate_")]
+    found = ", ".join(f"{name.removeprefix('rate_')} rows {_median(runs[name]) / 1e9:.0f}" for name in columns)
+    return f"GFLOP/s of the MLP's two products by rows, medians: {found}; the best of each run is its rate."
+
+
+def _share(runs: pd.DataFrame, own: pd.Series, count: str) -> pd.Series:
+    return runs[count] / runs["rate"] / own
+
+
+def _goal_rows(
+    timings: pd.DataFrame, runs: pd.DataFrame, own: pd.Series, facts: dict[str, Any]
+) -> Iterable[tuple[str, ...]]:
+    for name, goal in facts["goals"].items():
+        if goal:
+            ratio = _median(timings[timings["contender"] == name].set_index("run")["grid_seconds"] / own)
+            yield f"against {name}", f"{goal:.0f}x", f"{ratio:.1f}x", _verdict(ratio, goal)
+    for title, count in (("fewest operations", "fewest_flops"), ("whole layers", "whole_layers_flops")):
+        share = _median(_share(runs, own, count))
+        yield f"of the floor, {title}", f"{FLOOR_GOAL:.0%}", f"{share:.0%}", _verdict(share, FLOOR_GOAL)
+
+
+def _verdict(found: float, goal: float) -> str:
+    return "reached" if found >= goal else "**missed**"
+
+
+def _growth_section() -> list[str]:
+    facts = json.loads((OUT / "growth.json").read_text("utf-8"))
+    points = pd.read_csv(OUT / "growth.csv")
+    lines = [
+        "## Growth",
+        "",
+        "Each point is one new process that measures a grid with the engine: seconds without loading, the least of "
+        f"{facts['repeats']}, and the peak of its resident memory, loading included. Float32, `logit_diff`.",
+        "",
+        *_machine_lines(facts),
+        f"- load average: {points['load_average'].min():.1f} to {points['load_average'].max():.1f}; cores used by "
+        f"other processes: {_median(points['others']):.2f} in the median, {points['others'].max():.2f} at most",
+        "",
+    ]
+    for axis, part in points.groupby("axis", sort=False):
+        lines += [
+            f"### {str(axis).capitalize()}",
+            "",
+            f"{facts['axes'][axis]} {_growth_words(part)}",
+            "",
+            f"![Time and peak memory by {axis}](growth_{axis}.png)",
+            "",
+            *_table(
+                (str(axis), "outcomes", "s", "ms per outcome", "peak of one row, MB", "peak, MB"), _growth_rows(part)
+            ),
+            "",
+        ]
+    return lines
+
+
+def _growth_rows(part: pd.DataFrame) -> Iterable[tuple[str, ...]]:
+    for point in part.itertuples():
+        yield (
+            f"{point.size:,}",
+            f"{point.outcomes:,}",
+            f"{point.seconds:.2f}",
+            f"{1e3 * point.seconds / point.outcomes:.2f}",
+            f"{point.loaded_mb:,.0f}",
+            f"{point.peak_mb:,.0f}",
+        )
+
+
+def _growth_words(part: pd.DataFrame) -> str:
+    first, last = part.iloc[0], part.iloc[-1]
+    return (
+        f"From {first['size']:,} to {last['size']:,} ({last['size'] / first['size']:.1f}x): outcomes "
+        f"{last['outcomes'] / first['outcomes']:.1f}x, time {last['seconds'] / first['seconds']:.1f}x, peak memory "
+        f"{last['peak_mb'] / first['peak_mb']:.2f}x."
+    )
+
+
+def _machine_lines(facts: dict[str, Any]) -> list[str]:
+    return [f"- {facts['date']}, {facts['processor']}", f"- {facts['versions']}"]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    ruler = ["---", *["---:"] * (len(head) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (head, ruler, *rows)]
+
+
+def _each(column: pd.Series, form: str) -> str:
+    return ", ".join(format(value, form) for value in column)
+
+
+def _median(column: pd.Series) -> float:
+    return float(column.median())
