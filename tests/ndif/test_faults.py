@@ -213,6 +213,20 @@ def test_redis_and_then_the_api_restarted(
     assert len({job.id for job in backend.jobs}) == len(backend.jobs)
 
 
+def test_object_store_down_while_a_job_ends(
+    server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, part: Part, frozen: Any, tmp_path: Path
+) -> None:
+    def make(ticket: str) -> None:
+        part("stop", "s3")
+        frozen.thaw()
+        time.sleep(3)
+        part("start", "s3")
+
+    effects, _ = disturbed(server, tiny, frozen, tmp_path / "run", make)
+    pd.testing.assert_frame_equal(effects, undisturbed)
+    assert Store.open(tmp_path / "run").failures() == {}
+
+
 def test_a_result_that_expired(
     server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, tmp_path: Path, frozen: Any
 ) -> None:
