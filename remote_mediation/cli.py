@@ -48,6 +48,7 @@ OutcomeFlag = Annotated[str | None, typer.Option("--outcome", help="response_log
 BackendFlag = Annotated[str | None, typer.Option("--backend", help="local or ndif.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Where a local model runs: cpu, cuda, cuda:0 ...")]
+MaxMemory = Annotated[float | None, typer.Option(help="Most memory in GB, kept by the size of batches.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the split, the bootstrap and the permutations.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
@@ -82,6 +83,7 @@ def run(
     backend: BackendFlag = None,
     dtype: Dtype = None,
     device: Device = None,
+    max_memory: MaxMemory = None,
     seed: Seed = None,
     out: Out = None,
     show_text: ShowText = False,
@@ -167,6 +169,7 @@ def plan(
     backend: BackendFlag = None,
     dtype: Dtype = None,
     device: Device = None,
+    max_memory: MaxMemory = None,
 ) -> None:
     """Say what a study would cost: rows, jobs, operations, memory and time. No weights are loaded."""
     config = _config(study, locals())

@@ -131,8 +131,8 @@ class StudyConfig(_Strict):
     """Run folder; `runs/<study>` by default."""
     job_seconds: float | None = Field(default=None, gt=0)
     """Aim for jobs of this length; by default 5 on this machine and 60 on a server."""
-    batch_gb: float = Field(default=1.0, gt=0)
-    """Memory for one batch's activations, in GB."""
+    max_memory: float | None = Field(default=None, gt=0)
+    """Most memory of this process in GB, kept by the size of batches; by default 1 GB beside libraries and weights."""
     response_logprob: ResponseSettings = ResponseSettings()
     logit_diff: LogitSettings = LogitSettings()
     positions: PositionSettings = PositionSettings()

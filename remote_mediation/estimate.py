@@ -19,7 +19,17 @@ import numpy as np
 from remote_mediation.config import StudyConfig
 from remote_mediation.lab import FIRST_RATE, Study
 from remote_mediation.models import load_info, load_tokenizer
-from remote_mediation.plan import Budget, Job, Keys, plan_jobs, row_bytes, row_flops, weight_bytes
+from remote_mediation.plan import (
+    LIBRARIES,
+    Budget,
+    Job,
+    Keys,
+    batch_budget,
+    batch_sizes,
+    plan_jobs,
+    row_flops,
+    weight_bytes,
+)
 from remote_mediation.prompts import load_pairs, tokenise
 from remote_mediation.rows import swap
 from remote_mediation.sites import Site
@@ -61,6 +71,11 @@ class Estimate:
     down: float
     """Bytes of the numbers that come back from it."""
 
+    @property
+    def memory(self) -> float:
+        """Peak bytes of a process that runs the study with the model on the CPU."""
+        return LIBRARIES + self.weights + self.batch
+
     def described(self) -> list[tuple[str, str]]:
         """Names and values for a table."""
         more = f" (+ at most {self.unit_rows:,} for single neurons)" if self.unit_rows else ""
@@ -71,6 +86,7 @@ class Estimate:
             ("operations", f"{self.flops / 1e12:,.2f} TFLOP"),
             ("weights", f"{self.weights / 1e9:,.2f} GB"),
             ("largest batch", f"{self.batch / 1e9:,.2f} GB"),
+            ("memory here", f"about {self.memory / 1e9:,.2f} GB at most, where the model runs on this machine's CPU"),
             ("time here", f"about {self.seconds / 60:,.1f} min at this machine's matmul speed"),
             ("time on one GPU", f"about {self.flops / _GPU_FLOPS / 3600:,.3f} GPU-hours (30% of an A100's peak)"),
             ("over NDIF", f"{self.up / 1e6:,.2f} MB up, {self.down / 1e6:,.2f} MB down (without the single neurons)"),
@@ -97,7 +113,8 @@ def estimate(config: StudyConfig) -> Estimate:
     study = Study(config, info, outcome, pairs, prepared.refusals)
     rows = [row for request in first_requests(study) for row in request.rows(info)]
     by_id = {pair.id: pair for pair in pairs}
-    budget = Budget(lambda: config.seconds_per_job * FIRST_RATE, config.batch_gb * 1e9)
+    room = batch_budget(study.setting, config.max_memory, config.backend == "local")
+    budget = Budget(lambda: config.seconds_per_job * FIRST_RATE, room)
     jobs = list(plan_jobs(rows, by_id, study.setting, budget, Keys(study.setting, pairs)))
     unit_rows, unit_flops = _units(study)
     flops = sum(job.flops for job in jobs) + unit_flops
@@ -110,7 +127,7 @@ def estimate(config: StudyConfig) -> Estimate:
         jobs=len(jobs),
         flops=flops,
         weights=weight_bytes(info, config.dtype),
-        batch=_largest_batch(study, config.batch_gb * 1e9),
+        batch=max(size for job in jobs for size in batch_sizes(job, by_id, study.setting)),
         seconds=flops / matmul_rate(),
         up=sum(_PROGRAM_BYTES + _packed(job.payload) for job in jobs),
         down=sum(_values_bytes(job) for job in jobs),
@@ -157,8 +174,3 @@ def _neurons_measured(study: Study) -> int:
         return 4 * settings.max_windows * math.ceil(math.log(width, 4))
     searched = len(settings.layers or range(study.info.layers)) * width
     return searched if settings.search[0] == "all" else min(2 * settings.exact, searched)
-
-
-def _largest_batch(study: Study, budget: float) -> float:
-    one = max(row_bytes(pair, pair.first, study.setting) for pair in study.pairs)
-    return max(one, min(budget, one * 2 * len(first_requests(replace(study, pairs=study.pairs[:1])))))

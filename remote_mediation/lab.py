@@ -18,7 +18,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Backend, Budget, Job, Keys, Readout, Setting, plan_jobs
+from remote_mediation.plan import Backend, Budget, Job, Keys, Readout, Setting, batch_budget, plan_jobs
 from remote_mediation.prompts import Prepared, PromptPair, Refusal, TokenPair, tokenise
 from remote_mediation.rows import Row, swap
 from remote_mediation.sites import ModelInfo, Site
@@ -122,6 +122,8 @@ class Lab:
         self._splits = study.splits()
         self._effects: list[pd.DataFrame] = []
         self._rate = FIRST_RATE
+        config = study.config
+        self._batch_bytes = batch_budget(study.setting, config.max_memory, config.backend == "local")
 
     @property
     def can_measure(self) -> bool:
@@ -263,8 +265,7 @@ class Lab:
         """Run planned jobs, cut by the speed of those before."""
         if count:
             self._watch.total(count)
-        config = self.study.config
-        for job in plan(Budget(lambda: config.seconds_per_job * self._rate, config.batch_gb * 1e9)):
+        for job in plan(Budget(lambda: self.study.config.seconds_per_job * self._rate, self._batch_bytes)):
             seconds = self._run(job, backend)
             self._rate = job.flops / seconds if seconds else self._rate
             self._watch.advance(job.rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from remote_mediation.errors import SettingsError
 from remote_mediation.outcomes import Outcome
 from remote_mediation.prompts import TokenPair
 from remote_mediation.rows import Constant, Row, Scale, Source, Write
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 # Part of every row key: raise it when the meaning of a readout changes.
 SCHEMA = 1
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Resident bytes of Python, torch, transformers, nnsight and what a run takes beside weights and batches
+# (scripts/bench/memory measures them).
+LIBRARIES = 0.5e9
+DEFAULT_BATCH = 1e9
+SMALLEST_BATCH = 0.1e9
 # Copies of the answer logits that are alive at once: as computed, as float32, and inside logsumexp.
 _LOGIT_COPIES = 3
 
@@ -247,6 +253,33 @@ def weight_bytes(info: ModelInfo, dtype: str) -> float:
     return (layer_flops(info, 1, 0) / 2 * info.layers + info.vocab * info.d_model * (1 if info.tied else 2)) * (
         DTYPE_BYTES[dtype]
     )
+
+
+def batch_budget(setting: Setting, max_memory: float | None, here: bool) -> float:
+    """Bytes that a batch's activations may take, of `max_memory` GB in all. here: the weights are on this machine.
+
+    Raises:
+        SettingsError: libraries and weights alone take as much.
+    """
+    if max_memory is None:
+        return DEFAULT_BATCH
+    fixed = LIBRARIES + weight_bytes(setting.info, setting.dtype) if here else 0.0
+    left = max_memory * 1e9 - fixed
+    if left < SMALLEST_BATCH:
+        raise SettingsError(
+            f"max_memory {max_memory:g} GB is too little: libraries and weights take {fixed / 1e9:.2f} GB; "
+            f"give at least {(fixed + SMALLEST_BATCH) / 1e9:.2f}"
+        )
+    return left
+
+
+def batch_sizes(job: Job, pairs: Mapping[str, TokenPair], setting: Setting) -> list[float]:
+    """Bytes of each batch's activations in a `measure` job."""
+    return [
+        sum(batch["joining"]) * row_bytes(pairs[part.pair], batch["start"], setting)
+        for part in job.parts
+        for batch in part.payload["batches"]
+    ]
 
 
 def model_spec(setting: Setting) -> dict[str, Any]:

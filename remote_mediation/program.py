@@ -229,8 +229,8 @@ def prefix_cache(keyvalues: list[Any], batch: dict[str, Any]) -> DynamicCache:
 def answer_values(model: Any, spec: dict[str, Any], prompt: dict[str, Any]) -> torch.Tensor:
     """`[row, read]` float32: the logit, or with `normalise` the log-probability in nats, of each token that is read."""
     queries, tokens = torch.tensor(prompt["reads"]).T
-    if not spec["normalise"]:
-        head = model.lm_head
+    head = model.lm_head
+    if not spec["normalise"] and not head.weight.is_meta:  # a sandboxed server does not show its weights
         head.skip(rows_of(head, head.input, tokens))  # a few rows of the unembedding in place of the vocabulary
         tokens = torch.arange(len(tokens))
     logits = model.output.logits.float()

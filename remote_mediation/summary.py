@@ -355,7 +355,7 @@ def _handed_on(total: Estimate, tables: Mapping[str, pd.DataFrame]) -> Claim:
         return Claim(name, "undecided", f"the share that needs the MLPs is unknown: {mlps['reason']}")
     text = (
         f"with all later MLPs frozen, {mlps['share']:.0%} [{mlps['share_low']:.0%}, {mlps['share_high']:.0%}] of the "
-        f"NIE of the residual stream at the differing tokens after layer {mlps['layer']} is gone (supported above 50%); "
+        f"NIE of the stream at the differing tokens after layer {mlps['layer']} is gone (supported from 50%); "
         f"with attention frozen, {attention['share']:.0%} [{attention['share_low']:.0%}, {attention['share_high']:.0%}]"
     )
     return Claim(name, _verdict(mlps["share_low"] - 0.5, mlps["share_high"] - 0.5), text)

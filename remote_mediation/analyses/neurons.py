@@ -24,7 +24,7 @@ from remote_mediation.errors import JobError, SiteError
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import ModelInfo, Site, check_site
-from remote_mediation.stats import estimate_means, sparsity, wilson
+from remote_mediation.stats import Interval, estimate_means, ratio_of_means, sparsity, wilson
 from remote_mediation.tasks import screen_task
 
 LAYERS, UNITS, WINDOWS, SAMPLE = "neurons", "neurons:units", "neurons:windows", "neurons:sample"
@@ -60,7 +60,10 @@ GATE_COLUMNS: dict[str, str] = {
 CURVE_COLUMNS: dict[str, str] = {
     "size": "neurons in the set, the strongest first",
     "discovery": "mean joint NIE / mean NIE of the whole MLP, discovery split",
-    "heldout": "the same, held-out split",
+    "heldout": "the same, held-out split; missing where the MLP's own NIE is not told apart from 0",
+    "heldout_low": "lower end of its 95% interval",
+    "heldout_high": "upper end",
+    "reason": "why a number is missing, or why to read it with care",
 }
 SPARSITY_COLUMNS: dict[str, str] = {
     "layer": "decoder layer, from 0",
@@ -310,23 +313,40 @@ def _curve(lab: Lab, layer: int, ranked: Sequence[int]) -> tuple[pd.DataFrame, i
     """Joint NIE of the first neurons as a share of their MLP's, and the smallest size that carries enough of it."""
     carry, most = lab.study.config.neurons.carry, len(ranked)
     sizes = sorted({*(2**power for power in range(most.bit_length())), most})
-    shares = dict(zip(sizes, _shares(lab, layer, ranked, sizes, "discovery"), strict=True))
+    shares = dict(zip(sizes, _shares(lab, layer, ranked, sizes), strict=True))
     enough = next((size for size in sizes if shares[size] >= carry), most)
     low = max((size for size in sizes if size < enough), default=0)
     while enough - low > 1 and shares[enough] >= carry:
         middle = (low + enough) // 2
-        (shares[middle],) = _shares(lab, layer, ranked, [middle], "discovery")
+        (shares[middle],) = _shares(lab, layer, ranked, [middle])
         low, enough = (low, middle) if shares[middle] >= carry else (middle, enough)
     sizes = sorted(shares)
-    heldout = _shares(lab, layer, ranked, sizes, "heldout")
-    rows = {"size": sizes, "discovery": [shares[size] for size in sizes], "heldout": heldout}
+    heldout = _heldout_shares(lab, layer, ranked, sizes)
+    rows = [
+        {
+            "size": size,
+            "discovery": shares[size],
+            **{"heldout": one.value, "heldout_low": one.low, "heldout_high": one.high},
+            "reason": one.reason,
+        }
+        for size, one in zip(sizes, heldout, strict=True)
+    ]
     return pd.DataFrame(rows, columns=list(CURVE_COLUMNS)), enough
 
 
-def _shares(lab: Lab, layer: int, ranked: Sequence[int], sizes: Sequence[int], split: str) -> list[float]:
+def _shares(lab: Lab, layer: int, ranked: Sequence[int], sizes: Sequence[int]) -> list[float]:
+    """Of the MLP's mean NIE on the discovery split, by which the gates' MLP and size are chosen."""
     sites = [_everything(lab, layer), *(_first(lab, layer, ranked, size) for size in sizes)]
-    whole, *means = np.nanmean(lab.indirect(sites, lab.pairs(split)).nie, axis=1)
+    whole, *means = np.nanmean(lab.indirect(sites, lab.pairs("discovery")).nie, axis=1)
     return [float(mean / whole) for mean in means]
+
+
+def _heldout_shares(lab: Lab, layer: int, ranked: Sequence[int], sizes: Sequence[int]) -> list[Interval]:
+    sites = [_everything(lab, layer), *(_first(lab, layer, ranked, size) for size in sizes)]
+    found = lab.indirect(sites, lab.pairs("heldout"))
+    whole, *parts = found.nie
+    resamples = lab.study.config.statistics.resamples
+    return [ratio_of_means(part, whole, found.clusters, lab.rng("curve"), resamples) for part in parts]
 
 
 def _compared(lab: Lab, sets: dict[str, list[Site]]) -> pd.DataFrame:
