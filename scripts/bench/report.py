@@ -25,6 +25,21 @@ def save_growth(points: pd.DataFrame, facts: dict[str, Any]) -> None:
     _save("growth", points, facts)
 
 
+def save_neurons(recalls: pd.DataFrame, facts: dict[str, Any]) -> None:
+    """Keep what `neurons` measured."""
+    _save("neurons", recalls, facts)
+
+
+def save_search(table: pd.DataFrame, facts: dict[str, Any]) -> None:
+    """Keep what `search` measured."""
+    _save("search", table, facts)
+
+
+def save_memory(table: pd.DataFrame, facts: dict[str, Any]) -> None:
+    """Keep what `memory` measured."""
+    _save("memory", table, facts)
+
+
 def write() -> Path:
     """Write report.md from what is there."""
     lines = [
@@ -35,8 +50,9 @@ def write() -> Path:
     ]
     if (OUT / "speed.json").exists():
         lines += _speed_section()
-    if (OUT / "growth.json").exists():
-        lines += _growth_section()
+    for name, section in _SECTIONS.items():
+        if (OUT / f"{name}.json").exists():
+            lines += section()
     path = OUT / "report.md"
     path.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
     print(path.relative_to(OUT.parents[1]))
@@ -162,6 +178,113 @@ def _verdict(found: float, goal: float) -> str:
     return "reached" if found >= goal else "**missed**"
 
 
+def _neurons_section() -> list[str]:
+    facts, recalls = json.loads((OUT / "neurons.json").read_text("utf-8")), pd.read_csv(OUT / "neurons.csv")
+    each = facts["seconds"] / facts["outcomes"]
+    budgets = [name for name in recalls if name.startswith("recall_")]
+    return [
+        "## All neurons",
+        "",
+        f"Every MLP neuron of every layer of {facts['model']} at the last token, in both directions, one pair: "
+        f"{facts['outcomes']:,} outcomes in {facts['seconds']:.0f} s, {1e3 * each:.2f} ms each, planning included.",
+        "",
+        *_machine_lines(facts),
+        f"- load average {facts['load_average']:.1f}; cores used by other processes: {facts['others']:.2f}",
+        "",
+        f"One nnsight trace per neuron takes {1e3 * facts['traced']:.0f} ms ({facts['sample']} timed, their effects "
+        f"equal to 1e-3 logits): the engine is **{facts['traced'] / each:.0f}x** as fast (goal: 100x). The last "
+        "layer's neurons have a closed form, the final norm and two rows of the unembedding; it differs from what was run "
+        f"by {facts['closed_form_deviation']:.1e} logits at most. It would save one layer of many, so the engine does not "
+        "use it.",
+        "",
+        "### Screening",
+        "",
+        f"Attribution patching ranks them in {facts['screening_seconds']:.1f} s, both directions and variants. Share "
+        f"of the exact top {facts['top']:.0%}, by size, among the first ranks (1x: as many ranks as there are in it):",
+        "",
+        *_table(
+            ("effect", "variant", *(f"{name.removeprefix('recall_')}x" for name in budgets)),
+            (
+                (one.quantity, one.variant, *(f"{getattr(one, name):.0%}" for name in budgets))
+                for one in recalls.itertuples()
+            ),
+        ),
+        "",
+        "AtP*'s other part, the QK fix, corrects the effect of queries and keys; no site here is one.",
+        "",
+    ]
+
+
+def _search_section() -> list[str]:
+    facts, table = json.loads((OUT / "search.json").read_text("utf-8")), pd.read_csv(OUT / "search.csv")
+    first, last = table.iloc[0], table.iloc[-1]
+    return [
+        "## Search by windows",
+        "",
+        "Planted models of growing width: sites that `neurons.search = windows` measures on each pair until it is left "
+        f"with single neurons. From {first['d_ff']:,} to {last['d_ff']:,} neurons per layer "
+        f"({last['d_ff'] / first['d_ff']:.0f}x) they grow from {first['windows']} to {last['windows']} "
+        f"({last['windows'] / first['windows']:.2f}x).",
+        "",
+        *_machine_lines(facts),
+        "",
+        "![Sites measured by width](search.png)",
+        "",
+        *_table(
+            (
+                "neurons per layer",
+                "all neurons",
+                "sites measured",
+                "steps",
+                "planted gates",
+                "found",
+                "late neurons beside",
+            ),
+            (
+                (
+                    f"{one.d_ff:,}",
+                    f"{one.d_ff * one.layers:,}",
+                    f"{one.windows}",
+                    f"{one.steps}",
+                    f"{one.planted}",
+                    f"{one.found}",
+                    f"{one.others}",
+                )
+                for one in table.itertuples()
+            ),
+        ),
+        "",
+    ]
+
+
+def _memory_section() -> list[str]:
+    facts, table = json.loads((OUT / "memory.json").read_text("utf-8")), pd.read_csv(OUT / "memory.csv")
+    off = (table["planned_gb"] / table["peak_gb"] - 1).abs().max()
+    kept = bool((table["peak_gb"] <= table["limit_gb"].fillna(float("inf"))).all())
+    return [
+        "## Memory",
+        "",
+        "Whole studies on SmolLM2-135M-Instruct, float32, each a process of its own. What `plan` states is off by "
+        f"{off:.0%} at most (goal: 25%); `--max-memory` is {'kept' if kept else '**not kept**'}.",
+        "",
+        *_machine_lines(facts),
+        "",
+        *_table(
+            ("outcome", "--max-memory, GB", "planned, GB", "peak, GB"),
+            (
+                (
+                    one.outcome,
+                    "none" if pd.isna(one.limit_gb) else f"{one.limit_gb:g}",
+                    f"{one.planned_gb:.2f}",
+                    f"{one.peak_gb:.2f}",
+                )
+                for one in table.itertuples()
+            ),
+        ),
+        "",
+    ]
+
+
 def _growth_section() -> list[str]:
     facts = json.loads((OUT / "growth.json").read_text("utf-8"))
     points = pd.read_csv(OUT / "growth.csv")
@@ -228,3 +351,11 @@ def _each(column: pd.Series, form: str) -> str:
 
 def _median(column: pd.Series) -> float:
     return float(column.median())
+
+
+_SECTIONS = {
+    "neurons": _neurons_section,
+    "search": _search_section,
+    "memory": _memory_section,
+    "growth": _growth_section,
+}
