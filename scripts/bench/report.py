@@ -193,9 +193,9 @@ def _neurons_section() -> list[str]:
         "",
         f"One nnsight trace per neuron takes {1e3 * facts['traced']:.0f} ms ({facts['sample']} timed, their effects "
         f"equal to 1e-3 logits): the engine is **{facts['traced'] / each:.0f}x** as fast (goal: 100x). The last "
-        "layer's neurons have a closed form, the final norm and two rows of the unembedding; it differs from what was run "
-        f"by {facts['closed_form_deviation']:.1e} logits at most. It would save one layer of many, so the engine does not "
-        "use it.",
+        "layer's neurons have a closed form, the final norm and two rows of the unembedding; what was run differs from "
+        f"it by {facts['closed_form_deviation']:.1e} logits at most. It would save one layer of many, so the engine "
+        "does not use it.",
         "",
         "### Screening",
         "",
