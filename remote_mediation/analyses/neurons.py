@@ -338,7 +338,7 @@ def _compared(lab: Lab, sets: dict[str, list[Site]]) -> pd.DataFrame:
             **{"tie": other.value, "tie_low": other.low, "tie_high": other.high},
             "nie_share": one.value / te,
             "tie_share": other.value / te,
-            "reason": one.reason,
+            "reason": one.reason or other.reason,
         }
         for (name, site), one, other in zip(named, nie, tie, strict=True)
     ]
