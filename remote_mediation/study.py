@@ -143,13 +143,14 @@ def outcome_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Outco
 def analysed(lab: Lab) -> Result:
     """Steps 3 to 5: the sites that analyses name at once, together, and then what each goes on to ask."""
     study = lab.study
-    lab.measure(first_requests(study))
     tables: dict[str, pd.DataFrame] = {}
-    for name, analysis in ANALYSES.items():
-        if name not in study.config.granularity or not analysis.analyse:
-            continue
-        with contextlib.suppress(UnmeasuredError):  # in an unfinished run; what is there is reported
-            tables.update(analysis.analyse(lab, tables))
+    with contextlib.suppress(UnmeasuredError):  # in an unfinished run; what is there is reported
+        lab.measure(first_requests(study))
+        for name, analysis in ANALYSES.items():
+            if name not in study.config.granularity or not analysis.analyse:
+                continue
+            with contextlib.suppress(UnmeasuredError):
+                tables.update(analysis.analyse(lab, tables))
     return Result(study, lab.effects, tables, _summary(study, lab.effects, tables))
 
 

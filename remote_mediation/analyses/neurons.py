@@ -198,7 +198,7 @@ def _screened(lab: Lab, position: str) -> _Scores:
     pairs = [pair for pair in lab.pairs("discovery") if pair.places(position).x0]
     found = lab.run([screen_task(pair, "mlp_neurons", position, study.setting) for pair in pairs])
     shape = (len(pairs), 2, 2, study.info.layers, study.info.d_ff)
-    mean = np.array(found, dtype=np.float64).reshape(shape).mean(0)
+    mean = np.array(found, dtype=np.float64).reshape(shape).sum(0) / max(len(pairs), 1)
     rank = mean[:, 1].min(0)
     unsearched = sorted(set(range(study.info.layers)) - set(_layers(study.config, study.info)))
     rank[unsearched] = -np.inf
