@@ -147,9 +147,11 @@ class Lab:
         return found
 
     def measure_sites(self, granularity: str, sites: Iterable[Site], split: str = "all") -> pd.DataFrame:
-        """Effects of the same sites on every pair of a split."""
-        asked = list(sites)
-        return self.measure([Request(granularity, pair, site) for pair in self.pairs(split) for site in asked])
+        """Effects of the same sites on every pair of a split that has their positions."""
+        asked, pairs = list(sites), self.pairs(split)
+        return self.measure(
+            [Request(granularity, pair, site) for pair in pairs for site in asked if pair.places(site.position).x0]
+        )
 
     def outcomes(self, rows: Sequence[Row]) -> Floats:
         """Y of each row; NaN where the row's pair failed.
