@@ -169,7 +169,7 @@ def test_an_interrupted_study_goes_on(pairs: Path, tmp_path: Path, searched: dic
     assert sum(watch.done) == sum(watch.totals)
 
 
-@pytest.mark.parametrize("jobs", (0, 7, 40, 80))
+@pytest.mark.parametrize("jobs", [0, 7, 40, 80])
 def test_a_run_that_ends_anywhere_can_be_reported_and_goes_on(
     pairs: Path, tmp_path: Path, searched: dict[str, Any], jobs: int
 ) -> None:
