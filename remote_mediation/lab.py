@@ -148,17 +148,27 @@ class Lab:
         return np.random.default_rng([self.study.config.seed, *purpose.encode()])
 
     def measure(self, requests: Sequence[Request]) -> pd.DataFrame:
-        """Effects of sites on pairs, which become part of the study's effects."""
-        self._measure(row for request in requests for row in request.rows(self.study.info))
+        """Effects of sites on pairs, which become part of the study's effects.
+
+        Raises:
+            UnmeasuredError: some were not measured; those that were have become part of the study's effects.
+        """
         study = self.study
+        rows = [row for request in requests for row in request.rows(study.info)]
+        self._measure(rows)
         found = effects_table(requests, self._values, self._keys, study.outcome, study.info, self._splits)
         self._effects.append(found)
+        pairs = {pair.id for pair in self.pairs()}
+        if any(self._keys(row) not in self._values for row in rows if row.pair in pairs):
+            raise UnmeasuredError
         return found
 
     def measure_sites(self, granularity: str, sites: Iterable[Site], split: str = "all") -> pd.DataFrame:
-        """Effects of the same sites on every pair of a split."""
-        asked = list(sites)
-        return self.measure([Request(granularity, pair, site) for pair in self.pairs(split) for site in asked])
+        """Effects of the same sites on every pair of a split that has their positions."""
+        asked, pairs = list(sites), self.pairs(split)
+        return self.measure(
+            [Request(granularity, pair, site) for pair in pairs for site in asked if pair.places(site.position).x0]
+        )
 
     def outcomes(self, rows: Sequence[Row]) -> Floats:
         """Y of each row; NaN where the row's pair failed.
@@ -195,9 +205,10 @@ class Lab:
         if self._backend:
             self._collect_submitted(self._backend)
             missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in self._values}
-            self._work(
-                len(missing), lambda budget: plan_tasks(missing.values(), self.study.setting, budget), self._backend
-            )
+            if missing:
+                self._work(
+                    len(missing), lambda budget: plan_tasks(missing.values(), self.study.setting, budget), self._backend
+                )
         if any(key not in self._values for key in keys):
             raise UnmeasuredError
         return [self._values[key] for key in keys]
@@ -255,11 +266,12 @@ class Lab:
         pairs = {pair.id: pair for pair in self.pairs()}
         wanted = (row for row in dict.fromkeys(rows) if row.pair in pairs)
         missing = [row for row in wanted if self._keys(row) not in self._values]
-        self._work(
-            sum(bool(row.writes) for row in missing),
-            lambda budget: plan_jobs(missing, pairs, self.study.setting, budget, self._keys),
-            self._backend,
-        )
+        if missing:
+            self._work(
+                sum(bool(row.writes) for row in missing),
+                lambda budget: plan_jobs(missing, pairs, self.study.setting, budget, self._keys),
+                self._backend,
+            )
 
     def _work(self, count: int, plan: Callable[[Budget], Iterator[Job]], backend: Backend) -> None:
         """Run planned jobs, cut by the speed of those before."""

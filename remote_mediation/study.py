@@ -11,6 +11,7 @@ Steps 3 to 5 run again from the run folder alone when a report is rebuilt; nothi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -148,17 +149,16 @@ def outcome_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Outco
 def analysed(lab: Lab) -> Result:
     """Steps 3 to 5: the sites that analyses name at once, together, and then what each goes on to ask."""
     study = lab.study
-    lab.measure(first_requests(study))
     tables: dict[str, pd.DataFrame] = {}
-    for name, analysis in ANALYSES.items():
-        if name not in study.config.granularity or not analysis.analyse:
-            continue
-        try:
-            tables.update(analysis.analyse(lab, tables))
-        except UnmeasuredError:
-            if lab.can_measure:
-                raise
-            # an unfinished run: what is there is reported
+    # The report of an unfinished run shows what is there; while measuring, nothing may be missing.
+    unfinished = () if lab.can_measure else (UnmeasuredError,)
+    with contextlib.suppress(*unfinished):
+        lab.measure(first_requests(study))
+        for name, analysis in ANALYSES.items():
+            if name not in study.config.granularity or not analysis.analyse:
+                continue
+            with contextlib.suppress(*unfinished):
+                tables.update(analysis.analyse(lab, tables))
     return Result(study, lab.effects, tables, _summary(study, lab.effects, tables))
 
 

@@ -301,11 +301,13 @@ def _which(total: Estimate, tables: Mapping[str, pd.DataFrame], layers: int, by:
         return Claim(name, "not supported", "no MLP moves the outcome by its neurons where they were swapped")
     sets = tables["gates.csv"].set_index("set")
     gates, mlp = sets.loc["gates"], sets.loc["mlp"]
-    if np.isnan(gates["nie_low"]):
+    if np.isnan(gates["nie_low"]) or np.isnan(gates["tie_low"]):
         return Claim(name, "undecided", f"the held-out split cannot test the gate set: {gates['reason']}")
     direction = -1 if total.value < 0 else 1
     ends = [direction * gates[end] for end in ("nie_low", "nie_high", "tie_low", "tie_high")]
     random = direction * sets.loc[["random"], "nie"]
+    if 1 / (1 + len(random)) > by.alpha:
+        return Claim(name, "undecided", f"{len(random)} random sets are too few to compare the gate set with")
     p = float((1 + (random >= direction * gates["nie"]).sum()) / (1 + len(random)))
     failed = [
         reason

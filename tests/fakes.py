@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Job, Readout
+from remote_mediation.plan import Job, Part, Readout
 from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import ModelInfo
 
@@ -97,13 +97,15 @@ class CannedBackend:
         *,
         info: ModelInfo = INFO,
         refuses: Sequence[str] = (),
+        refuses_tasks: Sequence[str] = (),
         loses: int = 0,
         dies_after: float = np.inf,
     ) -> None:
-        """Pairs whose jobs fail, how many jobs are lost first, and after how many its process is killed."""
+        """Pairs and tasks whose jobs fail, how many jobs are lost first, and after how many its process is killed."""
         self.info, self.tokenizer = info, words_tokenizer(chat=True)
         self.collected: list[Job] = []
         self._shelf, self._refuses, self._loses, self._dies_after = shelf, refuses, loses, dies_after
+        self._refuses_tasks = refuses_tasks
 
     def submit(self, job: Job) -> str:
         ticket = f"ticket {len(self._shelf)}"
@@ -122,13 +124,58 @@ class CannedBackend:
         failing = [part.pair for part in job.parts if part.pair in self._refuses]
         if failing:
             raise JobError(f"no memory for {failing[0]}")
+        if job.task in self._refuses_tasks:
+            raise JobError(f"{job.task} is not allowed")
         self.collected.append(job)
-        values = [canned(key, len(part.payload["prompts"][0]["reads"])) for part in job.parts for key in part.keys]
-        return Readout(values, seconds=1.0)
+        return Readout([value for part in job.parts for value in self._values(job.task, part)], seconds=1.0)
+
+    def _values(self, task: str, part: Part) -> list[np.ndarray]:
+        """One array per key of a context."""
+        count = {
+            "measure": lambda: len(part.payload["prompts"][0]["reads"]),
+            "screen": lambda: 4 * self.info.layers * self.info.d_ff,
+            "drift": lambda: 3 * len(part.payload["answer"]),
+        }[task]()
+        return [canned(key, count) for key in part.keys]
 
     def answer(self, prompts: Sequence[tuple[int, ...]], tokens: int) -> list[tuple[int, ...]]:
         """Every prompt's own words from the verb on."""
         return [prompt[4 : 4 + tokens] for prompt in prompts]
+
+
+class AdditiveBackend(CannedBackend):
+    """Neurons add up: swapping some moves Y by the sum of their weights on that pair, on either prompt alike.
+
+    Y is 0 on the harmless prompt as it is, and `te` on the harmful one.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, np.ndarray],
+        te: dict[str, float],
+        info: ModelInfo,
+        unseen: np.ndarray | None = None,
+        **troubles: Any,
+    ) -> None:
+        """By pair `[layer, unit]`, and TE; gradients see nothing of the units that are `unseen`."""
+        super().__init__({}, info=info, **troubles)
+        self.weights, self.te = weights, te
+        self._seen = np.ones((info.layers, info.d_ff)) if unseen is None else 1.0 - unseen
+
+    def _values(self, task: str, part: Part) -> list[np.ndarray]:
+        weights, te = self.weights[part.pair], self.te[part.pair]
+        if task == "screen":
+            seen = weights * self._seen
+            return [np.stack([seen, np.abs(seen)] * 2).astype(np.float32).ravel()]
+        y = [0.0, te]
+        for batch in part.payload["batches"]:
+            moved = np.zeros(sum(batch["joining"]))
+            for layer, components in batch["writes"].items():
+                for component, entries in components:
+                    for row, _, units, *_ in entries:
+                        moved[row] += weights[layer, list(units)].sum() if component == "mlp_neurons" else 0.0
+            y += list(te - moved if batch["base"] else moved)
+        return [np.array([one, 0.0], np.float32) for one in y]
 
 
 def canned(key: str, count: int) -> np.ndarray:

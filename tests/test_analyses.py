@@ -1,13 +1,11 @@
 """Sites that each analysis asks for, written down by hand for a model of six layers, two heads and twelve neurons."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
 import pytest
 from fakes import INFO, token_pair
 
-from remote_mediation.analyses import ANALYSES, neurons
+from remote_mediation.analyses import ANALYSES
 from remote_mediation.config import Granularity, StudyConfig
 from remote_mediation.errors import SiteError
 from remote_mediation.sites import Site, check_site
@@ -21,7 +19,7 @@ def sites(name: str, **settings: Any) -> list[Site]:
 
 def test_every_granularity_has_an_analysis() -> None:
     assert set(ANALYSES) == {"checks", *Granularity.__args__}
-    assert [name for name, analysis in ANALYSES.items() if analysis.refine] == ["neurons"]
+    assert [name for name, analysis in ANALYSES.items() if analysis.analyse] == ["neurons"]
 
 
 def test_layers() -> None:
@@ -54,38 +52,32 @@ def test_tokens() -> None:
     ]
 
 
-def test_windows() -> None:
-    assert sites("neurons", neurons={"window": 5, "layers": [1, 4]}) == [
-        Site("mlp_neurons", layer, "last", units)
-        for layer in (1, 4)
-        for units in ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (10, 11))
+def test_neurons() -> None:
+    whole = tuple(range(12))
+    assert sites("neurons", neurons={"layers": [1, 4]}, positions={"neurons": ["last", "edit"]}) == [
+        Site("mlp_neurons", layer, position, whole) for position in ("last", "edit") for layer in (1, 4)
     ]
-    assert {site.layer for site in sites("neurons", neurons={"window": 12})} == set(range(6))
+    assert [site.layer for site in sites("neurons")] == list(range(6))
 
 
 @pytest.mark.parametrize("name", ["layers", "modules", "heads", "neurons"])
 def test_positions_that_a_pair_lacks_are_left_out(name: str) -> None:
-    settings = {"positions": {name: ["edit[-2]", "last"]}, "neurons": {"window": 12}}
-    assert {site.position for site in sites(name, **settings)} == {"last"}
+    assert {site.position for site in sites(name, positions={name: ["edit[-2]", "last"]})} == {"last"}
 
 
 @pytest.mark.parametrize("name", ["layers", "modules", "heads", "neurons"])
 def test_unknown_positions(name: str) -> None:
     with pytest.raises(SiteError, match="unknown position 'middle'"):
-        sites(name, positions={name: ["middle"]}, neurons={"window": 12})
+        sites(name, positions={name: ["middle"]})
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"window": 13}, r"neurons.window 13 is wider than the 12 neurons of tiny"),
-        ({"window": 4, "layers": [6]}, r"layer 6 is out of range: tiny has layers 0 to 5"),
-        ({"window": 4, "layers": [-1]}, r"layer -1 is out of range"),
-    ],
+    ("layer", "message"),
+    [(6, r"layer 6 is out of range: tiny has layers 0 to 5"), (-1, r"layer -1 is out of range")],
 )
-def test_neurons_that_are_not_there(settings: dict[str, Any], message: str) -> None:
+def test_neurons_of_layers_that_are_not_there(layer: int, message: str) -> None:
     with pytest.raises(SiteError, match=message):
-        sites("neurons", neurons=settings)
+        sites("neurons", neurons={"layers": [layer]})
 
 
 @pytest.mark.parametrize(
@@ -101,50 +93,3 @@ def test_neurons_that_are_not_there(settings: dict[str, Any], message: str) -> N
 def test_sites_that_are_not_there(site: Site, message: str) -> None:
     with pytest.raises(SiteError, match=message):
         check_site(site, INFO)
-
-
-def windows(*rows: tuple[str, int, int, float, float]) -> pd.DataFrame:
-    names = ["split", "layer", "unit_start", "nie", "tie"]
-    frame = pd.DataFrame(rows, columns=names).assign(position="last", te=4.0)
-    return frame.assign(unit_stop=frame["unit_start"] + 4).astype({"unit_start": "Int64", "unit_stop": "Int64"})
-
-
-def units(effects: pd.DataFrame, most: int) -> list[Site]:
-    return neurons.units(StudyConfig(model="m", neurons={"window": 4, "max_windows": most}), INFO, effects)
-
-
-def resolved(*windows: Sequence[int]) -> list[Site]:
-    return [Site("mlp_neurons", layer, "last", (unit,)) for layer, start in windows for unit in range(start, start + 4)]
-
-
-def test_the_strongest_windows_are_resolved_into_neurons() -> None:
-    effects = windows(
-        ("discovery", 1, 0, 3.0, 1.0),  # sufficient, hardly necessary
-        ("discovery", 2, 4, 2.0, 2.5),  # both
-        ("discovery", 3, 8, 1.5, 9.0),
-        ("discovery", 4, 0, -9.0, 9.0),
-    )
-    assert units(effects, 2) == resolved((2, 4), (3, 8))
-    assert units(effects, 9) == resolved((2, 4), (3, 8), (1, 0))  # never one that works the other way
-
-
-def test_windows_are_chosen_by_their_mean() -> None:
-    effects = windows(("discovery", 1, 0, 5.0, 5.0), ("discovery", 1, 0, -3.0, -3.0), ("discovery", 2, 0, 2.0, 2.0))
-    assert units(effects, 1) == resolved((2, 0))
-
-
-def test_windows_work_in_the_direction_of_the_total_effect() -> None:
-    effects = windows(("discovery", 1, 0, -3.0, -3.0), ("discovery", 2, 0, 2.0, 2.0))
-    assert units(effects.assign(te=-4.0), 2) == resolved((1, 0))
-    assert units(effects, 2) == resolved((2, 0))
-
-
-def test_nothing_measured_nothing_resolved() -> None:
-    assert units(windows(), 2) == []
-
-
-def test_heldout_pairs_choose_nothing() -> None:
-    discovery = (("discovery", 1, 0, 1.0, 1.0), ("discovery", 2, 0, 0.5, 0.5))
-    heldout = (("heldout", 1, 0, -9.0, -9.0), ("heldout", 2, 0, 9.0, 9.0), ("heldout", 3, 0, 9.0, 9.0))
-    assert units(windows(*discovery, *heldout), 1) == units(windows(*discovery), 1) == resolved((1, 0))
-    assert units(windows(*heldout), 1) == []

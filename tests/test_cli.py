@@ -144,9 +144,9 @@ SETTINGS = {
     'granularity = ["heads"]\n[positions]\nheads = ["edit[x]"]': ("position 'edit[x]'", "no token number"),
     'granularity = ["heads"]\n[positions]\nheads = ["edit[7]"]': ("no pair has tokens", "'heads'", "[positions]"),
     'granularity = ["heads"]\n[positions]\nheads = []': ("positions.heads", "at least 1 item"),
-    'granularity = ["neurons"]\n[neurons]\nlayers = [3]\nwindow = 8': ("layer 3 is out of range", "layers 0 to 2"),
-    'granularity = ["neurons"]\n[neurons]\nlayers = [-1]\nwindow = 8': ("layer -1 is out of range", "layers 0 to 2"),
-    'granularity = ["neurons"]\n[neurons]\nwindow = 41': ("neurons.window 41 is wider than the 40 neurons",),
+    'granularity = ["neurons"]\n[neurons]\nlayers = [3]': ("layer 3 is out of range", "layers 0 to 2"),
+    'granularity = ["neurons"]\n[neurons]\nlayers = [-1]': ("layer -1 is out of range", "layers 0 to 2"),
+    'granularity = ["neurons"]\n[neurons]\nsearch = ["fast"]': ("neurons.search.0", "(got 'fast')", "'gradient'"),
     LOGITS.replace('"sure"', '"sure way"'): ("'sure way' is 2 tokens", "not one"),
     LOGITS.replace('"no"', '"yes"'): ("'yes'", "both `plus` and `minus`"),
 }
@@ -284,7 +284,7 @@ def tables(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "settings",
     [
-        'granularity = ["layers", "modules", "neurons"]\n[neurons]\nwindow = 10\nmax_windows = 1\n',
+        'granularity = ["layers", "modules", "neurons"]\n[neurons]\nexact = 4\nrandom_sets = 5\n',
         'granularity = ["tokens", "heads"]\n' + LOGITS,
     ],
     ids=["response_logprob", "logit_diff"],
@@ -350,7 +350,7 @@ def test_an_interrupted_run_goes_on(call: Run, tmp_path: Path, model: str, monke
 
 @pytest.mark.slow
 def test_ctrl_c(call: Run, tmp_path: Path, model: str) -> None:
-    settings = 'granularity = ["neurons"]\n{}\n[neurons]\nwindow = 2\nmax_windows = 1\n'
+    settings = 'granularity = ["neurons"]\n{}\n[neurons]\nsearch = ["all"]\nrandom_sets = 5\n'
     slow = study(tmp_path, model, settings.format("job_seconds = 1e-9\nbatch_gb = 1e-9"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen([*PYTHON, "run", slow], stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)

@@ -27,10 +27,10 @@ def test_a_model_is_all_a_study_needs() -> None:
 
 
 def test_flags_go_over_the_file(tmp_path: Path) -> None:
-    file = study(tmp_path, 'model = "m"\nseed = 3\ngranularity = ["heads"]\n[neurons]\nwindow = 7\n')
+    file = study(tmp_path, 'model = "m"\nseed = 3\ngranularity = ["heads"]\n[neurons]\nmax_windows = 7\n')
     config = load_config(file, {"seed": 5, "model": None, "max_pairs": 4})
     assert (config.model, config.seed, config.max_pairs, config.granularity) == ("m", 5, 4, ["heads"])
-    assert config.neurons.window == 7
+    assert config.neurons.max_windows == 7
 
 
 def test_pairs_are_named_from_where_the_name_stands(tmp_path: Path) -> None:
@@ -47,11 +47,12 @@ def test_what_is_named_twice_counts_once() -> None:
         model="m",
         granularity=["heads", "layers", "heads"],
         positions={"heads": ["last", "last"]},
-        neurons={"layers": [2, 1, 2]},
+        neurons={"layers": [2, 1, 2], "search": ["windows", "all", "windows"]},
     )
     assert config.granularity == ["heads", "layers"]
     assert config.positions.heads == ["last"]
     assert config.neurons.layers == [2, 1]
+    assert config.neurons.search == ["windows", "all"]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_what_is_named_twice_counts_once() -> None:
         ("", r"setting 'model' is missing; give it in the study file or as a flag"),
         ('model = "m"\nmodle = 1', r"unknown setting 'modle'; `remote-mediation run --help`"),
         ('model = "m"\n[neurons]\nwidth = 1', r"unknown setting 'neurons.width'"),
-        ('model = "m"\n[nerons]\nwindow = 1', r"unknown setting 'nerons'"),
+        ('model = "m"\n[nerons]\nexact = 1', r"unknown setting 'nerons'"),
         ('model = "m"\ngranularity = ["layer"]', r"granularity.0: .*'layers', 'modules'.*\(got 'layer'\)"),
         ('model = "m"\ngranularity = "layers"', r"granularity: .*list \(got 'layers'\)"),
         ('model = "m"\ngranularity = []', r"granularity: .*at least 1 item"),
@@ -76,7 +77,18 @@ def test_what_is_named_twice_counts_once() -> None:
         ('model = "m"\npairs = 5', r"pairs: .*string \(got 5\)"),
         ('model = "m"\n[positions]\nheads = []', r"positions.heads: .*at least 1 item"),
         ('model = "m"\n[neurons]\nlayers = []', r"neurons.layers: .*at least 1 item"),
-        ('model = "m"\n[neurons]\nwindow = 0', r"neurons.window: .*greater than or equal to 1 \(got 0\)"),
+        ('model = "m"\n[neurons]\nwindow = 4', r"unknown setting 'neurons.window'"),
+        ('model = "m"\n[neurons]\nsearch = []', r"neurons.search: .*at least 1 item"),
+        (
+            'model = "m"\n[neurons]\nsearch = ["gradients"]',
+            r"neurons.search.0: .*'gradient', 'windows' or 'all' \(got 'gradients'\)",
+        ),
+        ('model = "m"\n[neurons]\nsearch = "all"', r"neurons.search: .*list \(got 'all'\)"),
+        ('model = "m"\n[neurons]\nexact = 0', r"neurons.exact: .*greater than or equal to 1 \(got 0\)"),
+        ('model = "m"\n[neurons]\nmax_windows = 0', r"neurons.max_windows: .*greater than or equal to 1 \(got 0\)"),
+        ('model = "m"\n[neurons]\ncarry = 1', r"neurons.carry: .*less than 1 \(got 1\)"),
+        ('model = "m"\n[neurons]\ncarry = 0', r"neurons.carry: .*greater than 0 \(got 0\)"),
+        ('model = "m"\n[neurons]\nrandom_sets = 0', r"neurons.random_sets: .*greater than or equal to 1 \(got 0\)"),
         ('model = "m"\n[statistics]\nalpha = 0.5', r"statistics.alpha: .*less than 0.5 \(got 0.5\)"),
         ("model = ", r"is not TOML: "),
     ],
@@ -113,15 +125,15 @@ def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
         ({"revision": "r"}, False),
         ({"pairs": "mine.jsonl"}, False),
         ({"max_pairs": 4}, False),
-        ({"granularity": ["heads"]}, False),
+        ({"granularity": ["heads"]}, True),
         ({"outcome": "logit_diff", "logit_diff": {"plus": ["a"], "minus": ["b"]}}, False),
         ({"logit_diff": {"plus": ["a"], "minus": ["b"]}}, False),
         ({"dtype": "float16"}, False),
         ({"seed": 1}, False),
         ({"response_logprob": {"tokens": 3}}, False),
-        ({"positions": {"heads": ["all"]}}, False),
-        ({"neurons": {"window": 3}}, False),
-        ({"statistics": {"resamples": 100}}, False),
+        ({"positions": {"heads": ["all"]}}, True),
+        ({"neurons": {"search": ["all"]}}, True),
+        ({"statistics": {"resamples": 100}}, True),
     ],
 )
 def test_what_makes_a_study_another(changes: dict[str, Any], same: bool) -> None:

@@ -56,7 +56,7 @@ def large(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, float]:
 
 def study(folder: Path, **settings: Any) -> StudyConfig:
     pairs = write_pairs(folder / "pairs.jsonl", records())
-    defaults = {"granularity": ["layers", "modules", "neurons"], "neurons": {"window": 4096, "max_windows": 1}}
+    defaults = {"granularity": ["layers", "modules", "neurons"], "neurons": {"exact": 256}}
     return StudyConfig(
         model=str(folder), pairs=str(pairs), backend="ndif", dtype="bfloat16", **{**defaults, **settings}
     )
@@ -69,8 +69,8 @@ def test_the_plan_of_a_large_model(large: tuple[Path, float]) -> None:
     # Two bytes per parameter; norms (one part in 10,000) are not counted.
     assert found.weights == pytest.approx(2 * parameters, rel=1e-3)
     assert weight_bytes(info, "float32") == 2 * found.weights
-    windows = info.layers * info.d_ff // 4096
-    assert found.rows >= 6 * 2 * (info.layers * 3 + windows)
+    checks, sites = 3, 3 + 2 + 1  # per layer: the stream at 3 positions, 2 modules, all neurons
+    assert found.rows == 6 * 2 * (info.layers * sites + checks)
     # Every row runs its part of the model: no fewer operations than half of the layers, no more than all of them.
     tokens = len(WORDS.split())
     assert found.rows * parameters * 0.2 < found.flops < (found.rows + found.unit_rows) * 2 * parameters * tokens * 2

@@ -75,11 +75,20 @@ def test_a_batch_is_one_base_and_one_first_token_lower_layers_first() -> None:
     assert [(batch["low"], batch["joining"]) for batch in late.parts[0].payload["batches"]] == [(4, (1, 1))] * 2
 
 
-def test_repeated_rows_are_measured_once_and_bare_ones_never() -> None:
+def test_repeated_rows_are_measured_once_and_bare_ones_with_their_pair() -> None:
     (job,) = plan([*ROWS, *ROWS, Row("a", 0), Row("b", 1)])
     assert job.rows == 72
-    assert plan([Row("a", 0)]) == []
     assert plan([]) == []
+
+
+def test_bare_rows_asked_for_alone_are_the_base_prompts_of_their_pair() -> None:
+    keys = Keys(SETTING, PAIRS)
+    (job,) = plan([Row("a", 0), Row("a", 0), Row("b", 1)])
+    assert job.rows == 0
+    assert [part.keys for part in job.parts] == [(keys(Row(name, 0)), keys(Row(name, 1))) for name in ("a", "b")]
+    assert [part.payload["batches"] for part in job.parts] == [(), ()]
+    assert job.flops == sum(base_flops(pair, SETTING) for pair in PAIRS[:2])
+    assert len(plan([Row("a", 0), Row("b", 0)], job_flops=1.0)) == 2
 
 
 def test_every_part_begins_with_both_base_prompts() -> None:

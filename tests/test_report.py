@@ -129,7 +129,7 @@ def result(table: pd.DataFrame, refusals: Sequence[Refusal] = (), **settings: An
     ids = list(dict.fromkeys(table["pair_id"]))
     pairs = tuple(TokenPair(name, "c", "theft", (1, 2, 3), (1, 4, 3)[: 3 - (name == "p0")], 1, 1, 0) for name in ids)
     study = Study(config, INFO, Outcome(config.outcome, (1,), (2,)), pairs, tuple(refusals))
-    return Result(study, table, summarise(table, set(ids) - {"p0"}, LAYERS, config.seed, config.statistics))
+    return Result(study, table, {}, summarise(table, {}, set(ids) - {"p0"}, LAYERS, config.seed, config.statistics))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A study whose jobs fail, get lost or outlive their process, on a backend of canned values."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from remote_mediation.store import Store
 from remote_mediation.study import Result, reread, run_study
 
 EACH_BATCH = {"job_seconds": 1e-9}  # one batch per job
+FIRST = ("checks", "layers", "neurons")  # what is asked for before any search
+FURTHER = {"windows": "neurons:windows", "gradient": "neurons:sample"}
+SMALL = {"max_windows": 2, "exact": 3, "random_sets": 3}
 
 
 @pytest.fixture
@@ -22,12 +26,18 @@ def pairs(tmp_path: Path) -> Path:
     return write_pairs(tmp_path / "pairs.jsonl", records())
 
 
+@pytest.fixture(params=list(FURTHER))
+def searched(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Settings of a search for neurons."""
+    return {"neurons": {"search": [request.param], **SMALL}}
+
+
 def config(pairs: Path, **settings: Any) -> StudyConfig:
     defaults = {
         "model": "tiny",
         "pairs": str(pairs),
         "granularity": ["layers", "neurons"],
-        "neurons": {"window": 4, "max_windows": 2},
+        "neurons": {"search": ["windows"], **SMALL},
         "statistics": {"resamples": 100},
     }
     return StudyConfig(**{**defaults, **settings})
@@ -39,7 +49,7 @@ def run(settings: StudyConfig, backend: CannedBackend, folder: Path, watch: Watc
 
 def undisturbed(settings: StudyConfig, tmp_path: Path) -> pd.DataFrame:
     effects = run(settings, CannedBackend({}), tmp_path / "undisturbed").effects
-    assert set(effects["granularity"]) == {"checks", "layers", "neurons", "neurons:units"}
+    assert set(effects["granularity"]) == {*FIRST, "neurons:units", FURTHER[settings.neurons.search[0]]}
     return effects
 
 
@@ -50,25 +60,26 @@ def test_a_pair_whose_jobs_fail_is_left_out(pairs: Path, tmp_path: Path, setting
     effects = run(study, backend, folder).effects
     assert json.loads((folder / "failures.json").read_text("utf-8")) == {"burn-bike": "no memory for burn-bike"}
     assert set(effects["pair_id"]) == {record["id"] for record in records()} - {"burn-bike"}
-    first = effects[effects["granularity"] != "neurons:units"].reset_index(drop=True)
+    first = effects[effects["granularity"].isin(FIRST)].reset_index(drop=True)
     expected = undisturbed(study, tmp_path)
-    expected = expected[(expected["pair_id"] != "burn-bike") & (expected["granularity"] != "neurons:units")]
+    expected = expected[(expected["pair_id"] != "burn-bike") & expected["granularity"].isin(FIRST)]
     pd.testing.assert_frame_equal(first, expected.reset_index(drop=True))
     assert Store.open(folder).submitted() == []
 
 
-def test_a_failed_pair_is_not_tried_again(pairs: Path, tmp_path: Path) -> None:
-    study, folder = config(pairs), tmp_path / "run"
+def test_a_failed_pair_is_not_tried_again(pairs: Path, tmp_path: Path, searched: dict[str, Any]) -> None:
+    study, folder = config(pairs, **searched), tmp_path / "run"
     effects = run(study, CannedBackend({}, refuses=["burn-bike"]), folder).effects
     later = CannedBackend({})
     pd.testing.assert_frame_equal(run(study, later, folder).effects, effects)
     assert later.collected == []
 
 
-def test_a_study_in_which_every_job_fails_has_no_effects(pairs: Path, tmp_path: Path) -> None:
+def test_a_study_in_which_every_job_fails_has_no_effects(pairs: Path, tmp_path: Path, searched: dict[str, Any]) -> None:
     names = [record["id"] for record in records()]
-    result = run(config(pairs), CannedBackend({}, refuses=names), tmp_path / "run")
+    result = run(config(pairs, **searched), CannedBackend({}, refuses=names), tmp_path / "run")
     assert result.effects.empty
+    assert set(result.tables) == {"search.csv", "sparsity.csv"}
     assert set(Store.open(tmp_path / "run").failures()) == set(names)
 
 
@@ -83,18 +94,24 @@ def test_a_lost_job_is_run_again(pairs: Path, tmp_path: Path) -> None:
     assert Store.open(tmp_path / "run").failures() == {}
 
 
-def test_a_job_handed_over_by_an_earlier_process_is_collected_and_not_run_again(pairs: Path, tmp_path: Path) -> None:
-    study, folder = config(pairs, **EACH_BATCH), tmp_path / "run"
+@pytest.mark.parametrize("before", [2, -3], ids=["early", "late"])
+def test_a_job_handed_over_by_an_earlier_process_is_collected_and_not_run_again(
+    pairs: Path, tmp_path: Path, searched: dict[str, Any], before: int
+) -> None:
+    study, folder = config(pairs, **EACH_BATCH, **searched), tmp_path / "run"
     shelf: dict[str, Job] = {}
-    earlier = CannedBackend(shelf, dies_after=2)
+    whole = CannedBackend({})
+    run(study, whole, tmp_path / "whole")
+    before %= len(whole.collected)
     with pytest.raises(KeyboardInterrupt):
-        run(study, earlier, folder)
-    assert [entry.ticket for entry in Store.open(folder).submitted()] == ["ticket 2"]
-    assert len(shelf) == 3
+        run(study, CannedBackend(shelf, dies_after=before), folder)
+    assert [entry.ticket for entry in Store.open(folder).submitted()] == [f"ticket {before}"]
+    assert len(shelf) == before + 1
 
     later = CannedBackend(shelf)
     pd.testing.assert_frame_equal(run(study, later, folder).effects, undisturbed(study, tmp_path))
-    assert later.collected[0].id == shelf["ticket 2"].id
+    assert later.collected[0].id == shelf[f"ticket {before}"].id
+    assert len(later.collected) == len(whole.collected) - before
     ids = [job.id for job in shelf.values()]
     assert len(set(ids)) == len(ids)  # nothing was handed over twice
     assert Store.open(folder).submitted() == []
@@ -135,8 +152,8 @@ def test_a_lost_connection_keeps_what_is_done(pairs: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("stop_after", [1, 5])
-def test_an_interrupted_study_goes_on(pairs: Path, tmp_path: Path, stop_after: int) -> None:
-    study, folder, watch = config(pairs, **EACH_BATCH), tmp_path / "run", Watcher()
+def test_an_interrupted_study_goes_on(pairs: Path, tmp_path: Path, searched: dict[str, Any], stop_after: int) -> None:
+    study, folder, watch = config(pairs, **EACH_BATCH, **searched), tmp_path / "run", Watcher()
     with pytest.raises(KeyboardInterrupt):
         run(study, CannedBackend({}), folder, Watcher(stop_after))
     done = sum(len(values) > 0 for values in Store.open(folder).values().values())
@@ -152,15 +169,47 @@ def test_an_interrupted_study_goes_on(pairs: Path, tmp_path: Path, stop_after: i
     assert sum(watch.done) == sum(watch.totals)
 
 
-def test_a_finished_study_measures_nothing_new(pairs: Path, tmp_path: Path) -> None:
-    study, folder, watch = config(pairs), tmp_path / "run", Watcher()
+@pytest.mark.parametrize("jobs", [0, 7, 40, 80])
+def test_a_run_that_ends_anywhere_can_be_reported_and_goes_on(
+    pairs: Path, tmp_path: Path, searched: dict[str, Any], jobs: int
+) -> None:
+    study, folder = config(pairs, job_seconds=1e-7, **searched), tmp_path / "run"
+    shelf: dict[str, Job] = {}
+    with contextlib.suppress(KeyboardInterrupt):
+        run(study, CannedBackend(shelf, dies_after=jobs), folder)
+    partial = reread(Store.open(folder))
+    assert "search.csv" not in partial.tables or "gates.csv" in partial.tables
+    whole = run(study, CannedBackend(shelf), folder)
+    expected = run(study, CannedBackend({}), tmp_path / "undisturbed")
+    pd.testing.assert_frame_equal(whole.effects, expected.effects)
+    assert whole.tables.keys() == expected.tables.keys()
+    for name, table in expected.tables.items():
+        pd.testing.assert_frame_equal(whole.tables[name], table)
+
+
+def test_a_finished_study_measures_nothing_new(pairs: Path, tmp_path: Path, searched: dict[str, Any]) -> None:
+    study, folder, watch = config(pairs, **searched), tmp_path / "run", Watcher()
     first = run(study, CannedBackend({}), folder)
     backend = CannedBackend({})
     again = run(study, backend, folder, watch)
     assert "neurons:units" in set(first.effects["granularity"])
-    assert (watch.totals, backend.collected) == ([0, 0], [])
-    pd.testing.assert_frame_equal(again.effects, first.effects)
-    pd.testing.assert_frame_equal(reread(Store.open(folder)).effects, first.effects)
+    assert (watch.totals, backend.collected) == ([], [])
+    for later in (again, reread(Store.open(folder))):
+        pd.testing.assert_frame_equal(later.effects, first.effects)
+        assert later.tables.keys() == first.tables.keys()
+        for name, table in first.tables.items():
+            pd.testing.assert_frame_equal(later.tables[name], table)
+
+
+def test_a_finished_study_may_be_asked_for_more(pairs: Path, tmp_path: Path) -> None:
+    backend = CannedBackend({})
+    run(config(pairs, granularity=["layers"]), CannedBackend({}), tmp_path / "run")
+    more = run(config(pairs), backend, tmp_path / "run")
+    pd.testing.assert_frame_equal(more.effects, undisturbed(config(pairs), tmp_path))
+    asked = {key for job in backend.collected for part in job.parts for key in part.keys[2:]}
+    kept = CannedBackend({})
+    run(config(pairs, granularity=["layers"]), kept, tmp_path / "other")
+    assert asked.isdisjoint(key for job in kept.collected for part in job.parts for key in part.keys[2:])
 
 
 def test_another_place_to_run_is_the_same_study(pairs: Path, tmp_path: Path) -> None:
@@ -209,7 +258,7 @@ def test_responses_are_taken_from_the_file_or_from_the_model(tmp_path: Path) -> 
         ({"max_pairs": 2}, slice(0, 6), PairsError, r"need pairs from two templates or more; these 2 come from 1"),
         ({"positions": {"layers": ["nowhere"]}}, slice(0, 6), SiteError, "unknown position 'nowhere'"),
         ({"granularity": ["heads"], "positions": {"heads": ["after_edit[9]"]}}, slice(0, 6), SiteError, "no pair has"),
-        ({"neurons": {"window": 4, "layers": [6]}}, slice(0, 6), SiteError, "layer 6 is out of range"),
+        ({"neurons": {"layers": [6]}}, slice(0, 6), SiteError, "layer 6 is out of range"),
     ],
 )
 def test_what_cannot_be_measured_leaves_no_run_folder(

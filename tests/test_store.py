@@ -16,7 +16,7 @@ from remote_mediation.store import Store
 
 
 def job(*keys: str) -> Job:
-    return Job({}, (Part("p", keys, {}, 10.0),))
+    return Job("measure", {}, (Part("p", keys, {}, 10.0),))
 
 
 def readout(*values: list[float]) -> Readout:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from remote_mediation.analyses.neurons import GATE_COLUMNS, SEARCH_COLUMNS
 from remote_mediation.config import StatisticsSettings
 from remote_mediation.effects import EFFECT_COLUMNS
 from remote_mediation.summary import SUMMARY_COLUMNS, UNITS, Claim, Summary, summarise
@@ -14,16 +15,18 @@ LAYERS, PAIRS = 6, 16
 BY = StatisticsSettings(resamples=200)
 NONE, EARLY, LATE = (0.0,) * 6, (0.7, 0.3, 0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0, 0.3, 0.7)
 WHERE, WHAT, WHICH = range(3)
+ENDS = {"": 0.0, "_low": -0.2, "_high": 0.2}
 
 
 class Made:
-    """Effects of `PAIRS` pairs, each its own cluster, every other one held out."""
+    """Effects of `PAIRS` pairs, each its own cluster unless there are fewer, every other one held out."""
 
-    def __init__(self, te: float = 4.0, spread: float = 0.2) -> None:
+    def __init__(self, te: float = 4.0, spread: float = 0.2, clusters: int = PAIRS) -> None:
         self._noise = np.random.default_rng(0)
-        self._spread = spread
+        self._spread, self._clusters = spread, clusters
         self.te = self._noisy(te)
         self._rows: list[dict[str, object]] = []
+        self._tables: dict[str, pd.DataFrame] = {}
 
     def _noisy(self, mean: float) -> np.ndarray:
         return mean + self._spread * self._noise.normal(size=PAIRS)
@@ -44,10 +47,10 @@ class Made:
             split = ("discovery", "heldout")[pair % 2]
             part = share if heldout is None or split == "discovery" else heldout
             nie, tie = (part * self.te[pair] + 0.05 * self._noise.normal() for _ in range(2))
-            te = self.te[pair]
+            te, cluster = self.te[pair], f"c{pair % self._clusters}"
             self._rows.append(
                 {
-                    **{"pair_id": f"p{pair}", "cluster": f"c{pair}", "split": split, "granularity": granularity},
+                    **{"pair_id": f"p{pair}", "cluster": cluster, "split": split, "granularity": granularity},
                     **{"component": component, "layer": layer, "position": position, "unit_start": unit},
                     **{"unit_stop": None if unit is None else unit + 1, "y_base": 0.0, "y_source": te},
                     **{"y_base_patched": nie, "y_source_patched": te - tie, "te": te, "nie": nie, "nde": te - tie},
@@ -67,12 +70,36 @@ class Made:
             self.add(UNITS, "mlp_neurons", layer, discovery, heldout, unit=unit)
         return self
 
+    def searched(self) -> "Made":
+        """Neurons were searched, and no gate set was found."""
+        self._tables["search.csv"] = pd.DataFrame(columns=list(SEARCH_COLUMNS))
+        return self
+
+    def gates(self, random: Sequence[float] = (0.1,) * 20, **changes: object) -> "Made":
+        """Three late neurons that carry most of what their MLP does, and the mean NIE of random sets beside them."""
+        sign = np.sign(self.te.mean())
+        plain = {"layer": 5, "position": "last", "size": 3, "units": "1 2 3", "reason": ""}
+        shares = {"nie_share": 0.7, "tie_share": 0.65}
+        gates = {**plain, "set": "gates", **self._held_out(sign * 2.8, sign * 2.6), **shares, **changes}
+        shares = {"nie_share": 0.8, "tie_share": 0.75}
+        mlp = {**plain, "set": "mlp", "size": 40, **self._held_out(sign * 3.2, sign * 3.0), **shares}
+        others = [{**plain, "set": "random", **self._held_out(sign * nie, sign * nie)} for nie in random]
+        earlier = {**plain, "set": "earlier", "layer": 2, **self._held_out(sign * 9.0, sign * 9.0)}
+        self._tables["gates.csv"] = pd.DataFrame([mlp, gates, earlier, *others], columns=list(GATE_COLUMNS))
+        self.add("neurons", "mlp_neurons", 5, 0.8)
+        return self.searched()
+
+    @staticmethod
+    def _held_out(nie: float, tie: float) -> dict[str, float]:
+        means = {"nie": nie, "tie": tie}
+        return {f"{name}{end}": mean + by for name, mean in means.items() for end, by in ENDS.items()}
+
     def table(self) -> pd.DataFrame:
         table = pd.DataFrame(self._rows, columns=list(EFFECT_COLUMNS))
         return table.astype({"unit_start": "Int64", "unit_stop": "Int64"})
 
     def summary(self, seed: int = 0) -> Summary:
-        return summarise(self.table(), {f"p{pair}" for pair in range(PAIRS)}, LAYERS, seed, BY)
+        return summarise(self.table(), self._tables, {f"p{pair}" for pair in range(PAIRS)}, LAYERS, seed, BY)
 
     def claim(self, number: int) -> Claim:
         return self.summary().claims[number]
@@ -113,24 +140,22 @@ def test_mlp_minus_attention_is_paired_by_pair() -> None:
 
 @pytest.mark.parametrize(("mlp", "attention", "what"), [(LATE, NONE, "supported"), (NONE, LATE, "not supported")])
 def test_a_negative_total_effect_has_its_place_too(mlp: Sequence[float], attention: Sequence[float], what: str) -> None:
-    claims = Made(te=-4.0).modules(mlp, attention).neurons({(5, 1): (0.5, 0.5)}).summary().claims
+    claims = Made(te=-4.0).modules(mlp, attention).gates().summary().claims
     assert [claim.verdict for claim in claims[1:3]] == [what, "supported"]
     assert (claims[0].verdict == "supported") == (mlp is LATE)
 
 
 @pytest.mark.parametrize("number", [WHERE, WHAT, WHICH])
 def test_few_clusters_decide_nothing(number: int) -> None:
-    made = Made().modules(LATE, NONE).neurons({(5, 3): (0.9, 0.9)})
-    table = made.table()
-    table["cluster"] = [f"c{int(name[1:]) % 4}" for name in table["pair_id"]]
-    claim = summarise(table, set(), LAYERS, 0, BY).claims[number]
+    made = Made(clusters=4).modules(LATE, NONE).gates()
+    claim = made.claim(number)
     assert claim.verdict == "undecided"
     assert "4 clusters" in claim.finding
 
 
 @pytest.mark.parametrize("number", [WHERE, WHAT, WHICH])
 def test_without_a_total_effect_nothing_is_decided(number: int) -> None:
-    made = Made(te=0.0, spread=1.0).modules(LATE, NONE).neurons({(5, 3): (0.9, 0.9)})
+    made = Made(te=0.0, spread=1.0).modules(LATE, NONE).gates()
     claim = made.claim(number)
     assert claim.verdict == "undecided"
     assert "there is no total effect to mediate" in claim.finding
@@ -170,7 +195,7 @@ def test_a_share_that_chance_explains_makes_no_mediator() -> None:
     table = Made().neurons({(5, 1): (0.5, 0.5), (5, 2): (0.4, 0.4)}).table()
     unsteady = (table["split"] == "heldout") & (table["unit_start"] == 2)
     table.loc[unsteady, ["nie", "tie"]] = np.tile([[3.0], [-2.0]], (PAIRS // 4, 2))
-    found = summarise(table, set(), LAYERS, 0, BY).mediators.set_index("unit")
+    found = summarise(table, {}, set(), LAYERS, 0, BY).mediators.set_index("unit")
     assert found.loc[2, ["nie_share", "tie_share"]].min() > BY.min_share
     assert found["mediates"].to_dict() == {1: True, 2: False}
 
@@ -179,22 +204,69 @@ def test_a_mediator_is_sufficient_and_necessary() -> None:
     made = Made().neurons({(5, 1): (0.5, 0.5)})
     for effect in ("nie", "tie"):
         table = made.table().assign(**{effect: 0.0})
-        assert summarise(table, set(), LAYERS, 0, BY).mediators.empty
+        assert summarise(table, {}, set(), LAYERS, 0, BY).mediators.empty
+
+
+def test_a_sparse_late_set_gates() -> None:
+    claim = Made().gates().claim(WHICH)
+    assert claim.verdict == "supported"
+    assert claim.finding == (
+        "3 of 40 neurons of layer 5 carry, held out, 70% of TE by NIE and 65% by TIE (their whole MLP 80% and 75%; "
+        "p = 0.048 against random sets)"
+    )
 
 
 @pytest.mark.parametrize(
-    ("shares", "verdict", "finding"),
+    ("changes", "reasons"),
     [
-        ({(5, 1): (0.5, 0.5), (4, 2): (0.3, 0.3)}, "supported", "2 of 2 neurons chosen on the discovery split hold up"),
-        ({(1, 1): (0.5, 0.5)}, "not supported", "0 of them in the last third of the layers"),
-        ({(5, 1): (0.5, 0.0)}, "not supported", "0 of 1 neurons chosen"),
-        ({(5, 1): (0.01, 0.01)}, "not supported", "no single neuron measured"),
+        ({"layer": 3}, ["its layer is not in the last third"]),
+        ({"size": 5}, ["that is more than 10% of its MLP"]),
+        ({"nie_low": -0.1}, ["held out, it is not both sufficient and necessary"]),
+        ({"tie_low": 0.0}, ["held out, it is not both sufficient and necessary"]),
+        ({"nie_share": 0.04}, ["it carries less than 5% of TE"]),
+        ({"tie_share": -0.5}, ["it carries less than 5% of TE"]),
+        ({"layer": 0, "size": 40}, ["its layer is not in the last third", "that is more than 10% of its MLP"]),
     ],
 )
-def test_which(shares: Mapping[tuple[int, int], tuple[float, float]], verdict: str, finding: str) -> None:
-    claim = Made().neurons(shares).claim(WHICH)
+def test_each_condition_that_a_gate_set_fails_is_named(changes: Mapping[str, float], reasons: Sequence[str]) -> None:
+    claim = Made().gates(**changes).claim(WHICH)
+    assert claim.verdict == "not supported"
+    assert claim.finding.split("; ")[2:] == reasons
+
+
+@pytest.mark.parametrize("changes", [{"layer": 4}, {"size": 4}, {"nie_share": 0.05}, {"tie_share": 0.05}])
+def test_a_gate_set_may_just_meet_each_condition(changes: Mapping[str, float]) -> None:
+    assert Made().gates(**changes).claim(WHICH).verdict == "supported"
+
+
+@pytest.mark.parametrize(("better", "verdict"), [(0, "supported"), (1, "supported"), (2, "not supported")])
+def test_random_sets_that_do_as_much_count(better: int, verdict: str) -> None:
+    made = Made().gates(random=(*(2.8,) * better, *(0.1,) * (39 - better)))
+    claim = made.claim(WHICH)
     assert claim.verdict == verdict
-    assert finding in claim.finding
+    assert f"p = {(1 + better) / 40:.2g} against random sets" in claim.finding
+    assert claim.finding.endswith("random sets of its size do as much") == (better == 2)
+
+
+def test_too_few_random_sets_decide_nothing() -> None:
+    claim = Made().gates(random=(0.1,) * 18).claim(WHICH)
+    assert (claim.verdict, claim.finding) == ("undecided", "18 random sets are too few to compare the gate set with")
+
+
+@pytest.mark.parametrize("quantity", ["nie", "tie"])
+def test_a_gate_set_without_intervals_decides_nothing(quantity: str) -> None:
+    made = Made().gates(**{f"{quantity}_low": np.nan, f"{quantity}_high": np.nan, "reason": "all resamples agree"})
+    claim = made.claim(WHICH)
+    assert claim.verdict == "undecided"
+    assert claim.finding == "the held-out split cannot test the gate set: all resamples agree"
+
+
+def test_no_gate_set_is_no_gate() -> None:
+    claim = Made().neurons({(5, 1): (0.5, 0.5)}).searched().claim(WHICH)
+    assert (claim.verdict, claim.finding) == (
+        "not supported",
+        "no MLP moves the outcome by its neurons where they were swapped",
+    )
 
 
 def test_identities_look_at_the_whole_stream_of_equal_pairs() -> None:
@@ -209,10 +281,10 @@ def test_identities_look_at_the_whole_stream_of_equal_pairs() -> None:
     table.loc[whole & (table["pair_id"] == "p4"), "nde"] = -0.25
     table.loc[whole & (table["pair_id"] == "p5"), ["nie", "nde"]] = 99.0
     equal = {f"p{pair}" for pair in range(PAIRS)} - {"p5"}
-    nie, nde, *last = summarise(table, equal, LAYERS, 0, BY).identities
+    nie, nde, *last = summarise(table, {}, equal, LAYERS, 0, BY).identities
     assert (nie.n, nde.n) == (PAIRS - 1, PAIRS - 1)
     assert (nie.largest, nde.largest) == (pytest.approx(0.5), pytest.approx(0.25))
-    for nothing in (*last, summarise(table, set(), LAYERS, 0, BY).identities[0]):
+    for nothing in (*last, summarise(table, {}, set(), LAYERS, 0, BY).identities[0]):
         assert nothing.n == 0
         assert np.isnan(nothing.largest)
 
@@ -222,7 +294,7 @@ def test_identities_of_the_last_layer_hold_for_all_pairs() -> None:
     made.add("checks", "layer_output", LAYERS - 1, 0.5, position="last")
     table = made.table()
     table.loc[table["pair_id"] == "p5", ["nie", "nde"]] = 99.0
-    nie, nde = summarise(table, set(), LAYERS, 0, BY).identities[2:]
+    nie, nde = summarise(table, {}, set(), LAYERS, 0, BY).identities[2:]
     assert (nie.n, nde.n) == (PAIRS, PAIRS)
     assert (nie.largest, nde.largest) == (pytest.approx(99 - made.te[5]), pytest.approx(99.0))
 
@@ -248,7 +320,8 @@ def test_estimates_of_sites() -> None:
 
 
 def test_no_answer_depends_on_which_other_questions_were_asked() -> None:
-    alone, both = Made().modules(LATE, EARLY), Made().modules(LATE, EARLY).neurons({(5, 1): (0.5, 0.5)})
+    alone = Made().modules(LATE, EARLY)
+    both = Made().modules(LATE, EARLY).neurons({(5, 1): (0.5, 0.5)}).gates()
     first, second = alone.summary(), both.summary()
     modules = second.sites[second.sites["granularity"] == "modules"].reset_index(drop=True)
     pd.testing.assert_frame_equal(first.sites, modules)

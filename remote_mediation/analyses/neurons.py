@@ -209,10 +209,10 @@ class _Scores(NamedTuple):
 
 def _screened(lab: Lab, position: str) -> _Scores:
     study = lab.study
-    pairs = [pair for pair in lab.pairs("discovery") if pair.places(position).x0]
+    pairs = _pairs(lab, "discovery")
     found = lab.run([screen_task(pair, "mlp_neurons", position, study.setting) for pair in pairs])
     shape = (len(pairs), 2, 2, study.info.layers, study.info.d_ff)
-    mean = np.array(found, dtype=np.float64).reshape(shape).mean(0)
+    mean = np.array(found, dtype=np.float64).reshape(shape).sum(0) / max(len(pairs), 1)
     rank = mean[:, 1].min(0)
     unsearched = sorted(set(range(study.info.layers)) - set(_layers(study.config, study.info)))
     rank[unsearched] = -np.inf
@@ -337,13 +337,13 @@ def _curve(lab: Lab, layer: int, ranked: Sequence[int]) -> tuple[pd.DataFrame, i
 def _shares(lab: Lab, layer: int, ranked: Sequence[int], sizes: Sequence[int]) -> list[float]:
     """Of the MLP's mean NIE on the discovery split, by which the gates' MLP and size are chosen."""
     sites = [_everything(lab, layer), *(_first(lab, layer, ranked, size) for size in sizes)]
-    whole, *means = np.nanmean(lab.indirect(sites, lab.pairs("discovery")).nie, axis=1)
+    whole, *means = np.nanmean(lab.indirect(sites, _pairs(lab, "discovery")).nie, axis=1)
     return [float(mean / whole) for mean in means]
 
 
 def _heldout_shares(lab: Lab, layer: int, ranked: Sequence[int], sizes: Sequence[int]) -> list[Interval]:
     sites = [_everything(lab, layer), *(_first(lab, layer, ranked, size) for size in sizes)]
-    found = lab.indirect(sites, lab.pairs("heldout"))
+    found = lab.indirect(sites, _pairs(lab, "heldout"))
     whole, *parts = found.nie
     resamples = lab.study.config.statistics.resamples
     return [ratio_of_means(part, whole, found.clusters, lab.rng("curve"), resamples) for part in parts]
@@ -352,7 +352,7 @@ def _heldout_shares(lab: Lab, layer: int, ranked: Sequence[int], sizes: Sequence
 def _compared(lab: Lab, sets: dict[str, list[Site]]) -> pd.DataFrame:
     """`GATE_COLUMNS` of sets, on the held-out split."""
     named = [(name, site) for name, sites in sets.items() for site in sites]
-    found = lab.indirect([site for _, site in named], lab.pairs("heldout"))
+    found = lab.indirect([site for _, site in named], _pairs(lab, "heldout"))
     by = lab.study.config.statistics
     nie, tie = (
         estimate_means(table, found.clusters, lab.rng("gates"), by.resamples) for table in (found.nie, found.tie)
@@ -369,7 +369,7 @@ def _compared(lab: Lab, sets: dict[str, list[Site]]) -> pd.DataFrame:
             **{"tie": other.value, "tie_low": other.low, "tie_high": other.high},
             "nie_share": one.value / te,
             "tie_share": other.value / te,
-            "reason": one.reason,
+            "reason": one.reason or other.reason,
         }
         for (name, site), one, other in zip(named, nie, tie, strict=True)
     ]
@@ -378,6 +378,11 @@ def _compared(lab: Lab, sets: dict[str, list[Site]]) -> pd.DataFrame:
 
 def _position(lab: Lab) -> str:
     return lab.study.config.positions.neurons[0]
+
+
+def _pairs(lab: Lab, split: str) -> list[TokenPair]:
+    """Those that have the position."""
+    return [pair for pair in lab.pairs(split) if pair.places(_position(lab)).x0]
 
 
 def _layers(config: StudyConfig, info: ModelInfo) -> Sequence[int]:
@@ -407,7 +412,7 @@ def _least(lab: Lab, effects: pd.DataFrame) -> float:
 
 
 def _step(name: str, count: int, lab: Lab, kept: int, split: str = "discovery") -> dict[str, Any]:
-    pairs = len(lab.pairs(split))
+    pairs = len(_pairs(lab, split))
     unknown = {"missed": np.nan, "missed_high": np.nan}
     return {"step": name, "sites": count, "pairs": pairs, "kept": kept, "followed": kept, **unknown}
 
