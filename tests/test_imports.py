@@ -16,7 +16,7 @@ ROOT = Path(remote_mediation.__file__).parent
 ORDER = (
     ("errors", "organisms", "program", "provenance"),
     ("fetch", "ndif", "prompts", "sites", "stats"),
-    ("detectors", "judges", "models", "outcomes", "probes", "rows"),
+    ("detectors", "judges", "markdown", "models", "outcomes", "probes", "rows"),
     ("config", "plan"),
     ("analyses.*", "effects", "store"),
     ("analyses", "summary"),
