@@ -20,6 +20,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from remote_mediation import figures
+from remote_mediation.analyses.neurons import LAYERS, SAMPLE, WINDOWS
 from remote_mediation.effects import EFFECT_COLUMNS, SITE_COLUMNS
 from remote_mediation.judges import JudgeQuality
 from remote_mediation.lab import Study
@@ -39,6 +40,7 @@ from remote_mediation.markdown import (
 )
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.prompts import Refusal
+from remote_mediation.sections import Part, csv_tables, overview, sections
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.store import Store
 from remote_mediation.study import Result
@@ -126,16 +128,18 @@ def write_report(store: Store, result: Result, texts: Sequence[PairText] = ()) -
     """
     for name, table in _csv_tables(result).items():
         store.write(name, table.to_csv(index=False, lineterminator="\n"))
-    drawn = _figures(result)
+    drawn, parts = _figures(result), sections(result)
+    drawn |= {name: part.figure for name, part in parts.items() if part.figure}
     for name, figure in drawn.items():
         store.write(_figure_path(name), figures.png(figure))
-    store.write("report.md", _report(result, store, set(drawn), texts))
+    store.write("report.md", _report(result, parts, store, set(drawn), texts))
     return store.folder / "report.md"
 
 
 def terminal_summary(result: Result, report: Path) -> Group:
     """What a run found, for the terminal. report: path of `report.md`, named in the last line."""
     study, summary = result.study, result.summary
+    parts = sections(result).values()
     columns = ("site", "effect", _mean_header(study), "q", "held-out mean", "held-out q")
     return Group(
         Panel(Markdown(_answer(study, summary)), title=Text(study.info.name)),
@@ -145,15 +149,16 @@ def terminal_summary(result: Result, report: Path) -> Group:
             _sites_table(result, name, _MOST_SITES_TERMINAL).only(*columns).rich(_kind(name).title)
             for name in _informative_granularities(result)
         ),
+        *([overview(parts).rich("Gates and further analyses")] if parts else []),
         _identities_table(study, summary.identities).rich("Identities"),
         Text(f"Report: {report}", overflow="fold"),
     )
 
 
-def _report(result: Result, store: Store, drawn: set[str], texts: Sequence[PairText]) -> str:
-    """`report.md`. drawn: granularities that have a figure."""
+def _report(result: Result, parts: Mapping[str, Part], store: Store, drawn: set[str], texts: Sequence[PairText]) -> str:
+    """`report.md`. parts: sections of analyses beyond single sites. drawn: names of figures."""
     study, summary, record = result.study, result.summary, store.record()
-    sections = {
+    every = {
         f"# Causal mediation of harmful text in {study.info.name}": _opening(result, record),
         "## The paper's claims": _claims_table(summary.claims).markdown(),
         "## What was measured": paragraphs(
@@ -161,13 +166,14 @@ def _report(result: Result, store: Store, drawn: set[str], texts: Sequence[PairT
         ),
         "## Total effect": _total_table(summary.total, study.outcome.unit).markdown(),
         **{f"## {_kind(name).title}": _section(result, name, name in drawn) for name in _granularities(result)},
+        **{f"## {part.title}": part.markdown(_figure_path(name)) for name, part in parts.items()},
         "## Identities": _identities_table(study, summary.identities).markdown(),
         "## How to read the numbers": bullets(_READING),
         "## Limits": bullets(_limits(study, summary.total)),
         "## Prompts and answers": _shown(texts),
         "## Provenance": _provenance_table(record).markdown(),
     }
-    return paragraphs(*(part for section in sections.items() for part in section)) + "\n"
+    return paragraphs(*(part for section in every.items() for part in section)) + "\n"
 
 
 def _csv_tables(result: Result) -> dict[str, pd.DataFrame]:
@@ -175,6 +181,7 @@ def _csv_tables(result: Result) -> dict[str, pd.DataFrame]:
     tables = {
         "effects.csv": result.effects[list(EFFECT_COLUMNS)],
         "summary.csv": summary.sites[list(SUMMARY_COLUMNS)],
+        **csv_tables(result),
     }
     if UNITS in _granularities(result):
         tables["mediators.csv"] = summary.mediators
@@ -182,11 +189,14 @@ def _csv_tables(result: Result) -> dict[str, pd.DataFrame]:
 
 
 def _granularities(result: Result) -> list[str]:
-    return [name for name in dict.fromkeys(result.effects["granularity"]) if name != CHECKS]
+    """Those with a section of sites; checks have another, and steps of the search are on the discovery pairs alone."""
+    found = dict.fromkeys(result.effects["granularity"])
+    return [name for name in found if name not in (CHECKS, WINDOWS, SAMPLE)]
 
 
 def _informative_granularities(result: Result) -> list[str]:
-    return list(dict.fromkeys(_informative_sites(result)["granularity"]))
+    informative = set(_informative_sites(result)["granularity"])
+    return [name for name in _granularities(result) if name in informative]
 
 
 def _informative_sites(result: Result) -> pd.DataFrame:
@@ -300,6 +310,10 @@ def _depth(result: Result) -> Figure:
     return figures.depth(_informative_sites(result), result.summary.total)
 
 
+def _whole(result: Result) -> Figure:
+    return figures.neurons(_informative_sites(result), result.summary.total)
+
+
 def _modules(result: Result) -> Figure:
     return figures.modules(_informative_sites(result), result.summary.mlp, result.summary.attention)
 
@@ -366,8 +380,8 @@ _KINDS = {
     ),
     "tokens": _Kind("Tokens", "the residual stream after one layer, at one token", _map(figures.tokens)),
     "heads": _Kind("Heads", "the output of one attention head", _map(figures.heads)),
-    "neurons": _Kind("Neuron windows", "neighbouring neurons of one MLP", _map(figures.windows)),
-    UNITS: _Kind("Single neurons", "one neuron of a window that is strong on the discovery pairs", _units, _mediators),
+    LAYERS: _Kind("Neurons of whole MLPs", "all neurons of one MLP together", _whole),
+    UNITS: _Kind("Single neurons", "one neuron that the search on the discovery pairs led to", _units, _mediators),
 }
 
 

@@ -21,6 +21,8 @@ ORDER = (
     ("analyses.*", "effects", "store"),
     ("analyses", "summary"),
     ("figures", "study"),
+    ("gate_figures",),
+    ("sections",),
     ("backends", "estimate", "report"),
     ("compare", "selfcheck"),
     ("cli",),
