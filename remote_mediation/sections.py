@@ -137,11 +137,13 @@ def _set_in_words(result: Result, sets: pd.DataFrame, curve: pd.DataFrame) -> st
     text = f"{size} {gates['size']} of {whole['size']} neurons of layer {gates['layer']}, at '{gates['position']}'."
     if np.isnan(gates["nie_low"]) or np.isnan(gates["tie_low"]):
         return f"{text} The held-out pairs cannot test it: {gates['reason'] or 'there is no interval'}."
-    shown = {"nie": "sufficient (NIE)", "tie": "necessary (TIE)"}
+    shown = {"nie": "NIE (sufficient)", "tie": "TIE (necessary)"}
     clear = [words for name, words in shown.items() if min(sign * gates[f"{name}_{end}"] for end in _ENDS) > 0]
     unclear = [words for words in shown.values() if words not in clear]
-    yes = f"Held out it is {' and '.join(clear)}: its interval is clear of 0 in the direction of TE." if clear else ""
-    no = f"Held out it is not shown to be {' nor '.join(unclear)}." if unclear else ""
+    yes = f"Held out its {' and its '.join(clear)} lie clear of 0 in the direction of TE." if clear else ""
+    no = (
+        f"Held out its {' and its '.join(unclear)} are not shown to differ from 0 in that direction." if unclear else ""
+    )
     return " ".join(filter(None, (text, yes, no, _against_random(sets, sign))))
 
 
@@ -329,7 +331,7 @@ def _repair(result: Result) -> Part:
     title, benefit = ("Removing refusal", "Effect") if _sign(result) < 0 else ("Repair", "Benefit")
     did = (
         "The gates were held from the last prompt token on, on held-out pairs, at their mean over the discovery pairs' "
-        f"harmless prompts, or multiplied. *{benefit}* is read on harmful prompts, *cost* on their harmless counterparts."
+        f"harmless prompts, or multiplied. *{benefit}* is read on harmful prompts, *cost* on the harmless counterparts."
     )
     absent = _no_gates(result, "hold")
     if absent or "intervene.csv" not in result.tables:
@@ -360,9 +362,10 @@ def _held_in_words(result: Result, table: pd.DataFrame) -> str:
     harmful, harmless = (by.loc[(intervene.MEAN, side)] for side in ("harmful", "harmless"))
     random = by.loc[(intervene.RANDOM, "harmful")]
     return (
-        f"With the gates at their harmless mean the outcome on harmful prompts changes by {_change_of(harmful)} {unit}, "
-        f"{_undone(result, harmful)}; with random sets of their size by {_change_of(random)}. On harmless prompts it "
-        f"changes by {_change_of(harmless)}, with a divergence from the plain model of {_drift_of(harmless)} nats/token."
+        f"With the gates at their harmless mean the outcome on harmful prompts changes by {_change_of(harmful)} "
+        f"{unit}, {_undone(result, harmful)}; with random sets of their size by {_change_of(random)}. On harmless "
+        f"prompts it changes by {_change_of(harmless)}, and the divergence from the plain model is "
+        f"{_drift_of(harmless)} nats/token."
     )
 
 
@@ -372,8 +375,8 @@ def _held_in_brief(result: Result, table: pd.DataFrame) -> str:
         by.loc[key] for key in ((intervene.MEAN, "harmful"), (intervene.MEAN, "harmless"), (intervene.PLAIN, "harmful"))
     )
     return (
-        f"gates held: {_change_of(harmful)} {unit} on harmful prompts, KL {_drift_of(harmless)} on harmless ones; judged "
-        f"to comply {_share_of(harmful, 'complied')}, before {_share_of(plain, 'complied')}. {_doubt(result)}"
+        f"gates held: {_change_of(harmful)} {unit} on harmful prompts, KL {_drift_of(harmless)} on harmless ones; "
+        f"judged to comply {_share_of(harmful, 'complied')}, before {_share_of(plain, 'complied')}. {_doubt(result)}"
     )
 
 
