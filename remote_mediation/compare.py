@@ -18,7 +18,8 @@ import pandas as pd
 from remote_mediation import figures
 from remote_mediation.errors import SettingsError
 from remote_mediation.lab import Study
-from remote_mediation.report import TOLERANCE, Note, Table, shown
+from remote_mediation.markdown import Note, Table
+from remote_mediation.report import TOLERANCE, shown
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.store import Store
 from remote_mediation.study import Result, reread

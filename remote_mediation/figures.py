@@ -31,8 +31,8 @@ WIDTH = 9.0
 """Inches; with `DPI`, 1350 pixels, which GitHub shows at about two thirds."""
 
 # Okabe & Ito 2008: told apart with any common colour vision. Lines also differ by marker.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 _DIVERGING = "RdBu_r"
 _QUESTIONS = {"nie": "is it sufficient?", "tie": "is it necessary?"}
 """What the left and the right panel ask."""
@@ -49,17 +49,12 @@ def depth(sites: pd.DataFrame, total: Estimate) -> Figure:
 
     sites: `Summary.sites` (all tables named `sites` here are), granularity `layers`.
     """
-    part = _of(sites, "layers")
-    part = part.assign(name=part["position"])
-    figure, axes = _panels(1)
-    _title(figure, "Residual stream after each layer, swapped at one position", part, "mean and 95% interval")
-    for axis, quantity in zip(axes[0], _QUESTIONS, strict=True):
-        estimates = part[part["quantity"] == quantity]
-        _lines(axis, estimates)
-        axis.axhline(total.value, color="black", linestyle="--", label=f"TE, {total.value:.3g}")
-        _describe(axis, estimates)
-    _legend(figure, axes[0, 0])
-    return figure
+    return _by_layer(_of(sites, "layers"), total, "Residual stream after each layer, swapped at one position")
+
+
+def neurons(sites: pd.DataFrame, total: Estimate) -> Figure:
+    """All neurons of one MLP together by layer, a line per position, with TE for comparison."""
+    return _by_layer(_of(sites, "neurons"), total, "All neurons of one MLP, swapped together, layer by layer")
 
 
 def modules(sites: pd.DataFrame, mlp: DepthProfile | None, attention: DepthProfile | None) -> Figure:
@@ -81,7 +76,7 @@ def modules(sites: pd.DataFrame, mlp: DepthProfile | None, attention: DepthProfi
             _describe(axis, estimates, position)
     _mark_centre(axes[0, 0], mlp, layers, "MLP")
     _mark_centre(axes[0, 0], attention, layers, "attention")
-    _legend(figure, axes[0, 0])
+    legend(figure, axes[0, 0])
     return figure
 
 
@@ -105,14 +100,6 @@ def tokens(sites: pd.DataFrame, alpha: float) -> Figure:
     return figure
 
 
-def windows(sites: pd.DataFrame, alpha: float) -> Figure:
-    """MLP neurons by window and layer, a row per position."""
-    part = _of(sites, "neurons")
-    last = part["unit_stop"].astype(int) - 1
-    part = part.assign(name="neurons " + part["unit_start"] + "-" + last.astype(str))
-    return _unit_maps(part, "Windows of neighbouring MLP neurons", "first neuron of the window", alpha)
-
-
 def heads(sites: pd.DataFrame, alpha: float) -> Figure:
     """Attention heads by layer, a row per position."""
     part = _of(sites, "heads")
@@ -132,14 +119,14 @@ def units(sites: pd.DataFrame, mediators: pd.DataFrame, threshold: float, min_sh
     axis = figure.subplots()
     axis.scatter(wide["nie"], wide["tie"], s=10, color="0.6", label=f"all {len(wide)} measured")
     axis.scatter(others["nie"], others["tie"], s=40, marker="x", color="0.2", label=f"{len(others)} not confirmed")
-    axis.scatter(found["nie"], found["tie"], s=40, color=_COLOURS[1], label=f"{len(found)} mediating")
+    axis.scatter(found["nie"], found["tie"], s=40, color=COLOURS[1], label=f"{len(found)} mediating")
     _name_units(axis, found)
     _threshold_lines(axis, threshold, f"{min_share:.0%} of TE")
     nie, tie = (f"{quantity.upper()} ({_unit(part)}): {asked}" for quantity, asked in _QUESTIONS.items())
     axis.set(xlabel=nie, ylabel=tie)
     axis.margins(0.1)
     _title(figure, f"Single MLP neurons on held-out pairs: {len(found)} of {len(wide)} mediate", part, "mean")
-    _legend(figure, axis)
+    legend(figure, axis)
     return figure
 
 
@@ -150,7 +137,7 @@ def comparison(shares: pd.DataFrame) -> Figure:
     """
     figure = Figure((WIDTH, 5.0), DPI, layout="constrained")
     axis = figure.subplots()
-    styles = zip(shares.groupby("run", sort=False), cycle(_COLOURS), cycle(_MARKERS), strict=False)
+    styles = zip(shares.groupby("run", sort=False), cycle(COLOURS), cycle(MARKERS), strict=False)
     for (run, part), colour, marker in styles:
         for component, dashes in (("mlp_output", "-"), ("attention_output", "--")):
             line = part[part["component"] == component].sort_values("depth")
@@ -177,6 +164,19 @@ def _of(sites: pd.DataFrame, granularity: str, split: str = "all") -> pd.DataFra
     return sites[chosen & (sites["granularity"] == granularity)]
 
 
+def _by_layer(part: pd.DataFrame, total: Estimate, title: str) -> Figure:
+    part = part.assign(name=part["position"])
+    figure, axes = _panels(1)
+    _title(figure, title, part, "mean and 95% interval")
+    for axis, quantity in zip(axes[0], _QUESTIONS, strict=True):
+        estimates = part[part["quantity"] == quantity]
+        _lines(axis, estimates)
+        axis.axhline(total.value, color="black", linestyle="--", label=f"TE, {total.value:.3g}")
+        _describe(axis, estimates)
+    legend(figure, axes[0, 0])
+    return figure
+
+
 def _unit(estimates: pd.DataFrame) -> str:
     return str(estimates["unit"].iloc[0])
 
@@ -195,13 +195,14 @@ def _title(figure: Figure, text: str, estimates: pd.DataFrame, shown: str) -> No
     figure.suptitle("\n".join([*lines, care] if care else lines), fontsize=11)
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
+def legend(figure: Figure, axis: Axes) -> None:
+    """What an axis shows, below the figure."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
 
 
 def _lines(axis: Axes, estimates: pd.DataFrame) -> None:
     """A line with its 95% band for every `name`, in alphabetical order so that colours stay the same."""
-    for (name, line), colour, marker in zip(estimates.groupby("name"), cycle(_COLOURS), cycle(_MARKERS), strict=False):
+    for (name, line), colour, marker in zip(estimates.groupby("name"), cycle(COLOURS), cycle(MARKERS), strict=False):
         ordered = line.sort_values("layer")
         layers = ordered["layer"]
         axis.fill_between(layers, ordered["ci_low"], ordered["ci_high"], color=colour, alpha=0.2, linewidth=0)
@@ -313,7 +314,7 @@ def probe_figure(profile: pd.DataFrame, acts: Mapping[str, int]) -> Figure:
     axes = figure.subplots(1, len(facets), sharey=True, squeeze=False)[0]
     counts = f"prompts: {profile['n'].max()}, clusters: {profile['clusters'].max()}"
     figure.suptitle(f"Harm read by linear probes, layer by layer\naccuracy and 95% interval; {counts}", fontsize=11)
-    for axis, (position, part), colour in zip(axes, facets.items(), cycle(_COLOURS), strict=False):
+    for axis, (position, part), colour in zip(axes, facets.items(), cycle(COLOURS), strict=False):
         _accuracies(axis, part, colour)
         for (name, layer), style in zip(acts.items(), cycle((":", "--", "-.")), strict=False):
             depths = part.loc[part["layer"] == layer, "relative_depth"]
@@ -322,7 +323,7 @@ def probe_figure(profile: pd.DataFrame, acts: Mapping[str, int]) -> Figure:
         axis.set_title(f"at '{position}'\n{_best(part)}", fontsize=10, loc="left")
         axis.set(xlabel="relative depth", ylabel="accuracy on other templates", xlim=(-0.03, 1.03))
         axis.label_outer()
-    _legend(figure, axes[0])
+    legend(figure, axes[0])
     return figure
 
 
@@ -347,7 +348,7 @@ def detector_figure(table: pd.DataFrame, recall: int = 95) -> Figure:
     axes[0].set(xlabel="AUROC (random sets: median and 95% range)")
     axes[1].set_title(f"False alarms at the threshold for {recall}% recall", fontsize=10, loc="left")
     axes[1].set(xlabel="share of harmless prompts", xlim=(-0.03, 1.03))
-    _legend(figure, axes[0])
+    legend(figure, axes[0])
     return figure
 
 
@@ -370,7 +371,7 @@ def _best(part: pd.DataFrame) -> str:
 
 def _detectors(axis: Axes, table: pd.DataFrame, column: str, names: list[str], evaluations: list[str]) -> None:
     """A dot with its interval per detector; sets of prompts side by side, each in its colour."""
-    styles = zip(evaluations, cycle(_COLOURS), cycle(_MARKERS), strict=False)
+    styles = zip(evaluations, cycle(COLOURS), cycle(MARKERS), strict=False)
     for number, (evaluation, colour, marker) in enumerate(styles):
         part = table[table["evaluation"] == evaluation]
         beside = 0.25 * (number - (len(evaluations) - 1) / 2)

@@ -1,35 +1,46 @@
 """From a measured study to what people read: `report.md`, figures and CSV files in the run folder, and the terminal.
 
 Nothing is estimated here that `summary` has not estimated, but for the share of the total effect of the few sites that
-are shown. A table is made once (`Table`) and printed twice, as Markdown and by rich. Numbers have three significant
-digits; the CSV files have all of them. Where a number is missing the table says `n/a`, and a note below says why.
+are shown. Numbers have three significant digits (`markdown`); the CSV files have all of them.
 """
 
 from __future__ import annotations
 
-import html
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.markdown import Markdown
 from rich.panel import Panel
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from remote_mediation import figures
+from remote_mediation.analyses.neurons import LAYERS, SAMPLE, WINDOWS
 from remote_mediation.effects import EFFECT_COLUMNS, SITE_COLUMNS
 from remote_mediation.judges import JudgeQuality
 from remote_mediation.lab import Study
+from remote_mediation.markdown import (
+    Note,
+    Table,
+    bullets,
+    count,
+    estimate,
+    interval,
+    literal,
+    markdown_table,
+    notes_on,
+    number,
+    paragraphs,
+    percent,
+)
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.prompts import Refusal
+from remote_mediation.sections import Part, csv_tables, overview, sections
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.store import Store
 from remote_mediation.study import Result
@@ -57,7 +68,6 @@ _NOUNS = {
 _MOST_SITES = 5
 _MOST_SITES_TERMINAL = 3
 _MOST_MEDIATORS = 20
-_NONE = "n/a"
 _UNRECORDED = "not recorded"
 _PROVENANCE = ("model", "config", "outcome", "versions", "git", "host", "started", "finished", "seconds")
 """Keys of `run.json` that every report shows, recorded or not."""
@@ -67,11 +77,6 @@ _VERDICTS = {
     "undecided": "It leaves open",
     "not tested": "It did not test",
 }
-_STYLES = {
-    **{"supported": "green", "not supported": "red", "undecided": "yellow", "not tested": "dim"},
-    **{"holds": "green", "violated": "bold red", "not judged": "yellow", "not checked": "dim"},
-}
-"""Colours of verdicts in the terminal."""
 _SIGNS = {
     1: "The harmful prompts raise the outcome: the total effect (TE) is {size}.",
     0: "The total effect (TE) is {size}, not told apart from 0: without an effect there is no place of it to find.",
@@ -109,46 +114,6 @@ class PairText(NamedTuple):
     """Answer to the harmless prompt, as the outcome reads it."""
 
 
-class Note(NamedTuple):
-    """Why cells of a column are missing, or what to know before reading them."""
-
-    column: str
-    """Its header; empty for the whole table."""
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.column}: {self.text}" if self.column else self.text
-
-
-class Table(NamedTuple):
-    """A table of text with its notes."""
-
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    notes: tuple[Note, ...] = ()
-
-    def only(self, *names: str) -> Table:
-        """Some of its columns, with the notes on these."""
-        places = [self.header.index(name) for name in names]
-        rows = [tuple(row[place] for place in places) for row in self.rows]
-        return Table(names, rows, tuple(note for note in self.notes if note.column in ("", *names)))
-
-    def markdown(self) -> str:
-        """As Markdown, notes as a list below."""
-        return _paragraphs(markdown_table(self.header, self.rows), _bullets(self.notes))
-
-    def rich(self, title: str) -> RichTable:
-        """For the terminal; cells are shown as they are, verdicts in colour."""
-        notes = Text("\n".join(map(str, self.notes)))
-        table = RichTable(title=Text(title, "bold"), caption=notes, box=SIMPLE_HEAD)
-        for name in self.header:
-            table.add_column(Text(name), overflow="fold")
-        table.title_justify = table.caption_justify = "left"
-        for row in self.rows:
-            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
-        return table
-
-
 def write_report(store: Store, result: Result, texts: Sequence[PairText] = ()) -> Path:
     """Write tables, figures and `report.md` into the run folder; the same bytes for the same run. Returns the report.
 
@@ -163,16 +128,18 @@ def write_report(store: Store, result: Result, texts: Sequence[PairText] = ()) -
     """
     for name, table in _csv_tables(result).items():
         store.write(name, table.to_csv(index=False, lineterminator="\n"))
-    drawn = _figures(result)
+    drawn, parts = _figures(result), sections(result)
+    drawn |= {name: part.figure for name, part in parts.items() if part.figure}
     for name, figure in drawn.items():
         store.write(_figure_path(name), figures.png(figure))
-    store.write("report.md", _report(result, store, set(drawn), texts))
+    store.write("report.md", _report(result, parts, store, set(drawn), texts))
     return store.folder / "report.md"
 
 
 def terminal_summary(result: Result, report: Path) -> Group:
     """What a run found, for the terminal. report: path of `report.md`, named in the last line."""
     study, summary = result.study, result.summary
+    parts = sections(result).values()
     columns = ("site", "effect", _mean_header(study), "q", "held-out mean", "held-out q")
     return Group(
         Panel(Markdown(_answer(study, summary)), title=Text(study.info.name)),
@@ -182,73 +149,31 @@ def terminal_summary(result: Result, report: Path) -> Group:
             _sites_table(result, name, _MOST_SITES_TERMINAL).only(*columns).rich(_kind(name).title)
             for name in _informative_granularities(result)
         ),
+        *([overview(parts).rich("Gates and further analyses")] if parts else []),
         _identities_table(study, summary.identities).rich("Identities"),
         Text(f"Report: {report}", overflow="fold"),
     )
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table of cells that may hold Markdown; bars and line breaks stay inside their cells."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-
-
-def _report(result: Result, store: Store, drawn: set[str], texts: Sequence[PairText]) -> str:
-    """`report.md`. drawn: granularities that have a figure."""
+def _report(result: Result, parts: Mapping[str, Part], store: Store, drawn: set[str], texts: Sequence[PairText]) -> str:
+    """`report.md`. parts: sections of analyses beyond single sites. drawn: names of figures."""
     study, summary, record = result.study, result.summary, store.record()
-    sections = {
+    every = {
         f"# Causal mediation of harmful text in {study.info.name}": _opening(result, record),
         "## The paper's claims": _claims_table(summary.claims).markdown(),
-        "## What was measured": _paragraphs(
+        "## What was measured": paragraphs(
             _setting_table(result).markdown(), _left_out(study.refusals, store.failures())
         ),
         "## Total effect": _total_table(summary.total, study.outcome.unit).markdown(),
         **{f"## {_kind(name).title}": _section(result, name, name in drawn) for name in _granularities(result)},
+        **{f"## {part.title}": part.markdown(_figure_path(name)) for name, part in parts.items()},
         "## Identities": _identities_table(study, summary.identities).markdown(),
-        "## How to read the numbers": _bullets(_READING),
-        "## Limits": _bullets(_limits(study, summary.total)),
+        "## How to read the numbers": bullets(_READING),
+        "## Limits": bullets(_limits(study, summary.total)),
         "## Prompts and answers": _shown(texts),
         "## Provenance": _provenance_table(record).markdown(),
     }
-    return _paragraphs(*(part for section in sections.items() for part in section)) + "\n"
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"(?<!\\)\|", r"\\|", text).replace("\r", "").replace("\n", "<br>")
-
-
-def _literal(text: str) -> str:
-    """Text that Markdown shows as it is: no markup, links, images or HTML."""
-    return re.sub(r"([\\`*_\[\]()#|~!<>:])", r"\\\1", html.escape(text, quote=False))
-
-
-def _paragraphs(*parts: str) -> str:
-    return "\n\n".join(part for part in parts if part)
-
-
-def _bullets(lines: Iterable[object]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _number(value: float) -> str:
-    return _NONE if np.isnan(value) else f"{value:.3g}"
-
-
-def _percent(value: float) -> str:
-    return _NONE if np.isnan(value) else f"{100 * value:.3g}%"
-
-
-def _interval(value: float, low: float, high: float, number: Callable[[float], str] = _number) -> str:
-    ends = _NONE if np.isnan(low) else f"{number(low)}, {number(high)}"
-    return f"{number(value)} [{ends}]"
-
-
-def _estimate(found: Interval, number: Callable[[float], str] = _number) -> str:
-    return _interval(found.value, found.low, found.high, number)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return paragraphs(*(part for section in every.items() for part in section)) + "\n"
 
 
 def _csv_tables(result: Result) -> dict[str, pd.DataFrame]:
@@ -256,6 +181,7 @@ def _csv_tables(result: Result) -> dict[str, pd.DataFrame]:
     tables = {
         "effects.csv": result.effects[list(EFFECT_COLUMNS)],
         "summary.csv": summary.sites[list(SUMMARY_COLUMNS)],
+        **csv_tables(result),
     }
     if UNITS in _granularities(result):
         tables["mediators.csv"] = summary.mediators
@@ -263,11 +189,14 @@ def _csv_tables(result: Result) -> dict[str, pd.DataFrame]:
 
 
 def _granularities(result: Result) -> list[str]:
-    return [name for name in dict.fromkeys(result.effects["granularity"]) if name != CHECKS]
+    """Those with a section of sites; checks have another, and steps of the search are on the discovery pairs alone."""
+    found = dict.fromkeys(result.effects["granularity"])
+    return [name for name in found if name not in (CHECKS, WINDOWS, SAMPLE)]
 
 
 def _informative_granularities(result: Result) -> list[str]:
-    return list(dict.fromkeys(_informative_sites(result)["granularity"]))
+    informative = set(_informative_sites(result)["granularity"])
+    return [name for name in _granularities(result) if name in informative]
 
 
 def _informative_sites(result: Result) -> pd.DataFrame:
@@ -289,19 +218,19 @@ def _opening(result: Result, record: Mapping[str, Any]) -> str:
     """The answer, and before it whatever makes it doubtful."""
     warnings = [
         f"**Do not trust these numbers: an identity that holds by construction is violated** ({identity.name}: "
-        f"off by {_number(identity.largest)} {result.study.outcome.unit})."
+        f"off by {number(identity.largest)} {result.study.outcome.unit})."
         for identity in result.summary.identities
         if _holds(identity, result.study) == "violated"
     ]
     if not record.get("finished"):
         warnings.append("**This run is not finished**: what follows is what has been measured so far.")
-    return _paragraphs(*warnings, _answer(result.study, result.summary))
+    return paragraphs(*warnings, _answer(result.study, result.summary))
 
 
 def _answer(study: Study, summary: Summary) -> str:
     """Where in this model harmful text is decided, as far as this run can say."""
     total, unit = summary.total, study.outcome.unit
-    size = f"{_estimate(total)} {unit}"
+    size = f"{estimate(total)} {unit}"
     care = f" To be read with care: {total.reason}." if total.reason else ""
     claims = " ".join(f"{_VERDICTS[claim.verdict]} “{claim.name}”: {claim.finding}." for claim in summary.claims)
     return f"{_headline(study, summary)} {_SIGNS[_sign(total)].format(size=size)}{care} {claims}"
@@ -326,7 +255,7 @@ def _claims_table(claims: Sequence[Claim]) -> Table:
 
 
 def _total_table(total: Estimate, unit: str) -> Table:
-    row = (_estimate(total), _number(total.p), str(total.n_pairs), str(total.n_clusters))
+    row = (estimate(total), number(total.p), str(total.n_pairs), str(total.n_clusters))
     notes = (Note("", total.reason),) if total.reason else ()
     return Table((f"mean TE [95% interval], {unit}", "p", "pairs", "clusters"), [row], notes)
 
@@ -341,7 +270,7 @@ def _setting_table(result: Result) -> Table:
         ("pairs", f"{config.pairs}: {_split_size(used)}, of {len(study.pairs)} that can be run"),
         ("discovery split", _split_size(used[used["split"] == "discovery"])),
         ("held-out split", _split_size(used[used["split"] == "heldout"])),
-        ("refused", _count(len(study.refusals), "pair")),
+        ("refused", count(len(study.refusals), "pair")),
         ("outcome", f"{study.outcome.name}, in {study.outcome.unit}: {MEANINGS[study.outcome.name]}"),
         ("seed", f"{config.seed}, of the split, the bootstrap and the sign flips ({by.resamples} resamples)"),
         ("thresholds", f"q ≤ {by.alpha:g}; a neuron mediates from {by.min_share:.0%} of TE by NIE and by TIE"),
@@ -350,7 +279,7 @@ def _setting_table(result: Result) -> Table:
 
 
 def _split_size(pairs: pd.DataFrame) -> str:
-    return f"{_count(len(pairs), 'pair')} in {_count(pairs['cluster'].nunique(), 'cluster')}"
+    return f"{count(len(pairs), 'pair')} in {count(pairs['cluster'].nunique(), 'cluster')}"
 
 
 def _left_out(refusals: Sequence[Refusal], failures: Mapping[str, str]) -> str:
@@ -359,7 +288,7 @@ def _left_out(refusals: Sequence[Refusal], failures: Mapping[str, str]) -> str:
     for refusal in refusals:
         by_reason.setdefault(f"refused: {refusal.reason}", []).append(refusal.id)
     for pair_id, message in failures.items():
-        by_reason.setdefault(f"failed while it ran, measured in part at most: {_literal(message)}", []).append(pair_id)
+        by_reason.setdefault(f"failed while it ran, measured in part at most: {literal(message)}", []).append(pair_id)
     rows = [(reason, str(len(ids)), ", ".join(ids)) for reason, ids in by_reason.items()]
     rows.sort(key=lambda row: -int(row[1]))
     return markdown_table(("left out because", "pairs", "ids"), rows) if rows else "No pair was left out."
@@ -379,6 +308,10 @@ class _Kind(NamedTuple):
 
 def _depth(result: Result) -> Figure:
     return figures.depth(_informative_sites(result), result.summary.total)
+
+
+def _whole(result: Result) -> Figure:
+    return figures.neurons(_informative_sites(result), result.summary.total)
 
 
 def _modules(result: Result) -> Figure:
@@ -404,7 +337,7 @@ def _profiles(result: Result) -> str:
     profiles = {"MLP": summary.mlp, "attention": summary.attention}
     defined = {name: profile for name, profile in profiles.items() if profile is not None}
     rows = [
-        (name, _estimate(profile.centre_of_mass), _estimate(profile.last_third_share, _percent))
+        (name, estimate(profile.centre_of_mass), estimate(profile.last_third_share, percent))
         for name, profile in defined.items()
     ]
     header = ("NIE of", "centre of mass (0 first layer, 1 last)", "share in the last third of layers")
@@ -420,8 +353,8 @@ def _mediators(result: Result) -> str:
         return f"No neuron reaches {chosen}."
     kept = f"{found['mediates'].sum()} of them also do on the held-out pairs, with q ≤ {by.alpha:g}"
     shown = f"the first {_MOST_MEDIATORS}; `mediators.csv` has all" if len(found) > _MOST_MEDIATORS else "all of them"
-    return _paragraphs(
-        f"{_count(len(found), 'neuron')} reached {chosen}; {kept}. On the held-out pairs ({shown}):",
+    return paragraphs(
+        f"{count(len(found), 'neuron')} reached {chosen}; {kept}. On the held-out pairs ({shown}):",
         _mediators_table(found.head(_MOST_MEDIATORS), result.study.outcome.unit).markdown(),
     )
 
@@ -430,9 +363,9 @@ def _mediators_table(found: pd.DataFrame, unit: str) -> Table:
     rows = [
         (
             f"{neuron.layer}.{neuron.unit} at '{neuron.position}'",
-            *map(_number, (neuron.nie, neuron.tie)),
-            *map(_percent, (neuron.nie_share, neuron.tie_share)),
-            _number(neuron.q),
+            *map(number, (neuron.nie, neuron.tie)),
+            *map(percent, (neuron.nie_share, neuron.tie_share)),
+            number(neuron.q),
             "yes" if neuron.mediates else "no",
         )
         for neuron in found.itertuples()
@@ -447,8 +380,8 @@ _KINDS = {
     ),
     "tokens": _Kind("Tokens", "the residual stream after one layer, at one token", _map(figures.tokens)),
     "heads": _Kind("Heads", "the output of one attention head", _map(figures.heads)),
-    "neurons": _Kind("Neuron windows", "neighbouring neurons of one MLP", _map(figures.windows)),
-    UNITS: _Kind("Single neurons", "one neuron of a window that is strong on the discovery pairs", _units, _mediators),
+    LAYERS: _Kind("Neurons of whole MLPs", "all neurons of one MLP together", _whole),
+    UNITS: _Kind("Single neurons", "one neuron that the search on the discovery pairs led to", _units, _mediators),
 }
 
 
@@ -471,8 +404,8 @@ def _section(result: Result, granularity: str, drawn: bool) -> str:
     kind = _kind(granularity)
     swapped = f"Swapped between the two prompts: {kind.swapped}."
     if granularity not in _informative_granularities(result):
-        return _paragraphs(swapped, "Only sites whose effects follow by construction were measured.")
-    return _paragraphs(
+        return paragraphs(swapped, "Only sites whose effects follow by construction were measured.")
+    return paragraphs(
         swapped,
         f"![{kind.title}: NIE and TIE]({_figure_path(granularity)})" if drawn else "",
         kind.more(result),
@@ -493,19 +426,19 @@ def _sites_table(result: Result, granularity: str, most: int) -> Table:
         (
             _site_name(*key[1:-1]),
             key[-1].upper(),
-            _interval(found.mean, found.ci_low, found.ci_high),
-            *map(_number, (found.q, fair.mean, fair.q)),
-            _estimate(share, _percent),
+            interval(found.mean, found.ci_low, found.ci_high),
+            *map(number, (found.q, fair.mean, fair.q)),
+            estimate(share, percent),
         )
         for key, found, fair, share in zip(shown, everywhere.itertuples(), heldout.itertuples(), shares, strict=True)
     ]
     mean, share_of_te = _mean_header(result.study), "share of TE"
     notes = (
-        *_notes("", [] if shown else ["no discovery pair has been measured yet"]),
-        *_notes(mean, everywhere["reason"]),
-        *_notes("q", _resolution(result, granularity)),
-        *_notes("held-out q", heldout["reason"]),
-        *_notes(share_of_te, [share.reason for share in shares]),
+        *notes_on("", [] if shown else ["no discovery pair has been measured yet"]),
+        *notes_on(mean, everywhere["reason"]),
+        *notes_on("q", _resolution(result, granularity)),
+        *notes_on("held-out q", heldout["reason"]),
+        *notes_on(share_of_te, [share.reason for share in shares]),
     )
     return Table(("site", "effect", mean, "q", "held-out mean", "held-out q", share_of_te), rows, notes)
 
@@ -543,10 +476,6 @@ def _shares(result: Result, shown: list[tuple[Any, ...]]) -> list[Interval]:
     ]
 
 
-def _notes(column: str, texts: Iterable[str]) -> list[Note]:
-    return [Note(column, text) for text in dict.fromkeys(texts) if text]
-
-
 def _resolution(result: Result, granularity: str) -> list[str]:
     """Says so where the test is too coarse to find a site on its own (see `stats.estimate_means`)."""
     family = result.summary.sites[result.summary.sites["granularity"] == granularity]
@@ -558,7 +487,7 @@ def _resolution(result: Result, granularity: str) -> list[str]:
         return []
     reach = f"reached by {needed} together or by none" if needed <= size else "out of reach"
     return [
-        f"{_count(clusters, 'cluster')} and {by.resamples} resamples give no p below {floor:.2g}, so among {size} "
+        f"{count(clusters, 'cluster')} and {by.resamples} resamples give no p below {floor:.2g}, so among {size} "
         f"sites q ≤ {by.alpha:g} is {reach}; a large q is no evidence that a site does nothing"
     ]
 
@@ -574,7 +503,7 @@ def _site_name(component: str, layer: int, position: str, start: str, stop: str)
 
 def _identities_table(study: Study, identities: Sequence[Identity]) -> Table:
     rows = [
-        (identity.name, str(identity.n), _number(identity.largest), _holds(identity, study)) for identity in identities
+        (identity.name, str(identity.n), number(identity.largest), _holds(identity, study)) for identity in identities
     ]
     notes = (
         Note("", f"asked for: at most {TOLERANCE:g} {study.outcome.unit} in float32; this run: {study.config.dtype}"),
@@ -594,9 +523,9 @@ def _holds(identity: Identity, study: Study) -> str:
 def _limits(study: Study, total: Estimate) -> list[str]:
     unequal = sum(len(pair.x0) != len(pair.x1) for pair in study.pairs)
     return [
-        f"{_count(total.n_pairs, 'pair')} in {_count(total.n_clusters, 'cluster')}, and it is the clusters that count: "
+        f"{count(total.n_pairs, 'pair')} in {count(total.n_clusters, 'cluster')}, and it is the clusters that count: "
         "pairs made from one template are not independent. Below 6 clusters no interval here covers 95%.",
-        f"{unequal} of {_count(len(study.pairs), 'pair')} have edits of unequal length. There the first tokens of the "
+        f"{unequal} of {count(len(study.pairs), 'pair')} have edits of unequal length. There the first tokens of the "
         "longer edit have no partner and are not swapped, so even `all` leaves part of the difference in place.",
         "`last` is the last prompt token and the answer tokens fed after it; `all` is everything from the first "
         "differing token on, the fed answer included.",
@@ -613,7 +542,7 @@ def _shown(texts: Sequence[PairText]) -> str:
         )
     header = ("pair", "harmful prompt", "answer", "harmless prompt", "answer")
     order = [(text.id, text.harmful, text.harmful_answer, text.harmless, text.harmless_answer) for text in texts]
-    return markdown_table(header, [tuple(map(_literal, row)) for row in order])
+    return markdown_table(header, [tuple(map(literal, row)) for row in order])
 
 
 def _provenance_table(record: Mapping[str, Any]) -> Table:
@@ -631,7 +560,7 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
 
 def shown(found: Interval, share: bool = False) -> str:
     """An estimate with its interval as all tables here have it. share: as percentages."""
-    return _estimate(found, _percent if share else _number)
+    return estimate(found, percent if share else number)
 
 
 def judge_table(quality: JudgeQuality) -> Table:

@@ -161,33 +161,42 @@ def test_tokens_stand_in_reading_order_under_their_number_of_pairs() -> None:
     assert np.asarray(nie.images[0].get_array()).tolist() == [[1, 4, 8, 3, 2, 8], [2, 5, 9, 4, 3, 9]]
 
 
-def window_sites() -> pd.DataFrame:
-    means = {(0, 0): 0.1, (0, 64): -0.6, (3, 0): 0.2, (3, 64): 0.3}
+def test_whole_mlps_are_drawn_by_layer_with_te_beside_them() -> None:
+    rows = [site("neurons", "mlp_neurons", layer, "last", unit=(0, 64), mean=0.3 * layer) for layer in (1, 0, 2)]
+    searched = [site("neurons:windows", "mlp_neurons", 2, "last", unit=(0, 16), mean=9.0)]
+    nie, tie = panels(figures.neurons(table([*rows, *searched]), TOTAL))
+    assert line(nie, "last") == pytest.approx([0.0, 0.3, 0.6])
+    assert line(tie, "last") == pytest.approx([0.0, 0.15, 0.3])
+    assert line(tie, "TE, 2") == [2.0, 2.0]
+
+
+def head_sites() -> pd.DataFrame:
+    means = {(0, 0): 0.1, (0, 1): -0.6, (3, 0): 0.2, (3, 1): 0.3}
     return table(
         site(
-            "neurons", "mlp_neurons", layer, "last", unit=(first, first + 64), mean=mean, q=0.05 if mean > 0.2 else 0.06
+            "heads", "attention_heads", layer, "last", unit=(head, head + 1), mean=mean, q=0.05 if mean > 0.2 else 0.06
         )
-        for (layer, first), mean in means.items()
+        for (layer, head), mean in means.items()
     )
 
 
 def test_a_map_is_layer_by_unit_on_one_scale_centred_on_zero() -> None:
-    nie, tie = panels(figures.windows(window_sites(), 0.05))
+    nie, tie = panels(figures.heads(head_sites(), 0.05))
     assert np.asarray(nie.images[0].get_array()).tolist() == [[0.1, -0.6], [0.2, 0.3]]
     assert np.asarray(tie.images[0].get_array()).tolist() == [[0.05, -0.3], [0.1, 0.15]]
     assert [text.get_text() for text in nie.get_yticklabels()] == ["0", "3"]
     assert [image.get_clim() for image in (nie.images[0], tie.images[0])] == [(-0.6, 0.6)] * 2
-    assert nie.get_title(loc="left").endswith("strongest: neurons 64-127, layer 0: -0.6")
+    assert nie.get_title(loc="left").endswith("strongest: head 1, layer 0: -0.6")
 
 
 def test_dots_mark_the_cells_at_or_below_alpha() -> None:
-    nie, _ = panels(figures.windows(window_sites(), 0.05))
-    assert nie.collections[0].get_offsets().tolist() == [[1.0, 1.0]]  # second window, second layer row
+    nie, _ = panels(figures.heads(head_sites(), 0.05))
+    assert nie.collections[0].get_offsets().tolist() == [[1.0, 1.0]]  # second head, second layer row
 
 
 def test_what_was_not_measured_is_left_blank() -> None:
-    sites = window_sites()
-    nie, _ = panels(figures.windows(sites[(sites["layer"] == 0) | (sites["unit_start"] == "0")], 0.05))
+    sites = head_sites()
+    nie, _ = panels(figures.heads(sites[(sites["layer"] == 0) | (sites["unit_start"] == "0")], 0.05))
     assert np.ma.getmaskarray(np.ma.masked_invalid(nie.images[0].get_array())).tolist() == [
         [False, False],
         [False, True],

@@ -1,0 +1,122 @@
+"""Tables of text, and numbers as they are read: three significant digits, `n/a` where there is none.
+
+A table is made once (`Table`) and printed twice, as Markdown and by rich. Where a number is missing a note below says
+why.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from remote_mediation.stats import Interval
+
+NONE = "n/a"
+_STYLES = {
+    **{"supported": "green", "not supported": "red", "undecided": "yellow", "not tested": "dim"},
+    **{"holds": "green", "violated": "bold red", "not judged": "yellow", "not checked": "dim"},
+}
+"""Colours of verdicts in the terminal."""
+
+
+class Note(NamedTuple):
+    """Why cells of a column are missing, or what to know before reading them."""
+
+    column: str
+    """Its header; empty for the whole table."""
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.column}: {self.text}" if self.column else self.text
+
+
+class Table(NamedTuple):
+    """A table of text with its notes."""
+
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    notes: tuple[Note, ...] = ()
+
+    def only(self, *names: str) -> Table:
+        """Some of its columns, with the notes on these."""
+        places = [self.header.index(name) for name in names]
+        rows = [tuple(row[place] for place in places) for row in self.rows]
+        return Table(names, rows, tuple(note for note in self.notes if note.column in ("", *names)))
+
+    def markdown(self) -> str:
+        """As Markdown, notes as a list below."""
+        return paragraphs(markdown_table(self.header, self.rows), bullets(self.notes))
+
+    def rich(self, title: str) -> RichTable:
+        """For the terminal; cells are shown as they are, verdicts in colour."""
+        notes = Text("\n".join(map(str, self.notes)))
+        table = RichTable(title=Text(title, "bold"), caption=notes, box=SIMPLE_HEAD)
+        for name in self.header:
+            table.add_column(Text(name), overflow="fold")
+        table.title_justify = table.caption_justify = "left"
+        for row in self.rows:
+            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+        return table
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of cells that may hold Markdown; bars and line breaks stay inside their cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def literal(text: str) -> str:
+    """Text that Markdown shows as it is: no markup, links, images or HTML."""
+    return re.sub(r"([\\`*_\[\]()#|~!<>:])", r"\\\1", html.escape(text, quote=False))
+
+
+def paragraphs(*parts: str) -> str:
+    """Parts with an empty line between them; empty parts are left out."""
+    return "\n\n".join(part for part in parts if part)
+
+
+def bullets(lines: Iterable[object]) -> str:
+    """A list."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    return NONE if np.isnan(value) else f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """A share as percentage."""
+    return NONE if np.isnan(value) else f"{100 * value:.3g}%"
+
+
+def interval(value: float, low: float, high: float, shown: Callable[[float], str] = number) -> str:
+    """A value with its interval."""
+    ends = NONE if np.isnan(low) else f"{shown(low)}, {shown(high)}"
+    return f"{shown(value)} [{ends}]"
+
+
+def estimate(found: Interval, shown: Callable[[float], str] = number) -> str:
+    """An estimate with its interval."""
+    return interval(found.value, found.low, found.high, shown)
+
+
+def count(many: int, noun: str) -> str:
+    """A number of things."""
+    return f"{many} {noun}" if many == 1 else f"{many} {noun}s"
+
+
+def notes_on(column: str, texts: Iterable[str]) -> list[Note]:
+    """A note for each text that is not empty, once."""
+    return [Note(column, text) for text in dict.fromkeys(texts) if text]
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"(?<!\\)\|", r"\\|", text).replace("\r", "").replace("\n", "<br>")
