@@ -19,7 +19,14 @@ def sites(name: str, **settings: Any) -> list[Site]:
 
 def test_every_granularity_has_an_analysis() -> None:
     assert set(ANALYSES) == {"checks", *Granularity.__args__}
-    assert [name for name, analysis in ANALYSES.items() if analysis.analyse] == ["neurons"]
+    assert [name for name, analysis in ANALYSES.items() if analysis.analyse] == [
+        "neurons",
+        "detect",
+        "paths",
+        "intervene",
+        "attacks",
+        "monitor",
+    ]
 
 
 def test_layers() -> None:

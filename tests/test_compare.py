@@ -148,7 +148,7 @@ def test_no_figure_without_shares(make: Callable[..., Path], tmp_path: Path) -> 
 
 
 def test_runs_without_modules_or_neurons_say_so(make: Callable[..., Path]) -> None:
-    neurons = {"granularity": ["neurons"], "neurons": {"window": 4, "max_windows": 1}}
+    neurons = {"granularity": ["neurons"], "neurons": {"search": ["windows"], "random_sets": 5}}
     runs = by_name(read_runs([make("late", LATE), make("cells", LATE, **neurons)]))
     assert (runs["late"].chosen, runs["late"].mediators) == (None, None)
     assert "no single neurons were measured in this study" in runs["late"].notes()

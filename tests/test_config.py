@@ -120,7 +120,7 @@ def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
         ({"device": "cuda"}, True),
         ({"out": "elsewhere"}, True),
         ({"job_seconds": 1.0}, True),
-        ({"batch_gb": 0.1}, True),
+        ({"max_memory": 2.0}, True),
         ({"model": "other"}, False),
         ({"revision": "r"}, False),
         ({"pairs": "mine.jsonl"}, False),
@@ -133,6 +133,9 @@ def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
         ({"response_logprob": {"tokens": 3}}, False),
         ({"positions": {"heads": ["all"]}}, True),
         ({"neurons": {"search": ["all"]}}, True),
+        ({"intervene": {"tokens": 3}}, True),
+        ({"attacks": {"checkpoints": ["other"]}}, True),
+        ({"monitor": {"hard_negatives": "hard.csv"}}, True),
         ({"statistics": {"resamples": 100}}, True),
     ],
 )

@@ -215,7 +215,7 @@ def test_a_finished_study_may_be_asked_for_more(pairs: Path, tmp_path: Path) -> 
 def test_another_place_to_run_is_the_same_study(pairs: Path, tmp_path: Path) -> None:
     run(config(pairs), CannedBackend({}), tmp_path / "run")
     backend = CannedBackend({})
-    elsewhere = config(pairs, backend="ndif", device="cuda", job_seconds=1.0, batch_gb=0.5)
+    elsewhere = config(pairs, backend="ndif", device="cuda", job_seconds=1.0, max_memory=2.0)
     run(elsewhere, backend, tmp_path / "run")
     assert backend.collected == []
 
