@@ -324,7 +324,7 @@ def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None
     """Run a study in its folder and write the report; Ctrl-C leaves what is finished."""
     from remote_mediation.prompts import load_pairs
     from remote_mediation.store import Store
-    from remote_mediation.study import run_study
+    from remote_mediation.study import measure_precision, run_study
 
     load_pairs(config.pairs)  # a bad file is refused before a model is loaded
     store = Store.create(folder, config.identity())
@@ -332,6 +332,9 @@ def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None
         with _progress() as progress:
             watch = _Watch(progress)
             result = run_study(config, _backend(config, watch), store, watch, _variants(config, watch))
+            if config.dtype != "float32" and config.backend == "local":
+                reference = _backend(config.model_copy(update={"dtype": "float32"}), watch)
+                measure_precision(store, reference, watch)
     except KeyboardInterrupt:
         note = "stopped; everything finished so far is kept, and the same command goes on from there"
         errors.print(note, soft_wrap=True)

@@ -15,9 +15,10 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from remote_mediation.analyses import ANALYSES
@@ -44,6 +45,10 @@ from remote_mediation.summary import CHECKS, Summary, summarise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# Sites that are also measured in float32 when a study runs in another precision.
+PRECISION_SAMPLE = 32
 
 
 class Result(NamedTuple):
@@ -93,12 +98,28 @@ def run_study(
 
 def reread(store: Store) -> Result:
     """A study as its run folder has it, finished or not; no model is needed."""
+    return analysed(Lab(_reread_study(store), store))
+
+
+def _reread_study(store: Store) -> Study:
     record, prepared = store.record(), store.prepared() or Prepared((), ())
     config = StudyConfig(**record["config"])
     info = ModelInfo(**{**record["model"], "sliding": tuple(record["model"]["sliding"])})
     outcome = Outcome(config.outcome, *(tuple(record["outcome"][name]) for name in ("plus", "minus")))
-    study = Study(config, info, outcome, prepared.pairs, prepared.refusals)
-    return analysed(Lab(study, store))
+    return Study(config, info, outcome, prepared.pairs, prepared.refusals)
+
+
+def measure_precision(store: Store, reference: Backend, watch: Watch | None = None) -> None:
+    """Note in `run.json` how far a sample of a run's outcomes lies from what float32 gives. reference: in float32."""
+    record, study = store.record(), _reread_study(store)
+    requests = first_requests(study)
+    sample = requests[:: -(-len(requests) // PRECISION_SAMPLE)]
+    rows = [row for request in sample for row in request.rows(study.info)]
+    found = Lab(study, store).outcomes(rows)
+    exact = Lab(replace(study, config=study.config.model_copy(update={"dtype": "float32"})), store, reference, watch)
+    deviation = np.abs(found - exact.outcomes(rows))
+    summary = {"outcomes": len(rows), "largest": float(np.nanmax(deviation)), "mean": float(np.nanmean(deviation))}
+    store.save_record({**record, "deviation_from_float32": {**summary, "unit": study.outcome.unit}})
 
 
 def prepare(config: StudyConfig, backend: Backend) -> Prepared:

@@ -455,6 +455,17 @@ def test_compare(call: Run, tmp_path: Path, model: str) -> None:
     assert tree(tmp_path) == before
 
 
+def test_another_precision_is_compared_with_float32(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model, 'granularity = ["modules"]\n')
+    assert call("run", file, "--dtype", "bfloat16", "--out", "low").code == 0
+    found = json.loads((tmp_path / "low/run.json").read_text("utf-8"))["deviation_from_float32"]
+    assert found["outcomes"] >= 24
+    assert 1e-4 < found["mean"] < found["largest"] < 1  # bfloat16 has 8 bits of mantissa
+    assert "deviation_from_float32.largest" in (tmp_path / "low/report.md").read_text("utf-8")
+    assert call("run", file, "--out", "full").code == 0
+    assert "deviation_from_float32" not in (tmp_path / "full/run.json").read_text("utf-8")
+
+
 # --- what is not loaded -----------------------------------------------------------------------------------------------
 
 PROBE = """
