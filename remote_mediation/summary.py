@@ -63,6 +63,8 @@ MEDIATOR_COLUMNS: dict[str, str] = {
 _FEWEST_CLUSTERS = 6
 # A gate set of more of its MLP's neurons than this is not called sparse.
 _SPARSE = 0.1
+# A set that carries less of TE than this, held out, is a part of the way and does not gate it.
+_GATE = 0.5
 
 Verdict = Literal["supported", "not supported", "undecided", "not tested"]
 
@@ -315,7 +317,7 @@ def _which(total: Estimate, tables: Mapping[str, pd.DataFrame], layers: int, by:
             "its layer is not in the last third": gates["layer"] < 2 * layers / 3,
             f"that is more than {_SPARSE:.0%} of its MLP": gates["size"] > _SPARSE * mlp["size"],
             "held out, it is not both sufficient and necessary": min(ends) <= 0,
-            f"it carries less than {by.min_share:.0%} of TE": min(gates[["nie_share", "tie_share"]]) < by.min_share,
+            f"it carries less than {_GATE:.0%} of TE": min(gates[["nie_share", "tie_share"]]) < _GATE,
             "random sets of its size do as much": p > by.alpha,
         }.items()
         if fails

@@ -223,8 +223,8 @@ def test_a_sparse_late_set_gates() -> None:
         ({"size": 5}, ["that is more than 10% of its MLP"]),
         ({"nie_low": -0.1}, ["held out, it is not both sufficient and necessary"]),
         ({"tie_low": 0.0}, ["held out, it is not both sufficient and necessary"]),
-        ({"nie_share": 0.04}, ["it carries less than 5% of TE"]),
-        ({"tie_share": -0.5}, ["it carries less than 5% of TE"]),
+        ({"nie_share": 0.49}, ["it carries less than 50% of TE"]),
+        ({"tie_share": -0.5}, ["it carries less than 50% of TE"]),
         ({"layer": 0, "size": 40}, ["its layer is not in the last third", "that is more than 10% of its MLP"]),
     ],
 )
