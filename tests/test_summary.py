@@ -234,7 +234,7 @@ def test_each_condition_that_a_gate_set_fails_is_named(changes: Mapping[str, flo
     assert claim.finding.split("; ")[2:] == reasons
 
 
-@pytest.mark.parametrize("changes", [{"layer": 4}, {"size": 4}, {"nie_share": 0.05}, {"tie_share": 0.05}])
+@pytest.mark.parametrize("changes", [{"layer": 4}, {"size": 4}, {"nie_share": 0.5}, {"tie_share": 0.5}])
 def test_a_gate_set_may_just_meet_each_condition(changes: Mapping[str, float]) -> None:
     assert Made().gates(**changes).claim(WHICH).verdict == "supported"
 
