@@ -85,11 +85,14 @@ def measure(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.
 
 def base_run(model: Any, spec: dict[str, Any], prompt: dict[str, Any], components: tuple[str, ...]) -> dict[str, Any]:
     """The unpatched prompt: answer values `[1, read]`, and from token `first` on the stream and mediators by layer."""
-    arguments = forward_arguments(spec, prompt, 0)
-    with model.trace(input_ids=torch.tensor([prompt["ids"]]), past_key_values=DynamicCache(), **arguments):
+    arguments = {"input_ids": torch.tensor([prompt["ids"]]), **forward_arguments(spec, prompt, 0)}
+    with model.trace(past_key_values=DynamicCache(), **arguments):
         captured = capture(model, spec, prompt, components)
         values = answer_values(model, spec, prompt)
         cache = model.output.past_key_values
+    if not cache.layers:  # a sandboxed server hands a block whose input is read a copy of the cache
+        with model.trace(past_key_values=DynamicCache(), **arguments):
+            cache = model.output.past_key_values
     keyvalues = [(layer.keys, layer.values) for layer in cache.layers]
     return {"values": values, "captured": captured, "keyvalues": keyvalues}
 
@@ -262,6 +265,8 @@ def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.T
     backward passes in which one layer at a time passes on nothing but the residual stream (Kramar et al. 2024,
     arXiv 2403.00745, sections 3.1 and 3.2). `[1, (base, variant, layer, unit)]`, in the unit of Y.
     """
+    if model.lm_head.weight.is_meta:
+        raise RuntimeError("this server runs blocks in a sandbox and gives no gradients")
     name, prompts = context["component"], context["prompts"]
     bases = [base_run(model, spec, prompt, (name,)) for prompt in prompts]
     held = [
