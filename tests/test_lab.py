@@ -49,7 +49,7 @@ def test_pairs_are_those_of_a_split_that_did_not_fail(tmp_path: Path) -> None:
     assert set(splits.values()) == {"discovery", "heldout"}
     here.outcomes(swaps())
     for split in ("discovery", "heldout"):
-        assert {pair.id for pair in here.pairs(split)} == {id for id in splits if splits[id] == split} - {"p2"}
+        assert {pair.id for pair in here.pairs(split)} == {name for name in splits if splits[name] == split} - {"p2"}
     assert {pair.id for pair in here.pairs()} == set(splits) - {"p2"}
 
 
