@@ -40,6 +40,8 @@ _GPU_FLOPS = 0.3 * 312e12
 # Bytes of the program's source in every payload, and of the file around a tensor that comes back (tests/ndif).
 _PROGRAM_BYTES = 6_000
 _TENSOR_BYTES = 700
+# Sets beside the random ones that gates are compared with: their MLP, the gates themselves, an earlier layer's best.
+_OTHER_SETS = 3
 # Peak of a client process over NDIF, mostly Python and its libraries (tests/ndif measures it).
 CLIENT_MEMORY = 0.7e9
 
@@ -55,7 +57,7 @@ class Estimate:
     rows: int
     """Forward runs with a mediator overwritten, of the first wave."""
     unit_rows: int
-    """At most so many more for single neurons."""
+    """At most so many more for single neurons and the gate set."""
     jobs: int
     """Jobs of the first wave, at the speed assumed."""
     flops: float
@@ -99,7 +101,7 @@ def estimate(config: StudyConfig) -> Estimate:
 
     Raises:
         ModelError: configuration or tokenizer cannot be loaded.
-        PairsError: the pairs cannot be used.
+        PairsError: the pairs cannot be used, or not be split where neurons are searched.
         SiteError: the study names something that the model does not have.
     """
     info, tokenizer = load_info(config.model, config.revision), load_tokenizer(config.model, config.revision)
@@ -158,19 +160,29 @@ def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
 
 
 def _units(study: Study) -> tuple[int, float]:
-    """Rows and operations of the search for single neurons, at most, as if all were in the middle layer."""
+    """Rows and operations of the search for single neurons and of its gate set, at most, as if in the middle layer."""
     if "neurons" not in study.config.granularity:
         return 0, 0.0
-    count = _neurons_measured(study)
+    splits, everywhere = study.splits(), _neurons_measured(study) + _curve_sizes(study)
+    count = {"discovery": everywhere, "heldout": everywhere + study.config.neurons.random_sets + _OTHER_SETS}
     site = Site("mlp_neurons", study.info.layers // 2, study.config.positions.neurons[0], (0,))
     sample = [(swap(pair, site, side, study.info), pair) for pair in study.pairs for side in (0, 1)]
-    return count * len(sample), count * sum(row_flops(row, pair, study.setting) for row, pair in sample if row.writes)
+    rows = sum(count[splits[pair.id]] for row, pair in sample if row.writes)
+    return rows, sum(count[splits[pair.id]] * row_flops(row, pair, study.setting) for row, pair in sample if row.writes)
 
 
 def _neurons_measured(study: Study) -> int:
-    """Single neurons or windows that the search measures on every pair, at most."""
+    """Single neurons or windows that the search measures on every pair, at most, whichever way it goes."""
     settings, width = study.config.neurons, study.info.d_ff
-    if settings.search[0] == "windows":
-        return 4 * settings.max_windows * math.ceil(math.log(width, 4))
     searched = len(settings.layers or range(study.info.layers)) * width
-    return searched if settings.search[0] == "all" else min(2 * settings.exact, searched)
+    ways = {
+        "windows": 4 * settings.max_windows * math.ceil(math.log(width, 4)),
+        "all": searched,
+        "gradient": min(2 * settings.exact, searched),
+    }
+    return max(ways[way] for way in settings.search)
+
+
+def _curve_sizes(study: Study) -> int:
+    """Sizes at which the gate set is tried, at most: powers of two and all neurons, then a bisection between two."""
+    return 2 * study.info.d_ff.bit_length()

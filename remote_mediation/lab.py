@@ -113,13 +113,17 @@ class Lab:
         backend: Backend | None = None,
         watch: Watch | None = None,
         variants: Mapping[str, Backend] | None = None,
+        splits: Mapping[str, str] | None = None,
     ) -> None:
-        """Without a backend only what is in the run folder can be had. variants: other checkpoints of the model."""
+        """Without a backend only what is in the run folder can be had.
+
+        variants: other checkpoints of the model. splits: the study's own by default.
+        """
         self.study, self.variants = study, variants or {}
         self._store, self._backend, self._watch = store, backend, watch or Unwatched()
         self._values = store.values()
         self._keys = Keys(study.setting, study.pairs)
-        self._splits = study.splits()
+        self._splits = splits or study.splits()
         self._effects: list[pd.DataFrame] = []
         self._rate = FIRST_RATE
         config = study.config
@@ -248,9 +252,7 @@ class Lab:
     ) -> Lab:
         """The same study on other pairs of the same ids, or on another model, in the same run folder and splits."""
         study = replace(self.study, pairs=tuple(pairs or self.study.pairs), info=info or self.study.info)
-        other = Lab(study, self._store, backend if info else self._backend, self._watch)
-        other._splits = self._splits
-        return other
+        return Lab(study, self._store, backend if info else self._backend, self._watch, splits=self._splits)
 
     def _outcome(self, row: Row, pairs: dict[str, TokenPair]) -> float:
         key = self._keys(row)

@@ -13,14 +13,20 @@ from fakes import INFO, LOGITS, LOGPROBS, token_pair
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from remote_mediation.errors import SettingsError
 from remote_mediation.models import info_of, load_info
 from remote_mediation.outcomes import Outcome
 from remote_mediation.plan import (
+    DEFAULT_BATCH,
+    LIBRARIES,
+    SMALLEST_BATCH,
     Budget,
     Job,
     Keys,
     Setting,
     base_flops,
+    batch_budget,
+    batch_sizes,
     layer_flops,
     plan_jobs,
     row_bytes,
@@ -350,3 +356,38 @@ def test_keys_know_the_weights_of_a_local_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"other")
     assert before
     assert load_info(str(tmp_path)).weights != before
+
+
+def test_the_memory_of_batches_is_what_libraries_and_weights_leave() -> None:
+    weights = weight_bytes(INFO, "float32")
+    assert batch_budget(SETTING, None, here=True) == batch_budget(SETTING, None, here=False) == DEFAULT_BATCH
+    assert batch_budget(SETTING, 3.0, here=True) == pytest.approx(3e9 - LIBRARIES - weights)
+    assert batch_budget(SETTING, 3.0, here=False) == 3e9  # the weights are elsewhere
+    large = SETTING._replace(info=replace(INFO, d_ff=10**6, layers=100))
+    assert batch_budget(large, 90.0, here=True) == pytest.approx(90e9 - LIBRARIES - weight_bytes(large.info, "float32"))
+
+
+def test_too_little_memory_is_refused_with_what_it_takes() -> None:
+    large = SETTING._replace(info=replace(INFO, d_ff=10**6, layers=100))
+    for setting, here in ((SETTING, True), (SETTING, False), (large, True)):
+        fixed = LIBRARIES + weight_bytes(setting.info, "float32") if here else 0.0
+        needed = (fixed + SMALLEST_BATCH) / 1e9
+        with pytest.raises(SettingsError, match=rf"take {fixed / 1e9:.2f} GB; give at least {needed:.2f}"):
+            batch_budget(setting, 0.99 * needed, here)
+        assert batch_budget(setting, 1.01 * needed, here) >= SMALLEST_BATCH
+
+
+def test_the_size_of_batches_is_that_of_their_rows_and_keeps_the_budget() -> None:
+    pairs = {pair.id: pair for pair in PAIRS}
+    (job,) = plan(ROWS)
+    sizes = batch_sizes(job, pairs, SETTING)
+    # Of each pair and base six rows begin at the last token, and twelve at the third, where `edit` is.
+    assert sizes == [
+        number * row_bytes(pair, start, SETTING) for pair in PAIRS for number, start in [(12, 2), (6, 4)] * 2
+    ]
+    for room in (1.5, 3.5, 7.0):
+        budget = room * row_bytes(PAIRS[0], 2, SETTING)
+        cut = [size for job in plan(ROWS, batch_bytes=budget) for size in batch_sizes(job, pairs, SETTING)]
+        assert max(cut) <= budget
+        assert sum(cut) == pytest.approx(sum(sizes))
+        assert len(cut) > len(sizes)

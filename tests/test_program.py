@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from oracle import FIRST_WORD, LOGIT_DIFF, RESPONSE_LOGPROB, TOLERANCE, VOCAB, Oracle, Subject, random_rows, token_pair
 
 from remote_mediation.outcomes import Outcome
+from remote_mediation.program import answer_values
 from remote_mediation.prompts import SPANS, PromptPair, TokenPair, tokenise
 from remote_mediation.rows import Constant, Row, Scale, Source, Write, swap
 from remote_mediation.sites import COMPONENTS, FAMILIES, Component, ModelInfo, Site
@@ -258,3 +260,33 @@ def test_smollm2(smollm2: Subject) -> None:
     assert measured.felt() > 0.75
     prompt = pairs[0].x1
     assert smollm2.backend.answer([prompt], 8) == [generated(smollm2, prompt, 8)]
+
+
+class Head(torch.nn.Linear):
+    """An unembedding that may be skipped, of a model that has run up to it."""
+
+    def __init__(self, width: int, vocabulary: int, device: str) -> None:
+        super().__init__(width, vocabulary, bias=True, device=device)
+        self.skipped: list[torch.Tensor] = []
+
+    def skip(self, value: torch.Tensor) -> None:
+        self.model.output.logits = value
+        self.skipped.append(value)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_weights_that_are_not_shown_are_not_read(device: str, normalise: bool) -> None:
+    """On a server that hides them, the logits of the whole vocabulary come to the same values."""
+    torch.manual_seed(0)
+    state, shown, head = torch.randn(3, 4, 8), Head(8, 20, "cpu"), Head(8, 20, device)
+    if device == "cpu":
+        head.load_state_dict(shown.state_dict())
+    logits = shown(state).detach()
+    model = SimpleNamespace(lm_head=head, output=SimpleNamespace(logits=logits))
+    object.__setattr__(head, "model", model)
+    head.input = state
+    found = answer_values(model, {"normalise": normalise}, {"reads": ((3, 7), (0, 2), (3, 19))})
+    expected = (torch.log_softmax(logits, -1) if normalise else logits)[:, [3, 0, 3], [7, 2, 19]]
+    torch.testing.assert_close(found.detach(), expected)
+    assert len(head.skipped) == (device == "cpu" and not normalise)

@@ -346,6 +346,80 @@ class TestRatio:
             stats.ratio_of_means([1.0, 2.0], [1.0, 2.0], [0, 1, 1], rng())
 
 
+class TestMeansOf:
+    VALUES, LABELS = hierarchical(3, k=7, size=4, seed=1)
+
+    @staticmethod
+    def shared(seed: int) -> np.random.Generator:
+        """The generator with which `estimate_means` resamples."""
+        return rng(int(rng(seed).integers(2**63)))
+
+    def assert_like_means(self, found: Sequence[stats.Interval], values: ArrayLike, labels: ArrayLike) -> None:
+        expected = stats.estimate_means(values, labels, rng(5), RESAMPLES)
+        for one, other in zip(found, expected, strict=True):
+            assert (one.n_pairs, one.n_clusters) == (other.n_pairs, other.n_clusters)
+            assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high))
+            assert one.low < one.value < one.high
+
+    def test_means_themselves_have_the_interval_of_means(self) -> None:
+        found = stats.bootstrap_mean_of(lambda means: means, self.VALUES, self.LABELS, self.shared(5), RESAMPLES)
+        self.assert_like_means(found, self.VALUES, self.LABELS)
+
+    def test_a_linear_statistic_has_the_interval_of_its_values(self) -> None:
+        found = stats.bootstrap_mean_of(
+            lambda means: np.stack([means[0] - 2 * means[1], means.sum(0)]),
+            self.VALUES,
+            self.LABELS,
+            self.shared(5),
+            RESAMPLES,
+        )
+        a, b, c = self.VALUES
+        self.assert_like_means(found, [a - 2 * b, a + b + c], self.LABELS)
+
+    def test_the_statistic_is_of_means_and_not_a_mean_of_statistics(self) -> None:
+        (found,) = stats.bootstrap_mean_of(
+            lambda means: (means**2).sum(0, keepdims=True), self.VALUES, self.LABELS, rng(), RESAMPLES
+        )
+        assert found.value == pytest.approx((self.VALUES.mean(1) ** 2).sum())
+
+    def test_resamples_draw_whole_clusters(self) -> None:
+        seen: list[Any] = []
+
+        def watched(means: Any) -> Any:
+            seen.append(means)
+            return means
+
+        stats.bootstrap_mean_of(watched, [[0.0, 6.0, 9.0]], ["a", "a", "b"], rng(), 200)
+        possible = {round(sum(one) / len(one), 6) for one in ([0, 6], [9], [0, 6, 9], [0, 6, 0, 6], [9, 9])}
+        assert set(np.round(np.concatenate(seen[1:], axis=1), 6).ravel()) == possible == {3.0, 9.0, 5.0}
+
+    def test_values_of_any_shape(self) -> None:
+        shapes = []
+
+        def flattened(means: Any) -> Any:
+            shapes.append(means.shape[:-1])
+            return means.reshape(-1, means.shape[-1])
+
+        table = np.stack([self.VALUES, 2 * self.VALUES])
+        found = stats.bootstrap_mean_of(flattened, table, self.LABELS, rng(), RESAMPLES)
+        assert set(shapes) == {(2, 3)}
+        assert [one.value for one in found] == pytest.approx(table.mean(2).ravel().tolist())
+
+    def test_pairs_that_lack_a_value_are_dropped_everywhere(self) -> None:
+        gaps = self.VALUES.copy()
+        gaps[1, 2], gaps[0, 9] = NaN, math.inf
+        kept = np.isfinite(gaps).all(0)
+        found = stats.bootstrap_mean_of(lambda means: means, gaps, self.LABELS, self.shared(5), RESAMPLES)
+        self.assert_like_means(found, gaps[:, kept], self.LABELS[kept])
+        assert {one.reason for one in found} == {f"2 of {gaps.shape[1]} pairs dropped: not finite"}
+
+    def test_bad_input(self) -> None:
+        with pytest.raises(ValueError, match="one label for each of 3 pairs"):
+            stats.bootstrap_mean_of(lambda means: means, [[1.0, 2.0, 3.0]], ["a"], rng())
+        with pytest.raises(ValueError, match="resamples must be at least 1"):
+            stats.bootstrap_mean_of(lambda means: means, [[1.0, 2.0]], ["a", "b"], rng(), 0)
+
+
 class TestDepthProfile:
     @staticmethod
     def noisy(profile: Sequence[float], n: int = 12, noise: float = 0.01) -> NDArray[Any]:

@@ -1,0 +1,210 @@
+"""The lab on a canned backend: what it keeps, what it asks for again, and what it says of what failed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import INFO, LOGITS, CannedBackend, canned, records, token_pair
+
+from remote_mediation.config import StudyConfig
+from remote_mediation.effects import Request
+from remote_mediation.errors import JobError
+from remote_mediation.lab import Lab, Study, UnmeasuredError
+from remote_mediation.prompts import PromptPair
+from remote_mediation.rows import Row, swap
+from remote_mediation.sites import Site
+from remote_mediation.store import Store
+from remote_mediation.tasks import screen_task
+
+PAIRS = tuple(token_pair(f"p{i}", x1=(1, 2, 10 + i, 4, 5)) for i in range(6))
+SITE = Site("mlp_output", 2, "all")
+BARE = [Row(pair.id, side) for pair in PAIRS for side in (0, 1)]
+
+
+def lab(folder: Path, backend: CannedBackend | None = None, **settings: Any) -> Lab:
+    config = StudyConfig(model="tiny", granularity=["layers"], **settings)
+    return Lab(Study(config, INFO, LOGITS, PAIRS, ()), Store(folder), backend)
+
+
+def swaps(pairs: tuple[Any, ...] = PAIRS) -> list[Row]:
+    return [swap(pair, SITE, 0, INFO) for pair in pairs]
+
+
+def test_outcomes_of_failed_pairs_are_missing(tmp_path: Path) -> None:
+    found = lab(tmp_path, CannedBackend({}, refuses=["p2"])).outcomes(swaps())
+    assert np.isnan(found).tolist() == [name == "p2" for name in (pair.id for pair in PAIRS)]
+    # Without a backend, too, and the other values stay what they were.
+    np.testing.assert_array_equal(lab(tmp_path).outcomes(swaps()), found)
+    undisturbed = lab(tmp_path / "other", CannedBackend({})).outcomes(swaps())
+    np.testing.assert_array_equal(np.delete(found, 2), np.delete(undisturbed, 2))
+
+
+def test_pairs_are_those_of_a_split_that_did_not_fail(tmp_path: Path) -> None:
+    here = lab(tmp_path, CannedBackend({}, refuses=["p2"]))
+    splits = here.study.splits()
+    assert set(splits.values()) == {"discovery", "heldout"}
+    here.outcomes(swaps())
+    for split in ("discovery", "heldout"):
+        assert {pair.id for pair in here.pairs(split)} == {name for name in splits if splits[name] == split} - {"p2"}
+    assert {pair.id for pair in here.pairs()} == set(splits) - {"p2"}
+
+
+def test_bare_rows_asked_for_alone_are_measured(tmp_path: Path) -> None:
+    backend = CannedBackend({})
+    found = lab(tmp_path, backend).outcomes(BARE)
+    assert np.isfinite(found).all()
+    assert [job.rows for job in backend.collected] == [0]
+    keys = backend.collected[0].parts[0].keys
+    assert found[:2].tolist() == [LOGITS.value(PAIRS[0], canned(key, 3)) for key in keys]
+    assert len(set(found)) == len(BARE)
+
+
+def test_nothing_is_measured_twice(tmp_path: Path) -> None:
+    first, second = CannedBackend({}), CannedBackend({})
+    before = lab(tmp_path, first).indirect([SITE], PAIRS)
+    after = lab(tmp_path, second).indirect([SITE], PAIRS)
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert first.collected
+    assert second.collected == []
+
+
+def test_joint_effects_are_differences_of_outcomes_and_no_effects_of_the_study(tmp_path: Path) -> None:
+    here = lab(tmp_path, CannedBackend({}))
+    found = here.indirect([SITE], PAIRS)
+    y0, y1 = (here.outcomes([Row(pair.id, side) for pair in PAIRS]) for side in (0, 1))
+    with_x1, with_x0 = (here.outcomes([swap(pair, SITE, side, INFO) for pair in PAIRS]) for side in (0, 1))
+    np.testing.assert_array_equal(found.nie, [with_x1 - y0])
+    np.testing.assert_array_equal(found.tie, [y1 - with_x0])
+    np.testing.assert_array_equal(found.te, y1 - y0)
+    assert found.clusters.tolist() == [pair.cluster for pair in PAIRS]
+    assert here.effects.empty
+    here.measure([Request("modules", pair, SITE) for pair in PAIRS])
+    assert here.effects["nie"].tolist() == pytest.approx(found.nie[0].tolist())
+
+
+def test_without_a_backend_what_is_missing_is_said(tmp_path: Path) -> None:
+    here = lab(tmp_path)
+    assert not here.can_measure
+    task = screen_task(PAIRS[0], "mlp_neurons", "last", here.study.setting)
+    for ask in (
+        lambda: here.outcomes(swaps()),
+        lambda: here.outcomes(BARE),
+        lambda: here.indirect([SITE], PAIRS),
+        lambda: here.measure([Request("modules", PAIRS[0], SITE)]),
+        lambda: here.run([task]),
+        lambda: here.noted("note", lambda tokenizer: 1),
+        lambda: here.tokenised("texts", lambda: []),
+    ):
+        with pytest.raises(UnmeasuredError):
+            ask()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tasks_are_run_once_and_in_the_order_asked_for(tmp_path: Path) -> None:
+    backend, again = CannedBackend({}), CannedBackend({})
+    here = lab(tmp_path, backend)
+    tasks = [screen_task(pair, "mlp_neurons", "last", here.study.setting) for pair in PAIRS]
+    some = here.run(tasks[:2])
+    found = here.run(tasks[::-1])[::-1]
+    for one, task in zip(found, tasks, strict=True):
+        np.testing.assert_array_equal(one, canned(task.key(here.study.setting), 4 * INFO.layers * INFO.d_ff))
+    for one, other in zip(some, found, strict=False):
+        np.testing.assert_array_equal(one, other)
+    ran = [key for job in backend.collected for key in job.keys]
+    assert sorted(ran) == sorted(task.key(here.study.setting) for task in tasks)
+    for other in (lab(tmp_path, again), lab(tmp_path)):  # another process, and a report
+        for one, two in zip(other.run(tasks), found, strict=True):
+            np.testing.assert_array_equal(one, two)
+    assert again.collected == []
+
+
+def test_the_same_task_twice_is_one(tmp_path: Path) -> None:
+    backend = CannedBackend({})
+    here = lab(tmp_path, backend)
+    task = screen_task(PAIRS[0], "mlp_neurons", "last", here.study.setting)
+    first, second = here.run([task, task])
+    np.testing.assert_array_equal(first, second)
+    assert sum(len(job.keys) for job in backend.collected) == 1
+
+
+def test_a_failed_task_is_no_pairs_fault(tmp_path: Path) -> None:
+    here = lab(tmp_path, CannedBackend({}, refuses_tasks=["screen"]))
+    tasks = [screen_task(pair, "mlp_neurons", "last", here.study.setting) for pair in PAIRS]
+    with pytest.raises(JobError, match="screen is not allowed"):
+        here.run(tasks)
+    assert Store(tmp_path).failures() == {}
+    assert Store(tmp_path).submitted() == []
+    assert here.pairs() == PAIRS
+    with pytest.raises(UnmeasuredError):
+        lab(tmp_path).run(tasks)
+
+
+def test_notes_are_made_once_with_the_tokenizer_and_kept(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def note(tokenizer: Any) -> dict[str, Any]:
+        made.append(len(tokenizer))
+        return {"ids": [1, 2], "of": None}
+
+    backend = CannedBackend({})
+    here = lab(tmp_path, backend)
+    first = here.noted("one", note)
+    assert first == here.noted("one", note) == lab(tmp_path).noted("one", note) == {"ids": [1, 2], "of": None}
+    assert made == [len(backend.tokenizer)]
+    here.noted("other", note)
+    assert len(made) == 2
+
+
+def test_an_empty_note_is_a_note(tmp_path: Path) -> None:
+    assert lab(tmp_path, CannedBackend({})).noted("empty", lambda tokenizer: []) == []
+    assert lab(tmp_path).noted("empty", lambda tokenizer: [1]) == []
+
+
+def test_other_texts_are_tokenised_once_and_kept(tmp_path: Path) -> None:
+    made = []
+
+    def texts() -> list[PromptPair]:
+        made.append(1)
+        return [PromptPair(**record) for record in records()]
+
+    here = lab(tmp_path, CannedBackend({}))
+    first = here.tokenised("texts", texts)
+    assert [pair.id for pair in first.pairs] == [record["id"] for record in records()]
+    assert first == here.tokenised("texts", texts) == lab(tmp_path).tokenised("texts", texts)
+    assert made == [1]
+    assert {pair.id for pair in here.pairs()} == {pair.id for pair in PAIRS}
+
+
+def test_beside_the_study_splits_stay(tmp_path: Path) -> None:
+    backend = CannedBackend({})
+    here = lab(tmp_path, backend)
+    # Of their own, these three pairs of one cluster could not even be split.
+    others = tuple(replace(pair, cluster="one", x1=(1, 2, 20 + i, 4, 5)) for i, pair in enumerate(PAIRS[1:4]))
+    beside = here.beside(pairs=others)
+    splits = here.study.splits()
+    for split in ("discovery", "heldout"):
+        assert [pair.id for pair in beside.pairs(split)] == [p.id for p in others if splits[p.id] == split]
+    assert beside.pairs() == others
+    plain, rewrapped = here.outcomes(swaps(PAIRS[1:4])), beside.outcomes(swaps(others))
+    assert np.isfinite(rewrapped).all()
+    assert set(plain).isdisjoint(rewrapped)  # other tokens are other rows
+    assert here.beside().outcomes(swaps(PAIRS[1:4])).tolist() == plain.tolist()
+
+
+def test_another_model_beside_the_study_is_measured_by_its_own_backend(tmp_path: Path) -> None:
+    tuned = replace(INFO, name="tuned")
+    base, other = CannedBackend({}), CannedBackend({}, info=tuned)
+    here = lab(tmp_path, base)
+    plain = here.outcomes(swaps())
+    before = len(base.collected)
+    found = here.beside(info=tuned, backend=other).outcomes(swaps())
+    assert len(base.collected) == before
+    assert other.collected
+    assert set(plain).isdisjoint(found)
+    with pytest.raises(UnmeasuredError):  # a checkpoint without a backend is not asked of the model
+        here.beside(info=replace(INFO, name="third")).outcomes(swaps())
