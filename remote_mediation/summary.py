@@ -56,7 +56,7 @@ MEDIATOR_COLUMNS: dict[str, str] = {
     "tie_share": "mean TIE / mean TE, both held out",
     "p": "the larger of the sign-flip p of NIE and TIE",
     "q": "Benjamini-Hochberg over the neurons chosen on the discovery split",
-    "mediates": "q and both shares reach the study's thresholds",
+    "mediates": "q and both shares reach the study's thresholds, and there is a total effect",
     "reason": "why a number is missing, or why to read it with care",
 }
 # With fewer clusters a 95% percentile interval cannot cover 95% (see `stats.estimate_means`).
@@ -134,6 +134,8 @@ def summarise(
     total = estimate_means(totals[["te"]].T, totals["cluster"], rng("total"), by.resamples)[0]
     modules = _modules(effects, total, rng, by)
     mediators = _mediators(effects, rng, by)
+    if not (total.low > 0 or total.high < 0):
+        mediators["mediates"] = False  # a share of nothing
     sites = site_estimates(effects[effects["granularity"] != CHECKS], rng, by)
     return Summary(
         sites=sites,

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import pytest
 from fakes import records, write_pairs
 from oracle import Subject
 
-from remote_mediation import cli
+from remote_mediation import cli, plan
+from remote_mediation.backends import LocalBackend
+from remote_mediation.models import load_info
 
 PYTHON = [sys.executable, "-m", "remote_mediation"]
 LOGITS = 'outcome = "logit_diff"\n[logit_diff]\nplus = ["sure", "yes"]\nminus = ["sorry", "no"]\n'
@@ -521,3 +524,84 @@ def test_exit_codes_of_a_process(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     refused(Ran(done.returncode, done.stdout, done.stderr), "'no[such]file.csv'", "give a JSONL or CSV file")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what is added to a run -------------------------------------------------------------------------------------------
+
+FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "granularity", "titles"),
+    [
+        (("detect",), ["layers", "detect"], ["Early understanding"]),
+        (("paths",), ["layers", "neurons", "paths"], ["Gate neurons", "Paths"]),
+        (("intervene", "--tokens", 2), ["layers", "neurons", "intervene"], ["Gate neurons", "Repair"]),
+        (
+            ("intervene", "--tokens", 2, "--attacks"),
+            ["layers", "neurons", "intervene", "attacks"],
+            ["Repair", "Circumvention"],
+        ),
+        (("monitor",), ["layers", "neurons", "monitor"], ["Gate neurons", "Monitor"]),
+    ],
+    ids=["detect", "paths", "intervene", "attacks", "monitor"],
+)
+def test_more_is_asked_of_a_run(
+    call: Run, tmp_path: Path, model: str, arguments: tuple[object, ...], granularity: list[str], titles: list[str]
+) -> None:
+    file, folder = study(tmp_path, model, 'granularity = ["layers"]\n' + LOGITS + FEW), tmp_path / "runs/study"
+    assert call("run", file).code == 0
+    before, effects = measured(folder), (folder / "effects.csv").read_text("utf-8")
+    command, *options = arguments
+    ran = call(command, folder, *options)
+    assert (ran.code, ran.err) == (0, "")
+    config = json.loads((folder / "run.json").read_text("utf-8"))["config"]
+    assert config["granularity"] == granularity
+    assert config["neurons"]["random_sets"] == 4  # settings of the run stay
+    assert measured(folder).items() > before.items()
+    assert set(effects.splitlines()) <= set((folder / "effects.csv").read_text("utf-8").splitlines())
+    report = (folder / "report.md").read_text("utf-8")
+    for title in titles:
+        assert f"\n## {title}\n" in report
+
+    after, jobs = tables(folder), measured(folder)
+    assert call(command, folder, *options).code == 0  # the same again changes nothing
+    assert call("report", folder).code == 0
+    assert (tables(folder), measured(folder)) == (after, jobs)
+
+
+@pytest.mark.parametrize("command", ["detect", "paths", "intervene", "monitor"])
+def test_nothing_is_added_to_what_is_no_run(call: Run, tmp_path: Path, command: str) -> None:
+    refused(call(command, "nowhere"), "nowhere is no run folder", "give the folder of")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_too_little_memory_says_how_much_it_takes(call: Run, tmp_path: Path, model: str, command: str) -> None:
+    file = study(tmp_path, model)
+    before = tree(tmp_path)
+    ran = call(command, file, "--max-memory", 0.3)
+    refused(ran, "max_memory 0.3 GB is too little", "give at least 0.65")
+    assert tree(tmp_path) == before
+    assert call(command, file, "--max-memory", ran.err.split()[-1]).code == 0
+
+
+def test_less_memory_makes_smaller_batches(
+    call: Run, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, largest = study(tmp_path, model), {}
+    monkeypatch.setattr(plan, "SMALLEST_BATCH", 0.0)
+    submit = LocalBackend.submit
+
+    def watched(backend: LocalBackend, job: plan.Job) -> str:
+        rows = [sum(batch["joining"]) for part in job.parts for batch in part.payload["batches"]]
+        largest[folder] = max([largest.get(folder, 0), *rows])
+        return submit(backend, job)
+
+    monkeypatch.setattr(LocalBackend, "submit", watched)
+    fixed = plan.LIBRARIES + plan.weight_bytes(load_info(model), "float32")
+    for folder, room in (("much", 1e9), ("little", 5e4)):
+        assert call("run", file, "--out", folder, "--max-memory", (fixed + room) / 1e9).code == 0
+    assert 1 <= largest["little"] < largest["much"] / 2
+    much, little = (pd.read_csv(tmp_path / folder / "effects.csv") for folder in ("much", "little"))
+    pd.testing.assert_frame_equal(much, little, atol=1e-4, rtol=1e-4)
