@@ -98,7 +98,7 @@ def tiny(pairs: Path) -> StudyConfig:
         pairs=str(pairs),
         backend="ndif",
         granularity=["layers", "neurons"],
-        neurons={"window": 10, "max_windows": 2},
+        neurons={"search": ["windows"], "max_windows": 2},
         response_logprob={"tokens": 3},
         statistics={"resamples": 100, "min_share": 0.0, "alpha": 0.49},
         job_seconds=1e-9,

@@ -37,7 +37,7 @@ def config(outcome: str, **settings: Any) -> StudyConfig:
         "max_pairs": 2,
         "granularity": ["layers", "modules", "neurons"],
         "positions": {"layers": ["edit", "last"], "modules": ["last"]},
-        "neurons": {"window": 64, "max_windows": 1, "layers": [15, 29]},
+        "neurons": {"search": ["windows"], "max_windows": 1, "layers": [15, 29]},
         "statistics": {"resamples": 100},
         "outcome": outcome,
     }
@@ -139,7 +139,7 @@ def test_the_payload_carries_the_source_of_program_py(
         backend._send({"task": "answer", "prompts": ((1, 2),), "tokens": 1})
     content = zstandard.ZstdDecompressor().decompress(blobs[0], max_output_size=10_000_000)
     # nnsight ships functions by their source: each of program.py's is in the payload as it stands in the file.
-    for function in (program.measure_context, program.climb, program.write, program.additive_mask):
+    for function in (program.measure, program.climb, program.write, program.additive_mask):
         body = inspect.getsource(function).split('"""')[-1].strip()
         assert body.encode() in content, function.__name__
     assert b"remote_mediation.backends" not in content
