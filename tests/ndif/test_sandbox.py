@@ -84,7 +84,9 @@ def test_screening_by_gradients_is_refused_with_the_reason(
 def test_windows_replace_gradients_where_the_study_allows_it(
     backend: NdifBackend, tiny: StudyConfig, tmp_path: Path
 ) -> None:
-    study = changed(tiny, granularity=["neurons"], neurons={"search": ["gradient", "windows"], "max_windows": 1})
+    study = changed(
+        tiny, granularity=["neurons"], neurons={"search": ["gradient", "windows"], "max_windows": 1, "random_sets": 2}
+    )
     tables = run_study(study, backend, Store.create(tmp_path / "run", study.identity())).tables
     search: pd.DataFrame = tables["search.csv"]
     assert search["step"].str.startswith("windows of up to").all()
