@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -268,7 +269,7 @@ def batch_budget(setting: Setting, max_memory: float | None, here: bool) -> floa
     if left < SMALLEST_BATCH:
         raise SettingsError(
             f"max_memory {max_memory:g} GB is too little: libraries and weights take {fixed / 1e9:.2f} GB; "
-            f"give at least {(fixed + SMALLEST_BATCH) / 1e9:.2f}"
+            f"give at least {math.ceil((fixed + SMALLEST_BATCH) / 1e7) / 100:.2f}"
         )
     return left
 

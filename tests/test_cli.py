@@ -528,6 +528,7 @@ def test_exit_codes_of_a_process(tmp_path: Path) -> None:
 
 # --- what is added to a run -------------------------------------------------------------------------------------------
 
+# The tiny model refuses the harmful prompts of these pairs, so its gates, held, remove refusal.
 FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
 
 
@@ -536,11 +537,11 @@ FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
     [
         (("detect",), ["layers", "detect"], ["Early understanding"]),
         (("paths",), ["layers", "neurons", "paths"], ["Gate neurons", "Paths"]),
-        (("intervene", "--tokens", 2), ["layers", "neurons", "intervene"], ["Gate neurons", "Repair"]),
+        (("intervene", "--tokens", 2), ["layers", "neurons", "intervene"], ["Gate neurons", "Removing refusal"]),
         (
             ("intervene", "--tokens", 2, "--attacks"),
             ["layers", "neurons", "intervene", "attacks"],
-            ["Repair", "Circumvention"],
+            ["Removing refusal", "Circumvention"],
         ),
         (("monitor",), ["layers", "neurons", "monitor"], ["Gate neurons", "Monitor"]),
     ],
@@ -581,7 +582,7 @@ def test_too_little_memory_says_how_much_it_takes(call: Run, tmp_path: Path, mod
     file = study(tmp_path, model)
     before = tree(tmp_path)
     ran = call(command, file, "--max-memory", 0.3)
-    refused(ran, "max_memory 0.3 GB is too little", "give at least 0.65")
+    refused(ran, "max_memory 0.3 GB is too little", "give at least 0.66")
     assert tree(tmp_path) == before
     assert call(command, file, "--max-memory", ran.err.split()[-1]).code == 0
 
