@@ -91,6 +91,8 @@ def base_run(model: Any, spec: dict[str, Any], prompt: dict[str, Any], component
         values = answer_values(model, spec, prompt)
         cache = model.output.past_key_values
     if not cache.layers:  # a sandboxed server hands a block whose input is read a copy of the cache
+        if spec["sliding"] and max(prompt["positions"]) >= spec["window"]:
+            raise RuntimeError("a sandboxed server cannot run prompts longer than the model's sliding window")
         with model.trace(past_key_values=DynamicCache(), **arguments):
             cache = model.output.past_key_values
     keyvalues = [(layer.keys, layer.values) for layer in cache.layers]
