@@ -360,11 +360,16 @@ def _handed_on(total: Estimate, tables: Mapping[str, pd.DataFrame]) -> Claim:
     if np.isnan(mlps["share_low"]):
         return Claim(name, "undecided", f"the share that needs the MLPs is unknown: {mlps['reason']}")
     text = (
-        f"with all later MLPs frozen, {mlps['share']:.0%} [{mlps['share_low']:.0%}, {mlps['share_high']:.0%}] of the "
+        f"with all later MLPs frozen, {_share(mlps)} of the "
         f"NIE of the stream at the differing tokens after layer {mlps['layer']} is gone (supported from 50%); "
-        f"with attention frozen, {attention['share']:.0%} [{attention['share_low']:.0%}, {attention['share_high']:.0%}]"
+        f"with attention frozen, {_share(attention)}"
     )
     return Claim(name, _verdict(mlps["share_low"] - 0.5, mlps["share_high"] - 0.5), text)
+
+
+def _share(row: pd.Series) -> str:
+    ends = "no interval" if np.isnan(row["share_low"]) else f"{row['share_low']:.0%}, {row['share_high']:.0%}"
+    return f"{row['share']:.0%} [{ends}]"
 
 
 def _identities(checks: pd.DataFrame, equal_length: set[str], layers: int) -> tuple[Identity, ...]:
