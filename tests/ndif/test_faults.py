@@ -125,13 +125,13 @@ def test_a_client_that_is_killed_again_and_again(
     store = Store.create(folder, tiny.identity())
     base: set[str] = set()
 
-    def client() -> None:
-        class Logged(Watched):
-            def submit(self, job: Job) -> str:
-                with log.open("a") as file:
-                    file.write(json.dumps([row_keys(job), [k for part in job.parts for k in part.keys[:2]]]) + "\n")
-                return super().submit(job)
+    class Logged(Watched):
+        def submit(self, job: Job) -> str:
+            with log.open("a") as file:
+                file.write(json.dumps([row_keys(job), [k for part in job.parts for k in part.keys[:2]]]) + "\n")
+            return super().submit(job)
 
+    def client() -> None:
         run(tiny, Logged(server, tiny.model), folder)
 
     rng, context, killed = np.random.default_rng(0), multiprocessing.get_context("fork"), 0
@@ -151,7 +151,8 @@ def test_a_client_that_is_killed_again_and_again(
             assert not set(rows) & (finished - base), "a finished job was sent again"
         sent_before = len(lines)
     assert killed >= KILLS // 2
-    pd.testing.assert_frame_equal(run(tiny, Watched(server, tiny.model), folder), undisturbed)
+    pd.testing.assert_frame_equal(run(tiny, Logged(server, tiny.model), folder), undisturbed)
+    base |= {key for line in log.read_text().splitlines() for key in json.loads(line)[1]}
     rows = stored_rows(store, base)
     assert len(rows) == len(set(rows))
     assert store.submitted() == []
