@@ -269,7 +269,7 @@ def test_a_job_that_ends_the_models_process_fails_in_the_end(
     server: Server, tiny: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = Watched(server, tiny.model)
-    monkeypatch.setattr(program, "measure", _fatal)
+    monkeypatch.setattr(program, "perform", _fatal)
     job = Job("measure", {}, ())
     for _ in range(2):
         with pytest.raises(LostJobError):
