@@ -28,6 +28,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.ndif import Server, preflight, refuse_bad
 from remote_mediation.plan import Job
+from remote_mediation.plan import Part as JobPart
 from remote_mediation.prompts import Prepared
 from remote_mediation.store import Store
 from remote_mediation.study import prepare, run_study
@@ -269,8 +270,8 @@ def test_a_job_that_ends_the_models_process_fails_in_the_end(
     server: Server, tiny: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = Watched(server, tiny.model)
-    monkeypatch.setattr(program, "perform", _fatal)
-    job = Job("measure", {}, ())
+    monkeypatch.setattr(program, "measure", _fatal)
+    job = Job("measure", {}, (JobPart("pair", ("key",), {}, 0.0),))
     for _ in range(2):
         with pytest.raises(LostJobError):
             backend.collect(backend.submit(job))
@@ -279,9 +280,8 @@ def test_a_job_that_ends_the_models_process_fails_in_the_end(
         backend.collect(ticket)
 
 
-def _fatal(model: Any, payload: dict[str, Any]) -> list[Any]:
+def _fatal(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
-    return []
 
 
 def _delete_result(server: Server, ticket: str) -> None:
