@@ -16,14 +16,15 @@ import numpy as np
 import pandas as pd
 
 from remote_mediation import figures
+from remote_mediation.analyses.neurons import UNITS
 from remote_mediation.errors import SettingsError
 from remote_mediation.lab import Study
-from remote_mediation.markdown import Note, Table
-from remote_mediation.report import TOLERANCE, shown
+from remote_mediation.markdown import Note, Table, estimate, number, percent
+from remote_mediation.report import TOLERANCE
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.store import Store
 from remote_mediation.study import Result, reread
-from remote_mediation.summary import UNITS, pivot
+from remote_mediation.summary import pivot
 
 MEASURES: dict[str, str] = {
     "mlp_centre": "MLP NIE: centre of mass, depth 0 to 1",
@@ -142,9 +143,9 @@ def comparison_table(runs: Sequence[Compared]) -> Table:
         "layers": [str(run.study.info.layers) for run in runs],
         "outcome": [run.study.outcome.name for run in runs],
         "pairs, clusters": [f"{run.total.n_pairs}, {run.total.n_clusters}" for run in runs],
-        "TE, in the outcome's unit": [f"{shown(run.total)} {run.study.outcome.unit}" for run in runs],
+        "TE, in the outcome's unit": [f"{estimate(run.total)} {run.study.outcome.unit}" for run in runs],
         **{
-            text: [shown(run.measures[name], share=not name.endswith("centre")) for run in runs]
+            text: [estimate(run.measures[name], number if name.endswith("centre") else percent) for run in runs]
             for name, text in MEASURES.items()
         },
         "neurons that mediate, held out": [
@@ -197,13 +198,13 @@ def _modules(result: Result) -> pd.DataFrame:
 
 def _no_effect(total: Estimate) -> str:
     """Why there are no shares of the total effect; empty where there are."""
-    if total.low > 0 or total.high < 0:
+    if total.sign:
         return ""
     if not total.n_pairs:
         return "it has no values: nothing was measured yet, or another version of this package measured it"
     if math.isnan(total.low):
         return f"TE has no interval: {total.reason}"
-    return f"TE spans 0, {shown(total)}: there is no effect to take shares of"
+    return f"TE spans 0, {estimate(total)}: there is no effect to take shares of"
 
 
 def _missing(reason: str) -> Interval:
@@ -248,11 +249,7 @@ def _record(run: Compared) -> dict[str, object]:
         **{"run": run.name, "model": info.name, "revision": info.revision, "layers": info.layers},
         **{"outcome": outcome.name, "unit": outcome.unit, "finished": run.finished},
         **{"pairs": total.n_pairs, "clusters": total.n_clusters},
-        **_ends("te", total),
-        **{key: value for name, found in run.measures.items() for key, value in _ends(name, found).items()},
+        **total.columns("te"),
+        **{key: value for name, found in run.measures.items() for key, value in found.columns(name).items()},
         **{"chosen": run.chosen, "mediators": run.mediators, "notes": "; ".join(run.notes())},
     }
-
-
-def _ends(name: str, found: Interval) -> dict[str, float]:
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}

@@ -235,15 +235,11 @@ def _random_row(evaluation: str, areas: NDArray[np.float64], random: Sequence[Ma
 
 def _row(found: DetectorResult) -> dict[str, Any]:
     row: dict[str, Any] = {"n": found.auroc.n_pairs, "clusters": found.auroc.n_clusters, "positives": found.positives}
-    row |= _interval("auroc", found.auroc) | {"reason": found.reason}
+    row |= found.auroc.columns("auroc") | {"reason": found.reason}
     for operating in found.operating:
         percent = round(100 * operating.recall)
         row[f"threshold_{percent}"] = operating.threshold
-        row |= _interval(f"recall_{percent}", operating.reached)
-        row |= _interval(f"false_alarms_{percent}", operating.false_alarms)
-        row |= _interval(f"false_alarms_at_{percent}", operating.false_alarms_at_recall)
+        row |= operating.reached.columns(f"recall_{percent}")
+        row |= operating.false_alarms.columns(f"false_alarms_{percent}")
+        row |= operating.false_alarms_at_recall.columns(f"false_alarms_at_{percent}")
     return row
-
-
-def _interval(name: str, found: Interval) -> dict[str, float]:
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from remote_mediation.analyses.neurons import BRANCHES
 from remote_mediation.config import StudyConfig
 from remote_mediation.lab import FIRST_RATE, Study
 from remote_mediation.models import load_info, load_tokenizer
@@ -176,7 +177,7 @@ def _neurons_measured(study: Study) -> int:
     settings, width = study.config.neurons, study.info.d_ff
     searched = len(settings.layers or range(study.info.layers)) * width
     ways = {
-        "windows": 4 * settings.max_windows * math.ceil(math.log(width, 4)),
+        "windows": BRANCHES * settings.max_windows * math.ceil(math.log(width, BRANCHES)),
         "all": searched,
         "gradient": min(2 * settings.exact, searched),
     }

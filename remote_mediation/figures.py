@@ -22,9 +22,9 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from remote_mediation.analyses.neurons import UNITS
 from remote_mediation.prompts import SPANS
 from remote_mediation.stats import DepthProfile, Estimate
-from remote_mediation.summary import UNITS
 
 DPI = 150
 WIDTH = 9.0

@@ -14,12 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from remote_mediation.analyses import intervene
 from remote_mediation.figures import COLOURS, DPI, MARKERS, WIDTH, legend
 
 _QUANTITIES = {"nie": "NIE", "tie": "TIE"}
 _SETS = {"gates": "gates", "mlp": "whole MLP", "earlier": "earlier layer", "random": "random sets"}
 _SIDES = ("harmful", "harmless")
-_LEVELS = {"gates at their harmless mean": "--", "random sets at their harmless mean": ":"}
+_LEVELS = {intervene.MEAN: "--", intervene.RANDOM: ":"}
 
 
 def gate_figure(curve: pd.DataFrame, sets: pd.DataFrame, carry: float, unit: str) -> Figure:

@@ -346,7 +346,7 @@ def _row(found: ProbeResult) -> dict[str, Any]:
     return {
         **{"n": accuracy.n_pairs, "clusters": accuracy.n_clusters},
         **{"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high},
-        **{"auroc": area.value, "auroc_low": area.low, "auroc_high": area.high},
+        **area.columns("auroc"),
         **{"control": found.control, "control_high": found.control_high, "p": found.p, "reason": found.reason},
     }
 

@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from remote_mediation import figures
-from remote_mediation.analyses.neurons import LAYERS, SAMPLE, WINDOWS
+from remote_mediation.analyses.neurons import LAYERS, SAMPLE, UNITS, WINDOWS
 from remote_mediation.effects import EFFECT_COLUMNS, SITE_COLUMNS
 from remote_mediation.judges import JudgeQuality
 from remote_mediation.lab import Study
@@ -44,7 +44,7 @@ from remote_mediation.sections import Part, csv_tables, overview, sections
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.store import Store
 from remote_mediation.study import Result
-from remote_mediation.summary import CHECKS, SUMMARY_COLUMNS, UNITS, Claim, Identity, Summary, pivot
+from remote_mediation.summary import CHECKS, SUMMARY_COLUMNS, Claim, Identity, Summary, pivot
 
 TOLERANCE = 1e-4
 """Largest deviation from an identity that float32 explains, in the outcome's unit."""
@@ -205,11 +205,6 @@ def _informative_sites(result: Result) -> pd.DataFrame:
     return sites[(sites["component"] != "layer_output") | (sites["position"] != "all")]
 
 
-def _sign(total: Estimate) -> int:
-    """1 or -1 where the interval of TE is clear of 0, else 0."""
-    return int(total.low > 0) - int(total.high < 0)
-
-
 def _mean_header(study: Study) -> str:
     return f"mean [95% interval], {study.outcome.unit}"
 
@@ -233,14 +228,14 @@ def _answer(study: Study, summary: Summary) -> str:
     size = f"{estimate(total)} {unit}"
     care = f" To be read with care: {total.reason}." if total.reason else ""
     claims = " ".join(f"{_VERDICTS[claim.verdict]} “{claim.name}”: {claim.finding}." for claim in summary.claims)
-    return f"{_headline(study, summary)} {_SIGNS[_sign(total)].format(size=size)}{care} {claims}"
+    return f"{_headline(study, summary)} {_SIGNS[total.sign].format(size=size)}{care} {claims}"
 
 
 def _headline(study: Study, summary: Summary) -> str:
     name = study.info.name
-    if _sign(summary.total) == 0:
+    if summary.total.sign == 0:
         return f"**This run cannot say where in {name} harmful text is decided.**"
-    if _sign(summary.total) < 0:
+    if summary.total.sign < 0:
         return f"**In {name} these harmful prompts do not make the harmful answer more likely.**"
     supported = [f"“{claim.name}”" for claim in summary.claims if claim.verdict == "supported"]
     if supported:
@@ -558,11 +553,6 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
     return [(name, _UNRECORDED if value is None else str(value))]
 
 
-def shown(found: Interval, share: bool = False) -> str:
-    """An estimate with its interval as all tables here have it. share: as percentages."""
-    return estimate(found, percent if share else number)
-
-
 def judge_table(quality: JudgeQuality) -> Table:
     """How good a judge is; stands beside every rate that the judge has counted."""
     measures = {
@@ -572,7 +562,8 @@ def judge_table(quality: JudgeQuality) -> Table:
         "Cohen's kappa": quality.kappa,
     }
     rows = [
-        (name, shown(found, share=found is not quality.kappa), str(found.n_pairs)) for name, found in measures.items()
+        (name, estimate(found, number if found is quality.kappa else percent), str(found.n_pairs))
+        for name, found in measures.items()
     ]
     notes = [Note(name, found.reason) for name, found in measures.items() if found.reason]
     return Table((f"judge {quality.judge}", "value [95% interval]", "labelled answers"), rows, tuple(notes))

@@ -22,6 +22,7 @@ from remote_mediation.markdown import Note, Table, count, estimate, interval, no
 from remote_mediation.probes import PROBE_COLUMNS, Order, earlier
 from remote_mediation.stats import Estimate, estimate_means
 from remote_mediation.study import Result
+from remote_mediation.summary import stream_nie
 
 COLUMNS: dict[str, dict[str, str]] = {
     "search.csv": neurons.SEARCH_COLUMNS,
@@ -157,15 +158,14 @@ def _set_in_brief(sets: pd.DataFrame, unit: str) -> str:
 
 
 def _against_random(sets: pd.DataFrame, sign: int) -> str:
-    gates, random = sets[sets["set"] == "gates"].iloc[0], sets[sets["set"] == "random"]
-    if random.empty:
+    drawn = int((sets["set"] == "random").sum())
+    if not drawn:
         return ""
-    reach = {name: int((sign * random[name] >= sign * gates[name]).sum()) for name in _BOTH}
+    reach = {name: neurons.random_sets_reaching(sets, name, sign) for name in _BOTH}
     by = " and ".join(
-        f"{reached} reach its {name.upper()} (p = {(1 + reached) / (1 + len(random)):.2g})"
-        for name, reached in reach.items()
+        f"{reached} reach its {name.upper()} (p = {(1 + reached) / (1 + drawn):.2g})" for name, reached in reach.items()
     )
-    return f"Of {len(random)} random sets of its size in the same layer {by}."
+    return f"Of {drawn} random sets of its size in the same layer {by}."
 
 
 def _sets_table(result: Result, sets: pd.DataFrame) -> Table:
@@ -205,8 +205,7 @@ def _sparsity_tables(result: Result, gated: int) -> tuple[Table, ...]:
     if table is None or table.empty:
         return ()
     position = result.study.config.positions.neurons[0]
-    effects = result.effects
-    whole = effects[(effects["granularity"] == neurons.LAYERS) & (effects["position"] == position)]
+    whole = neurons.of_whole_mlps(result.effects, position)
     strongest = [int(layer) for layer, _, _ in neurons.strengths(whole).index] if len(whole) else []
     order = dict.fromkeys([gated, *strongest, *table["layer"]])
     shown = table.set_index("layer").loc[[layer for layer in order if layer in set(table["layer"])][:_MOST_LAYERS]]
@@ -246,9 +245,9 @@ def _early(result: Result) -> Part:
 def _order(result: Result, profile: pd.DataFrame) -> Order:
     """Readable against acting at one position; nothing acts where there is no total effect or no measurement."""
     sites, position = result.summary.sites, str(profile["position"].iloc[0])
-    chosen = (sites["granularity"] == "layers") & (sites["component"] == "layer_output")
-    chosen &= (sites["position"] == position) & (sites["quantity"] == "nie") & (sites["split"] == "all")
-    acting = sites[chosen & (not _no_effect(result))].astype({"layer": int})
+    acting = stream_nie(sites, position)
+    if _no_effect(result):
+        acting = acting.iloc[:0]
     found = earlier(profile, acting, result.summary.total.value, result.study.config.statistics.alpha)
     if acting.empty:
         why = "where it acts was not measured there"
@@ -660,8 +659,7 @@ def _share_of(row: Any, name: str) -> str:
 
 def _sign(result: Result) -> int:
     """1 or -1 where the interval of TE is clear of 0, else 0."""
-    total = result.summary.total
-    return int(total.low > 0) - int(total.high < 0)
+    return result.summary.total.sign
 
 
 def _no_effect(result: Result) -> str:
@@ -699,7 +697,7 @@ def _heldout_total(result: Result) -> Estimate:
 
 def _spans(total: Estimate) -> str:
     """Why there are no shares of it; empty where there are."""
-    if total.low > 0 or total.high < 0:
+    if total.sign:
         return ""
     if np.isnan(total.low):
         return f"TE has no interval: {total.reason}"

@@ -61,6 +61,15 @@ class Interval:
     reason: str
     """Why a number is NaN, or why to read it with care (pairs dropped, few clusters); '' if neither."""
 
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval is clear of 0, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+    def columns(self, name: str) -> dict[str, float]:
+        """As columns of a table: `name`, `name_low` and `name_high`."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 @dataclass(frozen=True)
 class Estimate(Interval):

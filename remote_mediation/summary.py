@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+from remote_mediation.analyses.neurons import UNITS, random_sets_reaching
 from remote_mediation.config import StatisticsSettings
 from remote_mediation.effects import SITE_COLUMNS
 from remote_mediation.probes import earlier
@@ -40,7 +41,6 @@ SUMMARY_COLUMNS: dict[str, str] = {
     "reason": "why a number is missing, or why to read it with care",
 }
 SPLITS = ("all", "discovery", "heldout")
-UNITS = "neurons:units"
 CHECKS = "checks"
 MEDIATOR_COLUMNS: dict[str, str] = {
     "layer": "decoder layer, from 0",
@@ -134,7 +134,7 @@ def summarise(
     total = estimate_means(totals[["te"]].T, totals["cluster"], rng("total"), by.resamples)[0]
     modules = _modules(effects, total, rng, by)
     mediators = _mediators(effects, rng, by)
-    if not (total.low > 0 or total.high < 0):
+    if not total.sign:
         mediators["mediates"] = False  # a share of nothing
     sites = site_estimates(effects[effects["granularity"] != CHECKS], rng, by)
     return Summary(
@@ -165,6 +165,13 @@ def site_estimates(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettin
         for quantity in (("nie", "tie", "nde", "int") if split == "all" else ("nie", "tie"))
     ]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(SUMMARY_COLUMNS))
+
+
+def stream_nie(sites: pd.DataFrame, position: str) -> pd.DataFrame:
+    """NIE of the residual stream at a position (rows of `SUMMARY_COLUMNS`), all pairs, layers as numbers."""
+    chosen = (sites["granularity"] == "layers") & (sites["position"] == position)
+    chosen &= (sites["quantity"] == "nie") & (sites["split"] == "all")
+    return sites[chosen].astype({"layer": int})
 
 
 def pivot(effects: pd.DataFrame, quantity: str, columns: list[str]) -> tuple[pd.DataFrame, pd.Series]:
@@ -309,10 +316,10 @@ def _which(total: Estimate, tables: Mapping[str, pd.DataFrame], layers: int, by:
         return Claim(name, "undecided", f"the held-out split cannot test the gate set: {gates['reason']}")
     direction = -1 if total.value < 0 else 1
     ends = [direction * gates[end] for end in ("nie_low", "nie_high", "tie_low", "tie_high")]
-    random = direction * sets.loc[["random"], "nie"]
-    if 1 / (1 + len(random)) > by.alpha:
-        return Claim(name, "undecided", f"{len(random)} random sets are too few to compare the gate set with")
-    p = float((1 + (random >= direction * gates["nie"]).sum()) / (1 + len(random)))
+    drawn = int((sets.index == "random").sum())
+    if 1 / (1 + drawn) > by.alpha:
+        return Claim(name, "undecided", f"{drawn} random sets are too few to compare the gate set with")
+    p = (1 + random_sets_reaching(tables["gates.csv"], "nie", direction)) / (1 + drawn)
     failed = [
         reason
         for reason, fails in {
@@ -337,13 +344,13 @@ def _understood(
 ) -> Claim:
     """At the last token: is harm readable at a depth where the residual stream there does not act yet?"""
     name = "Early layers understand harm before it acts"
-    acting = sites.query("component == 'layer_output' and position == 'last' and quantity == 'nie' and split == 'all'")
+    acting = stream_nie(sites, "last")
     if "probes.csv" not in tables or acting.empty:
         return Claim(name, "not tested", "it takes the granularities `detect` and `layers`, the latter at `last`")
     if _unknown(total):
         return Claim(name, "undecided", _unknown(total))
     probes = tables["probes.csv"].query("position == 'last'")
-    found = earlier(probes, acting.assign(layer=acting["layer"].astype(int)), total.value, by.alpha)
+    found = earlier(probes, acting, total.value, by.alpha)
     verdicts: dict[str, Verdict] = {"before": "supported", "not before": "not supported", "undecided": "undecided"}
     return Claim(name, verdicts[found.verdict], f"at the last token {found.finding}")
 
@@ -388,7 +395,7 @@ def _unknown(total: Estimate) -> str:
     """Why nothing can be said of shares and places of the total effect; empty where something can."""
     if total.n_clusters < _FEWEST_CLUSTERS:
         return f"{total.n_clusters} clusters of pairs are too few for a verdict, it takes {_FEWEST_CLUSTERS}"
-    if total.low > 0 or total.high < 0:
+    if total.sign:
         return ""
     return f"there is no total effect to mediate: {total.value:+.3g} [{total.low:+.3g}, {total.high:+.3g}] spans 0"
 

@@ -104,11 +104,13 @@ def plan_tasks(tasks: Iterable[Task], setting: Setting, budget: Budget) -> Itera
     """Group tasks of one kind into jobs that fit the budget of operations."""
     for kind, group in groupby(sorted(tasks, key=lambda task: task.kind), key=lambda task: task.kind):
         parts: list[Part] = []
+        spent = 0.0
         for task in group:
-            if parts and sum(part.flops for part in parts) + task.flops > budget.job_flops():
+            if parts and spent + task.flops > budget.job_flops():
                 yield Job(kind, model_spec(setting), tuple(parts))
-                parts = []
+                parts, spent = [], 0.0
             parts.append(Part(task.owner, (task.key(setting),), task.payload, task.flops))
+            spent += task.flops
         yield Job(kind, model_spec(setting), tuple(parts))
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from remote_mediation.analyses.neurons import UNITS
 from remote_mediation.config import StatisticsSettings, StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS
 from remote_mediation.markdown import markdown_table
@@ -22,7 +23,7 @@ from remote_mediation.report import MEANINGS, PairText, terminal_summary, write_
 from remote_mediation.sites import ModelInfo
 from remote_mediation.store import Store
 from remote_mediation.study import Result, Study
-from remote_mediation.summary import SUMMARY_COLUMNS, UNITS, Identity, summarise
+from remote_mediation.summary import SUMMARY_COLUMNS, Identity, summarise
 
 CLUSTERS = 16
 LAYERS = 4

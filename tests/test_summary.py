@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from remote_mediation.analyses.neurons import GATE_COLUMNS, SEARCH_COLUMNS
+from remote_mediation.analyses.neurons import GATE_COLUMNS, SEARCH_COLUMNS, UNITS
 from remote_mediation.config import StatisticsSettings
 from remote_mediation.effects import EFFECT_COLUMNS
-from remote_mediation.summary import SUMMARY_COLUMNS, UNITS, Claim, Summary, summarise
+from remote_mediation.summary import SUMMARY_COLUMNS, Claim, Summary, summarise
 
 LAYERS, PAIRS = 6, 16
 BY = StatisticsSettings(resamples=200)

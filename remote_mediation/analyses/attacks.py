@@ -21,7 +21,8 @@ from remote_mediation.lab import Floats, Lab
 from remote_mediation.plan import digest
 from remote_mediation.prompts import PromptPair, TokenPair, load_pairs
 from remote_mediation.sites import ModelInfo, Site
-from remote_mediation.stats import Interval, bootstrap_mean_of, estimate_means, ratio_of_means, wilson
+from remote_mediation.stats import bootstrap_mean_of, estimate_means, ratio_of_means, wilson
+from remote_mediation.tasks import Held
 
 ATTACK_COLUMNS: dict[str, str] = {
     "attack": "how prompts are rewrapped, or which checkpoint runs",
@@ -82,7 +83,8 @@ def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFr
     plain = _Variant(NONE, lab, lab.pairs("heldout"))
     rewrapped = [_rewrapped(lab, name, wrapper) for name, wrapper in WRAPPERS.items()]
     checkpoints = [_on_checkpoint(lab, name) for name in lab.study.config.attacks.checkpoints]
-    rows = [_row(variant, plain, gates, units) for variant in (plain, *rewrapped, *checkpoints)]
+    held = at_mean(gates, harmless_mean(lab, gates.layer))
+    rows = [_row(variant, plain, gates, units, held) for variant in (plain, *rewrapped, *checkpoints)]
     return {"attacks.csv": pd.DataFrame(rows, columns=list(ATTACK_COLUMNS))}
 
 
@@ -121,33 +123,31 @@ def _tuples(record: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
 
 
-def _row(variant: _Variant, plain: _Variant, gates: Site, units: Sequence[Site]) -> dict[str, Any]:
+def _row(variant: _Variant, plain: _Variant, gates: Site, units: Sequence[Site], held: Held) -> dict[str, Any]:
     lab, pairs = variant.lab, variant.pairs
     if not pairs:
         return {"attack": variant.name, "n": 0, "clusters": 0, "reason": "no rewrapped pair could be aligned"}
     clusters, resamples = [pair.cluster for pair in pairs], lab.study.config.statistics.resamples
     joint = lab.indirect([gates], pairs)
-    held = [at_mean(gates, harmless_mean(plain.lab, gates.layer))]
     (te,) = estimate_means([joint.te], clusters, lab.rng("attacks"), resamples)
 
     def share(name: str, part: Floats) -> dict[str, float]:
-        found = ratio_of_means(part, joint.te, clusters, lab.rng("attacks"), resamples)
-        return _ends(name, found)
+        return ratio_of_means(part, joint.te, clusters, lab.rng("attacks"), resamples).columns(name)
 
     prompts = [pair.x1 for pair in pairs]
-    verdicts = [complied(lab, prompts, continued(lab, prompts, one)) for one in ((), held)]
+    verdicts = [complied(lab, prompts, continued(lab, prompts, one)) for one in ((), [held])]
     rates = [wilson(sum(one), len(one)) for one in verdicts]
     return {
         "attack": variant.name,
         "n": te.n_pairs,
         "clusters": te.n_clusters,
-        **_ends("te", te),
+        **te.columns("te"),
         **share("nie_share", joint.nie[0]),
         **share("tie_share", joint.tie[0]),
         **_ranks(variant, plain, gates, units),
-        **share("repair", -outcome_change(lab, pairs, 1, held)),
-        **_ends("complied", rates[0]),
-        **_ends("complied_held", rates[1]),
+        **share("repair", -outcome_change(lab, pairs, 1, [held])),
+        **rates[0].columns("complied"),
+        **rates[1].columns("complied_held"),
         "reason": te.reason,
     }
 
@@ -175,8 +175,4 @@ def _ranks(variant: _Variant, plain: _Variant, gates: Site, units: Sequence[Site
     spearman, overlap = bootstrap_mean_of(
         statistics, tables, clusters, variant.lab.rng("ranks"), min(variant.lab.study.config.statistics.resamples, 999)
     )
-    return {**_ends("spearman", spearman), **_ends("overlap", overlap)}
-
-
-def _ends(name: str, found: Interval) -> dict[str, float]:
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+    return {**spearman.columns("spearman"), **overlap.columns("overlap")}

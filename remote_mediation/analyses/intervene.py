@@ -153,7 +153,6 @@ def judge_quality(lab: Lab) -> pd.DataFrame:
 
 def _conditions(lab: Lab, gates: Site, random: Sequence[Site]) -> list[Condition]:
     mean = harmless_mean(lab, gates.layer)
-    whole = Site("mlp_neurons", gates.layer, gates.position, tuple(range(lab.study.info.d_ff)))
     doses = [
         Condition(f"gates times {factor:g}", ((Held(gates.layer, gates.units, Scale(factor)),),))
         for factor in lab.study.config.intervene.factors
@@ -163,7 +162,7 @@ def _conditions(lab: Lab, gates: Site, random: Sequence[Site]) -> list[Condition
         Condition(MEAN, ((at_mean(gates, mean),),)),
         *doses,
         Condition(RANDOM, tuple((at_mean(site, mean),) for site in random)),
-        Condition(MLP, ((at_mean(whole, mean),),)),
+        Condition(MLP, ((at_mean(neurons.whole_mlp(lab, gates.layer), mean),),)),
     ]
 
 
@@ -188,7 +187,7 @@ def _row(lab: Lab, condition: Condition, side: int) -> dict[str, Any]:
         "share": np.nan if still else -change.value / te,
         **(_cost(lab, pairs, clusters, condition.sets[0]) if side == 0 else {}),
         "judged": len(verdicts),
-        **{"complied": rate.value, "complied_low": rate.low, "complied_high": rate.high},
+        **rate.columns("complied"),
         "reason": "" if still else change.reason,
     }
 
@@ -208,7 +207,7 @@ def _cost(lab: Lab, pairs: Sequence[TokenPair], clusters: Sequence[str], held: S
         lab.study.config.statistics.resamples,
     )
     losses = np.concatenate([one[2] for one in by_token])
-    return {"kl": kl.value, "kl_low": kl.low, "kl_high": kl.high, "perplexity": float(np.exp(losses.mean()))}
+    return {**kl.columns("kl"), "perplexity": float(np.exp(losses.mean()))}
 
 
 def _until(answer: Sequence[int], ends: set[int]) -> tuple[int, ...]:

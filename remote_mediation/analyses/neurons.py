@@ -12,7 +12,7 @@ found; each way ends in exact measurements:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from remote_mediation.tasks import screen_task
 
 LAYERS, UNITS, WINDOWS, SAMPLE = "neurons", "neurons:units", "neurons:windows", "neurons:sample"
 # A window that may hold a mediator is split into so many.
-_BRANCHES = 4
+BRANCHES = 4
 _RESAMPLES = 999
 
 SEARCH_COLUMNS: dict[str, str] = {
@@ -123,6 +123,12 @@ def random_sets(tables: Mapping[str, pd.DataFrame]) -> list[Site]:
     return _sets(tables, "random")
 
 
+def random_sets_reaching(sets: pd.DataFrame, quantity: str, direction: int) -> int:
+    """How many random sets of a table of `GATE_COLUMNS` have at least the gates' mean NIE or TIE in a direction."""
+    by = direction * sets.set_index("set")[quantity]
+    return int((by.loc[["random"]] >= by.loc["gates"]).sum())
+
+
 def _sets(tables: Mapping[str, pd.DataFrame], name: str) -> list[Site]:
     if "gates.csv" not in tables:
         return []
@@ -131,6 +137,16 @@ def _sets(tables: Mapping[str, pd.DataFrame], name: str) -> list[Site]:
         Site("mlp_neurons", int(row.layer), str(row.position), tuple(map(int, row.units.split())))
         for row in rows.itertuples()
     ]
+
+
+def whole_mlp(lab: Lab, layer: int) -> Site:
+    """All neurons of a layer, at the position that is searched."""
+    return Site("mlp_neurons", layer, _position(lab), tuple(range(lab.study.info.d_ff)))
+
+
+def of_whole_mlps(effects: pd.DataFrame, position: str) -> pd.DataFrame:
+    """The effects of each layer's neurons together."""
+    return effects[(effects["granularity"] == LAYERS) & (effects["position"] == position)]
 
 
 def strengths(effects: pd.DataFrame) -> pd.Series:
@@ -188,10 +204,8 @@ def _by_gradient(lab: Lab) -> Found:
             "missed_high": hits.high * len(rest),
         },
     ]
-    ranked: dict[int, list[int]] = {}
-    exact = [(int(layer), int(unit)) for layer, unit, _ in strong[strong > 0].index]
-    for layer, unit in [*exact, *(one for one in order if one not in set(exact))]:
-        ranked.setdefault(layer, []).append(unit)
+    exact = dict.fromkeys((int(layer), int(unit)) for layer, unit, _ in strong[strong > 0].index)
+    ranked = _by_layer([*exact, *(one for one in order if one not in exact)])
     profiles = [
         _profile(layer, scores.nie[layer], "attribution patching") for layer in _layers(study.config, study.info)
     ]
@@ -222,8 +236,7 @@ def _screened(lab: Lab, position: str) -> _Scores:
 def _by_windows(lab: Lab) -> Found:
     """Split windows, breadth first, wherever the discovery split leaves room for a mediator."""
     position, settings = _position(lab), lab.study.config.neurons
-    effects, steps, leaves = lab.effects, [], []
-    effects = effects[(effects["granularity"] == LAYERS) & (effects["position"] == position)]
+    effects, steps, leaves = of_whole_mlps(lab.effects, position), [], []
     width = lab.study.info.d_ff
     while not effects.empty:
         kept = _plausible(lab, effects)
@@ -238,9 +251,7 @@ def _by_windows(lab: Lab) -> Found:
         sites = [Site("mlp_neurons", part.layer, position, tuple(range(part.start, part.stop))) for part in parts]
         effects = lab.measure_sites(WINDOWS, sites, "discovery")
     units = lab.measure_sites(UNITS, [_unit(position, leaf.layer, leaf.start) for leaf in leaves])
-    ranked: dict[int, list[int]] = {}
-    for layer, unit, _ in strengths(units).index:
-        ranked.setdefault(int(layer), []).append(int(unit))
+    ranked = _by_layer((layer, unit) for layer, unit, _ in strengths(units).index)
     return Found(ranked, steps, pd.DataFrame(columns=list(SPARSITY_COLUMNS)))
 
 
@@ -268,7 +279,7 @@ def _plausible(lab: Lab, effects: pd.DataFrame) -> list[_Window]:
 
 
 def _split(window: _Window) -> list[_Window]:
-    bounds = np.unique(np.linspace(window.start, window.stop, _BRANCHES + 1).round().astype(int))
+    bounds = np.unique(np.linspace(window.start, window.stop, BRANCHES + 1).round().astype(int))
     return [_Window(window.layer, int(low), int(high)) for low, high in pairwise(bounds)]
 
 
@@ -278,10 +289,8 @@ def _all(lab: Lab) -> Found:
     layers = _layers(study.config, study.info)
     units = [_unit(position, layer, unit) for layer in layers for unit in range(study.info.d_ff)]
     effects = lab.measure_sites(UNITS, units)
-    ranked: dict[int, list[int]] = {}
     strong = strengths(effects)
-    for layer, unit, _ in strong.index:
-        ranked.setdefault(int(layer), []).append(int(unit))
+    ranked = _by_layer((layer, unit) for layer, unit, _ in strong.index)
     used = effects[effects["split"] == "discovery"]
     nie = _direction(used) * used.groupby(["layer", "unit_start"])["nie"].mean()
     profiles = [_profile(layer, nie[layer].to_numpy(float), "measured") for layer in layers]
@@ -291,14 +300,13 @@ def _all(lab: Lab) -> Found:
 
 def _gate_tables(lab: Lab, ranked: dict[int, list[int]]) -> dict[str, pd.DataFrame]:
     """The smallest set of the strongest MLP's neurons that carries `carry` of its NIE, beside its controls."""
-    effects = lab.effects
-    whole = strengths(effects[(effects["granularity"] == LAYERS) & (effects["position"] == _position(lab))])
+    whole = strengths(of_whole_mlps(lab.effects, _position(lab)))
     layers = [int(layer) for layer, _, _ in whole.index]
     if not layers or whole.iloc[0] <= 0 or not ranked.get(layers[0]):
         return {}
     layer = layers[0]
     curve, size = _curve(lab, layer, ranked[layer])
-    sets = {"mlp": [_everything(lab, layer)], "gates": [_first(lab, layer, ranked[layer], size)]}
+    sets = {"mlp": [whole_mlp(lab, layer)], "gates": [_first(lab, layer, ranked[layer], size)]}
     earlier = [one for one in layers if one < layer and len(ranked.get(one, ())) >= size]
     sets["earlier"] = [_first(lab, one, ranked[one], size) for one in earlier[:1]]
     draw, d_ff = lab.rng("random sets"), lab.study.info.d_ff
@@ -326,7 +334,7 @@ def _curve(lab: Lab, layer: int, ranked: Sequence[int]) -> tuple[pd.DataFrame, i
         {
             "size": size,
             "discovery": shares[size],
-            **{"heldout": one.value, "heldout_low": one.low, "heldout_high": one.high},
+            **one.columns("heldout"),
             "reason": one.reason,
         }
         for size, one in zip(sizes, heldout, strict=True)
@@ -336,13 +344,13 @@ def _curve(lab: Lab, layer: int, ranked: Sequence[int]) -> tuple[pd.DataFrame, i
 
 def _shares(lab: Lab, layer: int, ranked: Sequence[int], sizes: Sequence[int]) -> list[float]:
     """Of the MLP's mean NIE on the discovery split, by which the gates' MLP and size are chosen."""
-    sites = [_everything(lab, layer), *(_first(lab, layer, ranked, size) for size in sizes)]
+    sites = [whole_mlp(lab, layer), *(_first(lab, layer, ranked, size) for size in sizes)]
     whole, *means = np.nanmean(lab.indirect(sites, _pairs(lab, "discovery")).nie, axis=1)
     return [float(mean / whole) for mean in means]
 
 
 def _heldout_shares(lab: Lab, layer: int, ranked: Sequence[int], sizes: Sequence[int]) -> list[Interval]:
-    sites = [_everything(lab, layer), *(_first(lab, layer, ranked, size) for size in sizes)]
+    sites = [whole_mlp(lab, layer), *(_first(lab, layer, ranked, size) for size in sizes)]
     found = lab.indirect(sites, _pairs(lab, "heldout"))
     whole, *parts = found.nie
     resamples = lab.study.config.statistics.resamples
@@ -365,8 +373,8 @@ def _compared(lab: Lab, sets: dict[str, list[Site]]) -> pd.DataFrame:
             "position": site.position,
             "size": len(site.units),
             "units": " ".join(map(str, site.units)),
-            **{"nie": one.value, "nie_low": one.low, "nie_high": one.high},
-            **{"tie": other.value, "tie_low": other.low, "tie_high": other.high},
+            **one.columns("nie"),
+            **other.columns("tie"),
             "nie_share": one.value / te,
             "tie_share": other.value / te,
             "reason": one.reason or other.reason,
@@ -389,12 +397,16 @@ def _layers(config: StudyConfig, info: ModelInfo) -> Sequence[int]:
     return range(info.layers) if config.neurons.layers is None else config.neurons.layers
 
 
+def _by_layer(ranked: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    """Layers and units in order, as units by layer in that order."""
+    units: dict[int, list[int]] = {}
+    for layer, unit in ranked:
+        units.setdefault(int(layer), []).append(int(unit))
+    return units
+
+
 def _unit(position: str, layer: int, unit: int) -> Site:
     return Site("mlp_neurons", layer, position, (unit,))
-
-
-def _everything(lab: Lab, layer: int) -> Site:
-    return Site("mlp_neurons", layer, _position(lab), tuple(range(lab.study.info.d_ff)))
 
 
 def _first(lab: Lab, layer: int, ranked: Sequence[int], size: int) -> Site:

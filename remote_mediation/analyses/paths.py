@@ -102,6 +102,6 @@ def _row(lab: Lab, pairs: Sequence[TokenPair], quantity: str, name: str, left: F
         "n": mean.n_pairs,
         "clusters": mean.n_clusters,
         **{"mean": mean.value, "ci_low": mean.low, "ci_high": mean.high},
-        **{"share": share.value, "share_low": share.low, "share_high": share.high},
+        **share.columns("share"),
         "reason": share.reason or mean.reason,
     }

@@ -27,14 +27,13 @@ from remote_mediation.backends import LocalBackend, NdifBackend
 from remote_mediation.config import StudyConfig
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.ndif import Server, preflight, refuse_bad
-from remote_mediation.plan import Job
-from remote_mediation.plan import Part as JobPart
+from remote_mediation.plan import Job, Part
 from remote_mediation.prompts import Prepared
 from remote_mediation.store import Store
 from remote_mediation.study import prepare, run_study
 
 KILLS = 20
-Part = Callable[..., list[int]]
+Switch = Callable[..., list[int]]
 
 
 class Watched(NdifBackend):
@@ -163,7 +162,7 @@ def test_a_client_that_is_killed_again_and_again(
 
 
 def test_api_killed_during_a_job(
-    server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, part: Part, frozen: Any, tmp_path: Path
+    server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, part: Switch, frozen: Any, tmp_path: Path
 ) -> None:
     starting: list[subprocess.Popen[bytes]] = []
 
@@ -179,7 +178,7 @@ def test_api_killed_during_a_job(
 
 
 def test_model_killed_during_a_job(
-    server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, part: Part, frozen: Any, tmp_path: Path
+    server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, part: Switch, frozen: Any, tmp_path: Path
 ) -> None:
     effects, backend = disturbed(server, tiny, frozen, tmp_path / "run", lambda ticket: part("kill", "actor") and None)
     pd.testing.assert_frame_equal(effects, undisturbed)
@@ -190,7 +189,7 @@ def test_model_killed_during_a_job(
 
 
 def test_redis_and_then_the_api_restarted(
-    server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, part: Part, frozen: Any, tmp_path: Path
+    server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, part: Switch, frozen: Any, tmp_path: Path
 ) -> None:
     def make(ticket: str) -> None:
         part("stop", "redis")
@@ -216,7 +215,7 @@ def test_redis_and_then_the_api_restarted(
 
 
 def test_object_store_down_while_a_job_ends(
-    server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, part: Part, frozen: Any, tmp_path: Path
+    server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, part: Switch, frozen: Any, tmp_path: Path
 ) -> None:
     def make(ticket: str) -> None:
         part("stop", "s3")
@@ -271,7 +270,7 @@ def test_a_job_that_ends_the_models_process_fails_in_the_end(
 ) -> None:
     backend = Watched(server, tiny.model)
     monkeypatch.setattr(program, "measure", _fatal)
-    job = Job("measure", {}, (JobPart("pair", ("key",), {}, 0.0),))
+    job = Job("measure", {}, (Part("pair", ("key",), {}, 0.0),))
     for _ in range(2):
         with pytest.raises(LostJobError):
             backend.collect(backend.submit(job))
