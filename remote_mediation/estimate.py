@@ -144,7 +144,7 @@ def _packed(payload: dict[str, Any]) -> int:
 
 def _values_bytes(job: Job) -> int:
     """Float32 numbers of every row and base prompt, and the file around each context's tensor."""
-    numbers = sum(len(part.keys) * len(part.payload["prompts"][0]["reads"]) for part in job.parts)
+    numbers = sum(len(part.keys) * len(part.payload["stacks"][0]["queries"]) for part in job.parts)
     return 4 * numbers + _TENSOR_BYTES * (1 + len(job.parts))
 
 

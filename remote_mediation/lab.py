@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -269,11 +271,11 @@ class Lab:
         wanted = (row for row in dict.fromkeys(rows) if row.pair in pairs)
         missing = [row for row in wanted if self._keys(row) not in self._values]
         if missing:
-            self._work(
-                sum(bool(row.writes) for row in missing),
-                lambda budget: plan_jobs(missing, pairs, self.study.setting, budget, self._keys),
-                self._backend,
-            )
+            self._work(sum(bool(row.writes) for row in missing), partial(self._jobs, missing), self._backend)
+
+    def _jobs(self, rows: Sequence[Row], budget: Budget) -> Iterator[Job]:
+        pairs = {pair.id: pair for pair in self.study.pairs}
+        return plan_jobs(rows, pairs, self.study.setting, budget, self._keys)
 
     def _work(self, count: int, plan: Callable[[Budget], Iterator[Job]], backend: Backend) -> None:
         """Run planned jobs, cut by the speed of those before."""
@@ -299,12 +301,18 @@ class Lab:
             self._store.forget(job.id)
             if job.task != "measure":
                 raise
-            if len(job.parts) == 1:
-                self._store.save_failure(job.parts[0].pair, str(error))
+            if len(job.pairs) == 1:
+                self._store.save_failure(job.pairs[0], str(error))
                 return 0.0
-            return sum(self._run(part, backend) for part in job.split())
+            return sum(self._run(one, backend) for one in self._apart(job))
         self._keep(job, readout)
         return readout.seconds
+
+    def _apart(self, job: Job) -> Iterator[Job]:
+        """The rows of a job as one job per pair, so that one pair's failure is its own."""
+        whole = Budget(lambda: inf, self._batch_bytes)
+        for pair in job.pairs:
+            yield from self._jobs([row for part in job.parts for row in part.rows if row.pair == pair], whole)
 
     def _collect_submitted(self, backend: Backend) -> None:
         """Fetch what an earlier process handed over and did not live to see; what is lost will be planned anew."""

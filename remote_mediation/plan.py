@@ -1,8 +1,9 @@
 """From rows to jobs: what runs together, under which name, and what it will cost. Pure, and no weights are needed.
 
-Rows of one pair, base prompt and first token make a batch; a job is as many batches, of as many pairs, as fit its
-budget of floating-point operations. A row is known by a key that hashes everything its values depend on, so a run that
-was cut short, or planned with other budgets, finds again what it has already measured.
+Pairs whose prompts and answers have the same lengths share their batches: a batch reads all weights of the model, for
+however few rows. A job is as many pairs as fit its budget of floating-point operations; a pair that is more than a job
+is cut between batches. A row is known by a key that hashes everything its values depend on, so a run that was cut
+short, or planned with other budgets, finds again what it has already measured.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,8 @@ import numpy.typing as npt
 from remote_mediation.errors import SettingsError
 from remote_mediation.outcomes import Outcome
 from remote_mediation.prompts import TokenPair
-from remote_mediation.rows import Constant, Row, Scale, Source, Write
-from remote_mediation.sites import FORWARD_ORDER, ModelInfo, family_of
+from remote_mediation.rows import Constant, Row, Scale, Source, Value, Write
+from remote_mediation.sites import FORWARD_ORDER, Component, ModelInfo, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,8 +36,15 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LIBRARIES = 0.55e9
 DEFAULT_BATCH = 1e9
 SMALLEST_BATCH = 0.1e9
+# Layers' worth of a row's keys and values: shown to a layer and grown by it, of the one before, for the next one.
+_CACHED_LAYERS = 3
 # Copies of the answer logits that are alive at once: as computed, as float32, and inside logsumexp.
 _LOGIT_COPIES = 3
+
+
+_Item = TypeVar("_Item")
+# Stack and place in it of each pair's prompts, by pair and side.
+_Places = Mapping[tuple[str, int], tuple[int, int]]
 
 
 class Setting(NamedTuple):
@@ -56,24 +64,50 @@ class Budget(NamedTuple):
     """Memory of one batch's activations, in bytes."""
 
 
+class Batch(NamedTuple):
+    """Rows that run together from one token on, lower layers first."""
+
+    start: int
+    rows: tuple[Row, ...]
+
+
 class Context(NamedTuple):
-    """The rows of one pair in one job, in the order in which they are measured."""
+    """Pairs of one shape in one job, and their rows in the order in which they are measured."""
+
+    pairs: tuple[TokenPair, ...]
+    batches: tuple[Batch, ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows."""
+        return tuple(row for batch in self.batches for row in batch.rows)
+
+
+class Side(NamedTuple):
+    """One prompt of a pair."""
 
     pair: TokenPair
-    batches: tuple[tuple[Row, ...], ...]
+    number: int
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Its tokens."""
+        return self.pair.prompts[self.number]
 
 
 class Part(NamedTuple):
     """One context of a job, as it is sent."""
 
-    pair: str
-    """Id of the pair."""
+    pairs: tuple[str, ...]
+    """Ids of its pairs."""
     keys: tuple[str, ...]
-    """Keys of the values it brings back; of a `measure` job both base prompts, then the rows."""
+    """Keys of the values it brings back; of a `measure` job the base prompts, then the rows."""
     payload: dict[str, Any]
     """The context's entry in `Job.payload`."""
     flops: float
     """Estimated floating-point operations."""
+    rows: tuple[Row, ...] = ()
+    """What the keys of a `measure` job stand for; base prompts are rows without writes."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +132,11 @@ class Job:
         return tuple(key for part in self.parts for key in part.keys)
 
     @property
+    def pairs(self) -> tuple[str, ...]:
+        """Ids of the pairs in it."""
+        return tuple(dict.fromkeys(pair for part in self.parts for pair in part.pairs))
+
+    @property
     def payload(self) -> dict[str, Any]:
         """What `program.execute` takes: strings, numbers, tuples, ranges and dicts only."""
         return {"task": self.task, "model": self.model, "contexts": tuple(part.payload for part in self.parts)}
@@ -105,16 +144,12 @@ class Job:
     @property
     def rows(self) -> int:
         """Rows it measures, base prompts not counted; contexts of the other tasks count as one each."""
-        return sum(len(part.keys) - 2 if self.task == "measure" else 1 for part in self.parts)
+        return sum(sum(bool(row.writes) for row in part.rows) if self.task == "measure" else 1 for part in self.parts)
 
     @property
     def flops(self) -> float:
         """Estimated floating-point operations."""
         return sum(part.flops for part in self.parts)
-
-    def split(self) -> list[Job]:
-        """One job per context, so that one pair's failure is its own."""
-        return [Job(self.task, self.model, (part,)) for part in self.parts]
 
 
 class Readout(NamedTuple):
@@ -184,27 +219,28 @@ class Keys:
 
 
 def plan_jobs(
-    rows: Iterable[Row], pairs: dict[str, TokenPair], setting: Setting, budget: Budget, keys: Keys
+    rows: Iterable[Row], pairs: Mapping[str, TokenPair], setting: Setting, budget: Budget, keys: Keys
 ) -> Iterator[Job]:
-    """Group rows into jobs, pair by pair; duplicate rows are measured once.
+    """Group rows into jobs, pairs of one shape together; duplicate rows are measured once.
 
-    Rows without writes need no batch of their own: every context measures both base prompts.
+    Rows without writes need no batch of their own: every context measures the base prompts of its pairs.
     """
-    unique = dict.fromkeys(rows)
+    loads = [_load(pairs[name], group, setting) for name, group in _by(dict.fromkeys(rows), lambda row: row.pair)]
     contexts: list[Context] = []
     spent = 0.0
-    for pair_id, group in groupby(sorted(unique, key=lambda row: row.pair), key=lambda row: row.pair):
-        pair = pairs[pair_id]
-        for batch in list(_batches([row for row in group if row.writes], pair, setting, budget)) or [()]:
-            cost = sum(row_flops(row, pair, setting) for row in batch)
-            if contexts and spent + cost > budget.job_flops():
+    for _, group in _by(loads, lambda load: shape(load.pair)):
+        pending = list(group)
+        while pending:
+            taken = _fitting(pending, budget.job_flops() - spent, budget.batch_bytes, setting)
+            if taken:
+                contexts.append(_context(taken, setting, budget))
+                spent += sum(load.flops for load in taken)
+                del pending[: len(taken)]
+            elif contexts:
                 yield _job(contexts, setting, keys)
                 contexts, spent = [], 0.0
-            if not contexts or contexts[-1].pair.id != pair_id:
-                contexts.append(Context(pair, ()))
-                spent += base_flops(pair, setting)
-            contexts[-1] = contexts[-1]._replace(batches=(*contexts[-1].batches, *([batch] if batch else ())))
-            spent += cost
+            else:
+                yield from _cut(pending.pop(0), setting, budget, keys)
     if contexts:
         yield _job(contexts, setting, keys)
 
@@ -239,14 +275,24 @@ def base_flops(pair: TokenPair, setting: Setting) -> float:
 
 
 def row_bytes(pair: TokenPair, start: int, setting: Setting) -> float:
-    """Peak memory of one row of a batch: answer logits, one layer's activations, and keys and values of all layers."""
+    """Peak memory of one row of a batch: answer logits, or one layer's activations, keys and values."""
     info, size = setting.info, DTYPE_BYTES[setting.dtype]
     length = max(len(prompt) for prompt in pair.prompts) + pair.fed
     logits = (1 + pair.fed) * info.vocab * 4 * _LOGIT_COPIES if setting.outcome.normalise else 0
     layer = (length - start) * (4 * info.d_model + 3 * info.d_ff) * size
     attention = 2 * length * info.heads * info.d_head * size + (length - start) * length * info.heads * size
-    cache = 2 * info.layers * length * info.kv_heads * info.d_head * size
-    return max(logits, layer + attention) + cache
+    cache = 2 * _CACHED_LAYERS * length * info.kv_heads * info.d_head * size
+    return max(logits, layer + attention + cache)
+
+
+def held_bytes(pairs: Sequence[TokenPair], rows: Iterable[Row], setting: Setting) -> float:
+    """Memory of what base runs keep for rows: keys and values, the stream, and the components that rows take."""
+    info, size = setting.info, DTYPE_BYTES[setting.dtype]
+    first, components = _captured(pairs, rows)
+    width = info.d_model + sum(len(info.columns(name, tuple(range(info.width(name))))) for name in components)
+    lengths = [len(prompt) + pair.fed for pair in pairs for prompt in pair.prompts]
+    cached = 2 * info.kv_heads * info.d_head
+    return float(info.layers * size * sum(length * cached + (length - first) * width for length in lengths))
 
 
 def weight_bytes(info: ModelInfo, dtype: str) -> float:
@@ -275,12 +321,14 @@ def batch_budget(setting: Setting, max_memory: float | None, here: bool) -> floa
 
 
 def batch_sizes(job: Job, pairs: Mapping[str, TokenPair], setting: Setting) -> list[float]:
-    """Bytes of each batch's activations in a `measure` job."""
-    return [
-        sum(batch["joining"]) * row_bytes(pairs[part.pair], batch["start"], setting)
-        for part in job.parts
-        for batch in part.payload["batches"]
-    ]
+    """Bytes of each batch's activations in a `measure` job, with what its context keeps of the base runs."""
+    sizes = []
+    for part in job.parts:
+        members = [pairs[name] for name in part.pairs]
+        held = held_bytes(members, part.rows, setting)
+        for batch in part.payload["batches"]:
+            sizes.append(held + sum(map(len, batch["joining"])) * row_bytes(members[0], batch["start"], setting))
+    return sizes
 
 
 def model_spec(setting: Setting) -> dict[str, Any]:
@@ -303,15 +351,72 @@ def _unembedding_flops(pair: TokenPair, setting: Setting) -> float:
     return 2.0 * (1 + pair.fed) * setting.info.d_model * read
 
 
-def _batches(rows: list[Row], pair: TokenPair, setting: Setting, budget: Budget) -> Iterator[tuple[Row, ...]]:
-    """Rows of one pair by base prompt and first token, lower layers first, cut to the memory budget."""
-    by_start: Callable[[Row], tuple[int, int]] = lambda row: (row.base, run_from(row, pair))  # noqa: E731
-    for (_, start), group in groupby(sorted(rows, key=by_start), key=by_start):
+class _Load(NamedTuple):
+    """A pair with its rows and what they cost."""
+
+    pair: TokenPair
+    rows: tuple[Row, ...]
+    flops: float
+    held: float
+
+
+def _load(pair: TokenPair, rows: Iterable[Row], setting: Setting) -> _Load:
+    written = tuple(row for row in rows if row.writes)
+    flops = base_flops(pair, setting) + sum(row_flops(row, pair, setting) for row in written)
+    return _Load(pair, written, flops, held_bytes([pair], written, setting))
+
+
+def _by(items: Iterable[_Item], key: Callable[[_Item], Any]) -> Iterator[tuple[Any, Iterator[_Item]]]:
+    """Items grouped by a key, in its order; the order within a group stays."""
+    return groupby(sorted(items, key=key), key=key)
+
+
+def shape(pair: TokenPair) -> tuple[int, ...]:
+    """Lengths of both prompts and both answers; what makes tokens of two pairs stand at the same places."""
+    return (*map(len, pair.prompts), *map(len, pair.answers))
+
+
+def _fitting(pending: Sequence[_Load], flops: float, room: float, setting: Setting) -> list[_Load]:
+    """The first pairs that go together: their operations fit the job, and their base runs half the memory."""
+    taken: list[_Load] = []
+    spent = used = 0.0
+    for load in pending:
+        spent += load.flops
+        used += load.held + 2 * row_bytes(load.pair, 0, setting)
+        if spent > flops or (taken and used > room / 2):
+            break
+        taken.append(load)
+    return taken
+
+
+def _cut(load: _Load, setting: Setting, budget: Budget, keys: Keys) -> Iterator[Job]:
+    """Jobs for a pair that is more than one."""
+    batches: list[Batch] = []
+    spent = 0.0
+    for batch in _context([load], setting, budget).batches:
+        cost = sum(row_flops(row, load.pair, setting) for row in batch.rows)
+        if batches and spent + cost > budget.job_flops():
+            yield _job([Context((load.pair,), tuple(batches))], setting, keys)
+            batches, spent = [], 0.0
+        batches.append(batch)
+        spent += cost
+    yield _job([Context((load.pair,), tuple(batches))], setting, keys)
+
+
+def _context(loads: Sequence[_Load], setting: Setting, budget: Budget) -> Context:
+    """Rows by length of the prompt and first token, lower layers first, cut to the memory that base runs leave."""
+    pairs = {load.pair.id: load.pair for load in loads}
+    rows = [row for load in loads for row in load.rows]
+    room = budget.batch_bytes - held_bytes(list(pairs.values()), rows, setting)
+    batches = []
+    for (_, start), group in _by(
+        rows, lambda row: (len(pairs[row.pair].prompts[row.base]), run_from(row, pairs[row.pair]))
+    ):
         ordered = sorted(group, key=lambda row: row.low)
-        size = max(1, int(budget.batch_bytes / row_bytes(pair, start, setting)))
-        count = -(-len(ordered) // size)  # as few batches as fit, of even size
-        for part in range(count):
-            yield tuple(ordered[part * len(ordered) // count : (part + 1) * len(ordered) // count])
+        count = -(-len(ordered) // max(1, int(room / row_bytes(loads[0].pair, start, setting))))
+        cuts = [part * len(ordered) // count for part in range(count + 1)]  # as few batches as fit, of even size
+        batches += [Batch(start, tuple(ordered[begin:end])) for begin, end in pairwise(cuts)]
+    return Context(tuple(pairs.values()), tuple(batches))
 
 
 def _job(contexts: list[Context], setting: Setting, keys: Keys) -> Job:
@@ -319,56 +424,78 @@ def _job(contexts: list[Context], setting: Setting, keys: Keys) -> Job:
 
 
 def _part(context: Context, setting: Setting, keys: Keys) -> Part:
-    pair, rows = context.pair, [row for batch in context.batches for row in batch]
-    names = tuple(keys(row) for row in (Row(pair.id, 0), Row(pair.id, 1), *rows))
-    flops = base_flops(pair, setting) + sum(row_flops(row, pair, setting) for row in rows)
-    return Part(pair.id, names, _context_payload(context, setting), flops)
+    pairs = {pair.id: pair for pair in context.pairs}
+    bases = [Row(side.pair.id, side.number) for stack in _stacks(context.pairs) for side in stack]
+    flops = sum(base_flops(pair, setting) for pair in context.pairs)
+    flops += sum(row_flops(row, pairs[row.pair], setting) for row in context.rows)
+    rows = (*bases, *context.rows)
+    return Part(tuple(pairs), tuple(map(keys, rows)), _context_payload(context, setting), flops, rows)
+
+
+def _stacks(pairs: Sequence[TokenPair]) -> list[list[Side]]:
+    """Prompts of pairs of one shape, those of one length together."""
+    x0, x1 = ([Side(pair, number) for pair in pairs] for number in (0, 1))
+    return [x0 + x1] if len(x0[0].ids) == len(x1[0].ids) else [x0, x1]
 
 
 def _context_payload(context: Context, setting: Setting) -> dict[str, Any]:
-    pair, writes = context.pair, [write for batch in context.batches for row in batch for write in row.writes]
-    sources = [(write.component, write.value) for write in writes if isinstance(write.value, Source)]
-    used = {component for component, _ in sources}
-    first = min([pair.first, *(write.places[0] for write in writes), *(source.places[0] for _, source in sources)])
+    first, components = _captured(context.pairs, context.rows)
+    stacks = _stacks(context.pairs)
+    places = {
+        (side.pair.id, side.number): (number, place)
+        for number, stack in enumerate(stacks)
+        for place, side in enumerate(stack)
+    }
     return {
-        "prompts": tuple(side_payload(pair, side, first, setting.outcome) for side in (0, 1)),
-        "capture": tuple(component for component in FORWARD_ORDER if component in used),
-        "batches": tuple(_batch_payload(batch, pair, first, setting.info.layers) for batch in context.batches),
+        "stacks": tuple(stack_payload(stack, first, setting.outcome) for stack in stacks),
+        "capture": tuple(component for component in FORWARD_ORDER if component in components),
+        "batches": tuple(_batch_payload(batch, places, first, setting.info.layers) for batch in context.batches),
     }
 
 
-def side_payload(pair: TokenPair, side: int, first: int, outcome: Outcome) -> dict[str, Any]:
-    """The packed sequence (segments: 0 prompt, 1 and 2 the answers), and what is kept and read of it."""
-    prompt = pair.prompts[side]
-    ids, positions, segments = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-    for segment, answer in enumerate(pair.answers, 1):
-        ids += answer[:-1]
-        positions += range(len(prompt), len(prompt) + max(len(answer) - 1, 0))
-        segments += [segment] * max(len(answer) - 1, 0)
+def _captured(pairs: Iterable[TokenPair], rows: Iterable[Row]) -> tuple[int, set[Component]]:
+    """What rows need of the base runs: from which token on, and which components."""
+    writes = [write for row in rows for write in row.writes]
+    sources = [(write.component, write.value.places) for write in writes if isinstance(write.value, Source)]
+    begins = [*(write.places[0] for write in writes), *(taken[0] for _, taken in sources)]
+    return min([*begins, *(pair.first for pair in pairs)]), {component for component, _ in sources}
+
+
+def stack_payload(stack: Sequence[Side], first: int, outcome: Outcome) -> dict[str, Any]:
+    """The packed sequences of prompts of one shape (segments: 0 prompt, 1 and 2 the answers), what is kept and read."""
+    length = len(stack[0].ids)
+    positions, segments = list(range(length)), [0] * length
+    for segment, answer in enumerate(stack[0].pair.answers, 1):
+        fed = max(len(answer) - 1, 0)
+        positions += range(length, length + fed)
+        segments += [segment] * fed
+    reads = [outcome.reads(side.pair) for side in stack]
     return {
-        "ids": tuple(ids),
+        "ids": tuple((*side.ids, *(token for answer in side.pair.answers for token in answer[:-1])) for side in stack),
         "positions": tuple(positions),
         "segments": tuple(segments),
         "first": first,
-        "answers": tuple(range(len(prompt) - 1, len(ids))),
-        "reads": tuple((read.answer, read.token) for read in outcome.reads(pair)),
+        "answers": tuple(range(length - 1, len(positions))),
+        "queries": tuple(read.answer for read in reads[0]),
+        "tokens": tuple(tuple(read.token for read in one) for one in reads),
     }
 
 
-def _batch_payload(batch: tuple[Row, ...], pair: TokenPair, first: int, layers: int) -> dict[str, Any]:
-    low, start = batch[0].low, run_from(batch[0], pair)
-    joining = [0] * (layers - low)
+def _batch_payload(batch: Batch, places: _Places, first: int, layers: int) -> dict[str, Any]:
+    low = batch.rows[0].low
+    joining: list[list[int]] = [[] for _ in range(low, layers)]
     writes: dict[int, dict[str, list[Any]]] = {}
-    for index, row in enumerate(batch):
-        joining[row.low - low] += 1
+    for index, row in enumerate(batch.rows):
+        joining[row.low - low].append(places[row.pair, row.base][1])
         for item in row.writes:
-            entry = (index, shifted(item.places, start), _brief(item.columns), *_value_payload(item, first))
+            value = _value_payload(item.value, row.pair, places, first)
+            entry = (index, shifted(item.places, batch.start), _brief(item.columns), *value)
             writes.setdefault(item.layer, {}).setdefault(item.component, []).append(entry)
     return {
-        "base": batch[0].base,
-        "start": start,
+        "stack": places[batch.rows[0].pair, batch.rows[0].base][0],
+        "start": batch.start,
         "low": low,
-        "joining": tuple(joining),
+        "joining": tuple(map(tuple, joining)),
         "writes": {
             layer: tuple((name, tuple(parts[name])) for name in FORWARD_ORDER if name in parts)
             for layer, parts in writes.items()
@@ -376,10 +503,10 @@ def _batch_payload(batch: tuple[Row, ...], pair: TokenPair, first: int, layers: 
     }
 
 
-def _value_payload(item: Write, first: int) -> tuple[str, Any]:
-    match item.value:
-        case Source(side, places):
-            return "source", (side, shifted(places, first))
+def _value_payload(value: Value, pair: str, places: _Places, first: int) -> tuple[str, Any]:
+    match value:
+        case Source(side, taken):
+            return "source", (*places[pair, side], shifted(taken, first))
         case Scale(factor):
             return "scale", factor
         case Constant(values):

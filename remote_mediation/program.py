@@ -1,10 +1,12 @@
 """The nnsight program that measures a job's potential outcomes, the same source on this machine and on an NDIF server.
 
-One `session` runs a whole job. For each prompt of a pair there is one *base run*, which keeps the residual stream, the
-mediators and the keys and values from the first differing token on. A *batch* then measures many rows (a base prompt
-with some mediators overwritten) in one forward pass that does only the work a row can change:
+One `session` runs a whole job. A *stack* is the prompts of one length, of as many pairs as go together; their *base
+run* keeps the keys and values, and the residual stream and the mediators from the first differing token on. A *batch*
+then measures many rows (a base prompt of a stack with some mediators overwritten) in one forward pass that does only
+the work a row can change:
 
-- tokens before the batch's first written position come from the base run's keys and values;
+- tokens before the batch's first written position come from the base run's keys and values, which a layer's rows
+  hold only while that layer runs;
 - layers below the first written one are skipped, the base run's residual stream is handed over instead;
 - a row joins the batch at the layer of its own first write, so the batch grows on its way up (`climb`);
 - only the answer positions reach the unembedding.
@@ -29,8 +31,8 @@ from transformers import DynamicCache
 def execute(model: Any, payload: dict[str, Any], backend: Any = None) -> list[torch.Tensor]:
     """Run a job in one nnsight session and return its tensors.
 
-    A job of contexts gives one tensor `[key, value]` (float32) per context; `measure` has a key for each of the two
-    unpatched prompts and then for each row, the other tasks one. An `answer` job gives one tensor of token ids per
+    A job of contexts gives one tensor `[key, value]` (float32) per context; `measure` has a key for each unpatched
+    prompt and then for each row, the other tasks one. An `answer` job gives one tensor of token ids per
     prompt, a `probe` job an empty one of the model's type. A backend that only hands the job over leaves the list
     empty.
     """
@@ -75,23 +77,23 @@ def greedy(model: Any, prompt: tuple[int, ...], tokens: int) -> torch.Tensor:
 
 
 def measure(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
-    """Both base runs and all batches of one prompt pair."""
-    bases = [base_run(model, spec, prompt, context["capture"]) for prompt in context["prompts"]]
+    """The base runs of all prompts of a context, stack by stack, then all its batches."""
+    bases = [base_run(model, spec, stack, context["capture"]) for stack in context["stacks"]]
     values = [base["values"] for base in bases]
     for batch in context["batches"]:
-        values.append(batch_run(model, spec, context["prompts"][batch["base"]], batch, bases))
+        values.append(batch_run(model, spec, context["stacks"][batch["stack"]], batch, bases))
     return torch.cat(values)
 
 
-def base_run(model: Any, spec: dict[str, Any], prompt: dict[str, Any], components: tuple[str, ...]) -> dict[str, Any]:
-    """The unpatched prompt: answer values `[1, read]`, and from token `first` on the stream and mediators by layer."""
-    arguments = {"input_ids": torch.tensor([prompt["ids"]]), **forward_arguments(spec, prompt, 0)}
+def base_run(model: Any, spec: dict[str, Any], stack: dict[str, Any], components: tuple[str, ...]) -> dict[str, Any]:
+    """The unpatched prompts of a stack: answer values `[prompt, read]`; stream and mediators from token `first` on."""
+    arguments = {"input_ids": torch.tensor(stack["ids"]), **forward_arguments(spec, stack, 0)}
     with model.trace(past_key_values=DynamicCache(), **arguments):
-        captured = capture(model, spec, prompt, components)
-        values = answer_values(model, spec, prompt)
+        captured = capture(model, spec, stack, components)
+        values = answer_values(model, spec, stack, range(len(stack["ids"])))
         cache = model.output.past_key_values
     if not cache.layers:  # a sandboxed server hands a block whose input is read a copy of the cache
-        if spec["sliding"] and max(prompt["positions"]) >= spec["window"]:
+        if spec["sliding"] and max(stack["positions"]) >= spec["window"]:
             raise RuntimeError("a sandboxed server cannot run prompts longer than the model's sliding window")
         with model.trace(past_key_values=DynamicCache(), **arguments):
             cache = model.output.past_key_values
@@ -100,30 +102,30 @@ def base_run(model: Any, spec: dict[str, Any], prompt: dict[str, Any], component
 
 
 def batch_run(
-    model: Any, spec: dict[str, Any], prompt: dict[str, Any], batch: dict[str, Any], bases: list[dict[str, Any]]
+    model: Any, spec: dict[str, Any], stack: dict[str, Any], batch: dict[str, Any], bases: list[dict[str, Any]]
 ) -> torch.Tensor:
     """Answer values `[row, read]` of the rows of one batch, in the order in which they join."""
-    arguments = forward_arguments(spec, prompt, batch["start"])
-    past = prefix_cache(bases[batch["base"]]["keyvalues"], batch)
-    with model.trace(input_ids=torch.tensor([prompt["ids"][batch["start"] :]]), past_key_values=past, **arguments):
-        climb(model, spec, prompt, batch, bases)
-        values = answer_values(model, spec, prompt)
+    arguments, rows = forward_arguments(spec, stack, batch["start"]), sum(batch["joining"], ())
+    past = prefix_cache(bases[batch["stack"]]["keyvalues"], batch["start"])
+    with model.trace(input_ids=torch.tensor([stack["ids"][0][batch["start"] :]]), past_key_values=past, **arguments):
+        climb(model, spec, stack, batch, bases, past)
+        values = answer_values(model, spec, stack, rows)
     return values
 
 
-def forward_arguments(spec: dict[str, Any], prompt: dict[str, Any], start: int) -> dict[str, Any]:
+def forward_arguments(spec: dict[str, Any], stack: dict[str, Any], start: int) -> dict[str, Any]:
     """Arguments of a forward pass over the packed tokens from `start` on: mask, positions and the answer positions."""
     return {
-        "attention_mask": additive_mask(prompt, start, None, spec["dtype"]),
-        "position_ids": torch.tensor([prompt["positions"][start:]]),
-        "logits_to_keep": torch.tensor(prompt["answers"]) - start,
+        "attention_mask": additive_mask(stack, start, None, spec["dtype"]),
+        "position_ids": torch.tensor([stack["positions"][start:]]),
+        "logits_to_keep": torch.tensor(stack["answers"]) - start,
         "use_cache": True,
     }
 
 
-def additive_mask(prompt: dict[str, Any], start: int, window: int | None, dtype: str) -> torch.Tensor:
+def additive_mask(stack: dict[str, Any], start: int, window: int | None, dtype: str) -> torch.Tensor:
     """`[1, 1, token, key]`: 0 where a packed token sees another, the dtype's minimum where it does not."""
-    position, segment = torch.tensor(prompt["positions"]), torch.tensor(prompt["segments"])
+    position, segment = torch.tensor(stack["positions"]), torch.tensor(stack["segments"])
     distance = position[start:, None] - position[None, :]
     same = (segment[None, :] == segment[start:, None]) | (segment[None, :] == 0)
     seen = same & (distance >= 0) if window is None else same & (distance >= 0) & (distance < window)
@@ -131,33 +133,45 @@ def additive_mask(prompt: dict[str, Any], start: int, window: int | None, dtype:
     return torch.zeros(seen.shape, dtype=kind).masked_fill(~seen, torch.finfo(kind).min)[None, None]
 
 
-def capture(model: Any, spec: dict[str, Any], prompt: dict[str, Any], components: tuple[str, ...]) -> dict[str, Any]:
-    """What rows may need of a base run: by component a list over layers of `[token, width]`, from `first` on."""
+def capture(model: Any, spec: dict[str, Any], stack: dict[str, Any], components: tuple[str, ...]) -> dict[str, Any]:
+    """What rows may need of a stack's base run: by component a list over layers of `[prompt, token, width]`."""
     found: dict[str, Any] = {name: [] for name in ("stream", *components)}
     for layer in range(spec["layers"]):
         block = module_at(model, spec["blocks"])[layer]
-        bound_window(spec, prompt, 0, block, layer)
-        found["stream"].append(block.input[0, prompt["first"] :])
+        bound_window(spec, stack, 0, block, layer)
+        found["stream"].append(block.input[:, stack["first"] :].clone())  # a view would hold the whole prompt
         for name in components:
-            found[name].append(tensor_of(spec, block, name)[0, prompt["first"] :])
+            found[name].append(tensor_of(spec, block, name)[:, stack["first"] :].clone())
     return found
 
 
 def climb(
-    model: Any, spec: dict[str, Any], prompt: dict[str, Any], batch: dict[str, Any], bases: list[dict[str, Any]]
+    model: Any,
+    spec: dict[str, Any],
+    stack: dict[str, Any],
+    batch: dict[str, Any],
+    bases: list[dict[str, Any]],
+    past: DynamicCache,
 ) -> None:
     """Lead the batch through the layers: skip those below the first write, let rows join at their layer, write."""
-    blocks = module_at(model, spec["blocks"])
-    stream = bases[batch["base"]]["captured"]["stream"]
-    offset = batch["start"] - prompt["first"]
-    for layer in range(batch["low"]):
-        blocks[layer].skip(stream[batch["low"]][None, offset:])
-    for layer in range(batch["low"], spec["layers"]):
-        joining = batch["joining"][layer - batch["low"]]
-        bound_window(spec, prompt, batch["start"], blocks[layer], layer)
+    blocks, base, low = module_at(model, spec["blocks"]), bases[batch["stack"]], batch["low"]
+    stream, offset = base["captured"]["stream"], batch["start"] - stack["first"]
+    for layer in range(low):
+        blocks[layer].skip(stream[low][torch.tensor(batch["joining"][0]), offset:])
+    rows = batch["joining"][0]
+    show_prefix(past, low, base["keyvalues"], rows, batch["start"])
+    for layer in range(low, spec["layers"]):
+        joining = batch["joining"][layer - low]
+        bound_window(spec, stack, batch["start"], blocks[layer], layer)
+        below = blocks[layer].input
         if joining:
-            fresh = stream[layer][None, offset:].expand(joining, -1, -1)
-            blocks[layer].input = fresh if layer == batch["low"] else torch.cat([blocks[layer].input, fresh])
+            fresh = stream[layer][torch.tensor(joining), offset:]
+            blocks[layer].input = fresh if layer == low else torch.cat([below, fresh])
+        if layer > low:
+            past.layers[layer - 1].keys = past.layers[layer - 1].values = None  # this layer is done
+        if layer + 1 < spec["layers"]:
+            rows += batch["joining"][layer + 1 - low]
+            show_prefix(past, layer + 1, base["keyvalues"], rows, batch["start"])
         for name, writes in batch["writes"].get(layer, ()):
             write(spec, blocks[layer], name, layer, writes, bases)
 
@@ -170,8 +184,8 @@ def write(
     for row, places, columns, kind, value in writes:
         where = grid(places, columns)
         if kind == "source":
-            side, source_places = value
-            new = bases[side]["captured"][name][layer][grid(source_places, columns)]
+            stack, prompt, source_places = value
+            new = bases[stack]["captured"][name][layer][prompt][grid(source_places, columns)]
         elif kind == "scale":
             new = target[row][where] * value
         else:
@@ -211,36 +225,35 @@ def replace_tensor(spec: dict[str, Any], block: Any, name: str, value: torch.Ten
         module.output = (*module.output[:index], value, *module.output[index + 1 :])
 
 
-def bound_window(spec: dict[str, Any], prompt: dict[str, Any], start: int, block: Any, layer: int) -> None:
+def bound_window(spec: dict[str, Any], stack: dict[str, Any], start: int, block: Any, layer: int) -> None:
     """Give a sliding-window layer its own mask where the packed sequence is longer than the window."""
-    if layer in spec["sliding"] and max(prompt["positions"]) >= spec["window"]:
+    if layer in spec["sliding"] and max(stack["positions"]) >= spec["window"]:
         args, kwargs = block.inputs
-        mask = additive_mask(prompt, start, spec["window"], spec["dtype"]).to(kwargs["attention_mask"].device)
+        mask = additive_mask(stack, start, spec["window"], spec["dtype"]).to(kwargs["attention_mask"].device)
         block.inputs = (args, {**kwargs, "attention_mask": mask})
 
 
-def prefix_cache(keyvalues: list[Any], batch: dict[str, Any]) -> DynamicCache:
-    """The base run's keys and values before `start`, seen by as many rows as each layer will hold (views, no copy)."""
-    cache = DynamicCache([(keys[:, :, : batch["start"]], values[:, :, : batch["start"]]) for keys, values in keyvalues])
-    rows = 0
-    for index, joining in enumerate(batch["joining"]):
-        rows += joining
-        layer = cache.layers[batch["low"] + index]
-        layer.keys = layer.keys.expand(rows, -1, -1, -1)
-        layer.values = layer.values.expand(rows, -1, -1, -1)
-    return cache
+def prefix_cache(keyvalues: list[Any], start: int) -> DynamicCache:
+    """A cache of the right length: the first prompt's keys and values before `start` (views, no copy)."""
+    return DynamicCache([(keys[:1, :, :start], values[:1, :, :start]) for keys, values in keyvalues])
 
 
-def answer_values(model: Any, spec: dict[str, Any], prompt: dict[str, Any]) -> torch.Tensor:
+def show_prefix(past: DynamicCache, layer: int, keyvalues: list[Any], rows: tuple[int, ...], start: int) -> None:
+    """Let the rows of a layer see their own prompts' keys and values before `start`."""
+    index = torch.tensor(rows)
+    past.layers[layer].keys, past.layers[layer].values = (kept[index, :, :start] for kept in keyvalues[layer])
+
+
+def answer_values(model: Any, spec: dict[str, Any], stack: dict[str, Any], rows: Any) -> torch.Tensor:
     """`[row, read]` float32: the logit, or with `normalise` the log-probability in nats, of each token that is read."""
-    queries, tokens = torch.tensor(prompt["reads"]).T
-    head = model.lm_head
+    queries, tokens = torch.tensor(stack["queries"]), torch.tensor([stack["tokens"][prompt] for prompt in rows])
+    head, places = model.lm_head, torch.arange(len(rows))[:, None]
     if not spec["normalise"] and not head.weight.is_meta:  # a sandboxed server does not show its weights
-        head.skip(rows_of(head, head.input, tokens))  # a few rows of the unembedding in place of the vocabulary
-        tokens = torch.arange(len(tokens))
+        wanted, tokens = torch.unique(tokens, return_inverse=True)
+        head.skip(rows_of(head, head.input, wanted))  # a few rows of the unembedding in place of the vocabulary
     logits = model.output.logits.float()
-    values: torch.Tensor = logits[:, queries, tokens]
-    return values - torch.logsumexp(logits, -1)[:, queries] if spec["normalise"] else values
+    values: torch.Tensor = logits[places, queries, tokens]
+    return values - torch.logsumexp(logits, -1)[places, queries] if spec["normalise"] else values
 
 
 def rows_of(linear: Any, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -269,10 +282,10 @@ def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.T
     """
     if model.lm_head.weight.is_meta:
         raise RuntimeError("this server runs blocks in a sandbox and gives no gradients")
-    name, prompts = context["component"], context["prompts"]
-    bases = [base_run(model, spec, prompt, (name,)) for prompt in prompts]
+    name, stacks = context["component"], context["stacks"]
+    bases = [base_run(model, spec, stack, (name,)) for stack in stacks]
     held = [
-        [layer[grid(places, ())].float() for layer in base["captured"][name]]
+        [layer[0][grid(places, ())].float() for layer in base["captured"][name]]
         for base, places in zip(bases, context["places"], strict=True)
     ]
     scores = []
@@ -281,7 +294,7 @@ def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.T
         products = []  # of the change and the gradient, `[layer, unit]` each: as it is, then with a layer cut off
         for first in range(0, spec["layers"] + 1, context["rows"]):
             cuts = range(first, min(first + context["rows"], spec["layers"] + 1))
-            gradients = gradients_of(model, spec, prompts[side], context, bases[side]["keyvalues"], cuts)
+            gradients = gradients_of(model, spec, stacks[side], context, bases[side]["keyvalues"], cuts)
             by_layer = [(change[layer] * gradient[:, where]).sum(1).cpu() for layer, gradient in enumerate(gradients)]
             products.append(torch.stack(by_layer, 1))
         by_cut = torch.cat(products)
@@ -290,19 +303,21 @@ def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.T
 
 
 def gradients_of(
-    model: Any, spec: dict[str, Any], prompt: dict[str, Any], context: dict[str, Any], keyvalues: list[Any], cuts: range
+    model: Any, spec: dict[str, Any], stack: dict[str, Any], context: dict[str, Any], keyvalues: list[Any], cuts: range
 ) -> list[torch.Tensor]:
     """By layer the gradient `[row, token, width]` of Y; a row of cut c > 0 ignores what layer c - 1 adds."""
-    start, live = context["start"], []
-    past = prefix_cache(keyvalues, {"start": start, "low": 0, "joining": (len(cuts),) + (0,) * (spec["layers"] - 1)})
-    ids = torch.tensor([prompt["ids"][start:]]).expand(len(cuts), -1)
+    start, live, rows = context["start"], [], (0,) * len(cuts)
+    past = prefix_cache(keyvalues, start)
+    for layer in range(spec["layers"]):
+        show_prefix(past, layer, keyvalues, rows, start)
+    ids = torch.tensor([stack["ids"][0][start:]]).expand(len(cuts), -1)
     with (
         torch.enable_grad(),
-        model.trace(input_ids=ids, past_key_values=past, **forward_arguments(spec, prompt, start)),
+        model.trace(input_ids=ids, past_key_values=past, **forward_arguments(spec, stack, start)),
     ):
         for layer in range(spec["layers"]):
             block = module_at(model, spec["blocks"])[layer]
-            bound_window(spec, prompt, start, block, layer)
+            bound_window(spec, stack, start, block, layer)
             if layer == 0:
                 block.input = block.input.detach().requires_grad_()
             for name in spec["components"]:
@@ -311,7 +326,7 @@ def gradients_of(
                 if name in ("attention_output", "mlp_output") and layer + 1 in cuts:
                     replace_tensor(spec, block, name, cut_off(tensor_of(spec, block, name), cuts.index(layer + 1)))
         weights = torch.tensor(context["weights"])
-        values = answer_values(model, spec, prompt)
+        values = answer_values(model, spec, stack, rows)
         found = torch.autograd.grad((values * weights.to(values.device)).sum(), live)
     return [gradient.float() for gradient in found]
 

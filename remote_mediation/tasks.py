@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
-from remote_mediation.plan import Budget, Job, Part, Setting, digest, layer_flops, model_spec, shifted, side_payload
+from remote_mediation.plan import (
+    Budget,
+    Job,
+    Part,
+    Setting,
+    Side,
+    digest,
+    layer_flops,
+    model_spec,
+    shifted,
+    stack_payload,
+)
 from remote_mediation.prompts import TokenPair
 from remote_mediation.rows import Constant, Scale
 from remote_mediation.sites import FORWARD_ORDER, Component
@@ -76,7 +87,7 @@ def screen_task(pair: TokenPair, component: Component, position: str, setting: S
         "component": component,
         "start": start,
         "rows": _SCREENED_TOGETHER,
-        "prompts": tuple(side_payload(pair, side, start, setting.outcome) for side in (0, 1)),
+        "stacks": tuple(stack_payload([Side(pair, number)], start, setting.outcome) for number in (0, 1)),
         "places": tuple(shifted(one, start) for one in places),
         "weights": tuple(read.weight for read in setting.outcome.reads(pair)),
     }
@@ -109,7 +120,7 @@ def plan_tasks(tasks: Iterable[Task], setting: Setting, budget: Budget) -> Itera
             if parts and spent + task.flops > budget.job_flops():
                 yield Job(kind, model_spec(setting), tuple(parts))
                 parts, spent = [], 0.0
-            parts.append(Part(task.owner, (task.key(setting),), task.payload, task.flops))
+            parts.append(Part((task.owner,), (task.key(setting),), task.payload, task.flops))
             spent += task.flops
         yield Job(kind, model_spec(setting), tuple(parts))
 

@@ -19,6 +19,7 @@ from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.outcomes import Outcome
 from remote_mediation.plan import Job, Part, Readout
 from remote_mediation.prompts import TokenPair
+from remote_mediation.rows import Row
 from remote_mediation.sites import ModelInfo
 
 CHAT_TEMPLATE = (
@@ -121,7 +122,7 @@ class CannedBackend:
         if self._loses:
             self._loses -= 1
             raise LostJobError(f"{ticket} was lost")
-        failing = [part.pair for part in job.parts if part.pair in self._refuses]
+        failing = [pair for pair in job.pairs if pair in self._refuses]
         if failing:
             raise JobError(f"no memory for {failing[0]}")
         if job.task in self._refuses_tasks:
@@ -132,7 +133,7 @@ class CannedBackend:
     def _values(self, task: str, part: Part) -> list[np.ndarray]:
         """One array per key of a context."""
         count = {
-            "measure": lambda: len(part.payload["prompts"][0]["reads"]),
+            "measure": lambda: len(part.payload["stacks"][0]["queries"]),
             "screen": lambda: 4 * self.info.layers * self.info.d_ff,
             "drift": lambda: 3 * len(part.payload["answer"]),
         }[task]()
@@ -163,19 +164,16 @@ class AdditiveBackend(CannedBackend):
         self._seen = np.ones((info.layers, info.d_ff)) if unseen is None else 1.0 - unseen
 
     def _values(self, task: str, part: Part) -> list[np.ndarray]:
-        weights, te = self.weights[part.pair], self.te[part.pair]
         if task == "screen":
-            seen = weights * self._seen
+            seen = self.weights[part.pairs[0]] * self._seen
             return [np.stack([seen, np.abs(seen)] * 2).astype(np.float32).ravel()]
-        y = [0.0, te]
-        for batch in part.payload["batches"]:
-            moved = np.zeros(sum(batch["joining"]))
-            for layer, components in batch["writes"].items():
-                for component, entries in components:
-                    for row, _, units, *_ in entries:
-                        moved[row] += weights[layer, list(units)].sum() if component == "mlp_neurons" else 0.0
-            y += list(te - moved if batch["base"] else moved)
-        return [np.array([one, 0.0], np.float32) for one in y]
+        return [np.array([self._y(row), 0.0], np.float32) for row in part.rows]
+
+    def _y(self, row: Row) -> float:
+        weights, te = self.weights[row.pair], self.te[row.pair]
+        swapped = [write for write in row.writes if write.component == "mlp_neurons"]
+        moved = sum(weights[write.layer, list(write.columns)].sum() for write in swapped)
+        return te - moved if row.base else moved
 
 
 def canned(key: str, count: int) -> np.ndarray:

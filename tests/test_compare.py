@@ -27,6 +27,7 @@ from remote_mediation.compare import (
 from remote_mediation.config import StudyConfig
 from remote_mediation.errors import SettingsError, StoreError
 from remote_mediation.plan import Part, Readout
+from remote_mediation.rows import Row
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 
@@ -49,16 +50,12 @@ class Planted(CannedBackend):
         return Readout([np.array(y, np.float32) for part in job.parts for y in self._values(part)], seconds=1.0)
 
     def _values(self, part: Part) -> list[list[float]]:
-        te = self._te([record["id"] for record in records()].index(part.pair))
-        found = [0.0, te]
-        for batch in part.payload["batches"]:
-            carried = [0.0] * sum(batch["joining"])  # one per row
-            for layer, writes in batch["writes"].items():
-                for component, entries in writes:
-                    for index, *_ in entries:
-                        carried[index] = self._share(component, layer)
-            found += [te * (1 - share) if batch["base"] else te * share for share in carried]
-        return [[y] + [0.0] * (len(part.payload["prompts"][0]["reads"]) - 1) for y in found]
+        return [[self._y(row)] + [0.0] * (len(part.payload["stacks"][0]["queries"]) - 1) for row in part.rows]
+
+    def _y(self, row: Row) -> float:
+        te = self._te([record["id"] for record in records()].index(row.pair))
+        share = sum(self._share(write.component, write.layer) for write in row.writes)
+        return te * (1 - share) if row.base else te * share
 
     def _share(self, component: str, layer: int) -> float:
         kind = component.removesuffix("_output")

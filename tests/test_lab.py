@@ -14,6 +14,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.effects import Request
 from remote_mediation.errors import JobError
 from remote_mediation.lab import Lab, Study, UnmeasuredError
+from remote_mediation.plan import Keys
 from remote_mediation.prompts import PromptPair
 from remote_mediation.rows import Row, swap
 from remote_mediation.sites import Site
@@ -55,11 +56,12 @@ def test_pairs_are_those_of_a_split_that_did_not_fail(tmp_path: Path) -> None:
 
 def test_bare_rows_asked_for_alone_are_measured(tmp_path: Path) -> None:
     backend = CannedBackend({})
-    found = lab(tmp_path, backend).outcomes(BARE)
+    here = lab(tmp_path, backend)
+    found = here.outcomes(BARE)
     assert np.isfinite(found).all()
     assert [job.rows for job in backend.collected] == [0]
-    keys = backend.collected[0].parts[0].keys
-    assert found[:2].tolist() == [LOGITS.value(PAIRS[0], canned(key, 3)) for key in keys]
+    keys = Keys(here.study.setting, PAIRS)
+    assert found.tolist() == [LOGITS.value(PAIRS[0], canned(keys(row), 3)) for row in BARE]
     assert len(set(found)) == len(BARE)
 
 

@@ -125,6 +125,29 @@ def test_budgets_and_order_change_no_value(subject: Subjects, outcome: Outcome) 
     np.testing.assert_allclose([found[row] for row in rows], together.engine, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("outcome", [LOGIT_DIFF, RESPONSE_LOGPROB], ids=["logit_diff", "response_logprob"])
+@pytest.mark.parametrize("edits", [(2, 2), (1, 3)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("name", [*KINDS, "gemma3_text_window"])
+def test_pairs_of_one_shape_share_their_batches(
+    subject: Subjects, name: str, edits: tuple[int, int], outcome: Outcome
+) -> None:
+    """Prompts and answers of the same lengths, other tokens, edited in other places: each row keeps to its own pair."""
+    model, rng = subject(name), np.random.default_rng(7)
+    pairs = [token_pair(f"pair{before}", before, edits, 7 - before, answers=(3, 2)) for before in (2, 5, 4)]
+    assert len({pair.first for pair in pairs}) == len({pair.answers for pair in pairs}) == 3
+    rows = [row for pair in pairs for row in random_rows(pair, model.info, rng, 8)]
+    (job,) = model.plan(pairs, rows, outcome)
+    (part,) = job.parts
+    assert part.pairs == tuple(sorted(pair.id for pair in pairs))
+    prompts = [{prompt for joining in batch["joining"] for prompt in joining} for batch in part.payload["batches"]]
+    assert max(map(len, prompts)) > (2 if edits[0] == edits[1] else 1)
+    measured = model.compare(pairs, rows, outcome)
+    assert measured.deviation < TOLERANCE
+    assert measured.felt() > 0.7
+    alone = [model.measure([pair], [row], outcome)[0] for row in rows for pair in pairs if pair.id == row.pair]
+    np.testing.assert_allclose(measured.engine, alone, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("edits", [(2, 2), (1, 3)], ids=["equal", "unequal"])
 @pytest.mark.parametrize("name", KINDS)
 def test_prompts_that_differ_in_the_very_first_token(subject: Subjects, name: str, edits: tuple[int, int]) -> None:
@@ -286,7 +309,11 @@ def test_weights_that_are_not_shown_are_not_read(device: str, normalise: bool) -
     model = SimpleNamespace(lm_head=head, output=SimpleNamespace(logits=logits))
     object.__setattr__(head, "model", model)
     head.input = state
-    found = answer_values(model, {"normalise": normalise}, {"reads": ((3, 7), (0, 2), (3, 19))})
-    expected = (torch.log_softmax(logits, -1) if normalise else logits)[:, [3, 0, 3], [7, 2, 19]]
+    stack = {"queries": (3, 0, 3), "tokens": ((7, 2, 19), (4, 2, 0))}
+    found = answer_values(model, {"normalise": normalise}, stack, (0, 1, 0))
+    scores = torch.log_softmax(logits, -1) if normalise else logits
+    expected = torch.stack(
+        [scores[0, [3, 0, 3], [7, 2, 19]], scores[1, [3, 0, 3], [4, 2, 0]], scores[2, [3, 0, 3], [7, 2, 19]]]
+    )
     torch.testing.assert_close(found.detach(), expected)
     assert len(head.skipped) == (device == "cpu" and not normalise)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from fakes import INFO, LOGITS, token_pair
 from remote_mediation.errors import StoreError
 from remote_mediation.plan import Job, Part, Readout
 from remote_mediation.prompts import Prepared, Refusal
+from remote_mediation.rows import Row, Scale, Write
 from remote_mediation.store import Store
+
+ROW = Row("p", 0, (Write("mlp_output", 0, (0,), (), Scale(0.0)),))
 
 
 def job(*keys: str) -> Job:
-    return Job("measure", {}, (Part("p", keys, {}, 10.0),))
+    return Job("measure", {}, (Part(("p",), keys, {}, 10.0, (ROW, replace(ROW, writes=()), replace(ROW, writes=()))),))
 
 
 def readout(*values: list[float]) -> Readout:

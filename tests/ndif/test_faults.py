@@ -82,7 +82,12 @@ def run(study: StudyConfig, backend: NdifBackend, folder: Path) -> pd.DataFrame:
 
 def row_keys(job: Job) -> list[str]:
     """Keys of a job's rows; both base prompts belong to every job of a pair."""
-    return [key for part in job.parts for key in part.keys[2:]]
+    return [key for part in job.parts for key, row in zip(part.keys, part.rows, strict=True) if row.writes]
+
+
+def base_keys(job: Job) -> list[str]:
+    """Keys of a job's base prompts."""
+    return [key for part in job.parts for key, row in zip(part.keys, part.rows, strict=True) if not row.writes]
 
 
 def stored_rows(store: Store, base: set[str]) -> list[str]:
@@ -128,7 +133,7 @@ def test_a_client_that_is_killed_again_and_again(
     class Logged(Watched):
         def submit(self, job: Job) -> str:
             with log.open("a") as file:
-                file.write(json.dumps([row_keys(job), [k for part in job.parts for k in part.keys[:2]]]) + "\n")
+                file.write(json.dumps([row_keys(job), base_keys(job)]) + "\n")
             return super().submit(job)
 
     def client() -> None:
@@ -270,7 +275,7 @@ def test_a_job_that_ends_the_models_process_fails_in_the_end(
 ) -> None:
     backend = Watched(server, tiny.model)
     monkeypatch.setattr(program, "measure", _fatal)
-    job = Job("measure", {}, (Part("pair", ("key",), {}, 0.0),))
+    job = Job("measure", {}, (Part(("pair",), ("key",), {}, 0.0),))
     for _ in range(2):
         with pytest.raises(LostJobError):
             backend.collect(backend.submit(job))
