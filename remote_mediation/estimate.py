@@ -1,8 +1,8 @@
 """What a study would cost, before any weights are loaded: rows, jobs, operations, bytes, memory and time.
 
-The rows are the real ones: the pairs are tokenised and every analysis names its sites. Only two things must be guessed,
-the answers (taken to be as long as the study allows) and what the neuron search will measure (taken to be as much as it
-may, in the middle of the network).
+What is measured at once is planned with the real rows: the pairs are tokenised and every analysis names its sites.
+Only the answers are guessed, as long as the study allows. What analyses go on to ask hangs on what was found: it is
+taken to be as much as it may be, with gates in the middle of the network.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import math
 import pickle
 import time
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from remote_mediation.analyses import attacks, intervene, paths
+from remote_mediation.analyses.detect import POSITIONS
 from remote_mediation.analyses.neurons import BRANCHES
 from remote_mediation.config import StudyConfig
 from remote_mediation.lab import FIRST_RATE, Study
@@ -25,16 +28,18 @@ from remote_mediation.plan import (
     Budget,
     Job,
     Keys,
+    base_flops,
     batch_budget,
     batch_sizes,
     plan_jobs,
     row_flops,
     weight_bytes,
 )
-from remote_mediation.prompts import load_pairs, tokenise
-from remote_mediation.rows import swap
+from remote_mediation.prompts import TokenPair, load_pairs, tokenise
+from remote_mediation.rows import Scale, swap
 from remote_mediation.sites import Site
 from remote_mediation.study import check_enough, first_requests, outcome_of, select
+from remote_mediation.tasks import Held, Task, drift_task, generate_task, read_task, screen_tasks
 
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
 _GPU_FLOPS = 0.3 * 312e12
@@ -47,6 +52,21 @@ _OTHER_SETS = 3
 CLIENT_MEMORY = 0.7e9
 
 
+class Later(NamedTuple):
+    """What an analysis goes on to ask once the first wave is measured, at most."""
+
+    rows: int = 0
+    """Forward runs with a mediator overwritten."""
+    flops: float = 0.0
+    """Operations, those of prompts read, screened or continued included."""
+    down: float = 0.0
+    """Bytes of the numbers that come back."""
+
+    def plus(self, *others: Later) -> Later:
+        """All together."""
+        return Later(*(sum(values) for values in zip(self, *others, strict=True)))
+
+
 @dataclass(frozen=True)
 class Estimate:
     """The cost of a study."""
@@ -57,12 +77,12 @@ class Estimate:
     """Pairs that cannot."""
     rows: int
     """Forward runs with a mediator overwritten, of the first wave."""
-    unit_rows: int
-    """At most so many more for single neurons and the gate set."""
+    later: dict[str, Later]
+    """What follows it, by granularity."""
     jobs: int
     """Jobs of the first wave, at the speed assumed."""
     flops: float
-    """Operations of both waves."""
+    """Operations, of all that follows too."""
     weights: float
     """Bytes of the model's weights."""
     batch: float
@@ -72,7 +92,7 @@ class Estimate:
     up: float
     """Bytes of the first wave's payloads, as a server would be sent them."""
     down: float
-    """Bytes of the numbers that come back from it."""
+    """Bytes of the numbers that come back from it, of all that follows too."""
 
     @property
     def memory(self) -> float:
@@ -81,10 +101,13 @@ class Estimate:
 
     def described(self) -> list[tuple[str, str]]:
         """Names and values for a table."""
-        more = f" (+ at most {self.unit_rows:,} for single neurons)" if self.unit_rows else ""
         return [
             ("pairs", f"{self.pairs} ({self.refused} refused)"),
-            ("rows", f"{self.rows:,}{more}"),
+            ("rows", f"{self.rows:,}"),
+            *(
+                (f"then {name}", f"at most {one.rows:,} rows, {one.flops / 1e12:,.2f} TFLOP, {one.down / 1e6:,.2f} MB")
+                for name, one in self.later.items()
+            ),
             ("jobs", f"{self.jobs:,}"),
             ("operations", f"{self.flops / 1e12:,.2f} TFLOP"),
             ("weights", f"{self.weights / 1e9:,.2f} GB"),
@@ -92,7 +115,7 @@ class Estimate:
             ("memory here", f"about {self.memory / 1e9:,.2f} GB at most, where the model runs on this machine's CPU"),
             ("time here", f"about {self.seconds / 60:,.1f} min at this machine's matmul speed"),
             ("time on one GPU", f"about {self.flops / _GPU_FLOPS / 3600:,.3f} GPU-hours (30% of an A100's peak)"),
-            ("over NDIF", f"{self.up / 1e6:,.2f} MB up, {self.down / 1e6:,.2f} MB down (without the single neurons)"),
+            ("over NDIF", f"{self.up / 1e6:,.2f} MB up (for the rows above), {self.down / 1e6:,.2f} MB down"),
             ("client memory", f"about {CLIENT_MEMORY / 1e9:.1f} GB over NDIF for a model of any size"),
         ]
 
@@ -119,21 +142,22 @@ def estimate(config: StudyConfig) -> Estimate:
     room = batch_budget(study.setting, config.max_memory, config.backend == "local")
     budget = Budget(lambda: config.seconds_per_job * FIRST_RATE, room)
     jobs = list(plan_jobs(rows, by_id, study.setting, budget, Keys(study.setting, pairs)))
-    unit_rows, unit_flops = _units(study)
-    flops = sum(job.flops for job in jobs) + unit_flops
+    later: dict[str, Later] = {name: cost(study) for name, cost in _LATER.items() if name in config.granularity}
+    more = Later().plus(*later.values())
+    flops = sum(job.flops for job in jobs) + more.flops
     measured = sum(job.rows for job in jobs)
     return Estimate(
         pairs=len(pairs),
         refused=len(prepared.refusals),
         rows=measured,
-        unit_rows=unit_rows,
+        later=later,
         jobs=len(jobs),
         flops=flops,
         weights=weight_bytes(info, config.dtype),
         batch=max(size for job in jobs for size in batch_sizes(job, by_id, study.setting)),
         seconds=flops / matmul_rate(),
         up=sum(_PROGRAM_BYTES + _packed(job.payload) for job in jobs),
-        down=sum(_values_bytes(job) for job in jobs),
+        down=sum(_values_bytes(job) for job in jobs) + more.down,
     )
 
 
@@ -160,16 +184,113 @@ def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
     return 2.0 * size**3 / best
 
 
-def _units(study: Study) -> tuple[int, float]:
-    """Rows and operations of the search for single neurons and of its gate set, at most, as if in the middle layer."""
-    if "neurons" not in study.config.granularity:
-        return 0, 0.0
-    splits, everywhere = study.splits(), _neurons_measured(study) + _curve_sizes(study)
-    count = {"discovery": everywhere, "heldout": everywhere + study.config.neurons.random_sets + _OTHER_SETS}
+def _neurons(study: Study) -> Later:
+    """The search for single neurons and its gate set."""
+    everywhere = _neurons_measured(study) + _curve_sizes(study)
+    heldout = everywhere + study.config.neurons.random_sets + _OTHER_SETS
+    steps = 2 + study.info.d_ff.bit_length()  # of a search by windows, or of the search for the smallest set
+    found = _gate_rows(study, "discovery", everywhere).plus(
+        _gate_rows(study, "heldout", heldout), *[_bases(study, _pairs(study))] * (2 * steps)
+    )
+    if "gradient" not in study.config.neurons.search:
+        return found
+    position = study.config.positions.neurons[0]
+    pairs = [pair for pair in _pairs(study, "discovery") if pair.places(position).x0]
+    tasks = screen_tasks(pairs, "mlp_neurons", position, study.setting)
+    return found.plus(_tasks(tasks, 4 * study.info.layers * study.info.d_ff))
+
+
+def _detect(study: Study) -> Later:
+    return _read(study, _pairs(study), study.info.layers * len(POSITIONS) * study.info.d_model)
+
+
+def _paths(study: Study) -> Later:
+    gated = "neurons" in study.config.granularity
+    site = Site("layer_output", paths.early_layer(study.info.layers), "edit")
+    count = 3 + (1 + paths.RANDOM_SETS if gated else 0)  # nothing frozen, MLPs, attention, gates, random sets
+    pairs = _pairs(study, "heldout" if gated else "all")
+    return _rows(study, pairs, site, (0, 1), count).plus(_bases(study, pairs))
+
+
+def _intervene(study: Study) -> Later:
+    pairs, settings = _pairs(study, "heldout"), study.config.intervene
+    held = 2 + len(settings.factors)  # gates at their mean or times a factor, the whole MLP
+    prompts = [ids for pair in pairs for ids in pair.prompts]
+    kept = [Held(0, (), Scale(0.0))]
+    drifts = [drift_task("", pair.x0, (0,) * settings.tokens, kept, study.setting) for pair in pairs]
+    return _gate_rows(study, "heldout", held + intervene.RANDOM_SETS).plus(
+        _bases(study, pairs),
+        _read(study, _pairs(study, "discovery"), study.info.d_ff),
+        *[_continued(study, prompts)] * (held + 2),
+        *[_tasks(drifts, 3 * settings.tokens)] * (held + 2),
+    )
+
+
+def _attacks(study: Study) -> Later:
+    """Rewrapped prompts are taken to be as long as the plain ones: no more than a row's tokens behind the edit run."""
+    pairs, variants = _pairs(study, "heldout"), len(attacks.WRAPPERS) + len(study.config.attacks.checkpoints)
+    harmful = [pair.x1 for pair in pairs]
+    units = _neurons_measured(study) + study.config.neurons.exact
+    return _gate_rows(study, "heldout", variants * (units + 2)).plus(
+        _gate_rows(study, "heldout", 2),
+        *[_bases(study, pairs)] * (2 * (variants + 1)),
+        *[_continued(study, harmful)] * (2 * (variants + 1)),
+    )
+
+
+def _monitor(study: Study) -> Later:
+    found = _read(study, _pairs(study), study.info.d_ff + study.info.d_model)
+    hard = study.config.monitor.hard_negatives
+    share = len(load_pairs(hard)) / len(study.pairs) if hard else 0.0
+    return found.plus(Later(0, share * found.flops, share * found.down))
+
+
+_LATER: dict[str, Callable[[Study], Later]] = {
+    "neurons": _neurons,
+    "detect": _detect,
+    "paths": _paths,
+    "intervene": _intervene,
+    "attacks": _attacks,
+    "monitor": _monitor,
+}
+
+
+def _pairs(study: Study, split: str = "all") -> list[TokenPair]:
+    splits = study.splits() if split != "all" else {}
+    return [pair for pair in study.pairs if split in ("all", splits.get(pair.id))]
+
+
+def _rows(study: Study, pairs: Sequence[TokenPair], site: Site, sides: Sequence[int], count: int) -> Later:
+    """So many rows on each side of each pair, as if all overwrote this site."""
+    rows = [(swap(pair, site, side, study.info), pair) for pair in pairs for side in sides]
+    written = [(row, pair) for row, pair in rows if row.writes]
+    flops = count * sum(row_flops(row, pair, study.setting) for row, pair in written)
+    numbers = count * sum(len(study.outcome.reads(pair)) for _, pair in written)
+    return Later(count * len(written), flops, 4.0 * numbers)
+
+
+def _gate_rows(study: Study, split: str, count: int) -> Later:
     site = Site("mlp_neurons", study.info.layers // 2, study.config.positions.neurons[0], (0,))
-    sample = [(swap(pair, site, side, study.info), pair) for pair in study.pairs for side in (0, 1)]
-    rows = sum(count[splits[pair.id]] for row, pair in sample if row.writes)
-    return rows, sum(count[splits[pair.id]] * row_flops(row, pair, study.setting) for row, pair in sample if row.writes)
+    return _rows(study, _pairs(study, split), site, (0, 1), count)
+
+
+def _bases(study: Study, pairs: Sequence[TokenPair]) -> Later:
+    """The prompts as they are, which every wave of rows begins with."""
+    return Later(0, sum(base_flops(pair, study.setting) for pair in pairs))
+
+
+def _tasks(tasks: Sequence[Task], numbers: int) -> Later:
+    """So many numbers come back from each."""
+    return Later(0, sum(task.flops for task in tasks), 4.0 * numbers * len(tasks))
+
+
+def _read(study: Study, pairs: Sequence[TokenPair], numbers: int) -> Later:
+    return _tasks([read_task("", ids, (), study.setting) for pair in pairs for ids in pair.prompts], numbers)
+
+
+def _continued(study: Study, prompts: Sequence[tuple[int, ...]]) -> Later:
+    tokens = study.config.intervene.tokens
+    return _tasks([generate_task(prompts, tokens, (), study.setting)], len(prompts) * tokens)
 
 
 def _neurons_measured(study: Study) -> int:

@@ -193,10 +193,10 @@ class Lab:
             UnmeasuredError: a row was not measured.
         """
         info = self.study.info
-        bases = [self.outcomes([Row(pair.id, side) for pair in pairs]) for side in (0, 1)]
         swapped = [[swap(pair, site, side, info) for site in sites for pair in pairs] for side in (0, 1)]
-        self._measure(row for rows in swapped for row in rows)
-        y0, y1 = (self.outcomes(rows).reshape(len(sites), len(pairs)) for rows in swapped)
+        bare = [[Row(pair.id, side) for pair in pairs] for side in (0, 1)]
+        y0, y1 = self.outcomes([*swapped[0], *swapped[1]]).reshape(2, len(sites), len(pairs))
+        bases = [self.outcomes(rows) for rows in bare]  # measured with the others
         clusters = np.array([pair.cluster for pair in pairs])
         return Indirect(nie=y0 - bases[0], tie=bases[1] - y1, te=bases[1] - bases[0], clusters=clusters)
 

@@ -321,13 +321,14 @@ def batch_budget(setting: Setting, max_memory: float | None, here: bool) -> floa
 
 
 def batch_sizes(job: Job, pairs: Mapping[str, TokenPair], setting: Setting) -> list[float]:
-    """Bytes of each batch's activations in a `measure` job, with what its context keeps of the base runs."""
+    """Bytes of activations in each base run and batch of a `measure` job, with what its context keeps throughout."""
     sizes = []
     for part in job.parts:
         members = [pairs[name] for name in part.pairs]
+        runs = [(len(stack["ids"]), 0) for stack in part.payload["stacks"]]
+        runs += [(sum(map(len, batch["joining"])), batch["start"]) for batch in part.payload["batches"]]
         held = held_bytes(members, part.rows, setting)
-        for batch in part.payload["batches"]:
-            sizes.append(held + sum(map(len, batch["joining"])) * row_bytes(members[0], batch["start"], setting))
+        sizes += [held + rows * row_bytes(members[0], start, setting) for rows, start in runs]
     return sizes
 
 

@@ -274,7 +274,7 @@ def read(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Ten
 
 
 def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
-    """First-order estimates of NIE, then TIE, of every unit of one component at the written places, in two variants.
+    """First-order estimates of NIE, then TIE, of every unit of one component, in two variants, summed over pairs.
 
     Attribution patching (AtP) is the change of the activation times the gradient of Y; GradDrop averages its size over
     backward passes in which one layer at a time passes on nothing but the residual stream (Kramar et al. 2024,
@@ -282,31 +282,39 @@ def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.T
     """
     if model.lm_head.weight.is_meta:
         raise RuntimeError("this server runs blocks in a sandbox and gives no gradients")
-    name, stacks = context["component"], context["stacks"]
+    total = torch.zeros(())
+    for pair in context["pairs"]:
+        total = total + attributions(model, spec, pair, context)
+    return total.flatten()[None]
+
+
+def attributions(model: Any, spec: dict[str, Any], pair: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
+    """One pair's estimates `[(base, variant), layer, unit]` at its written places."""
+    name, stacks = context["component"], pair["stacks"]
     bases = [base_run(model, spec, stack, (name,)) for stack in stacks]
     held = [
         [layer[0][grid(places, ())].float() for layer in base["captured"][name]]
-        for base, places in zip(bases, context["places"], strict=True)
+        for base, places in zip(bases, pair["places"], strict=True)
     ]
     scores = []
     for side in (0, 1):
-        where, change = grid(context["places"][side], ())[0], [one - zero for zero, one in zip(*held, strict=True)]
+        where, change = grid(pair["places"][side], ())[0], [one - zero for zero, one in zip(*held, strict=True)]
         products = []  # of the change and the gradient, `[layer, unit]` each: as it is, then with a layer cut off
         for first in range(0, spec["layers"] + 1, context["rows"]):
             cuts = range(first, min(first + context["rows"], spec["layers"] + 1))
-            gradients = gradients_of(model, spec, stacks[side], context, bases[side]["keyvalues"], cuts)
+            gradients = gradients_of(model, spec, pair, side, name, bases[side]["keyvalues"], cuts)
             by_layer = [(change[layer] * gradient[:, where]).sum(1).cpu() for layer, gradient in enumerate(gradients)]
             products.append(torch.stack(by_layer, 1))
         by_cut = torch.cat(products)
         scores += [by_cut[0], by_cut[1:].abs().sum(0) / (spec["layers"] - 1)]
-    return torch.stack(scores).flatten()[None]
+    return torch.stack(scores)
 
 
 def gradients_of(
-    model: Any, spec: dict[str, Any], stack: dict[str, Any], context: dict[str, Any], keyvalues: list[Any], cuts: range
+    model: Any, spec: dict[str, Any], pair: dict[str, Any], side: int, component: str, keyvalues: list[Any], cuts: range
 ) -> list[torch.Tensor]:
     """By layer the gradient `[row, token, width]` of Y; a row of cut c > 0 ignores what layer c - 1 adds."""
-    start, live, rows = context["start"], [], (0,) * len(cuts)
+    stack, start, live, rows = pair["stacks"][side], pair["start"], [], (0,) * len(cuts)
     past = prefix_cache(keyvalues, start)
     for layer in range(spec["layers"]):
         show_prefix(past, layer, keyvalues, rows, start)
@@ -321,11 +329,11 @@ def gradients_of(
             if layer == 0:
                 block.input = block.input.detach().requires_grad_()
             for name in spec["components"]:
-                if name == context["component"]:
+                if name == component:
                     live.append(tensor_of(spec, block, name))
                 if name in ("attention_output", "mlp_output") and layer + 1 in cuts:
                     replace_tensor(spec, block, name, cut_off(tensor_of(spec, block, name), cuts.index(layer + 1)))
-        weights = torch.tensor(context["weights"])
+        weights = torch.tensor(pair["weights"])
         values = answer_values(model, spec, stack, rows)
         found = torch.autograd.grad((values * weights.to(values.device)).sum(), live)
     return [gradient.float() for gradient in found]

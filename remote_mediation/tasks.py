@@ -28,7 +28,9 @@ from remote_mediation.rows import Constant, Scale
 from remote_mediation.sites import FORWARD_ORDER, Component
 
 # Backward passes of a screening that share a batch; each keeps its whole graph in memory.
-_SCREENED_TOGETHER = 16
+_CUTS_TOGETHER = 16
+# Pairs whose estimates are summed where they arise.
+_PAIRS_TOGETHER = 16
 
 Kind = Literal["read", "screen", "generate", "drift"]
 
@@ -39,8 +41,8 @@ class Task:
 
     kind: Kind
     """Name of the program's task."""
-    owner: str
-    """Id of the pair that it belongs to."""
+    pairs: tuple[str, ...]
+    """Ids of the pairs that it belongs to."""
     payload: dict[str, Any]
     """What the program takes."""
     flops: float
@@ -69,46 +71,55 @@ class Held(NamedTuple):
     value: Scale | Constant
 
 
-def read_task(owner: str, ids: tuple[int, ...], readings: Sequence[Reading], setting: Setting) -> Task:
+def read_task(pair: str, ids: tuple[int, ...], readings: Sequence[Reading], setting: Setting) -> Task:
     """Read activations of one prompt; values come back in the order of layers, then of `FORWARD_ORDER`."""
     ordered = sorted(readings, key=lambda one: (one.layer, FORWARD_ORDER.index(one.component)))
     by_layer = {
         layer: tuple((one.component, shifted(one.places, 0), shifted(one.columns, 0)) for one in group)
         for layer, group in groupby(ordered, key=lambda one: one.layer)
     }
-    return Task("read", owner, {"ids": ids, "reads": by_layer}, _forward(len(ids), setting))
+    return Task("read", (pair,), {"ids": ids, "reads": by_layer}, _forward(len(ids), setting))
 
 
-def screen_task(pair: TokenPair, component: Component, position: str, setting: Setting) -> Task:
-    """Estimate NIE and TIE of every unit of a component at a position: `[base, variant, layer, unit]`."""
-    places = pair.places(position)
-    start = min(min(places.x0), min(places.x1), *(len(prompt) - 1 for prompt in pair.prompts))
-    payload = {
-        "component": component,
-        "start": start,
-        "rows": _SCREENED_TOGETHER,
-        "stacks": tuple(stack_payload([Side(pair, number)], start, setting.outcome) for number in (0, 1)),
-        "places": tuple(shifted(one, start) for one in places),
-        "weights": tuple(read.weight for read in setting.outcome.reads(pair)),
-    }
-    tokens = max(map(len, pair.prompts)) + pair.fed
-    return Task("screen", pair.id, payload, _forward(2 * tokens + 6 * setting.info.layers * (tokens - start), setting))
+def screen_tasks(pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting) -> list[Task]:
+    """Estimate NIE and TIE of every unit of a component at a position: `[base, variant, layer, unit]`, to be summed.
+
+    One task for several pairs: what comes back is as large as all units of the model.
+    """
+    groups = [pairs[begin : begin + _PAIRS_TOGETHER] for begin in range(0, len(pairs), _PAIRS_TOGETHER)]
+    return [_screen_task(group, component, position, setting) for group in groups]
 
 
-def generate_task(
-    owner: str, prompts: Sequence[tuple[int, ...]], tokens: int, held: Sequence[Held], setting: Setting
-) -> Task:
+def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting) -> Task:
+    parts, tokens = [], 0
+    for pair in pairs:
+        places, length = pair.places(position), max(map(len, pair.prompts)) + pair.fed
+        start = min(min(places.x0), min(places.x1), *(len(prompt) - 1 for prompt in pair.prompts))
+        parts.append(
+            {
+                "start": start,
+                "stacks": tuple(stack_payload([Side(pair, number)], start, setting.outcome) for number in (0, 1)),
+                "places": tuple(shifted(one, start) for one in places),
+                "weights": tuple(read.weight for read in setting.outcome.reads(pair)),
+            }
+        )
+        tokens += 2 * length + 6 * setting.info.layers * (length - start)
+    payload = {"component": component, "rows": _CUTS_TOGETHER, "pairs": tuple(parts)}
+    return Task("screen", tuple(pair.id for pair in pairs), payload, _forward(tokens, setting))
+
+
+def generate_task(prompts: Sequence[tuple[int, ...]], tokens: int, held: Sequence[Held], setting: Setting) -> Task:
     """Continue prompts greedily while neurons are held: `[prompt, token]` of token ids."""
     payload = {"prompts": tuple(prompts), "tokens": tokens, "held": _held_payload(held)}
-    return Task("generate", owner, payload, _forward(sum(len(ids) + tokens for ids in prompts), setting))
+    return Task("generate", (), payload, _forward(sum(len(ids) + tokens for ids in prompts), setting))
 
 
 def drift_task(
-    owner: str, ids: tuple[int, ...], answer: tuple[int, ...], held: Sequence[Held], setting: Setting
+    pair: str, ids: tuple[int, ...], answer: tuple[int, ...], held: Sequence[Held], setting: Setting
 ) -> Task:
     """What holding neurons changes along an answer: `[quantity, token]` of KL, plain loss and loss held (nats)."""
     payload = {"ids": ids, "answer": answer, "held": _held_payload(held)}
-    return Task("drift", owner, payload, _forward(2 * (len(ids) + len(answer)), setting))
+    return Task("drift", (pair,), payload, _forward(2 * (len(ids) + len(answer)), setting))
 
 
 def plan_tasks(tasks: Iterable[Task], setting: Setting, budget: Budget) -> Iterator[Job]:
@@ -120,7 +131,7 @@ def plan_tasks(tasks: Iterable[Task], setting: Setting, budget: Budget) -> Itera
             if parts and spent + task.flops > budget.job_flops():
                 yield Job(kind, model_spec(setting), tuple(parts))
                 parts, spent = [], 0.0
-            parts.append(Part((task.owner,), (task.key(setting),), task.payload, task.flops))
+            parts.append(Part(task.pairs, (task.key(setting),), task.payload, task.flops))
             spent += task.flops
         yield Job(kind, model_spec(setting), tuple(parts))
 

@@ -165,7 +165,7 @@ class AdditiveBackend(CannedBackend):
 
     def _values(self, task: str, part: Part) -> list[np.ndarray]:
         if task == "screen":
-            seen = self.weights[part.pairs[0]] * self._seen
+            seen = sum(self.weights[pair] for pair in part.pairs) * self._seen
             return [np.stack([seen, np.abs(seen)] * 2).astype(np.float32).ravel()]
         return [np.array([self._y(row), 0.0], np.float32) for row in part.rows]
 

@@ -19,18 +19,20 @@ from remote_mediation.study import run_study
 
 
 class Counting:
-    """A backend that counts the rows it measures."""
+    """A backend that counts what it measures."""
 
     def __init__(self, backend: Any) -> None:
-        self.backend, self.rows = backend, 0
+        self.backend, self.rows, self.flops, self.numbers = backend, 0, 0.0, 0
         self.info, self.tokenizer = backend.info, backend.tokenizer
 
     def submit(self, job: Job) -> str:
         self.rows += job.rows if job.task == "measure" else 0
+        self.flops += job.flops
         return str(self.backend.submit(job))
 
     def collect(self, ticket: str) -> Readout:
         readout: Readout = self.backend.collect(ticket)
+        self.numbers += sum(len(values) for values in readout.values)
         return readout
 
 
@@ -61,16 +63,60 @@ def test_no_more_rows_are_measured_than_planned(subject: Callable[[str], Subject
     backend = Counting(subject("llama_chat").backend)
     result = run_study(study, backend, Store.create(tmp_path / "run", study.identity()))
     assert len(result.tables["gates.csv"]) >= 62
-    assert planned.rows < backend.rows <= planned.rows + planned.unit_rows
-    assert planned.unit_rows < 3 * (backend.rows - planned.rows)  # a bound that says something
+    bound = planned.later["neurons"].rows
+    assert planned.rows < backend.rows <= planned.rows + bound
+    assert bound < 3 * (backend.rows - planned.rows)  # a bound that says something
+
+
+MORE = ("detect", "paths", "intervene", "attacks", "monitor")
+
+
+@pytest.mark.parametrize("asked", [("detect",), ("paths",), ("neurons", *MORE)], ids=["detect", "paths", "all"])
+def test_what_follows_costs_no_more_than_planned(
+    subject: Callable[[str], Subject], tmp_path: Path, asked: tuple[str, ...]
+) -> None:
+    few = {"neurons": {"exact": 3, "random_sets": 25}, "intervene": {"tokens": 4}}
+    hard = {"monitor": {"hard_negatives": str(write_pairs(tmp_path / "hard.jsonl", records()))}}
+    study = config(tmp_path, subject("llama_chat").info.name, granularity=["layers", *asked], **few, **hard)
+    planned = estimate(study)
+    assert planned.later.keys() == set(asked)
+    backend = Counting(subject("llama_chat").backend)
+    result = run_study(study, backend, Store.create(tmp_path / "run", study.identity()))
+    if "attacks" in asked:
+        assert {"attacks.csv", "intervene.csv", "detectors.csv", "paths.csv", "probes.csv"} <= result.tables.keys()
+    more = sum(one.rows for one in planned.later.values())
+    assert planned.rows <= backend.rows <= planned.rows + more
+    assert more <= 3 * (backend.rows - planned.rows)
+    assert planned.flops / 4 < backend.flops <= planned.flops
+    assert planned.down / 3 < 4 * backend.numbers <= planned.down
+
+
+@pytest.mark.parametrize("name", ["neurons", *MORE])
+def test_every_cost_is_in_the_sums_and_in_the_table(
+    subject: Callable[[str], Subject], tmp_path: Path, name: str
+) -> None:
+    model = subject("llama_chat").info.name
+    without, with_it = (
+        estimate(config(tmp_path, model, granularity=list(dict.fromkeys(asked))))
+        for asked in (("layers",), ("layers", name))
+    )
+    later = with_it.later[name]
+    assert later.flops > 0
+    assert later.down > 0
+    assert (later.rows > 0) == (name not in ("detect", "monitor"))
+    assert with_it.flops - without.flops >= later.flops * (1 - 1e-9)
+    assert with_it.down - without.down >= later.down * (1 - 1e-9)
+    assert f"{later.rows:,} rows" in dict(with_it.described())[f"then {name}"]
 
 
 def test_the_bound_holds_for_whichever_way_is_gone(subject: Callable[[str], Subject], tmp_path: Path) -> None:
     def rows(*search: str) -> int:
         neurons = {"search": list(search), "exact": 2, "max_windows": 3}
-        return estimate(
-            config(tmp_path, subject("llama_chat").info.name, granularity=["neurons"], neurons=neurons)
-        ).unit_rows
+        return (
+            estimate(config(tmp_path, subject("llama_chat").info.name, granularity=["neurons"], neurons=neurons))
+            .later["neurons"]
+            .rows
+        )
 
     assert rows("gradient") < rows("windows") < rows("all")
     assert rows("gradient", "windows") == rows("windows")
@@ -78,11 +124,13 @@ def test_the_bound_holds_for_whichever_way_is_gone(subject: Callable[[str], Subj
 
 def test_a_study_without_neurons_has_no_rows_for_them(subject: Callable[[str], Subject], tmp_path: Path) -> None:
     name = subject("llama_chat").info.name
-    assert estimate(config(tmp_path, name, granularity=["layers"])).unit_rows == 0
+    assert estimate(config(tmp_path, name, granularity=["layers"])).later == {}
     more, fewer = (
         estimate(config(tmp_path, name, granularity=["neurons"], neurons={"random_sets": number}))
         for number in (50, 40)
     )
-    assert more.unit_rows - fewer.unit_rows in {10 * 2 * heldout for heldout in (2, 4)}  # whole templates of two pairs
+    assert more.later["neurons"].rows - fewer.later["neurons"].rows in {
+        10 * 2 * heldout for heldout in (2, 4)
+    }  # whole templates of two pairs
     assert more.flops > fewer.flops
     assert more.rows == fewer.rows

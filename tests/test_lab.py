@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from remote_mediation.prompts import PromptPair
 from remote_mediation.rows import Row, swap
 from remote_mediation.sites import Site
 from remote_mediation.store import Store
-from remote_mediation.tasks import screen_task
+from remote_mediation.tasks import Task, screen_tasks
 
 PAIRS = tuple(token_pair(f"p{i}", x1=(1, 2, 10 + i, 4, 5)) for i in range(6))
 SITE = Site("mlp_output", 2, "all")
@@ -33,6 +34,11 @@ def lab(folder: Path, backend: CannedBackend | None = None, **settings: Any) -> 
 
 def swaps(pairs: tuple[Any, ...] = PAIRS) -> list[Row]:
     return [swap(pair, SITE, 0, INFO) for pair in pairs]
+
+
+def screenings(here: Lab) -> list[Task]:
+    """One for each pair."""
+    return [task for pair in PAIRS for task in screen_tasks([pair], "mlp_neurons", "last", here.study.setting)]
 
 
 def test_outcomes_of_failed_pairs_are_missing(tmp_path: Path) -> None:
@@ -89,10 +95,19 @@ def test_joint_effects_are_differences_of_outcomes_and_no_effects_of_the_study(t
     assert here.effects["nie"].tolist() == pytest.approx(found.nie[0].tolist())
 
 
+def test_joint_effects_take_one_run_of_each_prompt(tmp_path: Path) -> None:
+    backend = CannedBackend({})
+    here = lab(tmp_path, backend)
+    here.indirect([SITE, Site("mlp_output", 3, "last")], PAIRS)
+    keys = Keys(here.study.setting, PAIRS)
+    run = Counter(key for job in backend.collected for key in job.keys)
+    assert [run[keys(row)] for row in BARE] == [1] * len(BARE)
+
+
 def test_without_a_backend_what_is_missing_is_said(tmp_path: Path) -> None:
     here = lab(tmp_path)
     assert not here.can_measure
-    task = screen_task(PAIRS[0], "mlp_neurons", "last", here.study.setting)
+    task, *_ = screenings(here)
     for ask in (
         lambda: here.outcomes(swaps()),
         lambda: here.outcomes(BARE),
@@ -110,7 +125,7 @@ def test_without_a_backend_what_is_missing_is_said(tmp_path: Path) -> None:
 def test_tasks_are_run_once_and_in_the_order_asked_for(tmp_path: Path) -> None:
     backend, again = CannedBackend({}), CannedBackend({})
     here = lab(tmp_path, backend)
-    tasks = [screen_task(pair, "mlp_neurons", "last", here.study.setting) for pair in PAIRS]
+    tasks = screenings(here)
     some = here.run(tasks[:2])
     found = here.run(tasks[::-1])[::-1]
     for one, task in zip(found, tasks, strict=True):
@@ -128,7 +143,7 @@ def test_tasks_are_run_once_and_in_the_order_asked_for(tmp_path: Path) -> None:
 def test_the_same_task_twice_is_one(tmp_path: Path) -> None:
     backend = CannedBackend({})
     here = lab(tmp_path, backend)
-    task = screen_task(PAIRS[0], "mlp_neurons", "last", here.study.setting)
+    task, *_ = screenings(here)
     first, second = here.run([task, task])
     np.testing.assert_array_equal(first, second)
     assert sum(len(job.keys) for job in backend.collected) == 1
@@ -136,7 +151,7 @@ def test_the_same_task_twice_is_one(tmp_path: Path) -> None:
 
 def test_a_failed_task_is_no_pairs_fault(tmp_path: Path) -> None:
     here = lab(tmp_path, CannedBackend({}, refuses_tasks=["screen"]))
-    tasks = [screen_task(pair, "mlp_neurons", "last", here.study.setting) for pair in PAIRS]
+    tasks = screenings(here)
     with pytest.raises(JobError, match="screen is not allowed"):
         here.run(tasks)
     assert Store(tmp_path).failures() == {}

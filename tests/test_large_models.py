@@ -73,10 +73,16 @@ def test_the_plan_of_a_large_model(large: tuple[Path, float]) -> None:
     assert found.rows == 6 * 2 * (info.layers * sites + checks)
     # Every row runs its part of the model: no fewer operations than half of the layers, no more than all of them.
     tokens = len(WORDS.split())
-    assert found.rows * parameters * 0.2 < found.flops < (found.rows + found.unit_rows) * 2 * parameters * tokens * 2
+    assert (
+        found.rows * parameters * 0.2
+        < found.flops
+        < (found.rows + found.later["neurons"].rows) * 2 * parameters * tokens * 2
+    )
     assert found.jobs > 1
     # What crosses the wire grows with rows, not with the model.
-    assert found.down < 4 * 16 * found.rows + 5000 * found.jobs
+    screened = 4 * 4 * info.layers * info.d_ff  # one sum over all pairs
+    assert found.later["neurons"].down > screened
+    assert found.down < screened + 4 * 16 * (found.rows + found.later["neurons"].rows) + 5000 * found.jobs
     assert found.up < 60_000 * found.jobs + 400 * found.rows
     described = dict(found.described())
     assert "MB down" in described["over NDIF"]

@@ -455,7 +455,8 @@ def test_the_size_of_batches_is_that_of_their_rows_and_keeps_the_budget() -> Non
     sizes = batch_sizes(job, pairs, SETTING)
     # Of each pair and base six rows begin at the last token, and twelve at the third, where `edit` is.
     held = held_bytes(PAIRS, ROWS, SETTING)
-    assert sizes == [held + number * row_bytes(PAIRS[0], start, SETTING) for number, start in ((48, 2), (24, 4))]
+    runs = ((4, 0), (48, 2), (24, 4))
+    assert sizes == [held + number * row_bytes(PAIRS[0], start, SETTING) for number, start in runs]
     for room in (1.5, 3.5, 7.0):
         budget = held + room * row_bytes(PAIRS[0], 2, SETTING)
         cut = [size for job in plan(ROWS, batch_bytes=budget) for size in batch_sizes(job, pairs, SETTING)]

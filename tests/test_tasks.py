@@ -22,7 +22,7 @@ from remote_mediation.tasks import (
     generate_task,
     plan_tasks,
     read_task,
-    screen_task,
+    screen_tasks,
 )
 
 Subjects = Callable[[str], Subject]
@@ -113,7 +113,7 @@ def test_read_gives_activations_averaged_over_places(model: Subject) -> None:
 
 
 def test_generate_holds_neurons_at_every_step(model: Subject) -> None:
-    plain, held = run(model, [generate_task("a", PROMPTS, 6, held, setting(model)) for held in ((), HELD)])
+    plain, held = run(model, [generate_task(PROMPTS, 6, held, setting(model)) for held in ((), HELD)])
     for values, holding in ((plain, False), (held, True)):
         for prompt, answer in zip(PROMPTS, values.reshape(len(PROMPTS), 6).astype(int), strict=True):
             assert answer.tolist() == continued(model, prompt, 6, holding)
@@ -152,7 +152,7 @@ def test_drift_along_an_answer(model: Subject) -> None:
 @pytest.mark.parametrize("outcome", [LOGIT_DIFF, RESPONSE_LOGPROB], ids=["logit_diff", "response_logprob"])
 def test_screening_is_the_gradient_times_the_change(model: Subject, outcome: Outcome) -> None:
     pair = token_pair("pair", edits=(2, 3), answers=(3, 2) if outcome is RESPONSE_LOGPROB else (0, 0))
-    (found,) = run(model, [screen_task(pair, "mlp_neurons", "last", setting(model, outcome))], outcome)
+    (found,) = run(model, screen_tasks([pair], "mlp_neurons", "last", setting(model, outcome)), outcome)
     layers = model.info.layers
     scores = found.reshape(2, 2, layers, model.info.d_ff)
     for base in (0, 1):
@@ -161,6 +161,19 @@ def test_screening_is_the_gradient_times_the_change(model: Subject, outcome: Out
         np.testing.assert_allclose(scores[base], expected, rtol=1e-3, atol=TOLERANCE)
         assert np.abs(scores[base, 1] - np.abs(scores[base, 0])).max() > 10 * TOLERANCE
     assert np.abs(scores[0, 0] - scores[1, 0]).max() > 100 * TOLERANCE
+
+
+def test_screenings_of_many_pairs_add_up_where_they_arise(model: Subject) -> None:
+    pairs = [token_pair(f"pair{before}", before % 7, (2, 2 + before % 2)) for before in range(18)]
+
+    def screened(*some: TokenPair) -> np.ndarray:
+        tasks = screen_tasks(some, "mlp_neurons", "last", setting(model))
+        assert [task.pairs for task in tasks] == [tuple(p.id for p in some[:16]), tuple(p.id for p in some[16:])][
+            : len(tasks)
+        ]
+        return np.array(run(model, tasks)).sum(0)
+
+    np.testing.assert_allclose(screened(*pairs), sum(screened(pair) for pair in pairs), rtol=1e-4, atol=TOLERANCE)
 
 
 def attributed(model: Subject, pair: TokenPair, base: int, outcome: Outcome, drop: int | None = None) -> np.ndarray:
@@ -224,14 +237,14 @@ def test_keys_name_everything_values_depend_on(subject: Subjects) -> None:
     model = subject("llama")
     named = setting(model)
     tasks = [
-        generate_task("a", PROMPTS, 6, (), named),
-        generate_task("a", PROMPTS, 5, (), named),
-        generate_task("a", PROMPTS[:2], 6, (), named),
-        generate_task("a", PROMPTS, 6, HELD, named),
-        generate_task("a", PROMPTS, 6, HELD[:1], named),
+        generate_task(PROMPTS, 6, (), named),
+        generate_task(PROMPTS, 5, (), named),
+        generate_task(PROMPTS[:2], 6, (), named),
+        generate_task(PROMPTS, 6, HELD, named),
+        generate_task(PROMPTS, 6, HELD[:1], named),
     ]
     assert len({task.key(named) for task in tasks}) == len(tasks)
-    assert tasks[0].key(named) == generate_task("b", PROMPTS, 6, (), named).key(named)
+    assert len({read_task(pair, PROMPTS[0], (), named).key(named) for pair in ("a", "b")}) == 1
     assert tasks[0].key(named) != tasks[0].key(named._replace(dtype="bfloat16"))
 
 

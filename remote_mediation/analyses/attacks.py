@@ -128,6 +128,7 @@ def _row(variant: _Variant, plain: _Variant, gates: Site, units: Sequence[Site],
     if not pairs:
         return {"attack": variant.name, "n": 0, "clusters": 0, "reason": "no rewrapped pair could be aligned"}
     clusters, resamples = [pair.cluster for pair in pairs], lab.study.config.statistics.resamples
+    lab.indirect([gates, *units], pairs)  # all in one wave
     joint = lab.indirect([gates], pairs)
     (te,) = estimate_means([joint.te], clusters, lab.rng("attacks"), resamples)
 

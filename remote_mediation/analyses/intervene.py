@@ -55,7 +55,7 @@ JUDGE_COLUMNS: dict[str, str] = {
 PLAIN, MEAN = "nothing", "gates at their harmless mean"
 RANDOM, MLP = "random sets at their harmless mean", "whole MLP at its harmless mean"
 SIDES = ("harmless", "harmful")
-_RANDOM_SETS = 20
+RANDOM_SETS = 20
 # Prompts that are continued together.
 _TOGETHER = 16
 
@@ -72,7 +72,9 @@ def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFr
     gates = neurons.gate_set(tables)
     if gates is None:
         return {}
-    conditions = _conditions(lab, gates, neurons.random_sets(tables)[:_RANDOM_SETS])
+    conditions = _conditions(lab, gates, neurons.random_sets(tables)[:RANDOM_SETS])
+    sets, pairs = [held for condition in conditions for held in condition.sets], lab.pairs("heldout")
+    lab.outcomes([row for held in sets for side in (0, 1) for row in held_rows(pairs, side, held)])  # all in one wave
     rows = [_row(lab, condition, side) for condition in conditions for side in (1, 0)]
     return {"intervene.csv": pd.DataFrame(rows, columns=list(INTERVENE_COLUMNS)), "judge.csv": judge_quality(lab)}
 
@@ -94,7 +96,12 @@ def at_mean(site: Site, mean: Floats) -> Held:
 
 def outcome_change(lab: Lab, pairs: Sequence[TokenPair], side: int, held: Sequence[Held]) -> Floats:
     """`[pair]`, change of Y when neurons are held where the answer is read."""
-    rows = [
+    return lab.outcomes(held_rows(pairs, side, held)) - lab.outcomes([Row(pair.id, side) for pair in pairs])
+
+
+def held_rows(pairs: Sequence[TokenPair], side: int, held: Sequence[Held]) -> list[Row]:
+    """One prompt of each pair with neurons held where the answer is read."""
+    return [
         Row(
             pair.id,
             side,
@@ -102,14 +109,13 @@ def outcome_change(lab: Lab, pairs: Sequence[TokenPair], side: int, held: Sequen
         )
         for pair in pairs
     ]
-    return lab.outcomes(rows) - lab.outcomes([Row(pair.id, side) for pair in pairs])
 
 
 def continued(lab: Lab, prompts: Sequence[tuple[int, ...]], held: Sequence[Held]) -> list[tuple[int, ...]]:
     """Greedy answers while neurons are held, up to the token that ends them."""
     tokens = lab.study.config.intervene.tokens
     parts = [prompts[start : start + _TOGETHER] for start in range(0, len(prompts), _TOGETHER)]
-    found = lab.run([generate_task("", part, tokens, held, lab.study.setting) for part in parts])
+    found = lab.run([generate_task(part, tokens, held, lab.study.setting) for part in parts])
     ends = set(lab.noted("special-tokens", lambda tokenizer: sorted(tokenizer.all_special_ids)))
     answers = np.concatenate([values.reshape(-1, tokens) for values in found]).astype(int).tolist()
     return [_until(answer, ends) for answer in answers]

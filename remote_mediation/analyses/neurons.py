@@ -25,7 +25,7 @@ from remote_mediation.lab import Floats, Lab
 from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import ModelInfo, Site, check_site
 from remote_mediation.stats import Interval, estimate_means, ratio_of_means, sparsity, wilson
-from remote_mediation.tasks import screen_task
+from remote_mediation.tasks import screen_tasks
 
 LAYERS, UNITS, WINDOWS, SAMPLE = "neurons", "neurons:units", "neurons:windows", "neurons:sample"
 # A window that may hold a mediator is split into so many.
@@ -224,8 +224,8 @@ class _Scores(NamedTuple):
 def _screened(lab: Lab, position: str) -> _Scores:
     study = lab.study
     pairs = _pairs(lab, "discovery")
-    found = lab.run([screen_task(pair, "mlp_neurons", position, study.setting) for pair in pairs])
-    shape = (len(pairs), 2, 2, study.info.layers, study.info.d_ff)
+    found = lab.run(screen_tasks(pairs, "mlp_neurons", position, study.setting))
+    shape = (-1, 2, 2, study.info.layers, study.info.d_ff)
     mean = np.array(found, dtype=np.float64).reshape(shape).sum(0) / max(len(pairs), 1)
     rank = mean[:, 1].min(0)
     unsearched = sorted(set(range(study.info.layers)) - set(_layers(study.config, study.info)))

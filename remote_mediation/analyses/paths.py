@@ -39,7 +39,7 @@ PATH_COLUMNS: dict[str, str] = {
 MLPS, ATTENTION, GATES, RANDOM = "MLPs", "attention", "gate neurons", "random neurons"
 _MODULES: dict[str, Component] = {MLPS: "mlp_output", ATTENTION: "attention_output"}
 # Random sets of neurons whose effects are averaged.
-_RANDOM_SETS = 20
+RANDOM_SETS = 20
 
 
 def early_layer(layers: int) -> int:
@@ -54,16 +54,19 @@ def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFr
     """
     gates = neurons.gate_set(tables)
     pairs = [pair for pair in lab.pairs("heldout" if gates else "all") if pair.places("edit").x0]
+    frozen: dict[str, list[list[Site]]] = {"nothing": [[]]}
+    frozen |= {name: [_later(lab, component)] for name, component in _MODULES.items()}
+    if gates:
+        frozen |= {GATES: [[gates]], RANDOM: [[one] for one in neurons.random_sets(tables)[:RANDOM_SETS]]}
+    lab.outcomes(
+        [_held(lab, pair, side, one) for pair in pairs for side in (0, 1) for s in frozen.values() for one in s]
+    )
     rows = []
     for side, quantity in ((0, "nie"), (1, "tie")):
-        free = _effect(lab, pairs, side, ())
-        rows.append(_row(lab, pairs, quantity, "nothing", free, free))
-        frozen = {name: _effect(lab, pairs, side, _later(lab, component)) for name, component in _MODULES.items()}
-        if gates:
-            frozen[GATES] = _effect(lab, pairs, side, [gates])
-            random = [_effect(lab, pairs, side, [one]) for one in neurons.random_sets(tables)[:_RANDOM_SETS]]
-            frozen[RANDOM] = np.mean(random, axis=0)
-        rows += [_row(lab, pairs, quantity, name, left, free) for name, left in frozen.items()]
+        left = {
+            name: np.mean([_effect(lab, pairs, side, one) for one in sets], axis=0) for name, sets in frozen.items()
+        }
+        rows += [_row(lab, pairs, quantity, name, part, left["nothing"]) for name, part in left.items()]
     return {"paths.csv": pd.DataFrame(rows, columns=list(PATH_COLUMNS))}
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from bench.grid import MINUS, MODEL, PLUS
 
-LIMITS = (None, 1.3, 1.6, 2.2, 3.0)
+LIMITS = (None, 1.3, 1.6, 2.4)
+PAIRS = 6
 OUTCOMES = ("response_logprob", "logit_diff")
 _CHILD = """
 import json, resource, sys
@@ -46,9 +47,8 @@ def main() -> None:
 def _point(outcome: str, limit: float | None) -> dict[str, object]:
     config = {
         "model": MODEL,
-        "max_pairs": 2,
-        "granularity": ["layers", "modules", "heads"],
-        "positions": {"heads": ["all"]},
+        "max_pairs": PAIRS,
+        "granularity": ["layers", "modules"],
         "outcome": outcome,
         "logit_diff": {"plus": [PLUS], "minus": [MINUS]},
         "max_memory": limit,

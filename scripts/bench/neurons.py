@@ -19,7 +19,7 @@ from remote_mediation.plan import Budget, Keys, Setting, plan_jobs
 from remote_mediation.prompts import TokenPair
 from remote_mediation.rows import Row, swap
 from remote_mediation.sites import Site
-from remote_mediation.tasks import plan_tasks, screen_task
+from remote_mediation.tasks import plan_tasks, screen_tasks
 
 SAMPLE = 24
 TOP = 0.01
@@ -148,8 +148,7 @@ def closed_form(backend: LocalBackend, pair: TokenPair, outcome: Outcome) -> np.
 def screen(backend: LocalBackend, pair: TokenPair, setting: Setting) -> tuple[np.ndarray, float]:
     """Scores `[side, variant, layer, unit]`, and the seconds they took."""
     start = time.perf_counter()
-    task = screen_task(pair, "mlp_neurons", "last", setting)
-    (job,) = plan_tasks([task], setting, BUDGET)
+    (job,) = plan_tasks(screen_tasks([pair], "mlp_neurons", "last", setting), setting, BUDGET)
     (values,) = backend.collect(backend.submit(job)).values
     shape = (2, len(VARIANTS), setting.info.layers, setting.info.d_ff)
     return values.reshape(shape), time.perf_counter() - start
