@@ -35,10 +35,10 @@ from remote_mediation.plan import (
     row_flops,
     weight_bytes,
 )
-from remote_mediation.prompts import TokenPair, load_pairs, tokenise
+from remote_mediation.prompts import TokenPair, load_pairs
 from remote_mediation.rows import Scale, swap
 from remote_mediation.sites import Site
-from remote_mediation.study import check_enough, first_requests, outcome_of, select
+from remote_mediation.study import first_requests, outcome_of, prepare, select, unanswered
 from remote_mediation.tasks import Held, Task, drift_task, generate_task, read_task, screen_tasks
 
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
@@ -129,8 +129,7 @@ def estimate(config: StudyConfig) -> Estimate:
         SiteError: the study names something that the model does not have.
     """
     info, tokenizer = load_info(config.model, config.revision), load_tokenizer(config.model, config.revision)
-    prepared = tokenise(select(load_pairs(config.pairs), config.max_pairs), tokenizer)
-    check_enough(prepared)
+    prepared = prepare(config, tokenizer)
     answers = ((0,) * config.response_logprob.tokens, (1,) * config.response_logprob.tokens)
     pairs = prepared.pairs
     if config.outcome == "response_logprob":
@@ -143,7 +142,7 @@ def estimate(config: StudyConfig) -> Estimate:
     budget = Budget(lambda: config.seconds_per_job * FIRST_RATE, room)
     jobs = list(plan_jobs(rows, by_id, study.setting, budget, Keys(study.setting, pairs)))
     later: dict[str, Later] = {name: cost(study) for name, cost in _LATER.items() if name in config.granularity}
-    more = Later().plus(*later.values())
+    more = _answers(study).plus(*later.values())
     flops = sum(job.flops for job in jobs) + more.flops
     measured = sum(job.rows for job in jobs)
     return Estimate(
@@ -184,6 +183,15 @@ def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
     return 2.0 * size**3 / best
 
 
+def _answers(study: Study) -> Later:
+    """The model's own answers, before anything is measured."""
+    if study.outcome.name != "response_logprob":
+        return Later()
+    texts = {pair.id: pair for pair in select(load_pairs(study.config.pairs), study.config.max_pairs)}
+    own = [ids for pair in study.pairs for ids in unanswered(pair, texts[pair.id])]
+    return _continued(study, own, study.config.response_logprob.tokens)
+
+
 def _neurons(study: Study) -> Later:
     """The search for single neurons and its gate set."""
     everywhere = _neurons_measured(study) + _curve_sizes(study)
@@ -221,7 +229,7 @@ def _intervene(study: Study) -> Later:
     return _gate_rows(study, "heldout", held + intervene.RANDOM_SETS).plus(
         _bases(study, pairs),
         _read(study, _pairs(study, "discovery"), study.info.d_ff),
-        *[_continued(study, prompts)] * (held + 2),
+        *[_continued(study, prompts, settings.tokens)] * (held + 2),
         *[_tasks(drifts, 3 * settings.tokens)] * (held + 2),
     )
 
@@ -234,7 +242,7 @@ def _attacks(study: Study) -> Later:
     return _gate_rows(study, "heldout", variants * (units + 2)).plus(
         _gate_rows(study, "heldout", 2),
         *[_bases(study, pairs)] * (2 * (variants + 1)),
-        *[_continued(study, harmful)] * (2 * (variants + 1)),
+        *[_continued(study, harmful, study.config.intervene.tokens)] * (2 * (variants + 1)),
     )
 
 
@@ -288,8 +296,7 @@ def _read(study: Study, pairs: Sequence[TokenPair], numbers: int) -> Later:
     return _tasks([read_task("", ids, (), study.setting) for pair in pairs for ids in pair.prompts], numbers)
 
 
-def _continued(study: Study, prompts: Sequence[tuple[int, ...]]) -> Later:
-    tokens = study.config.intervene.tokens
+def _continued(study: Study, prompts: Sequence[tuple[int, ...]], tokens: int) -> Later:
     return _tasks([generate_task(prompts, tokens, (), study.setting)], len(prompts) * tokens)
 
 

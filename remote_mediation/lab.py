@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -26,13 +27,15 @@ from remote_mediation.rows import Row, swap
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import split_clusters
 from remote_mediation.store import Store, Submitted
-from remote_mediation.tasks import Task, plan_tasks
+from remote_mediation.tasks import Held, Task, generate_task, plan_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # First guess of a backend's speed, operations per second; jobs are cut anew once it is measured.
 FIRST_RATE = 2e10
+# Prompts that are continued together.
+_TOGETHER = 16
 # So often a job is handed over before its loss ends the study; what is measured is kept.
 MOST_TRIES = 4
 
@@ -218,6 +221,21 @@ class Lab:
         if any(key not in self._values for key in keys):
             raise UnmeasuredError
         return [self._values[key] for key in keys]
+
+    def continued(
+        self, prompts: Sequence[tuple[int, ...]], tokens: int, held: Sequence[Held] = ()
+    ) -> list[tuple[int, ...]]:
+        """Greedy answers of at most so many tokens, up to the special token that ends them, while neurons are held.
+
+        Raises:
+            JobError: some could not be generated.
+            UnmeasuredError: some were not, and there is no backend.
+        """
+        parts = [prompts[start : start + _TOGETHER] for start in range(0, len(prompts), _TOGETHER)]
+        found = self.run([generate_task(part, tokens, held, self.study.setting) for part in parts])
+        ends = set(self.noted("special-tokens", lambda tokenizer: sorted(tokenizer.all_special_ids)))
+        answers = [answer for values in found for answer in values.astype(int).reshape(-1, tokens).tolist()]
+        return [tuple(takewhile(lambda token: token not in ends, answer)) for answer in answers]
 
     def tokenised(self, name: str, texts: Callable[[], Sequence[PromptPair]]) -> Prepared:
         """Other pairs than the study's, without answers, by a name of their own.

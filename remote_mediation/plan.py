@@ -192,10 +192,6 @@ class Backend(Protocol):
         """
         ...
 
-    def answer(self, prompts: Sequence[tuple[int, ...]], tokens: int) -> list[tuple[int, ...]]:
-        """The model's greedy answers to prompts, up to `tokens` tokens each, end-of-text tokens left out."""
-        ...
-
 
 class Keys:
     """Names rows by everything their values depend on, hashing what a pair's rows share only once."""

@@ -32,9 +32,8 @@ def execute(model: Any, payload: dict[str, Any], backend: Any = None) -> list[to
     """Run a job in one nnsight session and return its tensors.
 
     A job of contexts gives one tensor `[key, value]` (float32) per context; `measure` has a key for each unpatched
-    prompt and then for each row, the other tasks one. An `answer` job gives one tensor of token ids per
-    prompt, a `probe` job an empty one of the model's type. A backend that only hands the job over leaves the list
-    empty.
+    prompt and then for each row, the other tasks one. A `probe` job gives an empty tensor of the model's type. A
+    backend that only hands the job over leaves the list empty.
     """
     values: list[torch.Tensor] = []
     with model.session(backend=backend):
@@ -46,8 +45,6 @@ def perform(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
     """The job's task, context by context, so that one context's activations are held at a time."""
     if payload["task"] == "probe":
         return [probe(model, payload["blocks"])]
-    if payload["task"] == "answer":
-        return answer(model, payload)
     task = {"measure": measure, "read": read, "screen": screen, "generate": generate, "drift": drift}[payload["task"]]
     with torch.no_grad():
         return [task(model, payload["model"], context).cpu() for context in payload["contexts"]]
@@ -58,22 +55,6 @@ def probe(model: Any, blocks: str) -> torch.Tensor:
     with model.trace(input_ids=torch.tensor([[0]])):
         kind = module_at(model, blocks)[0].input.dtype
     return torch.empty(0, dtype=kind)
-
-
-def answer(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
-    """Greedy answers, one tensor `[token]` of new ids per prompt."""
-    return [greedy(model, prompt, payload["tokens"]) for prompt in payload["prompts"]]
-
-
-def greedy(model: Any, prompt: tuple[int, ...], tokens: int) -> torch.Tensor:
-    """The most likely continuation of one prompt, token by token."""
-    ids = torch.tensor([prompt])
-    with model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
-    ) as tracer:
-        found = tracer.result
-    new: torch.Tensor = found[0, len(prompt) :].cpu().clone()  # a view would bring the prompt back with it
-    return new
 
 
 def measure(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:

@@ -82,7 +82,7 @@ def run_study(
     texts = texts_digest(config)
     if begun.get("texts", texts) != texts:
         raise StoreError(f"{store.folder} holds a run on other pairs, {config.pairs} has changed; choose another --out")
-    prepared = store.prepared() or prepare(config, backend)
+    prepared = store.prepared() or prepare(config, backend.tokenizer)
     study = Study(config, backend.info, outcome_of(config, backend.tokenizer), prepared.pairs, prepared.refusals)
     first_requests(study)  # refuses sites that are not there, and the lab pairs that cannot be split
     lab = Lab(study, store, backend, watch, variants)
@@ -90,6 +90,11 @@ def run_study(
     spent = record.get("seconds", 0.0)
     store.save_record({**record, "seconds": spent})
     store.save_prepared(prepared)
+    if config.outcome == "response_logprob" and not all(any(pair.answers) for pair in study.pairs):
+        prepared = answered(lab, backend.tokenizer)
+        store.save_prepared(prepared)
+        study = replace(study, pairs=prepared.pairs, refusals=prepared.refusals)
+        lab = Lab(study, store, backend, watch, variants)
     result = analysed(lab)
     spent += time.monotonic() - started
     store.save_record({**record, "finished": now(), "seconds": round(spent, 1)})
@@ -122,18 +127,42 @@ def measure_precision(store: Store, reference: Backend, watch: Watch | None = No
     store.save_record({**record, "deviation_from_float32": {**summary, "unit": study.outcome.unit}})
 
 
-def prepare(config: StudyConfig, backend: Backend) -> Prepared:
-    """Steps 1 and 2: aligned pairs, with answers where the outcome compares answers.
+def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Step 1: aligned pairs, without answers.
+
+    Raises:
+        PairsError: they cannot be read, or fewer than two can be run.
+    """
+    prepared = tokenise(select(load_pairs(config.pairs), config.max_pairs), tokenizer)
+    check_enough(prepared)
+    return prepared
+
+
+def answered(lab: Lab, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Step 2: the pairs of a study with the answers that its outcome compares; the file's or the model's own.
 
     Raises:
         PairsError: fewer than two pairs are left.
     """
-    texts = select(load_pairs(config.pairs), config.max_pairs)
-    prepared = tokenise(texts, backend.tokenizer)
-    if config.outcome == "response_logprob":
-        prepared = _answered(prepared, {pair.id: pair for pair in texts}, backend, config.response_logprob.tokens)
+    study = lab.study
+    tokens = study.config.response_logprob.tokens
+    texts = {pair.id: pair for pair in select(load_pairs(study.config.pairs), study.config.max_pairs)}
+    own = iter(lab.continued([ids for pair in study.pairs for ids in unanswered(pair, texts[pair.id])], tokens))
+    done: list[TokenPair] = []
+    refused = list(study.refusals)
+    for pair in study.pairs:
+        given = (texts[pair.id].harmful_response, texts[pair.id].harmless_response)
+        harmful, harmless = (encode_response(text, pair.id, tokenizer, tokens) if text else next(own) for text in given)
+        outcome = with_answers(pair, (harmful, harmless))
+        (done if isinstance(outcome, TokenPair) else refused).append(outcome)  # type: ignore[arg-type]
+    prepared = Prepared(tuple(done), tuple(refused))
     check_enough(prepared)
     return prepared
+
+
+def unanswered(pair: TokenPair, text: PromptPair) -> list[tuple[int, ...]]:
+    """The prompts of a pair for which the file gives no response, treatment first."""
+    return [ids for ids, given in ((pair.x1, text.harmful_response), (pair.x0, text.harmless_response)) if not given]
 
 
 def check_enough(prepared: Prepared) -> None:
@@ -217,23 +246,3 @@ def _described(study: Study) -> dict[str, Any]:
         "weights": source_of(study.info.name),
         "outcome": asdict(study.outcome),
     }
-
-
-def _answered(prepared: Prepared, texts: dict[str, PromptPair], backend: Backend, tokens: int) -> Prepared:
-    """Add both answers to every pair: the file's responses, or the model's own where the file has none."""
-    own = iter(backend.answer([ids for pair in prepared.pairs for ids in _unanswered(pair, texts[pair.id])], tokens))
-    done: list[TokenPair] = []
-    refused = list(prepared.refusals)
-    for pair in prepared.pairs:
-        given = (texts[pair.id].harmful_response, texts[pair.id].harmless_response)
-        harmful, harmless = (
-            encode_response(text, pair.id, backend.tokenizer, tokens) if text else next(own) for text in given
-        )
-        outcome = with_answers(pair, (harmful, harmless))
-        (done if isinstance(outcome, TokenPair) else refused).append(outcome)  # type: ignore[arg-type]
-    return Prepared(tuple(done), tuple(refused))
-
-
-def _unanswered(pair: TokenPair, text: PromptPair) -> list[tuple[int, ...]]:
-    """The prompts of a pair for which the file gives no response, treatment first."""
-    return [ids for ids, given in ((pair.x1, text.harmful_response), (pair.x0, text.harmless_response)) if not given]

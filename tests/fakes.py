@@ -132,6 +132,12 @@ class CannedBackend:
 
     def _values(self, task: str, part: Part) -> list[np.ndarray]:
         """One array per key of a context."""
+        if task == "generate":
+            return [
+                np.array(
+                    [self._answer(ids, part.payload["tokens"]) for ids in part.payload["prompts"]], np.float32
+                ).ravel()
+            ]
         count = {
             "measure": lambda: len(part.payload["stacks"][0]["queries"]),
             "screen": lambda: 4 * self.info.layers * self.info.d_ff,
@@ -139,9 +145,10 @@ class CannedBackend:
         }[task]()
         return [canned(key, count) for key in part.keys]
 
-    def answer(self, prompts: Sequence[tuple[int, ...]], tokens: int) -> list[tuple[int, ...]]:
-        """Every prompt's own words from the verb on."""
-        return [prompt[4 : 4 + tokens] for prompt in prompts]
+    def _answer(self, ids: Sequence[int], tokens: int) -> tuple[int, ...]:
+        """A prompt's own words from the verb on, then the token that ends it."""
+        words = tuple(ids[4 : 4 + tokens])
+        return words + (self.tokenizer.all_special_ids[0],) * (tokens - len(words))
 
 
 class AdditiveBackend(CannedBackend):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from oracle import FIRST_WORD, LOGIT_DIFF, RESPONSE_LOGPROB, TOLERANCE, VOCAB, Oracle, Subject, random_rows, token_pair
+from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, TOLERANCE, Oracle, Subject, random_rows, token_pair
 
 from remote_mediation.outcomes import Outcome
 from remote_mediation.program import answer_values
@@ -224,39 +224,6 @@ def test_pairs_of_text(subject: Subjects, name: str, post: int) -> None:
     assert measured.felt() > 0.75
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *WINDOWED, *OTHERS])
-def test_greedy_answers_are_those_of_transformers(subject: Subjects, name: str) -> None:
-    model, pair = subject(name), token_pair("pair", edits=(2, 4))
-    prompts = [pair.x0, pair.x1[:-1], pair.x1[:-2]]
-    answers = model.backend.answer(prompts, 4)
-    assert answers == [generated(model, prompt, 4) for prompt in prompts]
-    assert len(set(answers)) > 1
-
-
-def test_greedy_answers_stop_where_the_model_stops(subject: Subjects) -> None:
-    model, end = subject("llama"), 2
-    prompts = torch.from_numpy(np.random.default_rng(5).integers(FIRST_WORD, VOCAB, (400, 5)))
-    ids = prompts
-    with torch.no_grad():
-        for _ in range(2):
-            ids = torch.cat([ids, model.plain(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
-    at_once = prompts[ids[:, 5] == end][0].tolist()
-    after_one = prompts[(ids[:, 5] >= FIRST_WORD) & (ids[:, 6] == end)][0].tolist()
-    assert [len(answer) for answer in model.backend.answer([tuple(at_once), tuple(after_one)], 6)] == [0, 1]
-
-
-def generated(model: Subject, prompt: tuple[int, ...], tokens: int) -> tuple[int, ...]:
-    """Plain transformers' greedy continuation, without the special tokens that end it."""
-    ids, special = torch.tensor([prompt]), model.backend.tokenizer.all_special_ids
-    settings = {"max_new_tokens": tokens, "do_sample": False}
-    found = model.plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[
-        0, len(prompt) :
-    ].tolist()
-    while found and found[-1] in special:
-        found.pop()
-    return tuple(found)
-
-
 def test_the_oracle_runs_rows_side_by_side_as_it_runs_them_alone(subject: Subjects) -> None:
     model, pair = subject("gemma2_window"), token_pair("pair", edits=(2, 4), answers=(3, 2))
     rows, oracle = random_rows(pair, model.info, np.random.default_rng(6), 20), Oracle(model.plain, pair)
@@ -281,8 +248,6 @@ def test_smollm2(smollm2: Subject) -> None:
     measured = smollm2.compare(pairs, rows, RESPONSE_LOGPROB)
     assert measured.deviation < TOLERANCE
     assert measured.felt() > 0.75
-    prompt = pairs[0].x1
-    assert smollm2.backend.answer([prompt], 8) == [generated(smollm2, prompt, 8)]
 
 
 class Head(torch.nn.Linear):

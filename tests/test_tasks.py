@@ -1,18 +1,23 @@
 """Tasks that are not rows, against plain PyTorch: hooks, autograd and a decoding loop written out by hand."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, get_args
 
 import numpy as np
 import pytest
 import torch
-from oracle import LOGIT_DIFF, MODULES, RESPONSE_LOGPROB, TOLERANCE, Subject, token_pair
+from oracle import FIRST_WORD, LOGIT_DIFF, MODULES, RESPONSE_LOGPROB, TOLERANCE, VOCAB, Subject, token_pair
 
 from remote_mediation import program
+from remote_mediation.config import StudyConfig
+from remote_mediation.lab import Lab, Study
 from remote_mediation.outcomes import Outcome
 from remote_mediation.plan import Budget, Setting
 from remote_mediation.prompts import TokenPair
 from remote_mediation.rows import Constant, Scale
+from remote_mediation.sites import FAMILIES
+from remote_mediation.store import Store
 from remote_mediation.tasks import (
     Held,
     Kind,
@@ -26,6 +31,8 @@ from remote_mediation.tasks import (
 )
 
 Subjects = Callable[[str], Subject]
+WINDOWED = ("mistral_window", "qwen2_window", "qwen3_window", "phi3_window", "gemma2_window", "gemma3_text_window")
+OTHERS = ("llama_chat", "gpt2_narrow", "gpt_neox_sequential")
 KINDS = ("llama", "gemma2_window", "gpt2", "gpt_neox")
 PROMPTS = ((7, 8, 9, 10, 11), (12, 13, 14), (20, 21, 22, 23, 24, 25, 26))
 HELD = (Held(1, (0, 3, 17), Constant((60.0, -50.0, 80.0))), Held(2, (5, 6), Scale(-4.0)))
@@ -132,6 +139,43 @@ def continued(model: Subject, prompt: tuple[int, ...], tokens: int, holding: boo
                 logits = model.plain(input_ids=torch.tensor([ids])).logits
             ids.append(int(logits[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *WINDOWED, *OTHERS])
+def test_answers_are_those_of_transformers(subject: Subjects, name: str, tmp_path: Path) -> None:
+    """Prompts of unequal lengths are continued together, as each is alone."""
+    model, pairs = subject(name), [token_pair("pair", before, (2, 4)) for before in range(1, 6)]
+    prompts = [ids for pair in pairs for ids in pair.prompts]
+    answers = lab(model, tmp_path).continued(prompts, 4)
+    assert answers == [generated(model, prompt, 4) for prompt in prompts]
+    assert len(set(answers)) > 1
+
+
+def test_answers_stop_where_the_model_stops(subject: Subjects, tmp_path: Path) -> None:
+    model, end = subject("llama"), 2
+    prompts = torch.from_numpy(np.random.default_rng(5).integers(FIRST_WORD, VOCAB, (400, 5)))
+    ids = prompts
+    with torch.no_grad():
+        for _ in range(2):
+            ids = torch.cat([ids, model.plain(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    at_once = prompts[ids[:, 5] == end][0].tolist()
+    after_one = prompts[(ids[:, 5] >= FIRST_WORD) & (ids[:, 6] == end)][0].tolist()
+    assert [len(answer) for answer in lab(model, tmp_path).continued([tuple(at_once), tuple(after_one)], 6)] == [0, 1]
+
+
+def lab(model: Subject, folder: Path) -> Lab:
+    pairs = tuple(token_pair(name, before) for name, before in (("a", 3), ("b", 4)))
+    study = Study(StudyConfig(model=model.info.name), model.info, LOGIT_DIFF, pairs, ())
+    return Lab(study, Store(folder), model.backend)
+
+
+def generated(model: Subject, prompt: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    """Plain transformers' greedy continuation, up to the first special token."""
+    ids, special = torch.tensor([prompt]), model.backend.tokenizer.all_special_ids
+    settings = {"max_new_tokens": tokens, "do_sample": False}
+    found = model.plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :]
+    answer = found.tolist()
+    return tuple(answer[: next((at for at, token in enumerate(answer) if token in special), len(answer))])
 
 
 def test_drift_along_an_answer(model: Subject) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from remote_mediation.analyses import neurons
-from remote_mediation.analyses.intervene import at_mean, complied, continued, harmless_mean, outcome_change
+from remote_mediation.analyses.intervene import at_mean, complied, harmless_mean, outcome_change
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.plan import digest
 from remote_mediation.prompts import PromptPair, TokenPair, load_pairs
@@ -136,7 +136,8 @@ def _row(variant: _Variant, plain: _Variant, gates: Site, units: Sequence[Site],
         return ratio_of_means(part, joint.te, clusters, lab.rng("attacks"), resamples).columns(name)
 
     prompts = [pair.x1 for pair in pairs]
-    verdicts = [complied(lab, prompts, continued(lab, prompts, one)) for one in ((), [held])]
+    tokens = lab.study.config.intervene.tokens
+    verdicts = [complied(lab, prompts, lab.continued(prompts, tokens, one)) for one in ((), [held])]
     rates = [wilson(sum(one), len(one)) for one in verdicts]
     return {
         "attack": variant.name,

@@ -22,7 +22,7 @@ from remote_mediation.prompts import TokenPair
 from remote_mediation.rows import Constant, Row, Scale, Write
 from remote_mediation.sites import Site
 from remote_mediation.stats import estimate_means, wilson
-from remote_mediation.tasks import Held, Reading, drift_task, generate_task, read_task
+from remote_mediation.tasks import Held, Reading, drift_task, read_task
 
 INTERVENE_COLUMNS: dict[str, str] = {
     "held": "what is held, and at which value",
@@ -56,8 +56,6 @@ PLAIN, MEAN = "nothing", "gates at their harmless mean"
 RANDOM, MLP = "random sets at their harmless mean", "whole MLP at its harmless mean"
 SIDES = ("harmless", "harmful")
 RANDOM_SETS = 20
-# Prompts that are continued together.
-_TOGETHER = 16
 
 
 class Condition(NamedTuple):
@@ -109,16 +107,6 @@ def held_rows(pairs: Sequence[TokenPair], side: int, held: Sequence[Held]) -> li
         )
         for pair in pairs
     ]
-
-
-def continued(lab: Lab, prompts: Sequence[tuple[int, ...]], held: Sequence[Held]) -> list[tuple[int, ...]]:
-    """Greedy answers while neurons are held, up to the token that ends them."""
-    tokens = lab.study.config.intervene.tokens
-    parts = [prompts[start : start + _TOGETHER] for start in range(0, len(prompts), _TOGETHER)]
-    found = lab.run([generate_task(part, tokens, held, lab.study.setting) for part in parts])
-    ends = set(lab.noted("special-tokens", lambda tokenizer: sorted(tokenizer.all_special_ids)))
-    answers = np.concatenate([values.reshape(-1, tokens) for values in found]).astype(int).tolist()
-    return [_until(answer, ends) for answer in answers]
 
 
 def complied(lab: Lab, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]) -> list[bool]:
@@ -180,7 +168,7 @@ def _row(lab: Lab, condition: Condition, side: int) -> dict[str, Any]:
     te = float(np.nanmean(lab.outcomes([Row(p.id, 1) for p in pairs]) - lab.outcomes([Row(p.id, 0) for p in pairs])))
     (change,) = estimate_means([changes], clusters, lab.rng("intervene"), by.resamples)
     prompts = [pair.prompts[side] for pair in pairs]
-    verdicts = complied(lab, prompts, continued(lab, prompts, condition.sets[0]))
+    verdicts = complied(lab, prompts, lab.continued(prompts, lab.study.config.intervene.tokens, condition.sets[0]))
     rate = wilson(sum(verdicts), len(verdicts))
     still = condition.name == PLAIN
     return {
@@ -200,7 +188,7 @@ def _row(lab: Lab, condition: Condition, side: int) -> dict[str, Any]:
 
 def _cost(lab: Lab, pairs: Sequence[TokenPair], clusters: Sequence[str], held: Sequence[Held]) -> dict[str, float]:
     """Drift from the plain model along its own answers to the harmless prompts."""
-    answers = continued(lab, [pair.x0 for pair in pairs], ())
+    answers = lab.continued([pair.x0 for pair in pairs], lab.study.config.intervene.tokens)
     used = [(pair, answer, cluster) for pair, answer, cluster in zip(pairs, answers, clusters, strict=True) if answer]
     if not used:
         return {}
@@ -214,8 +202,3 @@ def _cost(lab: Lab, pairs: Sequence[TokenPair], clusters: Sequence[str], held: S
     )
     losses = np.concatenate([one[2] for one in by_token])
     return {**kl.columns("kl"), "perplexity": float(np.exp(losses.mean()))}
-
-
-def _until(answer: Sequence[int], ends: set[int]) -> tuple[int, ...]:
-    stop = next((index for index, token in enumerate(answer) if token in ends), len(answer))
-    return tuple(answer[:stop])

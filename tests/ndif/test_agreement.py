@@ -20,8 +20,11 @@ from remote_mediation.backends import LocalBackend, NdifBackend
 from remote_mediation.config import StudyConfig
 from remote_mediation.errors import PreflightError
 from remote_mediation.ndif import Server
+from remote_mediation.outcomes import Outcome
+from remote_mediation.plan import Budget, Setting
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
+from remote_mediation.tasks import generate_task, plan_tasks
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TOLERANCE = 1e-4
@@ -102,8 +105,11 @@ def test_greedy_answers_are_equal(server: Server) -> None:
         )
         for text in texts
     ]
-    assert backend.answer(prompts, 12) == LocalBackend.load(SMOLLM2).answer(prompts, 12)
-    assert all(backend.answer(prompts, 3))
+    setting = Setting(backend.info, "float32", Outcome("response_logprob"))
+    (job,) = plan_tasks([generate_task(prompts, 12, (), setting)], setting, Budget(lambda: 1e18, 1e9))
+    (there,), (here,) = (one.collect(one.submit(job)).values for one in (backend, LocalBackend.load(SMOLLM2)))
+    np.testing.assert_array_equal(there, here)
+    assert len(set(there.astype(int).tolist())) > 8
 
 
 def test_bytes_down_grow_with_outcomes_and_not_with_the_model(
@@ -136,7 +142,7 @@ def test_the_payload_carries_the_source_of_program_py(
     blobs: list[bytes] = []
     monkeypatch.setattr("remote_mediation.backends._Remote._post", _keep(blobs))
     with pytest.raises(_KeptError):
-        backend._send({"task": "answer", "prompts": ((1, 2),), "tokens": 1})
+        backend._send({"task": "probe", "blocks": "model.layers"})
     content = zstandard.ZstdDecompressor().decompress(blobs[0], max_output_size=10_000_000)
     # nnsight ships functions by their source: each of program.py's is in the payload as it stands in the file.
     for function in (program.measure, program.climb, program.write, program.additive_mask):

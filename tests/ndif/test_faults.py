@@ -252,7 +252,7 @@ def test_a_result_that_expired(
 def test_a_pair_whose_job_fails(server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, tmp_path: Path) -> None:
     study = tiny.model_copy(update={"granularity": ["layers"]})
     backend = Watched(server, study.model)
-    prepared = prepare(study, backend)
+    prepared = prepare(study, backend.tokenizer)
     bad = prepared.pairs[2]
     broken = replace(bad, x0=(*bad.x0[:-1], VOCAB + 1), x1=(*bad.x1[:-1], VOCAB + 1))
     store = Store.create(tmp_path / "run", study.identity())
