@@ -49,16 +49,22 @@ _TRANSIENT = (408, 425, 429)
 class LocalBackend:
     """Runs jobs on this machine; nothing leaves it."""
 
-    def __init__(self, model: Any, info: ModelInfo) -> None:
-        """Take over a dispatched nnsight model; `load` builds one from a name."""
+    def __init__(self, model: Any, info: ModelInfo, *, limited: bool = False) -> None:
+        """Take over a dispatched nnsight model; `load` builds one from a name.
+
+        limited: memory matters more than time, so that what tensors free is given back at once.
+        """
         self._model = model
         self._jobs: dict[str, Job] = {}
         self.info = info
-        _keep_freed_memory()
+        if not limited:
+            _keep_freed_memory()
 
     @classmethod
-    def load(cls, name: str, revision: str = "", dtype: str = "float32", device: str = "cpu") -> LocalBackend:
-        """Load a model's weights from a local folder or the hub.
+    def load(
+        cls, name: str, revision: str = "", dtype: str = "float32", device: str = "cpu", *, limited: bool = False
+    ) -> LocalBackend:
+        """Load a model's weights from a local folder or the hub. limited: as for the class.
 
         Raises:
             ModelError: the weights or the device cannot be had.
@@ -78,7 +84,7 @@ class LocalBackend:
         except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
             raise ModelError(f"cannot load {name!r} as {dtype} on {device!r}: {error}; try --device cpu") from error
         model.eval()
-        return cls(model, info)
+        return cls(model, info, limited=limited)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -107,7 +113,7 @@ def _keep_freed_memory() -> None:
     """Let the C library keep the pages that tensors free, where it is glibc.
 
     It would hand back every tensor of some MB and have fresh pages zeroed for the next one, which takes half of the
-    time of rows of one token. The peak is the same.
+    time of rows of one token.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)

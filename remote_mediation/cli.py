@@ -417,7 +417,8 @@ def _backend(config: StudyConfig, progress: _Watch) -> Backend:
         server = server_from_environment()
         return NdifBackend(config.model, config.revision, server, progress.note, dtype=config.dtype)
     progress.note(f"loading {config.model}")
-    return LocalBackend.load(config.model, config.revision, config.dtype, config.device)
+    limited = config.max_memory is not None
+    return LocalBackend.load(config.model, config.revision, config.dtype, config.device, limited=limited)
 
 
 def _variants(config: StudyConfig, progress: _Watch) -> dict[str, Backend]:

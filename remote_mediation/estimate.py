@@ -38,7 +38,7 @@ from remote_mediation.plan import (
 from remote_mediation.prompts import TokenPair, load_pairs
 from remote_mediation.rows import Scale, swap
 from remote_mediation.sites import Site
-from remote_mediation.study import first_requests, outcome_of, prepare, select, unanswered
+from remote_mediation.study import first_requests, outcome_of, prepare, unanswered
 from remote_mediation.tasks import Held, Task, drift_task, generate_task, read_task, screen_tasks
 
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
@@ -130,19 +130,17 @@ def estimate(config: StudyConfig) -> Estimate:
     """
     info, tokenizer = load_info(config.model, config.revision), load_tokenizer(config.model, config.revision)
     prepared = prepare(config, tokenizer)
-    answers = ((0,) * config.response_logprob.tokens, (1,) * config.response_logprob.tokens)
-    pairs = prepared.pairs
-    if config.outcome == "response_logprob":
-        pairs = tuple(replace(pair, answers=answers) for pair in pairs)
     outcome = outcome_of(config, tokenizer)
-    study = Study(config, info, outcome, pairs, prepared.refusals)
+    asked = Study(config, info, outcome, prepared.pairs, prepared.refusals)
+    pairs = tuple(_guessed(config, pair) for pair in prepared.pairs)
+    study = replace(asked, pairs=pairs)
     rows = [row for request in first_requests(study) for row in request.rows(info)]
     by_id = {pair.id: pair for pair in pairs}
     room = batch_budget(study.setting, config.max_memory, config.backend == "local")
     budget = Budget(lambda: config.seconds_per_job * FIRST_RATE, room)
     jobs = list(plan_jobs(rows, by_id, study.setting, budget, Keys(study.setting, pairs)))
     later: dict[str, Later] = {name: cost(study) for name, cost in _LATER.items() if name in config.granularity}
-    more = _answers(study).plus(*later.values())
+    more = _answers(asked).plus(*later.values())
     flops = sum(job.flops for job in jobs) + more.flops
     measured = sum(job.rows for job in jobs)
     return Estimate(
@@ -183,13 +181,21 @@ def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
     return 2.0 * size**3 / best
 
 
+def _guessed(config: StudyConfig, pair: TokenPair) -> TokenPair:
+    """The pair with answers as long as may be, where the outcome compares answers and the file has none."""
+    if config.outcome != "response_logprob":
+        return pair
+    harmful, harmless = pair.answers
+    tokens = config.response_logprob.tokens
+    return replace(pair, answers=(harmful or (0,) * tokens, harmless or (1,) * tokens))
+
+
 def _answers(study: Study) -> Later:
     """The model's own answers, before anything is measured."""
     if study.outcome.name != "response_logprob":
         return Later()
-    texts = {pair.id: pair for pair in select(load_pairs(study.config.pairs), study.config.max_pairs)}
-    own = [ids for pair in study.pairs for ids in unanswered(pair, texts[pair.id])]
-    return _continued(study, own, study.config.response_logprob.tokens)
+    prompts = [ids for pair in study.pairs for ids in unanswered(pair)]
+    return _continued(study, prompts, study.config.response_logprob.tokens)
 
 
 def _neurons(study: Study) -> Later:

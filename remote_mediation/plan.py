@@ -33,7 +33,7 @@ SCHEMA = 1
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Resident bytes of Python, torch, transformers, nnsight and what a run takes beside weights and batches
 # (scripts/bench/memory measures them).
-LIBRARIES = 0.55e9
+LIBRARIES = 0.6e9
 DEFAULT_BATCH = 1e9
 SMALLEST_BATCH = 0.1e9
 # Layers' worth of a row's keys and values: shown to a layer and grown by it, of the one before, for the next one.
@@ -224,7 +224,7 @@ def plan_jobs(
     loads = [_load(pairs[name], group, setting) for name, group in _by(dict.fromkeys(rows), lambda row: row.pair)]
     contexts: list[Context] = []
     spent = 0.0
-    for _, group in _by(loads, lambda load: shape(load.pair)):
+    for _, group in _by(loads, lambda load: _shape(load.pair)):
         pending = list(group)
         while pending:
             taken = _fitting(pending, budget.job_flops() - spent, budget.batch_bytes, setting)
@@ -368,7 +368,7 @@ def _by(items: Iterable[_Item], key: Callable[[_Item], Any]) -> Iterator[tuple[A
     return groupby(sorted(items, key=key), key=key)
 
 
-def shape(pair: TokenPair) -> tuple[int, ...]:
+def _shape(pair: TokenPair) -> tuple[int, ...]:
     """Lengths of both prompts and both answers; what makes tokens of two pairs stand at the same places."""
     return (*map(len, pair.prompts), *map(len, pair.answers))
 

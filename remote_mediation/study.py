@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +32,7 @@ from remote_mediation.plan import Backend
 from remote_mediation.prompts import (
     Prepared,
     PromptPair,
+    Refusal,
     TokenPair,
     encode_response,
     load_pairs,
@@ -90,8 +91,8 @@ def run_study(
     spent = record.get("seconds", 0.0)
     store.save_record({**record, "seconds": spent})
     store.save_prepared(prepared)
-    if config.outcome == "response_logprob" and not all(any(pair.answers) for pair in study.pairs):
-        prepared = answered(lab, backend.tokenizer)
+    if config.outcome == "response_logprob" and any(map(unanswered, study.pairs)):
+        prepared = answered(lab)
         store.save_prepared(prepared)
         study = replace(study, pairs=prepared.pairs, refusals=prepared.refusals)
         lab = Lab(study, store, backend, watch, variants)
@@ -128,41 +129,67 @@ def measure_precision(store: Store, reference: Backend, watch: Watch | None = No
 
 
 def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Step 1: aligned pairs, without answers.
+    """Step 1: aligned pairs, with the answers that the file gives where the outcome compares answers.
 
     Raises:
         PairsError: they cannot be read, or fewer than two can be run.
     """
-    prepared = tokenise(select(load_pairs(config.pairs), config.max_pairs), tokenizer)
+    texts = select(load_pairs(config.pairs), config.max_pairs)
+    prepared = tokenise(texts, tokenizer)
+    if config.outcome == "response_logprob":
+        given = {text.id: _given(text, tokenizer, config.response_logprob.tokens) for text in texts}
+        found = [
+            with_answers(pair, given[pair.id]) if all(given[pair.id]) else replace(pair, answers=given[pair.id])
+            for pair in prepared.pairs
+        ]
+        prepared = _sorted_out(found, prepared.refusals)
     check_enough(prepared)
     return prepared
 
 
-def answered(lab: Lab, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Step 2: the pairs of a study with the answers that its outcome compares; the file's or the model's own.
+def answered(lab: Lab) -> Prepared:
+    """Step 2: the same with the model's own answers where the file has none.
 
     Raises:
         PairsError: fewer than two pairs are left.
     """
     study = lab.study
-    tokens = study.config.response_logprob.tokens
-    texts = {pair.id: pair for pair in select(load_pairs(study.config.pairs), study.config.max_pairs)}
-    own = iter(lab.continued([ids for pair in study.pairs for ids in unanswered(pair, texts[pair.id])], tokens))
-    done: list[TokenPair] = []
-    refused = list(study.refusals)
+    prompts = [ids for pair in study.pairs for ids in unanswered(pair)]
+    own = iter(lab.continued(prompts, study.config.response_logprob.tokens))
+    found = []
     for pair in study.pairs:
-        given = (texts[pair.id].harmful_response, texts[pair.id].harmless_response)
-        harmful, harmless = (encode_response(text, pair.id, tokenizer, tokens) if text else next(own) for text in given)
-        outcome = with_answers(pair, (harmful, harmless))
-        (done if isinstance(outcome, TokenPair) else refused).append(outcome)  # type: ignore[arg-type]
-    prepared = Prepared(tuple(done), tuple(refused))
+        harmful, harmless = pair.answers
+        found.append(with_answers(pair, (harmful or next(own), harmless or next(own))))
+    prepared = _sorted_out(found, study.refusals)
     check_enough(prepared)
     return prepared
 
 
-def unanswered(pair: TokenPair, text: PromptPair) -> list[tuple[int, ...]]:
-    """The prompts of a pair for which the file gives no response, treatment first."""
-    return [ids for ids, given in ((pair.x1, text.harmful_response), (pair.x0, text.harmless_response)) if not given]
+def unanswered(pair: TokenPair) -> list[tuple[int, ...]]:
+    """The prompts of a pair without an answer, treatment first."""
+    return [ids for ids, answer in zip((pair.x1, pair.x0), pair.answers, strict=True) if not answer]
+
+
+def _given(
+    text: PromptPair, tokenizer: PreTrainedTokenizerBase, tokens: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Answers of a pair as its file gives them; empty where it gives none."""
+    harmful, harmless = (
+        encode_response(response, text.id, tokenizer, tokens) if response else ()
+        for response in (text.harmful_response, text.harmless_response)
+    )
+    return harmful, harmless
+
+
+def _sorted_out(found: Iterable[TokenPair | Refusal], refusals: Iterable[Refusal]) -> Prepared:
+    """Pairs, and what was refused before or now."""
+    pairs, refused = [], list(refusals)
+    for one in found:
+        if isinstance(one, TokenPair):
+            pairs.append(one)
+        else:
+            refused.append(one)
+    return Prepared(tuple(pairs), tuple(refused))
 
 
 def check_enough(prepared: Prepared) -> None:

@@ -582,7 +582,7 @@ def test_too_little_memory_says_how_much_it_takes(call: Run, tmp_path: Path, mod
     file = study(tmp_path, model)
     before = tree(tmp_path)
     ran = call(command, file, "--max-memory", 0.3)
-    refused(ran, "max_memory 0.3 GB is too little", "give at least 0.66")
+    refused(ran, "max_memory 0.3 GB is too little", "give at least 0.71")
     assert tree(tmp_path) == before
     assert call(command, file, "--max-memory", ran.err.split()[-1]).code == 0
 

@@ -26,6 +26,7 @@ READS = 2
 # Rows of the products timed, [rows, d_model] x [d_model, d_ff] and back: one token of a batch to a large batch.
 PRODUCT_ROWS = (256, 1024, 4096)
 PRODUCT_REPEATS = 7
+LAYERS_ROWS, LAYERS_REPEATS = 1024, 3
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,21 @@ def matmul_rate(info: ModelInfo) -> tuple[float, list[tuple[int, float]]]:
     up, down = torch.randn(info.d_ff, info.d_model), torch.randn(info.d_model, info.d_ff)
     rates = [(rows, max(_product_rate(rows, up, down) for _ in range(PRODUCT_REPEATS))) for rows in PRODUCT_ROWS]
     return max(rate for _, rate in rates), rates
+
+
+def layers_rate(model: torch.nn.Module) -> float:
+    """The same of all linear modules of a model's layers one after the other: weights come from memory, not a cache."""
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    data = {width: torch.randn(LAYERS_ROWS, width) for width in {weight.shape[1] for weight in weights}}
+
+    def once() -> float:
+        start = time.perf_counter()
+        for weight in weights:
+            torch.nn.functional.linear(data[weight.shape[1]], weight)
+        return 2.0 * LAYERS_ROWS * sum(weight.numel() for weight in weights) / (time.perf_counter() - start)
+
+    with torch.no_grad():
+        return max(once() for _ in range(LAYERS_REPEATS))
 
 
 def _product_rate(rows: int, up: torch.Tensor, down: torch.Tensor) -> float:

@@ -21,7 +21,8 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 config = StudyConfig(**json.loads(sys.argv[1]))
-run_study(config, LocalBackend.load(config.model), Store.create(Path(sys.argv[2]), config.identity()))
+backend = LocalBackend.load(config.model, limited=config.max_memory is not None)
+run_study(config, backend, Store.create(Path(sys.argv[2]), config.identity()))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 _PLAN = """

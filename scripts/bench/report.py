@@ -111,6 +111,10 @@ def _speed_section() -> list[str]:
         "",
         _rates(runs),
         "",
+        "That product has its weights in the cache. The model's own layers, one after the other, take theirs from "
+        f"memory and reach {_median(runs['layers_rate']) / 1e9:.0f} GFLOP/s at {facts['layers_rows']:,} rows; at that "
+        f"rate the engine is at {_median(runs['fewest_flops'] / runs['layers_rate'] / own):.0%} of the floor.",
+        "",
         "Counted by whole layers, which is every layer above the write and every token from the written one on (though "
         "in the first of these layers only one token has changed, and in the last only the last token is read), the "
         f"floor is {_median(runs['whole_layers_flops'] / runs['fewest_flops']):.2f} times as high and the engine's "

@@ -22,7 +22,7 @@ from bench.contenders import (
     Pyvene,
     TransformerLens,
 )
-from bench.floor import floor_of, matmul_rate
+from bench.floor import LAYERS_ROWS, floor_of, layers_rate, matmul_rate
 from bench.grid import MINUS, MODEL, PLUS, Case, equal_pairs, grid, sample
 from bench.machine import Load, facts, load_average
 from remote_mediation.backends import LocalBackend
@@ -52,7 +52,7 @@ def main() -> None:
     options = _options()
     if options.threads:
         torch.set_num_threads(options.threads)
-    contenders, info, tokenizer = _contenders()
+    contenders, info, tokenizer, layers = _contenders()
     pairs = equal_pairs(tokenizer, options.pairs)
     _warm_up(contenders, pairs[0], info)
     records, runs = [], []
@@ -60,6 +60,7 @@ def main() -> None:
         pair = pairs[number % options.pairs]
         turn = contenders[number % len(contenders) :] + contenders[: number % len(contenders)]
         record, run = _run(number, pair, turn, info, options.sample)
+        run["layers_rate"] = layers_rate(layers)
         records += record
         runs.append(run)
     report.save_speed(pd.DataFrame(records), pd.DataFrame(runs), _facts(options, contenders))
@@ -78,7 +79,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _contenders() -> tuple[list[Contender], ModelInfo, object]:
+def _contenders() -> tuple[list[Contender], ModelInfo, object, torch.nn.Module]:
+    """Everyone, on one model; its layers as plain torch has them come last."""
     folder = located(MODEL)
     model = TransformersModel(folder, task="text-generation", dispatch=True, dtype=torch.float32, device_map="cpu")
     model.eval()
@@ -93,7 +95,7 @@ def _contenders() -> tuple[list[Contender], ModelInfo, object]:
         TransformerLens(folder, model.tokenizer, outcome),
         Pyvene(folder, outcome),
     ]
-    return contenders, info, model.tokenizer
+    return contenders, info, model.tokenizer, model._module.model.layers
 
 
 def _warm_up(contenders: Sequence[Contender], pair: TokenPair, info: ModelInfo) -> None:
@@ -189,6 +191,7 @@ def _facts(options: argparse.Namespace, contenders: Sequence[Contender]) -> dict
         "sample": options.sample,
         "seed": SEED,
         "threads": torch.get_num_threads(),
+        "layers_rows": LAYERS_ROWS,
         "goals": {contender.title: contender.goal for contender in contenders if not contender.whole},
         "engine": next(contender.title for contender in contenders if contender.whole),
     }
