@@ -86,12 +86,21 @@ def batch_run(
     model: Any, spec: dict[str, Any], stack: dict[str, Any], batch: dict[str, Any], bases: list[dict[str, Any]]
 ) -> torch.Tensor:
     """Answer values `[row, read]` of the rows of one batch, in the order in which they join."""
-    arguments, rows = forward_arguments(spec, stack, batch["start"]), sum(batch["joining"], ())
-    past = prefix_cache(bases[batch["stack"]]["keyvalues"], batch["start"])
+    arguments, keyvalues = forward_arguments(spec, stack, batch["start"]), bases[batch["stack"]]["keyvalues"]
+    past = prefix_cache(keyvalues, batch["start"])
+    if model.lm_head.weight.is_meta:  # a sandboxed server copies the cache where the run begins
+        for layer in range(batch["low"], spec["layers"]):
+            show_prefix(past, layer, keyvalues, rows_at(batch, layer), batch["start"])
     with model.trace(input_ids=torch.tensor([stack["ids"][0][batch["start"] :]]), past_key_values=past, **arguments):
         climb(model, spec, stack, batch, bases, past)
-        values = answer_values(model, spec, stack, rows)
+        values = answer_values(model, spec, stack, rows_at(batch, spec["layers"] - 1))
     return values
+
+
+def rows_at(batch: dict[str, Any], layer: int) -> tuple[int, ...]:
+    """The base prompt of each row that has joined up to a layer."""
+    rows: tuple[int, ...] = sum(batch["joining"][: layer + 1 - batch["low"]], ())
+    return rows
 
 
 def forward_arguments(spec: dict[str, Any], stack: dict[str, Any], start: int) -> dict[str, Any]:
@@ -139,8 +148,7 @@ def climb(
     stream, offset = base["captured"]["stream"], batch["start"] - stack["first"]
     for layer in range(low):
         blocks[layer].skip(stream[low][torch.tensor(batch["joining"][0]), offset:])
-    rows = batch["joining"][0]
-    show_prefix(past, low, base["keyvalues"], rows, batch["start"])
+    show_prefix(past, low, base["keyvalues"], rows_at(batch, low), batch["start"])
     for layer in range(low, spec["layers"]):
         joining = batch["joining"][layer - low]
         bound_window(spec, stack, batch["start"], blocks[layer], layer)
@@ -151,8 +159,7 @@ def climb(
         if layer > low:
             past.layers[layer - 1].keys = past.layers[layer - 1].values = None  # this layer is done
         if layer + 1 < spec["layers"]:
-            rows += batch["joining"][layer + 1 - low]
-            show_prefix(past, layer + 1, base["keyvalues"], rows, batch["start"])
+            show_prefix(past, layer + 1, base["keyvalues"], rows_at(batch, layer + 1), batch["start"])
         for name, writes in batch["writes"].get(layer, ()):
             write(spec, blocks[layer], name, layer, writes, bases)
 

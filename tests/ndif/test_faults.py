@@ -30,7 +30,7 @@ from remote_mediation.ndif import Server, preflight, refuse_bad
 from remote_mediation.plan import Job, Part
 from remote_mediation.prompts import Prepared
 from remote_mediation.store import Store
-from remote_mediation.study import prepare, run_study
+from remote_mediation.study import run_study
 
 KILLS = 20
 Switch = Callable[..., list[int]]
@@ -80,14 +80,15 @@ def run(study: StudyConfig, backend: NdifBackend, folder: Path) -> pd.DataFrame:
     return run_study(study, backend, Store.create(folder, study.identity())).effects
 
 
-def row_keys(job: Job) -> list[str]:
-    """Keys of a job's rows; both base prompts belong to every job of a pair."""
-    return [key for part in job.parts for key, row in zip(part.keys, part.rows, strict=True) if row.writes]
-
-
 def base_keys(job: Job) -> list[str]:
-    """Keys of a job's base prompts."""
-    return [key for part in job.parts for key, row in zip(part.keys, part.rows, strict=True) if not row.writes]
+    """Keys of a job's base prompts, which belong to every job of their pairs."""
+    pairs = [entry for part in job.parts for entry in zip(part.keys, part.rows, strict=False)]  # tasks have no rows
+    return [key for key, row in pairs if not row.writes]
+
+
+def row_keys(job: Job) -> list[str]:
+    """The other keys of a job."""
+    return [key for key in job.keys if key not in base_keys(job)]
 
 
 def stored_rows(store: Store, base: set[str]) -> list[str]:
@@ -145,7 +146,7 @@ def test_a_client_that_is_killed_again_and_again(
         finished = set(store.values()) if folder.exists() else set()
         process = context.Process(target=client)
         process.start()
-        process.join(float(rng.uniform(0.2, 1.5)))
+        process.join(float(rng.uniform(0.2, 0.7)))
         if process.is_alive():
             os.kill(process.pid or 0, signal.SIGKILL)
             killed += 1
@@ -252,7 +253,10 @@ def test_a_result_that_expired(
 def test_a_pair_whose_job_fails(server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, tmp_path: Path) -> None:
     study = tiny.model_copy(update={"granularity": ["layers"]})
     backend = Watched(server, study.model)
-    prepared = prepare(study, backend.tokenizer)
+    whole = Store.create(tmp_path / "whole", study.identity())
+    run_study(study, backend, whole)
+    prepared = whole.prepared()
+    assert prepared is not None
     bad = prepared.pairs[2]
     broken = replace(bad, x0=(*bad.x0[:-1], VOCAB + 1), x1=(*bad.x1[:-1], VOCAB + 1))
     store = Store.create(tmp_path / "run", study.identity())
