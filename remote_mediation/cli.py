@@ -409,7 +409,7 @@ def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
 
 
 def _backend(config: StudyConfig, progress: _Watch) -> Backend:
-    from remote_mediation.backends import LocalBackend, NdifBackend
+    from remote_mediation.backends import NdifBackend
     from remote_mediation.ndif import server_from_environment
 
     _quiet_libraries()
@@ -417,8 +417,15 @@ def _backend(config: StudyConfig, progress: _Watch) -> Backend:
         server = server_from_environment()
         return NdifBackend(config.model, config.revision, server, progress.note, dtype=config.dtype)
     progress.note(f"loading {config.model}")
+    return _local(config, config.model, config.revision)
+
+
+def _local(config: StudyConfig, name: str, revision: str) -> Backend:
+    """A model on this machine as the study has its own: precision, device, and whether memory is limited."""
+    from remote_mediation.backends import LocalBackend
+
     limited = config.max_memory is not None
-    return LocalBackend.load(config.model, config.revision, config.dtype, config.device, limited=limited)
+    return LocalBackend.load(name, revision, config.dtype, config.device, limited=limited)
 
 
 def _variants(config: StudyConfig, progress: _Watch) -> dict[str, Backend]:
@@ -427,7 +434,6 @@ def _variants(config: StudyConfig, progress: _Watch) -> dict[str, Backend]:
     Raises:
         SettingsError: it runs on a server, which has no such model.
     """
-    from remote_mediation.backends import LocalBackend
     from remote_mediation.fetch import checkpoint
 
     wanted = config.attacks.checkpoints if "attacks" in config.granularity else []
@@ -436,7 +442,7 @@ def _variants(config: StudyConfig, progress: _Watch) -> dict[str, Backend]:
     found: dict[str, Backend] = {}
     for name in wanted:
         progress.note(f"loading {name}")
-        found[name] = LocalBackend.load(checkpoint(name, config.model), "", config.dtype, config.device)
+        found[name] = _local(config, checkpoint(name, config.model), "")
     return found
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
@@ -606,3 +606,22 @@ def test_less_memory_makes_smaller_batches(
     assert 1 <= largest["little"] < largest["much"] / 2
     much, little = (pd.read_csv(tmp_path / folder / "effects.csv") for folder in ("much", "little"))
     pd.testing.assert_frame_equal(much, little, atol=1e-4, rtol=1e-4)
+
+
+def test_every_model_of_a_limited_study_gives_its_memory_back(
+    call: Run, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The study's own, a checkpoint that it is attacked with, and the float32 one that its precision is judged by."""
+    attacks = f'granularity = ["layers", "attacks"]\ndtype = "bfloat16"\n[attacks]\ncheckpoints = ["{model}"]\n'
+    file, limits = study(tmp_path, model, attacks), []
+    load = LocalBackend.load
+
+    def watched(*arguments: Any, limited: bool = False) -> LocalBackend:
+        limits.append(limited)
+        return load(*arguments, limited=limited)
+
+    monkeypatch.setattr(LocalBackend, "load", watched)
+    for flags, limited in (((), False), (("--max-memory", 5), True)):
+        limits.clear()
+        assert call("run", file, "--out", str(limited), *flags).code == 0
+        assert limits == [limited] * 3
