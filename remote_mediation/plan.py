@@ -41,7 +41,6 @@ _CACHED_LAYERS = 3
 # Copies of the answer logits that are alive at once: as computed, as float32, and inside logsumexp.
 _LOGIT_COPIES = 3
 
-
 _Item = TypeVar("_Item")
 # Stack and place in it of each pair's prompts, by pair and side.
 _Places = Mapping[tuple[str, int], tuple[int, int]]
@@ -61,7 +60,7 @@ class Budget(NamedTuple):
     job_flops: Callable[[], float]
     """Floating-point operations of the next job; asked anew for each, as the backend's speed becomes known."""
     batch_bytes: float
-    """Memory of one batch's activations, in bytes."""
+    """Memory of one batch's activations and of what base runs keep for it, in bytes."""
 
 
 class Batch(NamedTuple):
@@ -285,7 +284,7 @@ def held_bytes(pairs: Sequence[TokenPair], rows: Iterable[Row], setting: Setting
     """Memory of what base runs keep for rows: keys and values, the stream, and the components that rows take."""
     info, size = setting.info, DTYPE_BYTES[setting.dtype]
     first, components = _captured(pairs, rows)
-    width = info.d_model + sum(len(info.columns(name, tuple(range(info.width(name))))) for name in components)
+    width = info.d_model + sum(map(info.tensor_width, components))
     lengths = [len(prompt) + pair.fed for pair in pairs for prompt in pair.prompts]
     cached = 2 * info.kv_heads * info.d_head
     return float(info.layers * size * sum(length * cached + (length - first) * width for length in lengths))
@@ -421,12 +420,12 @@ def _job(contexts: list[Context], setting: Setting, keys: Keys) -> Job:
 
 
 def _part(context: Context, setting: Setting, keys: Keys) -> Part:
-    pairs = {pair.id: pair for pair in context.pairs}
-    bases = [Row(side.pair.id, side.number) for stack in _stacks(context.pairs) for side in stack]
+    pairs, stacks = {pair.id: pair for pair in context.pairs}, _stacks(context.pairs)
+    bases = [Row(side.pair.id, side.number) for stack in stacks for side in stack]
     flops = sum(base_flops(pair, setting) for pair in context.pairs)
     flops += sum(row_flops(row, pairs[row.pair], setting) for row in context.rows)
     rows = (*bases, *context.rows)
-    return Part(tuple(pairs), tuple(map(keys, rows)), _context_payload(context, setting), flops, rows)
+    return Part(tuple(pairs), tuple(map(keys, rows)), _context_payload(context, stacks, setting), flops, rows)
 
 
 def _stacks(pairs: Sequence[TokenPair]) -> list[list[Side]]:
@@ -435,9 +434,8 @@ def _stacks(pairs: Sequence[TokenPair]) -> list[list[Side]]:
     return [x0 + x1] if len(x0[0].ids) == len(x1[0].ids) else [x0, x1]
 
 
-def _context_payload(context: Context, setting: Setting) -> dict[str, Any]:
+def _context_payload(context: Context, stacks: Sequence[Sequence[Side]], setting: Setting) -> dict[str, Any]:
     first, components = _captured(context.pairs, context.rows)
-    stacks = _stacks(context.pairs)
     places = {
         (side.pair.id, side.number): (number, place)
         for number, stack in enumerate(stacks)

@@ -88,7 +88,7 @@ def batch_run(
     """Answer values `[row, read]` of the rows of one batch, in the order in which they join."""
     arguments, keyvalues = forward_arguments(spec, stack, batch["start"]), bases[batch["stack"]]["keyvalues"]
     past = prefix_cache(keyvalues, batch["start"])
-    if model.lm_head.weight.is_meta:  # a sandboxed server copies the cache where the run begins
+    if sandboxed(model):  # it copies the cache where the run begins
         for layer in range(batch["low"], spec["layers"]):
             show_prefix(past, layer, keyvalues, rows_at(batch, layer), batch["start"])
     with model.trace(input_ids=torch.tensor([stack["ids"][0][batch["start"] :]]), past_key_values=past, **arguments):
@@ -146,16 +146,18 @@ def climb(
     """Lead the batch through the layers: skip those below the first write, let rows join at their layer, write."""
     blocks, base, low = module_at(model, spec["blocks"]), bases[batch["stack"]], batch["low"]
     stream, offset = base["captured"]["stream"], batch["start"] - stack["first"]
+    entering = stream[low][torch.tensor(batch["joining"][0]), offset:]
     for layer in range(low):
-        blocks[layer].skip(stream[low][torch.tensor(batch["joining"][0]), offset:])
+        blocks[layer].skip(entering)
     show_prefix(past, low, base["keyvalues"], rows_at(batch, low), batch["start"])
     for layer in range(low, spec["layers"]):
         joining = batch["joining"][layer - low]
         bound_window(spec, stack, batch["start"], blocks[layer], layer)
         below = blocks[layer].input
-        if joining:
-            fresh = stream[layer][torch.tensor(joining), offset:]
-            blocks[layer].input = fresh if layer == low else torch.cat([below, fresh])
+        if layer == low:
+            blocks[layer].input = entering
+        elif joining:
+            blocks[layer].input = torch.cat([below, stream[layer][torch.tensor(joining), offset:]])
         if layer > low:
             past.layers[layer - 1].keys = past.layers[layer - 1].values = None  # this layer is done
         if layer + 1 < spec["layers"]:
@@ -236,12 +238,17 @@ def answer_values(model: Any, spec: dict[str, Any], stack: dict[str, Any], rows:
     """`[row, read]` float32: the logit, or with `normalise` the log-probability in nats, of each token that is read."""
     queries, tokens = torch.tensor(stack["queries"]), torch.tensor([stack["tokens"][prompt] for prompt in rows])
     head, places = model.lm_head, torch.arange(len(rows))[:, None]
-    if not spec["normalise"] and not head.weight.is_meta:  # a sandboxed server does not show its weights
+    if not spec["normalise"] and not sandboxed(model):
         wanted, tokens = torch.unique(tokens, return_inverse=True)
         head.skip(rows_of(head, head.input, wanted))  # a few rows of the unembedding in place of the vocabulary
     logits = model.output.logits.float()
     values: torch.Tensor = logits[places, queries, tokens]
     return values - torch.logsumexp(logits, -1)[places, queries] if spec["normalise"] else values
+
+
+def sandboxed(model: Any) -> bool:
+    """Whether a server runs the model's blocks in a sandbox; it does not show its weights then."""
+    return bool(model.lm_head.weight.is_meta)
 
 
 def rows_of(linear: Any, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -268,7 +275,7 @@ def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.T
     backward passes in which one layer at a time passes on nothing but the residual stream (Kramar et al. 2024,
     arXiv 2403.00745, sections 3.1 and 3.2). `[1, (base, variant, layer, unit)]`, in the unit of Y.
     """
-    if model.lm_head.weight.is_meta:
+    if sandboxed(model):
         raise RuntimeError("this server runs blocks in a sandbox and gives no gradients")
     total = torch.zeros(())
     for pair in context["pairs"]:

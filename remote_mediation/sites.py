@@ -143,6 +143,10 @@ class ModelInfo:
         """Units of a component: heads for `attention_heads`, vector width for the others."""
         return {"mlp_neurons": self.d_ff, "attention_heads": self.heads}.get(component, self.d_model)
 
+    def tensor_width(self, component: Component) -> int:
+        """Columns of a component's tensor."""
+        return self.width(component) * (self.d_head if component == "attention_heads" else 1)
+
     def columns(self, component: Component, units: tuple[int, ...]) -> tuple[int, ...]:
         """Tensor columns of units: a head is `d_head` columns, every other unit is one."""
         if component != "attention_heads":
