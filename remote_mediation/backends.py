@@ -216,7 +216,7 @@ class NdifBackend:
     def _ask_dtype(self) -> str:
         """The precision in which the server holds the model. The first job: it asks for the model to be deployed."""
         try:
-            (empty,) = self._wait_through_crashes(self._probe())
+            (empty,) = self._probed()
         except JobError as error:
             raise PreflightError(f"{self._server.host} cannot run {self.info.name}: {error}") from error
         return str(empty.dtype).removeprefix("torch.")
@@ -224,13 +224,13 @@ class NdifBackend:
     def _probe(self) -> dict[str, Any]:
         return {"task": "probe", "blocks": family_of(self.info.family).blocks}
 
-    def _wait_through_crashes(self, payload: dict[str, Any]) -> list[torch.Tensor]:
-        """A job's tensors, sent again while the model's process ends."""
+    def _probed(self) -> list[torch.Tensor]:
+        """What a probe brings back; it is sent again while the model's process ends."""
         for _ in range(_MOST_CRASHES):
             with contextlib.suppress(_CrashError, LostJobError):
-                return self._wait(self._send(payload))[0]
+                return self._wait(self._send(self._probe()))[0]
             self._await_model()
-        return self._wait(self._send(payload))[0]
+        return self._wait(self._send(self._probe()))[0]
 
     def _await_model(self) -> None:
         """Return once the model answers again.

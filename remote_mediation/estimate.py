@@ -36,10 +36,10 @@ from remote_mediation.plan import (
     weight_bytes,
 )
 from remote_mediation.prompts import TokenPair, load_pairs
-from remote_mediation.rows import Scale, swap
+from remote_mediation.rows import swap
 from remote_mediation.sites import Site
 from remote_mediation.study import first_requests, outcome_of, prepare, unanswered
-from remote_mediation.tasks import Held, Task, drift_task, generate_task, read_task, screen_tasks
+from remote_mediation.tasks import Task, drift_task, generate_task, read_task, screen_tasks
 
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
 _GPU_FLOPS = 0.3 * 312e12
@@ -65,6 +65,10 @@ class Later(NamedTuple):
     def plus(self, *others: Later) -> Later:
         """All together."""
         return Later(*(sum(values) for values in zip(self, *others, strict=True)))
+
+    def times(self, count: float) -> Later:
+        """So many of it."""
+        return Later(round(count * self.rows), count * self.flops, count * self.down)
 
 
 @dataclass(frozen=True)
@@ -203,9 +207,8 @@ def _neurons(study: Study) -> Later:
     everywhere = _neurons_measured(study) + _curve_sizes(study)
     heldout = everywhere + study.config.neurons.random_sets + _OTHER_SETS
     steps = 2 + study.info.d_ff.bit_length()  # of a search by windows, or of the search for the smallest set
-    found = _gate_rows(study, "discovery", everywhere).plus(
-        _gate_rows(study, "heldout", heldout), *[_bases(study, _pairs(study))] * (2 * steps)
-    )
+    found = _bases(study, _pairs(study)).times(2 * steps)
+    found = found.plus(_gate_rows(study, "discovery").times(everywhere), _gate_rows(study, "heldout").times(heldout))
     if "gradient" not in study.config.neurons.search:
         return found
     position = study.config.positions.neurons[0]
@@ -223,40 +226,38 @@ def _paths(study: Study) -> Later:
     site = Site("layer_output", paths.early_layer(study.info.layers), "edit")
     count = 3 + (1 + paths.RANDOM_SETS if gated else 0)  # nothing frozen, MLPs, attention, gates, random sets
     pairs = _pairs(study, "heldout" if gated else "all")
-    return _rows(study, pairs, site, (0, 1), count).plus(_bases(study, pairs))
+    return _bases(study, pairs).plus(_rows(study, pairs, site).times(count))
 
 
 def _intervene(study: Study) -> Later:
     pairs, settings = _pairs(study, "heldout"), study.config.intervene
     held = 2 + len(settings.factors)  # gates at their mean or times a factor, the whole MLP
     prompts = [ids for pair in pairs for ids in pair.prompts]
-    kept = [Held(0, (), Scale(0.0))]
-    drifts = [drift_task("", pair.x0, (0,) * settings.tokens, kept, study.setting) for pair in pairs]
-    return _gate_rows(study, "heldout", held + intervene.RANDOM_SETS).plus(
-        _bases(study, pairs),
+    drifts = [drift_task("", pair.x0, (0,) * settings.tokens, (), study.setting) for pair in pairs]
+    said = _continued(study, prompts, settings.tokens).plus(_tasks(drifts, 3 * settings.tokens))
+    return _bases(study, pairs).plus(
+        _gate_rows(study, "heldout").times(held + intervene.RANDOM_SETS),
         _read(study, _pairs(study, "discovery"), study.info.d_ff),
-        *[_continued(study, prompts, settings.tokens)] * (held + 2),
-        *[_tasks(drifts, 3 * settings.tokens)] * (held + 2),
+        said.times(held + 2),  # and with nothing held, and with a random set
     )
 
 
 def _attacks(study: Study) -> Later:
     """Rewrapped prompts are taken to be as long as the plain ones: no more than a row's tokens behind the edit run."""
     pairs, variants = _pairs(study, "heldout"), len(attacks.WRAPPERS) + len(study.config.attacks.checkpoints)
-    harmful = [pair.x1 for pair in pairs]
     units = _neurons_measured(study) + study.config.neurons.exact
-    return _gate_rows(study, "heldout", variants * (units + 2)).plus(
-        _gate_rows(study, "heldout", 2),
-        *[_bases(study, pairs)] * (2 * (variants + 1)),
-        *[_continued(study, harmful, study.config.intervene.tokens)] * (2 * (variants + 1)),
+    said = _continued(study, [pair.x1 for pair in pairs], study.config.intervene.tokens)
+    return (
+        _gate_rows(study, "heldout")
+        .times(variants * (units + 2) + 2)
+        .plus(_bases(study, pairs).plus(said).times(2 * (variants + 1)))
     )
 
 
 def _monitor(study: Study) -> Later:
-    found = _read(study, _pairs(study), study.info.d_ff + study.info.d_model)
     hard = study.config.monitor.hard_negatives
-    share = len(load_pairs(hard)) / len(study.pairs) if hard else 0.0
-    return found.plus(Later(0, share * found.flops, share * found.down))
+    more = len(load_pairs(hard)) / len(study.pairs) if hard else 0.0
+    return _read(study, _pairs(study), study.info.d_ff + study.info.d_model).times(1 + more)
 
 
 _LATER: dict[str, Callable[[Study], Later]] = {
@@ -274,18 +275,17 @@ def _pairs(study: Study, split: str = "all") -> list[TokenPair]:
     return [pair for pair in study.pairs if split in ("all", splits.get(pair.id))]
 
 
-def _rows(study: Study, pairs: Sequence[TokenPair], site: Site, sides: Sequence[int], count: int) -> Later:
-    """So many rows on each side of each pair, as if all overwrote this site."""
-    rows = [(swap(pair, site, side, study.info), pair) for pair in pairs for side in sides]
+def _rows(study: Study, pairs: Sequence[TokenPair], site: Site) -> Later:
+    """One row on each prompt, as if it overwrote this site."""
+    rows = [(swap(pair, site, side, study.info), pair) for pair in pairs for side in (0, 1)]
     written = [(row, pair) for row, pair in rows if row.writes]
-    flops = count * sum(row_flops(row, pair, study.setting) for row, pair in written)
-    numbers = count * sum(len(study.outcome.reads(pair)) for _, pair in written)
-    return Later(count * len(written), flops, 4.0 * numbers)
+    flops = sum(row_flops(row, pair, study.setting) for row, pair in written)
+    return Later(len(written), flops, 4.0 * sum(len(study.outcome.reads(pair)) for _, pair in written))
 
 
-def _gate_rows(study: Study, split: str, count: int) -> Later:
+def _gate_rows(study: Study, split: str) -> Later:
     site = Site("mlp_neurons", study.info.layers // 2, study.config.positions.neurons[0], (0,))
-    return _rows(study, _pairs(study, split), site, (0, 1), count)
+    return _rows(study, _pairs(study, split), site)
 
 
 def _bases(study: Study, pairs: Sequence[TokenPair]) -> Later:

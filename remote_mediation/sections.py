@@ -129,7 +129,7 @@ def _cut_short(search: pd.DataFrame) -> str:
 
 def _set_in_words(result: Result, sets: pd.DataFrame, curve: pd.DataFrame) -> str:
     gates, whole = (sets[sets["set"] == name].iloc[0] for name in ("gates", "mlp"))
-    carry, sign = result.study.config.neurons.carry, _sign(result)
+    carry, sign = result.study.config.neurons.carry, result.summary.total.sign
     reached = curve.loc[curve["size"] == gates["size"], "discovery"]
     if len(reached) and reached.iloc[0] < carry:
         size = f"No set that was tried carries {carry:.0%} of its MLP's NIE; the largest has"
@@ -327,7 +327,7 @@ def _paths_table(result: Result, table: pd.DataFrame) -> Table:
 
 
 def _repair(result: Result) -> Part:
-    title, benefit = ("Removing refusal", "Effect") if _sign(result) < 0 else ("Repair", "Benefit")
+    title, benefit = ("Removing refusal", "Effect") if result.summary.total.sign < 0 else ("Repair", "Benefit")
     did = (
         "The gates were held from the last prompt token on, on held-out pairs, at their mean over the discovery pairs' "
         f"harmless prompts, or multiplied. *{benefit}* is read on harmful prompts, *cost* on the harmless counterparts."
@@ -347,7 +347,7 @@ def _repair(result: Result) -> Part:
 
 def _direction_in_words(result: Result) -> str:
     """What the gates carry where the harmful prompts lower the outcome."""
-    if _sign(result) >= 0:
+    if result.summary.total.sign >= 0:
         return ""
     return (
         "Here the harmful prompts lower the outcome, so the gates carry what turns the model away from the harmful "
@@ -381,7 +381,7 @@ def _held_in_brief(result: Result, table: pd.DataFrame) -> str:
 
 def _undone(result: Result, harmful: pd.Series) -> str:
     """Whether a change goes against the total effect, by its interval."""
-    toward = -_sign(result)
+    toward = -result.summary.total.sign
     if np.isnan(harmful["change_low"]):
         return "and whether that differs from 0 is not known"
     if min(toward * harmful[f"change_{end}"] for end in _ENDS) <= 0:
@@ -421,7 +421,7 @@ def _no_variation(rates: pd.Series) -> str:
 
 def _no_harm(result: Result, plain: pd.Series) -> str:
     """Says so where the plain model does no harm that holding could mend."""
-    if plain["complied"] > 0 or _sign(result) < 0:
+    if plain["complied"] > 0 or result.summary.total.sign < 0:
         return ""
     return "Nothing held, no answer complies: what the outcome reads as the harmful answer may be a refusal."
 
@@ -502,7 +502,7 @@ def _circumvention(result: Result) -> Part:
     absent, table = _no_gates(result, "hold"), result.tables.get("attacks.csv")
     if absent or table is None or table.empty:
         return Part(title, did, absent or _UNMEASURED)
-    undone = "TE undone by removing refusal" if _sign(result) < 0 else "TE undone by holding"
+    undone = "TE undone by removing refusal" if result.summary.total.sign < 0 else "TE undone by holding"
     words = (_direction_in_words(result), _attacks_in_words(table), _attack_rates(result, table))
     tables = (_attack_table(result, table, undone), _rank_table(result, table))
     figure = gate_figures.attack_figure(table, undone)
@@ -657,15 +657,10 @@ def _share_of(row: Any, name: str) -> str:
     return interval(value, low, high, percent) if not np.isnan(value) else "n/a"
 
 
-def _sign(result: Result) -> int:
-    """1 or -1 where the interval of TE is clear of 0, else 0."""
-    return result.summary.total.sign
-
-
 def _no_effect(result: Result) -> str:
     """Why there is nothing to carry; empty where there is."""
     total = result.summary.total
-    if _sign(result):
+    if total.sign:
         return ""
     if np.isnan(total.low):
         return f"Whether there is a total effect to mediate is not known: {total.reason or 'it has no interval'}."
