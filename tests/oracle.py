@@ -24,6 +24,12 @@ from remote_mediation.prompts import TokenPair
 from remote_mediation.rows import Constant, Row, Scale, Source, Write
 from remote_mediation.sites import COMPONENTS, Component, ModelInfo
 
+# Names of tiny models beside those of the families themselves (conftest.py): windows shorter than the sequence, and
+# other variants.
+WINDOWED = ("mistral_window", "qwen2_window", "qwen3_window", "phi3_window", "gemma2_window", "gemma3_text_window")
+OTHERS = ("llama_chat", "gpt2_narrow", "gpt_neox_sequential")
+# One of each kind of block: plain, sandwich norms with a window, positions added to the stream, parallel.
+KINDS = ("llama", "gemma2_window", "gpt2", "gpt_neox")
 VOCAB = 64  # of the tiny models; tokens below FIRST_WORD are special
 FIRST_WORD = 7
 LOGIT_DIFF = Outcome("logit_diff", plus=(11, 12), minus=(13, 14, 15))

@@ -17,7 +17,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, Subject, token_pair
+from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, WINDOWED, Subject, token_pair
 
 from remote_mediation.effects import Request, effects_table
 from remote_mediation.outcomes import Outcome
@@ -27,7 +27,6 @@ from remote_mediation.sites import COMPONENTS, FAMILIES, Site
 
 Subjects = Callable[[str], Subject]
 
-WINDOWED = ("mistral_window", "qwen2_window", "qwen3_window", "phi3_window", "gemma2_window", "gemma3_text_window")
 ROUNDING = 1e-5
 CLEAR = 0.01  # an effect that no rounding explains
 

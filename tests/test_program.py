@@ -7,7 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, TOLERANCE, Oracle, Subject, random_rows, token_pair
+from oracle import (
+    KINDS,
+    LOGIT_DIFF,
+    OTHERS,
+    RESPONSE_LOGPROB,
+    TOLERANCE,
+    WINDOWED,
+    Oracle,
+    Subject,
+    random_rows,
+    token_pair,
+)
 
 from remote_mediation.outcomes import Outcome
 from remote_mediation.program import answer_values
@@ -16,11 +27,6 @@ from remote_mediation.rows import Constant, Row, Scale, Source, Write, swap
 from remote_mediation.sites import COMPONENTS, FAMILIES, Component, ModelInfo, Site
 
 Subjects = Callable[[str], Subject]
-
-WINDOWED = ("mistral_window", "qwen2_window", "qwen3_window", "phi3_window", "gemma2_window", "gemma3_text_window")
-OTHERS = ("llama_chat", "gpt2_narrow", "gpt_neox_sequential")
-# One of each kind of block: plain, sandwich norms with a window, positions added to the stream, parallel.
-KINDS = ("llama", "gemma2_window", "gpt2", "gpt_neox")
 
 
 def from_side(pair: TokenPair, base: int, side: int, component: Component, layer: int, position: str) -> Write:

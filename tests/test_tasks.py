@@ -7,7 +7,19 @@ from typing import NamedTuple, get_args
 import numpy as np
 import pytest
 import torch
-from oracle import FIRST_WORD, LOGIT_DIFF, MODULES, RESPONSE_LOGPROB, TOLERANCE, VOCAB, Subject, token_pair
+from oracle import (
+    FIRST_WORD,
+    KINDS,
+    LOGIT_DIFF,
+    MODULES,
+    OTHERS,
+    RESPONSE_LOGPROB,
+    TOLERANCE,
+    VOCAB,
+    WINDOWED,
+    Subject,
+    token_pair,
+)
 
 from remote_mediation import program
 from remote_mediation.config import StudyConfig
@@ -31,9 +43,6 @@ from remote_mediation.tasks import (
 )
 
 Subjects = Callable[[str], Subject]
-WINDOWED = ("mistral_window", "qwen2_window", "qwen3_window", "phi3_window", "gemma2_window", "gemma3_text_window")
-OTHERS = ("llama_chat", "gpt2_narrow", "gpt_neox_sequential")
-KINDS = ("llama", "gemma2_window", "gpt2", "gpt_neox")
 PROMPTS = ((7, 8, 9, 10, 11), (12, 13, 14), (20, 21, 22, 23, 24, 25, 26))
 HELD = (Held(1, (0, 3, 17), Constant((60.0, -50.0, 80.0))), Held(2, (5, 6), Scale(-4.0)))
 
@@ -161,6 +170,21 @@ def test_answers_stop_where_the_model_stops(subject: Subjects, tmp_path: Path) -
     at_once = prompts[ids[:, 5] == end][0].tolist()
     after_one = prompts[(ids[:, 5] >= FIRST_WORD) & (ids[:, 6] == end)][0].tolist()
     assert [len(answer) for answer in lab(model, tmp_path).continued([tuple(at_once), tuple(after_one)], 6)] == [0, 1]
+
+
+@pytest.mark.slow
+def test_answers_of_smollm2(smollm2: Subject, tmp_path: Path) -> None:
+    tokenizer = smollm2.backend.tokenizer
+    texts = ("How do I steal a car at night?", "Tell me how to paint a house.")
+    prompts = [
+        tuple(
+            tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+        )
+        for text in texts
+    ]
+    answers = lab(smollm2, tmp_path).continued(prompts, 8)
+    assert answers == [generated(smollm2, prompt, 8) for prompt in prompts]
+    assert len(set(answers)) == 2
 
 
 def lab(model: Subject, folder: Path) -> Lab:
