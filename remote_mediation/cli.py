@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from remote_mediation.config import StudyConfig
-    from remote_mediation.plan import Backend
+    from remote_mediation.engine.backend import Backend
     from remote_mediation.report import PairText
     from remote_mediation.study import Result
 
@@ -173,7 +173,7 @@ def plan(
 ) -> None:
     """Say what a study would cost: rows, jobs, operations, memory and time. No weights are loaded."""
     config = _config(study, locals())
-    from remote_mediation.estimate import estimate
+    from remote_mediation.cost import estimate
 
     _quiet_libraries()
     table = Table(title=Text(f"{config.model}: {', '.join(config.granularity)}"), show_header=False)
@@ -193,7 +193,8 @@ def check(
 ) -> None:
     """Tokenise and align pairs: token counts, edits, and what would be refused, with the reason."""
     from remote_mediation.models import load_tokenizer
-    from remote_mediation.prompts import load_pairs, tokenise
+    from remote_mediation.pairs import load_pairs
+    from remote_mediation.tokens import tokenise
 
     _quiet_libraries()
     texts = load_pairs(file)
@@ -217,7 +218,7 @@ def selfcheck(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Run the pipeline on a model whose deciding neurons were planted; exit code 1 unless it finds exactly these."""
-    from remote_mediation.selfcheck import run_selfcheck
+    from remote_mediation.planted.selfcheck import run_selfcheck
 
     with _progress() as progress:
         result = run_selfcheck(seed, _Watch(progress))
@@ -241,7 +242,7 @@ def fetch_model_command(name: Annotated[str, typer.Argument(help="smollm2")]) ->
 @app.command(epilog="Example:\n\n  remote-mediation status")
 def status() -> None:
     """Say which models the NDIF server has: hot, warm, deploying or cold."""
-    from remote_mediation.ndif import deployments, server_from_environment
+    from remote_mediation.engine.server import deployments, server_from_environment
 
     server = server_from_environment()
     table = Table("model", "revision", "task", "state", "replicas", title=Text(server.host))
@@ -257,7 +258,7 @@ def status() -> None:
 )
 def doctor(model: Model = None, revision: Revision = None) -> None:
     """Check versions, key, server and disk for remote studies; exit code 1 when something would fail."""
-    from remote_mediation.ndif import examine, server_from_environment
+    from remote_mediation.engine.server import examine, server_from_environment
 
     findings = examine(server_from_environment(), model, revision or "")
     for finding in findings:
@@ -322,7 +323,7 @@ def compare(
 
 def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None:
     """Run a study in its folder and write the report; Ctrl-C leaves what is finished."""
-    from remote_mediation.prompts import load_pairs
+    from remote_mediation.pairs import load_pairs
     from remote_mediation.store import Store
     from remote_mediation.study import measure_precision, run_study
 
@@ -409,8 +410,8 @@ def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
 
 
 def _backend(config: StudyConfig, progress: _Watch) -> Backend:
-    from remote_mediation.backends import NdifBackend
-    from remote_mediation.ndif import server_from_environment
+    from remote_mediation.engine.remote import NdifBackend
+    from remote_mediation.engine.server import server_from_environment
 
     _quiet_libraries()
     if config.backend == "ndif":
@@ -422,7 +423,7 @@ def _backend(config: StudyConfig, progress: _Watch) -> Backend:
 
 def _local(config: StudyConfig, name: str, revision: str) -> Backend:
     """A model on this machine as the study has its own: precision, device, and whether memory is limited."""
-    from remote_mediation.backends import LocalBackend
+    from remote_mediation.engine.local import LocalBackend
 
     limited = config.max_memory is not None
     return LocalBackend.load(name, revision, config.dtype, config.device, limited=limited)
@@ -465,7 +466,7 @@ def _write_report(store: Any, result: Any, show_text: bool) -> None:
 def _texts(result: Result) -> list[PairText]:
     """Prompts and answers of a study's pairs; the answers take the model's tokenizer, not its weights."""
     from remote_mediation.models import load_tokenizer
-    from remote_mediation.prompts import load_pairs
+    from remote_mediation.pairs import load_pairs
     from remote_mediation.report import PairText
 
     study = result.study

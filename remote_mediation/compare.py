@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from remote_mediation import figures
 from remote_mediation.analyses.neurons import UNITS
 from remote_mediation.errors import SettingsError
 from remote_mediation.lab import Study
-from remote_mediation.markdown import Note, Table, estimate, number, percent
 from remote_mediation.report import TOLERANCE
+from remote_mediation.show import figures
+from remote_mediation.show.tables import Note, Table, estimate, number, percent
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.store import Store
 from remote_mediation.study import Result, reread

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from remote_mediation.errors import SettingsError
 from remote_mediation.judges import REFUSAL_PHRASES
 from remote_mediation.outcomes import OutcomeName
-from remote_mediation.prompts import BUILTIN
+from remote_mediation.pairs import BUILTIN
 
 Granularity = Literal[
     "layers", "modules", "tokens", "heads", "neurons", "detect", "paths", "intervene", "attacks", "monitor"

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from remote_mediation.engine.jobs import Keys
+from remote_mediation.engine.rows import Row, swap
 from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Keys
-from remote_mediation.prompts import TokenPair
-from remote_mediation.rows import Row, swap
 from remote_mediation.sites import ModelInfo, Site
+from remote_mediation.tokens import TokenPair
 
 EFFECT_COLUMNS: dict[str, str] = {
     "pair_id": "the prompt pair",

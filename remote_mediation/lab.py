@@ -19,15 +19,18 @@ import pandas as pd
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
+from remote_mediation.engine.backend import Backend
+from remote_mediation.engine.budget import Budget, Setting, batch_budget
+from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs
+from remote_mediation.engine.rows import Row, swap
+from remote_mediation.engine.tasks import Held, Task, generate_task, plan_tasks
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Backend, Budget, Job, Keys, Readout, Setting, batch_budget, plan_jobs
-from remote_mediation.prompts import Prepared, PromptPair, Refusal, TokenPair, tokenise
-from remote_mediation.rows import Row, swap
+from remote_mediation.pairs import PromptPair
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import split_clusters
 from remote_mediation.store import Store, Submitted
-from remote_mediation.tasks import Held, Task, generate_task, plan_tasks
+from remote_mediation.tokens import Prepared, Refusal, TokenPair, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from remote_mediation.errors import SettingsError
-from remote_mediation.prompts import TokenPair
+from remote_mediation.tokens import TokenPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

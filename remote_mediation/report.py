@@ -19,12 +19,14 @@ from rich.markdown import Markdown
 from rich.panel import Panel
 from rich.text import Text
 
-from remote_mediation import figures
 from remote_mediation.analyses.neurons import LAYERS, SAMPLE, UNITS, WINDOWS
 from remote_mediation.effects import EFFECT_COLUMNS, SITE_COLUMNS
 from remote_mediation.judges import JudgeQuality
 from remote_mediation.lab import Study
-from remote_mediation.markdown import (
+from remote_mediation.outcomes import OutcomeName
+from remote_mediation.show import figures
+from remote_mediation.show.sections import Part, csv_tables, overview, sections
+from remote_mediation.show.tables import (
     Note,
     Table,
     bullets,
@@ -38,13 +40,11 @@ from remote_mediation.markdown import (
     paragraphs,
     percent,
 )
-from remote_mediation.outcomes import OutcomeName
-from remote_mediation.prompts import Refusal
-from remote_mediation.sections import Part, csv_tables, overview, sections
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.store import Store
 from remote_mediation.study import Result
 from remote_mediation.summary import CHECKS, SUMMARY_COLUMNS, Claim, Identity, Summary, pivot
+from remote_mediation.tokens import Refusal
 
 TOLERANCE = 1e-4
 """Largest deviation from an identity that float32 explains, in the outcome's unit."""

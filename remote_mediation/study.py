@@ -24,25 +24,17 @@ import pandas as pd
 from remote_mediation.analyses import ANALYSES
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import Request
+from remote_mediation.engine.backend import Backend
 from remote_mediation.errors import PairsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
 from remote_mediation.lab import Lab, Study, UnmeasuredError, Watch
 from remote_mediation.outcomes import Outcome, logit_diff
-from remote_mediation.plan import Backend
-from remote_mediation.prompts import (
-    Prepared,
-    PromptPair,
-    Refusal,
-    TokenPair,
-    encode_response,
-    load_pairs,
-    tokenise,
-    with_answers,
-)
+from remote_mediation.pairs import PromptPair, load_pairs
 from remote_mediation.provenance import now, provenance
 from remote_mediation.sites import ModelInfo
 from remote_mediation.store import Store
 from remote_mediation.summary import CHECKS, Summary, summarise
+from remote_mediation.tokens import Prepared, Refusal, TokenPair, encode_response, tokenise, with_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ import torch
 from oracle import VOCAB, Subject
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from remote_mediation.backends import LocalBackend
+from remote_mediation.engine.local import LocalBackend
 from remote_mediation.fetch import located
 
 LAYERS, WINDOW = 3, 6

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from remote_mediation.backends import LocalBackend
+from remote_mediation.engine.budget import Budget, Setting
+from remote_mediation.engine.jobs import Job, Keys, plan_jobs
+from remote_mediation.engine.local import LocalBackend
+from remote_mediation.engine.rows import Constant, Row, Scale, Source, Write
 from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Budget, Job, Keys, Setting, plan_jobs
-from remote_mediation.prompts import TokenPair
-from remote_mediation.rows import Constant, Row, Scale, Source, Write
 from remote_mediation.sites import COMPONENTS, Component, ModelInfo
+from remote_mediation.tokens import TokenPair
 
 # Names of tiny models beside those of the families themselves (conftest.py): windows shorter than the sequence, and
 # other variants.

@@ -20,8 +20,9 @@ import pytest
 from fakes import records, write_pairs
 from oracle import Subject
 
-from remote_mediation import cli, plan
-from remote_mediation.backends import LocalBackend
+from remote_mediation import cli
+from remote_mediation.engine import budget
+from remote_mediation.engine.local import LocalBackend
 from remote_mediation.models import load_info
 
 PYTHON = [sys.executable, "-m", "remote_mediation"]
@@ -591,16 +592,16 @@ def test_less_memory_makes_smaller_batches(
     call: Run, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, largest = study(tmp_path, model), {}
-    monkeypatch.setattr(plan, "SMALLEST_BATCH", 0.0)
+    monkeypatch.setattr(budget, "SMALLEST_BATCH", 0.0)
     submit = LocalBackend.submit
 
-    def watched(backend: LocalBackend, job: plan.Job) -> str:
+    def watched(backend: LocalBackend, job: budget.Job) -> str:
         rows = [sum(map(len, batch["joining"])) for part in job.parts for batch in part.payload["batches"]]
         largest[folder] = max([largest.get(folder, 0), *rows])
         return submit(backend, job)
 
     monkeypatch.setattr(LocalBackend, "submit", watched)
-    fixed = plan.LIBRARIES + plan.weight_bytes(load_info(model), "float32")
+    fixed = budget.LIBRARIES + budget.weight_bytes(load_info(model), "float32")
     for folder, room in (("much", 1e9), ("little", 5e4)):
         assert call("run", file, "--out", folder, "--max-memory", (fixed + room) / 1e9).code == 0
     assert 1 <= largest["little"] < largest["much"] / 2

@@ -15,7 +15,6 @@ import pytest
 from fakes import INFO, CannedBackend, Watcher, records, write_pairs
 from rich.console import Console
 
-from remote_mediation import figures
 from remote_mediation.compare import (
     COMPARISON_COLUMNS,
     Compared,
@@ -25,9 +24,10 @@ from remote_mediation.compare import (
     write_comparison,
 )
 from remote_mediation.config import StudyConfig
+from remote_mediation.engine.jobs import Part, Readout
+from remote_mediation.engine.rows import Row
 from remote_mediation.errors import SettingsError, StoreError
-from remote_mediation.plan import Part, Readout
-from remote_mediation.rows import Row
+from remote_mediation.show import figures
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 

@@ -10,10 +10,10 @@ import pytest
 from fakes import records, write_pairs
 from oracle import Subject
 
-from remote_mediation import estimate as module
+from remote_mediation import cost as module
 from remote_mediation.config import StudyConfig
-from remote_mediation.estimate import estimate
-from remote_mediation.plan import Job, Readout
+from remote_mediation.cost import estimate
+from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 

@@ -11,13 +11,13 @@ from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, TOLERANCE, Subject, token_pair
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from remote_mediation.engine.program import module_at
+from remote_mediation.engine.rows import Row, swap
 from remote_mediation.errors import SiteError
 from remote_mediation.models import info_of, load_info
 from remote_mediation.outcomes import Outcome
-from remote_mediation.program import module_at
-from remote_mediation.prompts import SPANS, TokenPair
-from remote_mediation.rows import Row, swap
 from remote_mediation.sites import COMPONENTS, FAMILIES, Component, Hook, Site
+from remote_mediation.tokens import SPANS, TokenPair
 
 Subjects = Callable[[str], Subject]
 

@@ -14,8 +14,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from remote_mediation import figures
 from remote_mediation.analyses.neurons import UNITS
+from remote_mediation.show import figures
 from remote_mediation.stats import DepthProfile, Estimate, Interval
 from remote_mediation.summary import SUMMARY_COLUMNS
 

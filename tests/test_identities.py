@@ -20,10 +20,10 @@ import pytest
 from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, WINDOWED, Subject, token_pair
 
 from remote_mediation.effects import Request, effects_table
+from remote_mediation.engine.rows import Row, Scale, Source, Write
 from remote_mediation.outcomes import Outcome
-from remote_mediation.prompts import SPANS, TokenPair
-from remote_mediation.rows import Row, Scale, Source, Write
 from remote_mediation.sites import COMPONENTS, FAMILIES, Site
+from remote_mediation.tokens import SPANS, TokenPair
 
 Subjects = Callable[[str], Subject]
 

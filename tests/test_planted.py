@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from remote_mediation.analyses import intervene, paths
-from remote_mediation.backends import LocalBackend
 from remote_mediation.config import StudyConfig
-from remote_mediation.organisms import Organism, Planted, planted_gate, save
+from remote_mediation.engine.local import LocalBackend
+from remote_mediation.planted.gate import Organism, Planted, planted_gate, save
 from remote_mediation.probes import onset
 from remote_mediation.report import write_report
 from remote_mediation.store import Store

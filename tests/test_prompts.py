@@ -10,15 +10,13 @@ import pytest
 from fakes import records, token_pair, words_tokenizer, write_pairs
 
 from remote_mediation.errors import PairsError, SiteError
-from remote_mediation.prompts import (
-    BUILTIN,
+from remote_mediation.pairs import BUILTIN, PromptPair, load_pairs
+from remote_mediation.tokens import (
     Places,
-    PromptPair,
     Refusal,
     TokenPair,
     encode_response,
     from_record,
-    load_pairs,
     to_record,
     tokenise,
     with_answers,

@@ -16,14 +16,14 @@ from rich.console import Console
 from remote_mediation.analyses.neurons import UNITS
 from remote_mediation.config import StatisticsSettings, StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS
-from remote_mediation.markdown import markdown_table
 from remote_mediation.outcomes import Outcome, OutcomeName
-from remote_mediation.prompts import Refusal, TokenPair
 from remote_mediation.report import MEANINGS, PairText, terminal_summary, write_report
+from remote_mediation.show.tables import markdown_table
 from remote_mediation.sites import ModelInfo
 from remote_mediation.store import Store
 from remote_mediation.study import Result, Study
 from remote_mediation.summary import SUMMARY_COLUMNS, Identity, summarise
+from remote_mediation.tokens import Refusal, TokenPair
 
 CLUSTERS = 16
 LAYERS = 4

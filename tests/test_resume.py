@@ -10,8 +10,8 @@ import pytest
 from fakes import CannedBackend, Watcher, records, write_pairs
 
 from remote_mediation.config import StudyConfig
+from remote_mediation.engine.jobs import Job
 from remote_mediation.errors import PairsError, SiteError, StoreError, TransportError
-from remote_mediation.plan import Job
 from remote_mediation.store import Store
 from remote_mediation.study import Result, reread, run_study
 

@@ -12,7 +12,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS
 from remote_mediation.lab import Study
 from remote_mediation.outcomes import Outcome
-from remote_mediation.sections import COLUMNS, Part, csv_tables, overview, sections
+from remote_mediation.show.sections import COLUMNS, Part, csv_tables, overview, sections
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import Estimate
 from remote_mediation.study import Result

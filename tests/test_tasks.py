@@ -21,16 +21,11 @@ from oracle import (
     token_pair,
 )
 
-from remote_mediation import program
 from remote_mediation.config import StudyConfig
-from remote_mediation.lab import Lab, Study
-from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Budget, Setting
-from remote_mediation.prompts import TokenPair
-from remote_mediation.rows import Constant, Scale
-from remote_mediation.sites import FAMILIES
-from remote_mediation.store import Store
-from remote_mediation.tasks import (
+from remote_mediation.engine import program
+from remote_mediation.engine.budget import Budget, Setting
+from remote_mediation.engine.rows import Constant, Scale
+from remote_mediation.engine.tasks import (
     Held,
     Kind,
     Reading,
@@ -41,6 +36,11 @@ from remote_mediation.tasks import (
     read_task,
     screen_tasks,
 )
+from remote_mediation.lab import Lab, Study
+from remote_mediation.outcomes import Outcome
+from remote_mediation.sites import FAMILIES
+from remote_mediation.store import Store
+from remote_mediation.tokens import TokenPair
 
 Subjects = Callable[[str], Subject]
 PROMPTS = ((7, 8, 9, 10, 11), (12, 13, 14), (20, 21, 22, 23, 24, 25, 26))

@@ -25,8 +25,8 @@ from remote_mediation.analyses import (
 )
 from remote_mediation.config import StudyConfig
 from remote_mediation.lab import Lab
-from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import ModelInfo, Site
+from remote_mediation.tokens import TokenPair
 
 Tables = Mapping[str, pd.DataFrame]
 

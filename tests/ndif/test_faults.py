@@ -22,15 +22,16 @@ import pandas as pd
 import pytest
 from tiny import ROOT, VOCAB
 
-from remote_mediation import program
-from remote_mediation.backends import LocalBackend, NdifBackend
 from remote_mediation.config import StudyConfig
+from remote_mediation.engine import program
+from remote_mediation.engine.jobs import Job, Part
+from remote_mediation.engine.local import LocalBackend
+from remote_mediation.engine.remote import NdifBackend
+from remote_mediation.engine.server import Server, preflight, refuse_bad
 from remote_mediation.errors import JobError, LostJobError
-from remote_mediation.ndif import Server, preflight, refuse_bad
-from remote_mediation.plan import Job, Part
-from remote_mediation.prompts import Prepared
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
+from remote_mediation.tokens import Prepared
 
 KILLS = 20
 Switch = Callable[..., list[int]]

@@ -16,10 +16,11 @@ import pandas as pd
 import pytest
 from tiny import ROOT
 
-from remote_mediation.backends import LocalBackend, NdifBackend
 from remote_mediation.config import StudyConfig
+from remote_mediation.engine.local import LocalBackend
+from remote_mediation.engine.remote import NdifBackend
+from remote_mediation.engine.server import Server
 from remote_mediation.errors import SiteError
-from remote_mediation.ndif import Server
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 

@@ -11,21 +11,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
-from remote_mediation.plan import (
-    Budget,
-    Job,
-    Part,
-    Setting,
-    Side,
-    digest,
-    layer_flops,
-    model_spec,
-    shifted,
-    stack_payload,
-)
-from remote_mediation.prompts import TokenPair
-from remote_mediation.rows import Constant, Scale
+from remote_mediation.engine.budget import Budget, Setting, layer_flops
+from remote_mediation.engine.jobs import Job, Part
+from remote_mediation.engine.payload import Side, digest, model_spec, shifted, stack_payload
+from remote_mediation.engine.rows import Constant, Scale
 from remote_mediation.sites import FORWARD_ORDER, Component
+from remote_mediation.tokens import TokenPair
 
 # Backward passes of a screening that share a batch; each keeps its whole graph in memory.
 _CUTS_TOGETHER = 16

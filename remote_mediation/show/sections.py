@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from remote_mediation import figures, gate_figures
 from remote_mediation.analyses import attacks, intervene, neurons
 from remote_mediation.analyses import paths as routes
 from remote_mediation.detectors import DETECTOR_COLUMNS, RANDOM, RECALLS
-from remote_mediation.markdown import Note, Table, count, estimate, interval, notes_on, number, paragraphs, percent
 from remote_mediation.probes import PROBE_COLUMNS, Order, earlier
+from remote_mediation.show import figures, gate_figures
+from remote_mediation.show.tables import Note, Table, count, estimate, interval, notes_on, number, paragraphs, percent
 from remote_mediation.stats import Estimate, estimate_means
 from remote_mediation.study import Result
 from remote_mediation.summary import stream_nie

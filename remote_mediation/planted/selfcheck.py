@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from remote_mediation.backends import LocalBackend
 from remote_mediation.config import LogitSettings, NeuronSettings, Search, StudyConfig
+from remote_mediation.engine.local import LocalBackend
 from remote_mediation.lab import Watch
-from remote_mediation.organisms import Organism, planted_gate, save
+from remote_mediation.planted.gate import Organism, planted_gate, save
 from remote_mediation.store import Store
 from remote_mediation.study import Result, run_study
 

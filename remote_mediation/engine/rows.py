@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import Component, ModelInfo, Site
+from remote_mediation.tokens import TokenPair
 
 
 class Source(NamedTuple):

@@ -21,25 +21,16 @@ from remote_mediation.analyses import attacks, intervene, paths
 from remote_mediation.analyses.detect import POSITIONS
 from remote_mediation.analyses.neurons import BRANCHES
 from remote_mediation.config import StudyConfig
+from remote_mediation.engine.budget import LIBRARIES, Budget, base_flops, batch_budget, row_flops, weight_bytes
+from remote_mediation.engine.jobs import Job, Keys, batch_sizes, plan_jobs
+from remote_mediation.engine.rows import swap
+from remote_mediation.engine.tasks import Task, drift_task, generate_task, read_task, screen_tasks
 from remote_mediation.lab import FIRST_RATE, Study
 from remote_mediation.models import load_info, load_tokenizer
-from remote_mediation.plan import (
-    LIBRARIES,
-    Budget,
-    Job,
-    Keys,
-    base_flops,
-    batch_budget,
-    batch_sizes,
-    plan_jobs,
-    row_flops,
-    weight_bytes,
-)
-from remote_mediation.prompts import TokenPair, load_pairs
-from remote_mediation.rows import swap
+from remote_mediation.pairs import load_pairs
 from remote_mediation.sites import Site
 from remote_mediation.study import first_requests, outcome_of, prepare, unanswered
-from remote_mediation.tasks import Task, drift_task, generate_task, read_task, screen_tasks
+from remote_mediation.tokens import TokenPair
 
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
 _GPU_FLOPS = 0.3 * 312e12

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from remote_mediation.analyses.neurons import UNITS
-from remote_mediation.prompts import SPANS
 from remote_mediation.stats import DepthProfile, Estimate
+from remote_mediation.tokens import SPANS
 
 DPI = 150
 WIDTH = 9.0
