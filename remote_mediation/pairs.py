@@ -15,7 +15,7 @@ from remote_mediation.errors import PairsError
 
 BUILTIN = "builtin"
 _REQUIRED = ("id", "harmful", "harmless", "category", "template")
-_OPTIONAL = ("harmful_response", "harmless_response")
+_OPTIONAL = ("placebo", "harmful_response", "harmless_response")
 _XSTEST = ("id", "prompt", "type", "label", "focus", "note")
 # XSTest blocks whose unsafe contrasts stand in the same order as their safe prompts.
 _XSTEST_CONTRASTS = {
@@ -43,6 +43,8 @@ class PromptPair:
     """Kind of harm; for tables only."""
     template: str
     """Sentence frame; pairs of one template are one cluster. Empty: the pair is its own cluster."""
+    placebo: str = ""
+    """Another harmless prompt, xp, that differs from `harmless` in the same words as `harmful` does; empty: none."""
     harmful_response: str = ""
     """Opening of an answer to the harmful prompt; empty: the model's own."""
     harmless_response: str = ""

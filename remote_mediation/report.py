@@ -23,7 +23,7 @@ from remote_mediation.analyses.neurons import LAYERS, SAMPLE, UNITS, WINDOWS
 from remote_mediation.effects import EFFECT_COLUMNS, SITE_COLUMNS
 from remote_mediation.judges import JudgeQuality
 from remote_mediation.lab import Study
-from remote_mediation.outcomes import OutcomeName
+from remote_mediation.outcomes import MEANINGS, OutcomeName
 from remote_mediation.show import figures
 from remote_mediation.show.sections import Part, csv_tables, overview, sections
 from remote_mediation.show.tables import (
@@ -48,13 +48,6 @@ from remote_mediation.tokens import Refusal
 
 TOLERANCE = 1e-4
 """Largest deviation from an identity that float32 explains, in the outcome's unit."""
-MEANINGS: dict[OutcomeName, str] = {
-    "response_logprob": "log-probability per token of the answer to the harmful prompt minus that of the answer to the "
-    "harmless one; positive: the model leans to the answer to the harmful prompt",
-    "logit_diff": "mean logit of the harmful-continuation tokens minus mean logit of the refusal or harmless tokens, "
-    "first answer token; positive: the model leans to the harmful continuation",
-}
-"""What each outcome is, and what a positive value means."""
 
 _BOTH = ["nie", "tie"]
 """What a mediator must show: it is sufficient and necessary."""

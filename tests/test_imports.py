@@ -18,7 +18,7 @@ ORDER = (
     ("engine.server", "fetch", "pairs", "sites", "stats"),
     ("detectors", "judges", "models", "probes", "show.tables", "tokens"),
     ("outcomes",),
-    ("config", "engine.rows"),
+    ("config", "engine.rows", "openings"),
     ("engine.budget",),
     ("engine.payload",),
     ("engine.jobs",),
