@@ -15,7 +15,8 @@ ROOT = Path(remote_mediation.__file__).parent
 # `analyses.*` stands for every analysis that no other builds on. A new module needs a place here.
 ORDER = (
     ("errors", "organisms", "program", "provenance"),
-    ("fetch", "ndif", "prompts", "sites", "stats"),
+    ("fetch", "intervals", "ndif", "prompts", "sites"),
+    ("rates", "shares", "stats"),
     ("detectors", "judges", "markdown", "models", "outcomes", "probes", "rows"),
     ("config", "plan"),
     ("effects", "store", "tasks"),
