@@ -14,7 +14,8 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for every analysis that no other builds on. A new module needs a place here.
 ORDER = (
-    ("errors", "organisms", "program", "provenance"),
+    ("dequantise", "errors", "meter", "organisms", "program", "provenance"),
+    ("wheels",),
     ("fetch", "ndif", "prompts", "sites", "stats"),
     ("detectors", "judges", "markdown", "models", "outcomes", "probes", "rows"),
     ("config", "plan"),
@@ -41,7 +42,8 @@ AT_ONCE = {
     "organisms": {"torch", "transformers"},
 }
 LAZILY = {
-    "fetch": {"torch", "transformers"},
+    "dequantise": {"torch", "transformers"},
+    "fetch": {"transformers"},
     "ndif": {"nnsight"},
     "judges": {"transformers"},
     "models": {"transformers"},
