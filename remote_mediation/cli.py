@@ -230,13 +230,21 @@ def selfcheck(
         raise typer.Exit(1)
 
 
-@app.command("fetch-model", epilog="Example:\n\n  remote-mediation fetch-model smollm2")
-def fetch_model_command(name: Annotated[str, typer.Argument(help="smollm2")]) -> None:
+@app.command("fetch-model", epilog="Example:\n\n  remote-mediation fetch-model qwen2.5-coder-0.5b")
+def fetch_model_command(
+    name: Annotated[str | None, typer.Argument(help="Its short name, from --list.")] = None,
+    list_models: Annotated[bool, typer.Option("--list", help="Show the models, sizes and licences.")] = False,
+) -> None:
     """Put a small real model into the user's cache and print its folder."""
-    from remote_mediation.fetch import fetch_model
+    from remote_mediation.fetch import fetch_model, fetchable_table
 
+    if list_models:
+        console.print(fetchable_table())
+        return
+    if name is None:
+        raise InputError("name a model to fetch; fetch-model --list shows them")
     _quiet_libraries()
-    console.print(str(fetch_model(name)), soft_wrap=True, highlight=False)
+    console.print(str(fetch_model(name, errors)), soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example:\n\n  remote-mediation status")

@@ -14,7 +14,8 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for every analysis that no other builds on. A new module needs a place here.
 ORDER = (
-    ("engine", "engine.program", "errors", "planted", "planted.gate", "provenance", "show"),
+    ("dequantise", "engine", "engine.program", "errors", "meter", "planted", "planted.gate", "provenance", "show"),
+    ("wheels",),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
     ("rates", "shares", "stats"),
     ("detectors", "judges", "models", "probes", "show.tables", "tokens"),
@@ -48,7 +49,8 @@ AT_ONCE = {
     "planted.gate": {"torch", "transformers"},
 }
 LAZILY = {
-    "fetch": {"torch", "transformers"},
+    "dequantise": {"torch", "transformers"},
+    "fetch": {"transformers"},
     "engine.server": {"nnsight"},
     "judges": {"transformers"},
     "models": {"transformers"},
