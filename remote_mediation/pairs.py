@@ -15,7 +15,7 @@ from remote_mediation.errors import PairsError
 
 BUILTIN = "builtin"
 _REQUIRED = ("id", "harmful", "harmless", "category", "template")
-_OPTIONAL = ("harmful_response", "harmless_response")
+_OPTIONAL = ("harmful_response", "harmless_response", "placebo")
 _XSTEST = ("id", "prompt", "type", "label", "focus", "note")
 # XSTest blocks whose unsafe contrasts stand in the same order as their safe prompts.
 _XSTEST_CONTRASTS = {
@@ -47,13 +47,16 @@ class PromptPair:
     """Opening of an answer to the harmful prompt; empty: the model's own."""
     harmless_response: str = ""
     """Opening of an answer to the harmless prompt; empty: the model's own."""
+    placebo: str = ""
+    """Another harmless prompt that differs from `harmless` in the same words as `harmful` does; empty: none."""
 
 
 def load_pairs(source: str) -> tuple[PromptPair, ...]:
     """Read pairs from JSONL or CSV, from a CSV in XSTest's layout, or the package's own (`builtin`).
 
     Raises:
-        PairsError: missing, unreadable or empty file, wrong columns, duplicate ids, identical prompts.
+        PairsError: missing, unreadable or empty file, wrong columns, duplicate ids, identical prompts, a placebo
+            that is one of the two prompts.
     """
     if source == BUILTIN:
         text, name = resources.files("remote_mediation").joinpath("data/pairs.jsonl").read_text("utf-8"), BUILTIN
@@ -140,3 +143,7 @@ def _check_pairs(pairs: Sequence[PromptPair], name: str) -> None:
         seen.add(pair.id)
         if pair.harmful == pair.harmless:
             raise PairsError(f"{name}, pair {pair.id!r} has two identical prompts; they must differ")
+        if pair.placebo in (pair.harmful, pair.harmless):
+            raise PairsError(
+                f"{name}, pair {pair.id!r} repeats a prompt as its placebo; give another, or leave it empty"
+            )

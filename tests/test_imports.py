@@ -16,7 +16,7 @@ ROOT = Path(remote_mediation.__file__).parent
 ORDER = (
     ("engine", "engine.program", "errors", "planted", "planted.gate", "provenance", "show"),
     ("engine.server", "fetch", "pairs", "sites", "stats"),
-    ("detectors", "judges", "models", "probes", "show.tables", "tokens"),
+    ("detectors", "judges", "models", "placebo", "probes", "show.tables", "tokens"),
     ("outcomes",),
     ("config", "engine.rows"),
     ("engine.budget",),
