@@ -55,7 +55,8 @@ def load_pairs(source: str) -> tuple[PromptPair, ...]:
     """Read pairs from JSONL or CSV, from a CSV in XSTest's layout, or the package's own (`builtin`).
 
     Raises:
-        PairsError: missing, unreadable or empty file, wrong columns, duplicate ids, identical prompts.
+        PairsError: missing, unreadable or empty file, wrong columns, duplicate ids, identical prompts, a placebo
+            that is one of the two prompts.
     """
     if source == BUILTIN:
         text, name = resources.files("remote_mediation").joinpath("data/pairs.jsonl").read_text("utf-8"), BUILTIN
@@ -142,3 +143,7 @@ def _check_pairs(pairs: Sequence[PromptPair], name: str) -> None:
         seen.add(pair.id)
         if pair.harmful == pair.harmless:
             raise PairsError(f"{name}, pair {pair.id!r} has two identical prompts; they must differ")
+        if pair.placebo in (pair.harmful, pair.harmless):
+            raise PairsError(
+                f"{name}, pair {pair.id!r} repeats a prompt as its placebo; give another, or leave it empty"
+            )

@@ -18,7 +18,7 @@ ORDER = (
     ("wheels",),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
     ("rates", "shares", "stats"),
-    ("detectors", "judges", "models", "probes", "show.tables", "tokens"),
+    ("detectors", "judges", "models", "placebo", "probes", "show.tables", "tokens"),
     ("outcomes",),
     ("config", "engine.rows", "openings"),
     ("engine.budget",),
