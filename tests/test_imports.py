@@ -16,6 +16,8 @@ ROOT = Path(remote_mediation.__file__).parent
 ORDER = (
     ("errors", "organisms", "program", "provenance"),
     ("fetch", "ndif", "prompts", "sites", "stats"),
+    ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
+    ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
     ("detectors", "judges", "markdown", "models", "outcomes", "probes", "rows"),
     ("config", "plan"),
     ("effects", "store", "tasks"),
@@ -43,7 +45,10 @@ AT_ONCE = {
 LAZILY = {
     "fetch": {"torch", "transformers"},
     "ndif": {"nnsight"},
-    "judges": {"transformers"},
+    "judges.base": {"transformers"},
+    "judges.chat": {"torch", "transformers"},
+    "judges.classifier": {"transformers"},
+    "judges.embedding": {"torch", "transformers"},
     "models": {"transformers"},
     "cli": {"transformers"},
 }
