@@ -114,7 +114,11 @@ def paths(folder: RunFolder) -> None:
 def intervene(
     folder: RunFolder,
     judge: Annotated[
-        str | None, typer.Option(help="refusal-phrases, classifier:MODEL[:LABEL] or python:module:function.")
+        str | None,
+        typer.Option(
+            help="refusal-openings unless the study says else; openings+embedding is better (fetch-model minilm). Also "
+            "embedding, refusal-phrases, model:NAME, classifier:MODEL[:LABEL], python:module:function."
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each generated answer.")] = None,
     attacks: Annotated[bool, typer.Option("--attacks", help="Rewrap the prompts, too.")] = False,
@@ -279,7 +283,7 @@ def doctor(model: Model = None, revision: Revision = None) -> None:
 @judge_app.command(
     "check",
     epilog="Examples:\n\n"
-    "  remote-mediation judge check\n\n"
+    "  remote-mediation judge check --all\n\n"
     "  remote-mediation judge check labelled.csv --judge classifier:./my-classifier:unsafe\n\n"
     "  remote-mediation judge check labelled.csv --judge python:my_package.judges:by_keyword",
 )
@@ -288,22 +292,39 @@ def judge_check(
         str, typer.Argument(metavar="FILE", help="'builtin', or a CSV file with prompt, answer and harmful (1 or 0).")
     ] = "builtin",
     judge: Annotated[
-        str, typer.Option(help="refusal-phrases, classifier:MODEL_OR_FOLDER[:LABEL] or python:package.module:function.")
-    ] = "refusal-phrases",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap of kappa.")] = 0,
+        list[str] | None,
+        typer.Option(
+            help="refusal-openings, refusal-phrases, embedding[:FOLDER], openings+embedding[:FOLDER], model:NAME, "
+            "classifier:MODEL_OR_FOLDER[:LABEL] or python:package.module:function; repeat it to compare."
+        ),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="All that are ready as they are (after fetch-model minilm).")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
 ) -> None:
-    """Compare a judge's verdicts with labels: accuracy, recall, specificity and Cohen's kappa, with 95% intervals."""
+    """Compare judges' verdicts with labels: accuracy, recall, specificity and Cohen's kappa, with 95% intervals."""
     import numpy as np
 
-    from remote_mediation.judges import BUILTIN, MEANING, check_judge, load_judge, load_labelled
+    from remote_mediation.judges import (
+        BUILTIN,
+        DEFAULT_JUDGE,
+        MEANING,
+        STANDING,
+        check_judge,
+        load_judge,
+        load_labelled,
+    )
     from remote_mediation.report import judge_table
 
     records = load_labelled(file)
-    if judge.startswith("classifier:"):
+    specs = list(dict.fromkeys([*(STANDING if every else ()), *(judge or ())])) or [DEFAULT_JUDGE]
+    if any(spec.startswith(("classifier", "embedding", "openings+", "model")) for spec in specs):
         _quiet_libraries()
-    quality = check_judge(load_judge(judge), records, np.random.default_rng(seed))
-    console.print(judge_table(quality).rich(f"{file}: {quality.n} answers, {quality.harmful} of them labelled harmful"))
-    console.print(MEANING, soft_wrap=True, highlight=False)
+    qualities = [check_judge(load_judge(spec), records, np.random.default_rng(seed)) for spec in specs]
+    of = f"{file}: {len(records)} answers, {sum(record.harmful for record in records)} of them labelled harmful"
+    console.print(judge_table(qualities).rich(of))
+    console.print(f"{MEANING}. Brackets: 95% intervals.", soft_wrap=True, highlight=False)
     if file == BUILTIN:
         console.print("The built-in answers are harmless stand-ins, many of them hard: no sample of a model's answers.")
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from remote_mediation.errors import SettingsError
-from remote_mediation.judges import REFUSAL_PHRASES
+from remote_mediation.judges import DEFAULT_JUDGE
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 
@@ -86,8 +86,8 @@ class NeuronSettings(_Strict):
 class InterveneSettings(_Strict):
     """`[intervene]`: what the gates are held at, and who judges what is then said."""
 
-    judge: str = REFUSAL_PHRASES
-    """`refusal-phrases`, `classifier:MODEL[:LABEL]` or `python:module:function`."""
+    judge: str = DEFAULT_JUDGE
+    """A judge's spec (`judges.load_judge`); `openings+embedding` is better, and takes `fetch-model minilm`."""
     tokens: int = Field(default=24, ge=1)
     """Tokens of each generated answer."""
     factors: Distinct[float] = [0.0, 0.5, 2.0]

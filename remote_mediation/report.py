@@ -546,17 +546,14 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
     return [(name, _UNRECORDED if value is None else str(value))]
 
 
-def judge_table(quality: JudgeQuality) -> Table:
-    """How good a judge is; stands beside every rate that the judge has counted."""
-    measures = {
-        "accuracy": quality.accuracy,
-        "recall, harmful answers found": quality.recall,
-        "specificity, others let pass": quality.specificity,
-        "Cohen's kappa": quality.kappa,
-    }
-    rows = [
-        (name, estimate(found, number if found is quality.kappa else percent), str(found.n_pairs))
-        for name, found in measures.items()
-    ]
-    notes = [Note(name, found.reason) for name, found in measures.items() if found.reason]
-    return Table((f"judge {quality.judge}", "value [95% interval]", "labelled answers"), rows, tuple(notes))
+def judge_table(qualities: Sequence[JudgeQuality]) -> Table:
+    """How good judges are on the same labelled answers, a row each."""
+    header = ("judge", "accuracy", "recall, harmful found", "specificity, others let pass", "Cohen's kappa")
+    rows, notes = [], []
+    for one in qualities:
+        measures = (one.accuracy, one.recall, one.specificity, one.kappa)
+        shown = [estimate(found, number if found is one.kappa else percent) for found in measures]
+        rows.append((one.judge, *shown))
+        for name, found in zip(header[1:], measures, strict=True):
+            notes += [Note(f"{one.judge}, {name}", found.reason)] if found.reason else []
+    return Table(header, rows, tuple(notes))

@@ -403,7 +403,7 @@ def test_pairs_check(call: Run, tmp_path: Path, model: str) -> None:
 def test_judge_check(call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built_in = call("judge", "check")
     assert (built_in.code, built_in.err) == (0, "")
-    assert "builtin: 60 answers, 25 of them labelled harmful" in built_in.out
+    assert "builtin: 382 answers, 147 of them labelled harmful" in built_in.out
     assert "no sample of a model's answers" in " ".join(built_in.out.split())
     assert call("judge", "check", "--seed", 0).out == built_in.out != call("judge", "check", "--seed", 1).out
 
@@ -412,10 +412,9 @@ def test_judge_check(call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.syspath_prepend(tmp_path)
     ran = call("judge", "check", "mine.csv", "--judge", "python:jurors:by_word")
     assert (ran.code, ran.err) == (0, "")
-    lines = [" ".join(line.split()) for line in ran.out.splitlines()]
-    assert any(line.startswith("accuracy 60% [") for line in lines)
-    assert any(line.startswith("recall, harmful answers found 50% [") for line in lines)
-    assert any(line.startswith("specificity, others let pass 66.7% [") for line in lines)
+    assert all(f" {share} [" in ran.out for share in ("60%", "50%", "66.7%"))
+    both = call("judge", "check", "mine.csv", "--judge", "refusal-openings", "--judge", "refusal-phrases")
+    assert (both.code, both.err, both.out.count("refusal-")) == (0, "", 2)
     assert "no sample" not in ran.out
 
 
@@ -425,7 +424,7 @@ def test_judges_that_are_refused(call: Run, tmp_path: Path, monkeypatch: pytest.
     before = tree(tmp_path)
     refused(call("judge", "check", "bad.csv"), "'bad.csv', line 3", "'maybe'", "write 1, 0, true or false")
     refused(call("judge", "check", "missing.csv"), "'missing.csv'", "No such file", "give a CSV file")
-    refused(call("judge", "check", "--judge", "me"), "unknown judge 'me'", "use refusal-phrases, classifier:")
+    refused(call("judge", "check", "--judge", "me"), "unknown judge 'me'", "use refusal-phrases, refusal-openings")
     refused(call("judge", "check", "--judge", "classifier:./nowhere"), "'./nowhere'", "give a local folder")
     refused(call("judge", "check", "--judge", "python:no_such_jury:f"), "'no_such_jury'", "PYTHONPATH")
     assert tree(tmp_path) == before
