@@ -191,9 +191,12 @@ def test_unknown_models(call: Run, tmp_path: Path, model: str, command: str, mon
 def test_an_unknown_family(call: Run, tmp_path: Path, model: str) -> None:
     file = study(tmp_path, model)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text('{"model_type": "opt"}', "utf-8")
     before = tree(tmp_path)
-    refused(call("run", file, "--model", "model"), "model family 'opt'", "add a row FAMILIES['opt']")
+    expected = {"xglm": "add a row FAMILIES['xglm']", "bloom": "cannot be studied: its attention biases"}
+    for family, reason in expected.items():
+        (tmp_path / "model/config.json").write_text(f'{{"model_type": "{family}"}}', "utf-8")
+        refused(call("run", file, "--model", "model"), f"model family '{family}'", reason)
+    (tmp_path / "model/config.json").unlink()
     assert tree(tmp_path) == before
 
 
