@@ -22,10 +22,20 @@ def load_info(name: str, revision: str = "") -> ModelInfo:
         ModelError: no such model, or no way to reach the hub.
         SiteError: the model's family is not in the table.
     """
+    info = info_of(load_configuration(name, revision), name, revision)
+    return replace(info, weights=_fingerprint(Path(located(name))))
+
+
+def load_configuration(name: str, revision: str = "") -> PreTrainedConfig:
+    """A model's transformers configuration, from a local folder or the hub.
+
+    Raises:
+        ModelError: no such model, or no way to reach the hub.
+    """
     from transformers import AutoConfig
 
-    info = info_of(_load(AutoConfig, name, revision), name, revision)
-    return replace(info, weights=_fingerprint(Path(located(name))))
+    config: PreTrainedConfig = _load(AutoConfig, name, revision)
+    return config
 
 
 def load_tokenizer(name: str, revision: str = "") -> PreTrainedTokenizerBase:

@@ -18,7 +18,7 @@ ORDER = (
     ("engine.server", "fetch", "pairs", "sites", "stats"),
     ("detectors", "judges", "models", "probes", "show.tables", "tokens"),
     ("outcomes",),
-    ("config", "engine.rows"),
+    ("config", "engine.coverage", "engine.rows"),
     ("engine.budget",),
     ("engine.payload",),
     ("engine.jobs",),
@@ -48,6 +48,7 @@ AT_ONCE = {
 }
 LAZILY = {
     "fetch": {"torch", "transformers"},
+    "engine.coverage": {"torch", "transformers"},
     "engine.server": {"nnsight"},
     "judges": {"transformers"},
     "models": {"transformers"},
