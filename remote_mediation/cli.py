@@ -35,6 +35,8 @@ judge_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Measure who says which answers are harmful."
 )
 app.add_typer(judge_app, name="judge")
+models_app = typer.Typer(rich_markup_mode="rich", help="Which models can be studied.")
+app.add_typer(models_app, name="models")
 console = Console()
 errors = Console(stderr=True)
 
@@ -249,6 +251,43 @@ def fetch_model_command(
         raise InputError("name a model to fetch; fetch-model --list shows them")
     _quiet_libraries()
     console.print(str(fetch_model(name, errors)), soft_wrap=True, highlight=False)
+
+
+@models_app.callback(
+    invoke_without_command=True,
+    epilog="Examples:\n\n"
+    "  remote-mediation models\n\n"
+    "  remote-mediation models check meta-llama/Llama-3.1-405B-Instruct",
+)
+def models(context: typer.Context) -> None:
+    """List the model families: what each component is there, and why some families cannot be studied."""
+    if context.invoked_subcommand is not None:
+        return
+    from remote_mediation.engine.coverage import family_lines
+
+    for line in family_lines():
+        console.print(Text(line.family, style="bold"), end="")
+        console.print(f": cannot be studied: {line.reason}" if line.reason else "", highlight=False, soft_wrap=True)
+        for name, words in line.components.items():
+            console.print(f"  {name:<17} {words}", highlight=False, markup=False, soft_wrap=True)
+
+
+@models_app.command("check", epilog="Example:\n\n  remote-mediation models check ./my-model")
+def models_check(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id or local folder; only its configuration is read.")
+    ],
+    revision: Revision = None,
+) -> None:
+    """Say whether a model can be studied, from its configuration alone; exit code 1 where it cannot."""
+    from remote_mediation.engine.coverage import check_model
+
+    _quiet_libraries()
+    found = check_model(model, revision or "")
+    for line in found.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not found.covered:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example:\n\n  remote-mediation status")

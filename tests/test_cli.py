@@ -188,12 +188,29 @@ def test_unknown_models(call: Run, tmp_path: Path, model: str, command: str, mon
     assert tree(tmp_path) == before
 
 
+def test_models(call: Run, tmp_path: Path, model: str) -> None:
+    table = call("models")
+    assert table.code == 0
+    assert "granite" in table.out
+    assert "output of mlp x residual_multiplier" in table.out
+    assert "bloom: cannot be studied: its attention biases" in table.out
+    good = call("models", "check", model)
+    assert (good.code, "can be studied" in good.out, "class: LlamaForCausalLM" in good.out) == (0, True, True)
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}', "utf-8")
+    bad = call("models", "check", tmp_path)
+    assert (bad.code, "cannot be studied" in bad.out) == (1, True)
+    refused(call("models", "check", "./nowhere"), "'./nowhere'", "give a local folder")
+
+
 def test_an_unknown_family(call: Run, tmp_path: Path, model: str) -> None:
     file = study(tmp_path, model)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text('{"model_type": "opt"}', "utf-8")
     before = tree(tmp_path)
-    refused(call("run", file, "--model", "model"), "model family 'opt'", "add a row FAMILIES['opt']")
+    expected = {"xglm": "add a row FAMILIES['xglm']", "bloom": "cannot be studied: its attention biases"}
+    for family, reason in expected.items():
+        (tmp_path / "model/config.json").write_text(f'{{"model_type": "{family}"}}', "utf-8")
+        refused(call("run", file, "--model", "model"), f"model family '{family}'", reason)
+    (tmp_path / "model/config.json").unlink()
     assert tree(tmp_path) == before
 
 

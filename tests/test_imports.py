@@ -22,7 +22,7 @@ ORDER = (
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
     ("detectors", "judges", "models", "placebo", "probes", "show.tables", "tokens"),
     ("outcomes",),
-    ("config", "engine.rows", "openings"),
+    ("config", "engine.coverage", "engine.rows", "openings"),
     ("engine.budget",),
     ("engine.payload",),
     ("engine.jobs",),
@@ -52,6 +52,7 @@ AT_ONCE = {
 }
 LAZILY = {
     "dequantise": {"torch", "transformers"},
+    "engine.coverage": {"torch", "transformers"},
     "fetch": {"transformers"},
     "engine.server": {"nnsight"},
     "judges.base": {"transformers"},

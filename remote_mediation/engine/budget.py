@@ -93,9 +93,10 @@ def held_bytes(pairs: Sequence[TokenPair], rows: Iterable[Row], setting: Setting
 
 def weight_bytes(info: ModelInfo, dtype: str) -> float:
     """Memory of the model's weights."""
-    return (layer_flops(info, 1, 0) / 2 * info.layers + info.vocab * info.d_model * (1 if info.tied else 2)) * (
-        DTYPE_BYTES[dtype]
-    )
+    idle = (3 if info.gated else 2) * info.d_model * max(info.stored_ff - info.d_ff, 0)  # experts that do not run
+    layer = layer_flops(info, 1, 0) / 2 + idle
+    embeddings = info.vocab * info.d_model * (1 if info.tied else 2)
+    return (layer * info.layers + embeddings) * DTYPE_BYTES[dtype]
 
 
 def batch_budget(setting: Setting, max_memory: float | None, here: bool) -> float:

@@ -172,7 +172,7 @@ def climb(
     stream, offset = base["captured"]["stream"], batch["start"] - stack["first"]
     entering = stream[low][torch.tensor(batch["joining"][0]), offset:]
     for layer in range(low):
-        blocks[layer].skip(entering)
+        blocks[layer].skip(entering if spec["components"]["layer_output"][2] is None else (entering, None))
     show_prefix(past, low, base["keyvalues"], rows_at(batch, low), batch["start"])
     for layer in range(low, spec["layers"]):
         joining = batch["joining"][layer - low]
@@ -194,16 +194,16 @@ def write(
     spec: dict[str, Any], block: Any, name: str, layer: int, writes: tuple[Any, ...], bases: list[dict[str, Any]]
 ) -> None:
     """Overwrite a component of one layer, row by row; places and columns are ranges where contiguous."""
-    target = tensor_of(spec, block, name)
+    target, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
     for row, places, columns, kind, value in writes:
         where = grid(places, columns)
         if kind == "source":
             stack, prompt, source_places = value
-            new = bases[stack]["captured"][name][layer][prompt][grid(source_places, columns)]
+            new = bases[stack]["captured"][name][layer][prompt][grid(source_places, columns)] / factor
         elif kind == "scale":
             new = target[row][where] * value
         else:
-            new = torch.tensor(value)
+            new = torch.tensor(value) / factor
         target[row][where] = new.to(target.device, target.dtype)
     replace_tensor(spec, block, name, target)
 
@@ -219,7 +219,13 @@ def grid(places: Any, columns: Any) -> tuple[Any, Any]:
 
 
 def tensor_of(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
-    """The live tensor `[row, token, width]` of a component."""
+    """A component's tensor `[row, token, width]`; a contribution as it is added to the stream."""
+    tensor, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
+    return tensor if factor == 1.0 else tensor * factor
+
+
+def module_tensor(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
+    """The live tensor `[row, token, width]` of a component's module: a contribution before the family's multiplier."""
     path, side, index = spec["components"][name]
     module = module_at(block, path)
     value: Any = module.input if side == "input" else module.output
@@ -228,7 +234,7 @@ def tensor_of(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
 
 
 def replace_tensor(spec: dict[str, Any], block: Any, name: str, value: torch.Tensor) -> None:
-    """Hand a component's written tensor back to the forward pass."""
+    """Hand a module's written tensor (`module_tensor`) back to the forward pass."""
     path, side, index = spec["components"][name]
     module = module_at(block, path)
     if side == "input":
@@ -395,12 +401,13 @@ def gradients_of(
                 block.input = block.input.detach().requires_grad_()
             for name in spec["components"]:
                 if name == component:
-                    live.append(tensor_of(spec, block, name))
+                    live.append(module_tensor(spec, block, name))
                 if name in ("attention_output", "mlp_output") and layer + 1 in cuts:
-                    replace_tensor(spec, block, name, cut_off(tensor_of(spec, block, name), cuts.index(layer + 1)))
+                    cut = cut_off(module_tensor(spec, block, name), cuts.index(layer + 1))
+                    replace_tensor(spec, block, name, cut)
         values = answer_values(model, spec, stack, rows)
         found = torch.autograd.grad(outcome_of(values, pair), live)
-    return [gradient.float() for gradient in found]
+    return [gradient.float() / spec["factors"].get(component, 1.0) for gradient in found]
 
 
 def outcome_of(values: torch.Tensor, pair: dict[str, Any]) -> torch.Tensor:
@@ -459,9 +466,9 @@ def hold(model: Any, spec: dict[str, Any], held: dict[int, Any], tokens: int) ->
     for layer, parts in held.items():
         block = module_at(model, spec["blocks"])[layer]
         for name, columns, kind, value in parts:
-            target = tensor_of(spec, block, name)
+            target, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
             where = (slice(None), slice(-tokens, None), torch.tensor(columns))
-            new = target[where] * value if kind == "scale" else torch.tensor(value)
+            new = target[where] * value if kind == "scale" else torch.tensor(value) / factor
             target[where] = new.to(target.device, target.dtype)
             replace_tensor(spec, block, name, target)
 
