@@ -273,7 +273,7 @@ def test_the_list_fits_a_terminal(index: Path) -> None:
     environment = {**os.environ, "COLUMNS": "80"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     for name, entry in FETCHABLE.items():
-        row = rf"{re.escape(name)} .*{re.escape(entry.licence)} .*MB|GB .*{entry.refuses}"
+        row = rf"{re.escape(name)} .*{re.escape(entry.licence)} .*(MB|GB) .*{entry.refuses}"
         assert re.search(row, done.stdout), name
         assert entry.hub_id in done.stdout
     assert "(here)" not in done.stdout
