@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from remote_mediation.backends import LocalBackend
     from remote_mediation.config import StudyConfig, load_config
+    from remote_mediation.engine.local import LocalBackend
     from remote_mediation.errors import MediationError
     from remote_mediation.report import write_report
     from remote_mediation.sites import Site
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LocalBackend": "backends",
+    "LocalBackend": "engine.local",
     "MediationError": "errors",
     "Site": "sites",
     "Store": "store",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from remote_mediation.config import StudyConfig
-    from remote_mediation.plan import Backend
+    from remote_mediation.engine.backend import Backend
     from remote_mediation.report import PairText
     from remote_mediation.study import Result
 
@@ -35,6 +35,8 @@ judge_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Measure who says which answers are harmful."
 )
 app.add_typer(judge_app, name="judge")
+models_app = typer.Typer(rich_markup_mode="rich", help="Which models can be studied.")
+app.add_typer(models_app, name="models")
 console = Console()
 errors = Console(stderr=True)
 
@@ -69,7 +71,7 @@ def main() -> None:
 @app.command(
     epilog="Examples:\n\n"
     "  remote-mediation run study.toml\n\n"
-    "  remote-mediation run --model HuggingFaceTB/SmolLM2-135M-Instruct --max-pairs 12 --granularity layers,modules\n\n"
+    "  remote-mediation run --model HuggingFaceTB/SmolLM2-135M-Instruct --max-pairs 12 --analyses layers,modules\n\n"
     "  remote-mediation run study.toml --model meta-llama/Llama-3.1-70B-Instruct --backend ndif"
 )
 def run(
@@ -78,7 +80,7 @@ def run(
     revision: Revision = None,
     pairs: Pairs = None,
     max_pairs: MaxPairs = None,
-    granularity: Kinds = None,
+    analyses: Kinds = None,
     outcome: OutcomeFlag = None,
     backend: BackendFlag = None,
     dtype: Dtype = None,
@@ -160,7 +162,7 @@ def report(folder: RunFolder, show_text: ShowText = False) -> None:
 @app.command(
     epilog="Examples:\n\n"
     "  remote-mediation plan study.toml\n\n"
-    "  remote-mediation plan --model HuggingFaceTB/SmolLM2-135M-Instruct --granularity neurons"
+    "  remote-mediation plan --model HuggingFaceTB/SmolLM2-135M-Instruct --analyses neurons"
 )
 def plan(
     study: StudyFile = None,
@@ -168,7 +170,7 @@ def plan(
     revision: Revision = None,
     pairs: Pairs = None,
     max_pairs: MaxPairs = None,
-    granularity: Kinds = None,
+    analyses: Kinds = None,
     outcome: OutcomeFlag = None,
     backend: BackendFlag = None,
     dtype: Dtype = None,
@@ -177,10 +179,10 @@ def plan(
 ) -> None:
     """Say what a study would cost: rows, jobs, operations, memory and time. No weights are loaded."""
     config = _config(study, locals())
-    from remote_mediation.estimate import estimate
+    from remote_mediation.cost import estimate
 
     _quiet_libraries()
-    table = Table(title=Text(f"{config.model}: {', '.join(config.granularity)}"), show_header=False)
+    table = Table(title=Text(f"{config.model}: {', '.join(config.analyses)}"), show_header=False)
     for name, value in estimate(config).described():
         table.add_row(name, value)
     console.print(table)
@@ -197,7 +199,8 @@ def check(
 ) -> None:
     """Tokenise and align pairs: token counts, edits, and what would be refused, with the reason."""
     from remote_mediation.models import load_tokenizer
-    from remote_mediation.prompts import load_pairs, tokenise
+    from remote_mediation.pairs import load_pairs
+    from remote_mediation.tokens import tokenise
 
     _quiet_libraries()
     texts = load_pairs(file)
@@ -221,7 +224,7 @@ def selfcheck(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Run the pipeline on a model whose deciding neurons were planted; exit code 1 unless it finds exactly these."""
-    from remote_mediation.selfcheck import run_selfcheck
+    from remote_mediation.planted.selfcheck import run_selfcheck
 
     with _progress() as progress:
         result = run_selfcheck(seed, _Watch(progress))
@@ -233,19 +236,64 @@ def selfcheck(
         raise typer.Exit(1)
 
 
-@app.command("fetch-model", epilog="Example:\n\n  remote-mediation fetch-model smollm2")
-def fetch_model_command(name: Annotated[str, typer.Argument(help="smollm2")]) -> None:
+@app.command("fetch-model", epilog="Example:\n\n  remote-mediation fetch-model qwen2.5-coder-0.5b")
+def fetch_model_command(
+    name: Annotated[str | None, typer.Argument(help="Its short name, from --list.")] = None,
+    list_models: Annotated[bool, typer.Option("--list", help="Show the models, sizes and licences.")] = False,
+) -> None:
     """Put a small real model into the user's cache and print its folder."""
-    from remote_mediation.fetch import fetch_model
+    from remote_mediation.fetch import fetch_model, fetchable_table
+
+    if list_models:
+        console.print(fetchable_table())
+        return
+    if name is None:
+        raise InputError("name a model to fetch; fetch-model --list shows them")
+    _quiet_libraries()
+    console.print(str(fetch_model(name, errors)), soft_wrap=True, highlight=False)
+
+
+@models_app.callback(
+    invoke_without_command=True,
+    epilog="Examples:\n\n"
+    "  remote-mediation models\n\n"
+    "  remote-mediation models check meta-llama/Llama-3.1-405B-Instruct",
+)
+def models(context: typer.Context) -> None:
+    """List the model families: what each component is there, and why some families cannot be studied."""
+    if context.invoked_subcommand is not None:
+        return
+    from remote_mediation.engine.coverage import family_lines
+
+    for line in family_lines():
+        console.print(Text(line.family, style="bold"), end="")
+        console.print(f": cannot be studied: {line.reason}" if line.reason else "", highlight=False, soft_wrap=True)
+        for name, words in line.components.items():
+            console.print(f"  {name:<17} {words}", highlight=False, markup=False, soft_wrap=True)
+
+
+@models_app.command("check", epilog="Example:\n\n  remote-mediation models check ./my-model")
+def models_check(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id or local folder; only its configuration is read.")
+    ],
+    revision: Revision = None,
+) -> None:
+    """Say whether a model can be studied, from its configuration alone; exit code 1 where it cannot."""
+    from remote_mediation.engine.coverage import check_model
 
     _quiet_libraries()
-    console.print(str(fetch_model(name)), soft_wrap=True, highlight=False)
+    found = check_model(model, revision or "")
+    for line in found.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not found.covered:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example:\n\n  remote-mediation status")
 def status() -> None:
     """Say which models the NDIF server has: hot, warm, deploying or cold."""
-    from remote_mediation.ndif import deployments, server_from_environment
+    from remote_mediation.engine.server import deployments, server_from_environment
 
     server = server_from_environment()
     table = Table("model", "revision", "task", "state", "replicas", title=Text(server.host))
@@ -261,7 +309,7 @@ def status() -> None:
 )
 def doctor(model: Model = None, revision: Revision = None) -> None:
     """Check versions, key, server and disk for remote studies; exit code 1 when something would fail."""
-    from remote_mediation.ndif import examine, server_from_environment
+    from remote_mediation.engine.server import examine, server_from_environment
 
     findings = examine(server_from_environment(), model, revision or "")
     for finding in findings:
@@ -343,7 +391,7 @@ def compare(
 
 def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None:
     """Run a study in its folder and write the report; Ctrl-C leaves what is finished."""
-    from remote_mediation.prompts import load_pairs
+    from remote_mediation.pairs import load_pairs
     from remote_mediation.store import Store
     from remote_mediation.study import measure_precision, run_study
 
@@ -363,7 +411,7 @@ def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None
     _write_report(store, result, show_text)
 
 
-def _extend(folder: Path, granularity: list[str], changes: dict[str, Any] | None = None) -> None:
+def _extend(folder: Path, analyses: list[str], changes: dict[str, Any] | None = None) -> None:
     """Run a study again with more to ask; what it has measured is kept. Settings that are None stay as they are."""
     from remote_mediation.config import load_config
     from remote_mediation.store import Store
@@ -371,8 +419,8 @@ def _extend(folder: Path, granularity: list[str], changes: dict[str, Any] | None
     known = Store.open(folder).record()["config"]
     asked = {name: {k: v for k, v in part.items() if v is not None} for name, part in (changes or {}).items()}
     settings = {name: {**known[name], **part} for name, part in asked.items()}
-    more = list(dict.fromkeys([*known["granularity"], *granularity]))
-    _measure(load_config(None, {**known, **settings, "granularity": more}), folder)
+    more = list(dict.fromkeys([*known["analyses"], *analyses]))
+    _measure(load_config(None, {**known, **settings, "analyses": more}), folder)
 
 
 class _Watch:
@@ -424,14 +472,14 @@ def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
     from remote_mediation.config import load_config
 
     overrides = {name: value for name, value in flags.items() if name not in ("study", "show_text")}
-    if overrides["granularity"] is not None:
-        overrides["granularity"] = [name.strip() for name in overrides["granularity"].split(",")]
+    if overrides["analyses"] is not None:
+        overrides["analyses"] = [name.strip() for name in overrides["analyses"].split(",")]
     return load_config(study, overrides)
 
 
 def _backend(config: StudyConfig, progress: _Watch) -> Backend:
-    from remote_mediation.backends import NdifBackend
-    from remote_mediation.ndif import server_from_environment
+    from remote_mediation.engine.remote import NdifBackend
+    from remote_mediation.engine.server import server_from_environment
 
     _quiet_libraries()
     if config.backend == "ndif":
@@ -443,7 +491,7 @@ def _backend(config: StudyConfig, progress: _Watch) -> Backend:
 
 def _local(config: StudyConfig, name: str, revision: str) -> Backend:
     """A model on this machine as the study has its own: precision, device, and whether memory is limited."""
-    from remote_mediation.backends import LocalBackend
+    from remote_mediation.engine.local import LocalBackend
 
     limited = config.max_memory is not None
     return LocalBackend.load(name, revision, config.dtype, config.device, limited=limited)
@@ -457,7 +505,7 @@ def _variants(config: StudyConfig, progress: _Watch) -> dict[str, Backend]:
     """
     from remote_mediation.fetch import checkpoint
 
-    wanted = config.attacks.checkpoints if "attacks" in config.granularity else []
+    wanted = config.attacks.checkpoints if "attacks" in config.analyses else []
     if wanted and config.backend == "ndif":
         raise SettingsError("attacks.checkpoints run locally only; deploy the checkpoint and study it as a model")
     found: dict[str, Backend] = {}
@@ -486,7 +534,7 @@ def _write_report(store: Any, result: Any, show_text: bool) -> None:
 def _texts(result: Result) -> list[PairText]:
     """Prompts and answers of a study's pairs; the answers take the model's tokenizer, not its weights."""
     from remote_mediation.models import load_tokenizer
-    from remote_mediation.prompts import load_pairs
+    from remote_mediation.pairs import load_pairs
     from remote_mediation.report import PairText
 
     study = result.study

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from remote_mediation import figures
 from remote_mediation.analyses.neurons import UNITS
 from remote_mediation.errors import SettingsError
 from remote_mediation.lab import Study
-from remote_mediation.markdown import Note, Table, estimate, number, percent
 from remote_mediation.report import TOLERANCE
+from remote_mediation.show import figures
+from remote_mediation.show.tables import Note, Table, estimate, number, percent
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.store import Store
 from remote_mediation.study import Result, reread
@@ -60,7 +60,7 @@ PROFILE_COLUMNS: dict[str, str] = {
     "depth": "relative depth of the layer, 0 to 1",
     "share": "mean NIE / mean TE",
 }
-_NO_MODULES = "the modules granularity was not part of this study"
+_NO_MODULES = "the modules analysis was not part of this study"
 _NO_NEURONS = "no single neurons were measured in this study"
 _READING = (
     "**TE**, total effect: how much the harmful prompt changes the outcome. It is in the unit of its own run and not "
@@ -122,7 +122,7 @@ def compared(name: str, result: Result, finished: bool = True) -> Compared:
     summary, total = result.summary, result.summary.total
     modules = _modules(result)
     problem = _no_effect(total) or ("" if len(modules) else _NO_MODULES)
-    units = bool((result.effects["granularity"] == UNITS).any())
+    units = bool((result.effects["analysis"] == UNITS).any())
     return Compared(
         name=name,
         study=result.study,
@@ -192,7 +192,7 @@ def _left_out(runs: Sequence[Compared]) -> str:
 
 def _modules(result: Result) -> pd.DataFrame:
     """Effects of single layers' MLP and attention at the first position measured, the one of the depth profiles."""
-    modules = result.effects[result.effects["granularity"] == "modules"]
+    modules = result.effects[result.effects["analysis"] == "modules"]
     return modules[modules["position"] == modules["position"].iloc[0]] if len(modules) else modules
 
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.errors import StoreError
-from remote_mediation.plan import Job, Readout
-from remote_mediation.prompts import Prepared, Refusal, from_record, to_record
+from remote_mediation.tokens import Prepared, Refusal, from_record, to_record
 
 
 class Submitted(NamedTuple):

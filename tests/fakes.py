@@ -15,12 +15,12 @@ import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from remote_mediation.engine.jobs import Job, Part, Readout
+from remote_mediation.engine.rows import Row
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Job, Part, Readout
-from remote_mediation.prompts import TokenPair
-from remote_mediation.rows import Row
 from remote_mediation.sites import ModelInfo
+from remote_mediation.tokens import TokenPair
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<user> {{ message['content'] }} <end> {% endfor %}"

@@ -8,7 +8,7 @@ import pytest
 
 _FAULTS = """
 import resource, sys, torch
-from remote_mediation.backends import LocalBackend
+from remote_mediation.engine.local import LocalBackend
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -8,9 +8,10 @@ import pytest
 from fakes import INFO, token_pair
 
 from remote_mediation.effects import EFFECT_COLUMNS, QUANTITIES, Request, effects_table
+from remote_mediation.engine.budget import Setting
+from remote_mediation.engine.jobs import Keys
+from remote_mediation.engine.rows import Row, Source, Write
 from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Keys, Setting
-from remote_mediation.rows import Row, Source, Write
 from remote_mediation.sites import Site
 
 OUTCOME = Outcome("logit_diff", plus=(5,), minus=(7,))
@@ -45,7 +46,7 @@ def test_effects_by_hand() -> None:
         "pair_id": "a",
         "cluster": "frame",
         "split": "heldout",
-        "granularity": "neurons",
+        "analysis": "neurons",
         "component": "mlp_neurons",
         "layer": 3,
         "position": "edit",

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from test_sections import attacked, curve, gates, held, paths
 
-from remote_mediation import gate_figures
+from remote_mediation.show import gate_figures
 
 DOSES = {"nothing": 1.0, "gates times 0": 0.0}
 

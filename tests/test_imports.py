@@ -14,23 +14,30 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for every analysis that no other builds on. A new module needs a place here.
 ORDER = (
-    ("errors", "organisms", "program", "provenance"),
-    ("fetch", "ndif", "prompts", "sites", "stats"),
+    ("dequantise", "engine", "engine.program", "errors", "meter", "planted", "planted.gate", "provenance", "show"),
+    ("wheels",),
+    ("engine.server", "fetch", "intervals", "pairs", "sites"),
+    ("rates", "shares", "stats"),
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
-    ("detectors", "judges", "markdown", "models", "outcomes", "probes", "rows"),
-    ("config", "plan"),
-    ("effects", "store", "tasks"),
+    ("detectors", "judges", "models", "placebo", "probes", "show.tables", "tokens"),
+    ("outcomes",),
+    ("config", "engine.coverage", "engine.rows", "openings"),
+    ("engine.budget",),
+    ("engine.payload",),
+    ("engine.jobs",),
+    ("engine.backend", "engine.tasks"),
+    ("effects", "store"),
     ("lab",),
     ("analyses.neurons",),
     ("analyses.intervene",),
     ("analyses.*",),
     ("analyses", "summary"),
-    ("figures", "study"),
-    ("gate_figures",),
-    ("sections",),
-    ("backends", "estimate", "report"),
-    ("compare", "selfcheck"),
+    ("show.figures", "study"),
+    ("show.gate_figures",),
+    ("show.sections",),
+    ("cost", "engine.local", "engine.remote", "report"),
+    ("compare", "planted.selfcheck"),
     ("cli",),
     ("__main__",),
 )
@@ -38,13 +45,16 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Who may import what is slow to load: as the module is loaded, or only inside functions.
 HEAVY = ("nnsight", "torch", "transformers")
 AT_ONCE = {
-    "program": {"nnsight", "torch", "transformers"},
-    "backends": {"nnsight", "torch"},
-    "organisms": {"torch", "transformers"},
+    "engine.program": {"nnsight", "torch", "transformers"},
+    "engine.local": {"nnsight", "torch"},
+    "engine.remote": {"nnsight", "torch"},
+    "planted.gate": {"torch", "transformers"},
 }
 LAZILY = {
-    "fetch": {"torch", "transformers"},
-    "ndif": {"nnsight"},
+    "dequantise": {"torch", "transformers"},
+    "engine.coverage": {"torch", "transformers"},
+    "fetch": {"transformers"},
+    "engine.server": {"nnsight"},
     "judges.base": {"transformers"},
     "judges.chat": {"torch", "transformers"},
     "judges.classifier": {"transformers"},
@@ -74,9 +84,8 @@ def imports(tree: ast.AST, lazy: bool = False, typing: bool = False) -> Iterator
             yield from (Import(alias.name, inside, checked) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "write imports in full"
-            packages = ("remote_mediation", "remote_mediation.analyses")
             for alias in node.names:
-                submodule = node.module in packages and (ROOT / _file(f"{node.module}.{alias.name}")).is_file()
+                submodule = (ROOT / _file(f"{node.module}.{alias.name}")).is_file()
                 yield Import(f"{node.module}.{alias.name}" if submodule else str(node.module), inside, checked)
         yield from imports(node, inside, checked)
 
@@ -106,7 +115,7 @@ def test_imports_come_from_below(name: str) -> None:
 
 def test_errors_import_nothing_and_the_program_nothing_of_ours() -> None:
     assert {entry.target for entry in imports(TREES["errors"])} == {"__future__"}
-    assert not [entry for entry in imports(TREES["program"]) if entry.target.startswith("remote_mediation")]
+    assert not [entry for entry in imports(TREES["engine.program"]) if entry.target.startswith("remote_mediation")]
 
 
 @pytest.mark.parametrize("name", [name for name in TREES if name])

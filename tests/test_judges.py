@@ -608,12 +608,12 @@ def test_no_answers_at_all() -> None:
 
 
 @pytest.mark.parametrize(("said", "kappa"), [([1] * 10 + [0] * 10, 1.0), ([1] * 20, 0.0)])
-def test_a_kappa_that_no_resample_changes_has_no_interval(said: list[int], kappa: float) -> None:
-    records = [Labelled(f"p{number}", "a", number < 10) for number in range(20)]
-    found = check_judge(Says(said), records, np.random.default_rng(0)).kappa
-    assert found.value == kappa
-    assert math.isnan(found.low)
-    assert "no spread to judge by" in found.reason
+def test_a_kappa_that_no_resample_changes_is_a_point_without_spread(said: list[int], kappa: float) -> None:
+    found = check_judge(
+        Says(said), [Labelled(f"p{number}", "a", number < 10) for number in range(20)], np.random.default_rng(0)
+    ).kappa
+    assert found.low == found.value == found.high == kappa
+    assert found.reason == "no spread"
 
 
 def test_kappa_refuses_sides_of_unequal_length() -> None:

@@ -13,14 +13,14 @@ from fakes import INFO, LOGITS, CannedBackend, canned, records, token_pair
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import Request
+from remote_mediation.engine.jobs import Keys
+from remote_mediation.engine.rows import Row, swap
+from remote_mediation.engine.tasks import Task, screen_tasks
 from remote_mediation.errors import JobError
 from remote_mediation.lab import Lab, Study, UnmeasuredError
-from remote_mediation.plan import Keys
-from remote_mediation.prompts import PromptPair
-from remote_mediation.rows import Row, swap
+from remote_mediation.pairs import PromptPair
 from remote_mediation.sites import Site
 from remote_mediation.store import Store
-from remote_mediation.tasks import Task, screen_tasks
 
 PAIRS = tuple(token_pair(f"p{i}", x1=(1, 2, 10 + i, 4, 5)) for i in range(6))
 SITE = Site("mlp_output", 2, "all")
@@ -28,7 +28,7 @@ BARE = [Row(pair.id, side) for pair in PAIRS for side in (0, 1)]
 
 
 def lab(folder: Path, backend: CannedBackend | None = None, **settings: Any) -> Lab:
-    config = StudyConfig(model="tiny", granularity=["layers"], **settings)
+    config = StudyConfig(model="tiny", analyses=["layers"], **settings)
     return Lab(Study(config, INFO, LOGITS, PAIRS, ()), Store(folder), backend)
 
 

@@ -13,13 +13,14 @@ from nnsight import TransformersModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from remote_mediation import program
 from remote_mediation.config import StudyConfig
-from remote_mediation.estimate import estimate
+from remote_mediation.cost import estimate
+from remote_mediation.engine import program
+from remote_mediation.engine.budget import Budget, Setting, weight_bytes
+from remote_mediation.engine.jobs import Keys, plan_jobs
+from remote_mediation.engine.rows import swap
 from remote_mediation.models import load_info
 from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Budget, Keys, Setting, plan_jobs, weight_bytes
-from remote_mediation.rows import swap
 from remote_mediation.sites import Site
 
 LLAMA_3_1 = {
@@ -56,7 +57,7 @@ def large(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, float]:
 
 def study(folder: Path, **settings: Any) -> StudyConfig:
     pairs = write_pairs(folder / "pairs.jsonl", records())
-    defaults = {"granularity": ["layers", "modules", "neurons"], "neurons": {"exact": 256}}
+    defaults = {"analyses": ["layers", "modules", "neurons"], "neurons": {"exact": 256}}
     return StudyConfig(
         model=str(folder), pairs=str(pairs), backend="ndif", dtype="bfloat16", **{**defaults, **settings}
     )

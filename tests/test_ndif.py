@@ -16,11 +16,12 @@ import pytest
 from nnsight.intervention.backends.remote import RemoteError
 from typer.testing import CliRunner
 
-from remote_mediation import ndif
-from remote_mediation.backends import LocalBackend, NdifBackend, _CrashError, _translated
 from remote_mediation.cli import app
+from remote_mediation.engine import server as server_module
+from remote_mediation.engine.local import LocalBackend
+from remote_mediation.engine.remote import NdifBackend, _CrashError, _translated
+from remote_mediation.engine.server import Server, plain, preflight, refuse_bad
 from remote_mediation.errors import BackendError, JobError, LostJobError, PreflightError, TransportError
-from remote_mediation.ndif import Server, plain, preflight, refuse_bad
 
 KEY = "11111111-2222-3333-4444-555555555555"
 ENV = {"python_version": "3.11.7 (main)", "packages": {"nnsight": "0.8.1"}}
@@ -48,8 +49,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
     running: list[ThreadingHTTPServer] = []
     released = threading.Event()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(ndif, "_TIMEOUT", httpx.Timeout(0.5))
-    monkeypatch.setattr(ndif, "_RECONNECT_PAUSE_S", 0.05)
+    monkeypatch.setattr(server_module, "_TIMEOUT", httpx.Timeout(0.5))
+    monkeypatch.setattr(server_module, "_RECONNECT_PAUSE_S", 0.05)
 
     def start(answers: dict[str, Any]) -> Server:
         class Handler(BaseHTTPRequestHandler):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, LlamaForCausalLM
 
-from remote_mediation.organisms import Organism, Pair, Planted, Truth, planted_gate, save
+from remote_mediation.planted.gate import Organism, Pair, Planted, Truth, planted_gate, save
 
 LAYERS = 10
 

@@ -15,31 +15,28 @@ from fakes import INFO, LOGITS, LOGPROBS, token_pair
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from remote_mediation.errors import SettingsError
-from remote_mediation.models import info_of, load_info
-from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import (
+from remote_mediation.engine.budget import (
     DEFAULT_BATCH,
     LIBRARIES,
     SMALLEST_BATCH,
     Budget,
-    Job,
-    Keys,
     Setting,
     base_flops,
     batch_budget,
-    batch_sizes,
     held_bytes,
     layer_flops,
-    plan_jobs,
     row_bytes,
     row_flops,
     run_from,
     weight_bytes,
 )
-from remote_mediation.prompts import TokenPair
-from remote_mediation.rows import Constant, Row, Scale, Source, Value, Write, swap
+from remote_mediation.engine.jobs import Job, Keys, batch_sizes, plan_jobs
+from remote_mediation.engine.rows import Constant, Row, Scale, Source, Value, Write, swap
+from remote_mediation.errors import SettingsError
+from remote_mediation.models import info_of, load_info
+from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import Site
+from remote_mediation.tokens import TokenPair
 
 PLENTY = 1e18
 SETTING = Setting(INFO, "float32", LOGITS)

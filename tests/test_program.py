@@ -20,11 +20,12 @@ from oracle import (
     token_pair,
 )
 
+from remote_mediation.engine.program import answer_values
+from remote_mediation.engine.rows import Constant, Row, Scale, Source, Write, swap
 from remote_mediation.outcomes import Outcome
-from remote_mediation.program import answer_values
-from remote_mediation.prompts import SPANS, PromptPair, TokenPair, tokenise
-from remote_mediation.rows import Constant, Row, Scale, Source, Write, swap
+from remote_mediation.pairs import PromptPair
 from remote_mediation.sites import COMPONENTS, FAMILIES, Component, ModelInfo, Site
+from remote_mediation.tokens import SPANS, TokenPair, tokenise
 
 Subjects = Callable[[str], Subject]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from oracle import Subject
 
-from remote_mediation.prompts import BUILTIN, PromptPair, load_pairs
+from remote_mediation.pairs import BUILTIN, PromptPair, load_pairs
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/make_refusing_model"
 TINY = "llama"

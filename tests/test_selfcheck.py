@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from remote_mediation import cli, selfcheck
-from remote_mediation.organisms import Organism, Planted, planted_gate
-from remote_mediation.selfcheck import SelfCheck
+from remote_mediation import cli
+from remote_mediation.planted import selfcheck
+from remote_mediation.planted.gate import Organism, Planted, planted_gate
+from remote_mediation.planted.selfcheck import SelfCheck
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

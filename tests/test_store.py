@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from fakes import INFO, LOGITS, token_pair
 
+from remote_mediation.engine.jobs import Job, Part, Readout
+from remote_mediation.engine.rows import Row, Scale, Write
 from remote_mediation.errors import StoreError
-from remote_mediation.plan import Job, Part, Readout
-from remote_mediation.prompts import Prepared, Refusal
-from remote_mediation.rows import Row, Scale, Write
 from remote_mediation.store import Store
+from remote_mediation.tokens import Prepared, Refusal
 
 ROW = Row("p", 0, (Write("mlp_output", 0, (0,), (), Scale(0.0)),))
 

@@ -21,16 +21,11 @@ from oracle import (
     token_pair,
 )
 
-from remote_mediation import program
 from remote_mediation.config import StudyConfig
-from remote_mediation.lab import Lab, Study
-from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Budget, Setting
-from remote_mediation.prompts import TokenPair
-from remote_mediation.rows import Constant, Scale
-from remote_mediation.sites import FAMILIES
-from remote_mediation.store import Store
-from remote_mediation.tasks import (
+from remote_mediation.engine import program
+from remote_mediation.engine.budget import Budget, Setting
+from remote_mediation.engine.rows import Constant, Scale
+from remote_mediation.engine.tasks import (
     Held,
     Kind,
     Reading,
@@ -41,6 +36,11 @@ from remote_mediation.tasks import (
     read_task,
     screen_tasks,
 )
+from remote_mediation.lab import Lab, Study
+from remote_mediation.outcomes import Outcome
+from remote_mediation.sites import FAMILIES
+from remote_mediation.store import Store
+from remote_mediation.tokens import TokenPair
 
 Subjects = Callable[[str], Subject]
 PROMPTS = ((7, 8, 9, 10, 11), (12, 13, 14), (20, 21, 22, 23, 24, 25, 26))
@@ -124,7 +124,8 @@ def test_read_gives_activations_averaged_over_places(model: Subject) -> None:
         model.plain(input_ids=torch.tensor([PROMPTS[0]]))
     for handle in handles:
         handle.remove()
-    expected = [caught["layer"][4], caught["attention"][:3].mean(0), caught["neurons"][1:3][:, [0, 7]].mean(0)]
+    added = caught["attention"] * getattr(model.plain.config, "residual_multiplier", 1.0)  # Granite's
+    expected = [caught["layer"][4], added[:3].mean(0), caught["neurons"][1:3][:, [0, 7]].mean(0)]
     np.testing.assert_allclose(found, torch.cat(expected), rtol=0, atol=TOLERANCE)
 
 

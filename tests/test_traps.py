@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from remote_mediation import program
+from remote_mediation.engine import program
 
 SOURCE = Path(program.__file__).read_text("utf-8")
 ALLOWED_IMPORTS = {"__future__", "typing", "nnsight", "torch", "transformers"}
@@ -73,8 +73,8 @@ def test_the_program_has_no_trap() -> None:
     [
         ("@functools.wraps(f)\ndef g(): pass", "g is decorated"),
         ("def g():\n    import os", "g imports"),
-        ("import remote_mediation.plan", "imports remote_mediation.plan"),
-        ("from remote_mediation.plan import Job", "imports remote_mediation.plan"),
+        ("import remote_mediation.engine.jobs", "imports remote_mediation.engine.jobs"),
+        ("from remote_mediation.engine.jobs import Job", "imports remote_mediation.engine.jobs"),
         ("class Result(NamedTuple): pass", "class Result"),
         ("def g(self):\n    return super().g()", "super()"),
         (

@@ -16,10 +16,10 @@ from nnsight.ndif import pull_env
 from nnsight.schema.request import RequestModel
 from oracle import Subject, token_pair
 
-from remote_mediation import program
+from remote_mediation.engine import program
+from remote_mediation.engine.jobs import Job
+from remote_mediation.engine.rows import swap
 from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Job
-from remote_mediation.rows import swap
 from remote_mediation.sites import Site
 
 # Runs a payload with `remote_mediation` made impossible to import, as on a server that does not have it.
@@ -110,7 +110,7 @@ def test_without_registering_the_package_would_be_named(
 ) -> None:
     monkeypatch.setattr(f"{__name__}.pull_env", lambda: None)  # as for a package in site-packages
     modules = _modules(_blob(subject("llama"), _job(subject("llama"))))
-    assert "remote_mediation.program" in modules
+    assert "remote_mediation.engine.program" in modules
 
 
 def test_a_payload_is_small(subject: Callable[[str], Subject], by_value: None) -> None:

@@ -25,15 +25,15 @@ from remote_mediation.analyses import (
 )
 from remote_mediation.config import StudyConfig
 from remote_mediation.lab import Lab
-from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import ModelInfo, Site
+from remote_mediation.tokens import TokenPair
 
 Tables = Mapping[str, pd.DataFrame]
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """One granularity of a study."""
+    """One analysis of a study."""
 
     sites: Callable[[StudyConfig, ModelInfo, TokenPair], list[Site]] | None = None
     """Sites to measure on a pair; those of all analyses are measured together."""

@@ -17,12 +17,13 @@ from scipy.stats import rankdata
 
 from remote_mediation.analyses import neurons
 from remote_mediation.analyses.intervene import at_mean, complied, harmless_mean, outcome_change
+from remote_mediation.engine.payload import digest
+from remote_mediation.engine.tasks import Held
 from remote_mediation.lab import Floats, Lab
-from remote_mediation.plan import digest
-from remote_mediation.prompts import PromptPair, TokenPair, load_pairs
+from remote_mediation.pairs import PromptPair, load_pairs
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import bootstrap_mean_of, estimate_means, ratio_of_means, wilson
-from remote_mediation.tasks import Held
+from remote_mediation.tokens import TokenPair
 
 ATTACK_COLUMNS: dict[str, str] = {
     "attack": "how prompts are rewrapped, or which checkpoint runs",
@@ -91,7 +92,7 @@ def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFr
 def _measured_units(lab: Lab, gates: Site) -> list[Site]:
     """The single neurons that the search measured, the gates among them."""
     effects = lab.effects
-    found = effects[(effects["granularity"] == neurons.UNITS) & (effects["position"] == gates.position)]
+    found = effects[(effects["analysis"] == neurons.UNITS) & (effects["position"] == gates.position)]
     keys = {(int(layer), int(unit)) for layer, unit in zip(found["layer"], found["unit_start"], strict=True)}
     keys |= {(gates.layer, unit) for unit in gates.units}
     return [Site("mlp_neurons", layer, gates.position, (unit,)) for layer, unit in sorted(keys)]

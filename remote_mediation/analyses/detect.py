@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from remote_mediation.engine.tasks import Reading, read_task
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.probes import probe_profile
-from remote_mediation.prompts import TokenPair
-from remote_mediation.tasks import Reading, read_task
+from remote_mediation.tokens import TokenPair
 
 POSITIONS = ("edit", "last", "post_instruction")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from remote_mediation.config import StudyConfig
-from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import ModelInfo, Site
+from remote_mediation.tokens import TokenPair
 
 
 def sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[Site]:

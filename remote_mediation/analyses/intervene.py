@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 
 from remote_mediation.analyses import neurons
+from remote_mediation.engine.payload import digest
+from remote_mediation.engine.rows import Constant, Row, Scale, Write
+from remote_mediation.engine.tasks import Held, Reading, drift_task, read_task
 from remote_mediation.judges import check_judge, load_judge, load_labelled
 from remote_mediation.lab import Floats, Lab
-from remote_mediation.plan import digest
-from remote_mediation.prompts import TokenPair
-from remote_mediation.rows import Constant, Row, Scale, Write
 from remote_mediation.sites import Site
 from remote_mediation.stats import estimate_means, wilson
-from remote_mediation.tasks import Held, Reading, drift_task, read_task
+from remote_mediation.tokens import TokenPair
 
 INTERVENE_COLUMNS: dict[str, str] = {
     "held": "what is held, and at which value",

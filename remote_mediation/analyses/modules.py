@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from remote_mediation.config import StudyConfig
-from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import Component, ModelInfo, Site
+from remote_mediation.tokens import TokenPair
 
 COMPONENTS: tuple[Component, ...] = ("attention_output", "mlp_output")
 

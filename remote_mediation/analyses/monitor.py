@@ -14,12 +14,13 @@ import pandas as pd
 
 from remote_mediation.analyses import neurons
 from remote_mediation.detectors import DISCOVERY, Scored, detector_table, gate_scores
+from remote_mediation.engine.payload import digest
+from remote_mediation.engine.tasks import Reading, read_task
 from remote_mediation.lab import Floats, Lab
-from remote_mediation.plan import digest
+from remote_mediation.pairs import load_pairs
 from remote_mediation.probes import fit_scores
-from remote_mediation.prompts import TokenPair, load_pairs
 from remote_mediation.sites import Site
-from remote_mediation.tasks import Reading, read_task
+from remote_mediation.tokens import TokenPair
 
 HELDOUT, HARD = "heldout", "hard negatives"
 

@@ -20,12 +20,12 @@ import numpy as np
 import pandas as pd
 
 from remote_mediation.config import StudyConfig
+from remote_mediation.engine.tasks import screen_tasks
 from remote_mediation.errors import JobError, SiteError
 from remote_mediation.lab import Floats, Lab
-from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import ModelInfo, Site, check_site
 from remote_mediation.stats import Interval, estimate_means, ratio_of_means, sparsity, wilson
-from remote_mediation.tasks import screen_tasks
+from remote_mediation.tokens import TokenPair
 
 LAYERS, UNITS, WINDOWS, SAMPLE = "neurons", "neurons:units", "neurons:windows", "neurons:sample"
 # A window that may hold a mediator is split into so many.
@@ -146,7 +146,7 @@ def whole_mlp(lab: Lab, layer: int) -> Site:
 
 def of_whole_mlps(effects: pd.DataFrame, position: str) -> pd.DataFrame:
     """The effects of each layer's neurons together."""
-    return effects[(effects["granularity"] == LAYERS) & (effects["position"] == position)]
+    return effects[(effects["analysis"] == LAYERS) & (effects["position"] == position)]
 
 
 def strengths(effects: pd.DataFrame) -> pd.Series:

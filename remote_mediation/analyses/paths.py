@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 
 from remote_mediation.analyses import neurons
+from remote_mediation.engine.rows import Row, Source, Write, swap
 from remote_mediation.lab import Floats, Lab
-from remote_mediation.prompts import TokenPair
-from remote_mediation.rows import Row, Source, Write, swap
 from remote_mediation.sites import Component, Site
 from remote_mediation.stats import estimate_means, ratio_of_means
+from remote_mediation.tokens import TokenPair
 
 PATH_COLUMNS: dict[str, str] = {
     "quantity": "nie (the early site as on the harmful prompt) or tie (as on the harmless one)",

@@ -22,11 +22,12 @@ from transformer_lens.patching import generic_activation_patch, layer_pos_patch_
 from transformers import AutoModelForCausalLM
 
 from bench.grid import COMPONENTS, Case
-from remote_mediation.backends import LocalBackend
+from remote_mediation.engine.budget import Budget, Setting
+from remote_mediation.engine.jobs import Keys, plan_jobs
+from remote_mediation.engine.local import LocalBackend
+from remote_mediation.engine.rows import swap
 from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Budget, Keys, Setting, plan_jobs
-from remote_mediation.prompts import TokenPair
-from remote_mediation.rows import swap
+from remote_mediation.tokens import TokenPair
 
 # Memory of one batch of the engine, as in a study.
 BATCH_BYTES = 1e9

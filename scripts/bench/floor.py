@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from bench.grid import Case
-from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import ModelInfo
+from remote_mediation.tokens import TokenPair
 
 READS = 2
 # Rows of the products timed, [rows, d_model] x [d_model, d_ff] and back: one token of a batch to a large batch.

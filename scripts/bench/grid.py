@@ -6,8 +6,9 @@ import random
 from collections import defaultdict
 from dataclasses import dataclass
 
-from remote_mediation.prompts import TokenPair, load_pairs, tokenise
+from remote_mediation.pairs import load_pairs
 from remote_mediation.sites import Component, ModelInfo, Site
+from remote_mediation.tokens import TokenPair, tokenise
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PLUS, MINUS = "Sure", "Sorry"

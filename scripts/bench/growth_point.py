@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from remote_mediation.backends import LocalBackend
-    from remote_mediation.plan import Setting
-    from remote_mediation.prompts import TokenPair
-    from remote_mediation.rows import Row
+    from remote_mediation.engine.budget import Setting
+    from remote_mediation.engine.local import LocalBackend
+    from remote_mediation.engine.rows import Row
+    from remote_mediation.tokens import TokenPair
 
 SIZES = {
     "pairs": (1, 2, 4, 8),
@@ -38,8 +38,8 @@ JOB_FLOPS = 1e12
 def main(axis: str, size: int, repeats: int) -> None:
     """Measure one point and print it."""
     from bench.machine import Load, load_average
+    from remote_mediation.engine.budget import Setting
     from remote_mediation.outcomes import logit_diff
-    from remote_mediation.plan import Setting
 
     backend = _backend(size if axis == "layers" else DEFAULT_LAYERS)
     setting = Setting(backend.info, "float32", logit_diff(["Sure"], ["Sorry"], backend.tokenizer))
@@ -69,7 +69,7 @@ def _backend(layers: int) -> LocalBackend:
     from transformers.utils import logging
 
     from bench.grid import MODEL
-    from remote_mediation.backends import LocalBackend
+    from remote_mediation.engine.local import LocalBackend
     from remote_mediation.fetch import located
     from remote_mediation.models import info_of
 
@@ -91,7 +91,8 @@ def _backend(layers: int) -> LocalBackend:
 def _pairs(backend: LocalBackend, axis: str, size: int) -> list[TokenPair]:
     """Built-in pairs; for positions the one with the most tokens behind its first difference."""
     from bench.grid import equal_pairs
-    from remote_mediation.prompts import load_pairs, tokenise
+    from remote_mediation.pairs import load_pairs
+    from remote_mediation.tokens import tokenise
 
     if axis == "positions":
         return [max(tokenise(load_pairs("builtin"), backend.tokenizer).pairs, key=lambda pair: len(pair.tokens()))]
@@ -137,7 +138,7 @@ _ROWS: dict[str, Callable[[list[TokenPair], Setting, int], list[Row]]] = {
 
 
 def _swaps(pairs, setting, sites) -> list[Row]:  # type: ignore[no-untyped-def]
-    from remote_mediation.rows import swap
+    from remote_mediation.engine.rows import swap
     from remote_mediation.sites import Site
 
     return [swap(pair, Site(*site), base, setting.info) for pair in pairs for site in sites for base in (0, 1)]
@@ -145,7 +146,8 @@ def _swaps(pairs, setting, sites) -> list[Row]:  # type: ignore[no-untyped-def]
 
 def _measure(rows: list[Row], pairs: list[TokenPair], setting: Setting, backend: LocalBackend) -> float:
     """Seconds from rows to values."""
-    from remote_mediation.plan import Budget, Keys, plan_jobs
+    from remote_mediation.engine.budget import Budget
+    from remote_mediation.engine.jobs import Keys, plan_jobs
 
     start = time.perf_counter()
     budget = Budget(lambda: JOB_FLOPS, BATCH_BYTES)

@@ -16,7 +16,7 @@ OUTCOMES = ("response_logprob", "logit_diff")
 _CHILD = """
 import json, resource, sys
 from pathlib import Path
-from remote_mediation.backends import LocalBackend
+from remote_mediation.engine.local import LocalBackend
 from remote_mediation.config import StudyConfig
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
@@ -28,7 +28,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 _PLAN = """
 import json, sys
 from remote_mediation.config import StudyConfig
-from remote_mediation.estimate import estimate
+from remote_mediation.cost import estimate
 print(estimate(StudyConfig(**json.loads(sys.argv[1]))).memory)
 """
 
@@ -49,7 +49,7 @@ def _point(outcome: str, limit: float | None) -> dict[str, object]:
     config = {
         "model": MODEL,
         "max_pairs": PAIRS,
-        "granularity": ["layers", "modules"],
+        "analyses": ["layers", "modules"],
         "outcome": outcome,
         "logit_diff": {"plus": [PLUS], "minus": [MINUS]},
         "max_memory": limit,

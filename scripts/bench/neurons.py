@@ -13,13 +13,14 @@ import torch
 from bench import report
 from bench.grid import MINUS, MODEL, PLUS, equal_pairs
 from bench.machine import Load, facts, load_average
-from remote_mediation.backends import LocalBackend
+from remote_mediation.engine.budget import Budget, Setting
+from remote_mediation.engine.jobs import Keys, plan_jobs
+from remote_mediation.engine.local import LocalBackend
+from remote_mediation.engine.rows import Row, swap
+from remote_mediation.engine.tasks import plan_tasks, screen_tasks
 from remote_mediation.outcomes import Outcome, logit_diff
-from remote_mediation.plan import Budget, Keys, Setting, plan_jobs
-from remote_mediation.prompts import TokenPair
-from remote_mediation.rows import Row, swap
 from remote_mediation.sites import Site
-from remote_mediation.tasks import plan_tasks, screen_tasks
+from remote_mediation.tokens import TokenPair
 
 SAMPLE = 24
 TOP = 0.01

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from bench import report
 from bench.machine import facts
-from remote_mediation.backends import LocalBackend
 from remote_mediation.config import LogitSettings, NeuronSettings, StudyConfig
-from remote_mediation.organisms import planted_gate, save
+from remote_mediation.engine.local import LocalBackend
+from remote_mediation.planted.gate import planted_gate, save
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 
@@ -47,7 +47,7 @@ def _searched(width: int) -> dict[str, object]:
             model=str(folder / "model"),
             pairs=str(folder / "pairs.jsonl"),
             max_pairs=PAIRS,
-            granularity=["neurons"],
+            analyses=["neurons"],
             outcome="logit_diff",
             logit_diff=LogitSettings(plus=[organism.plus_token], minus=[organism.minus_token]),
             neurons=NeuronSettings(search=["windows"], random_sets=1),

@@ -25,12 +25,12 @@ from bench.contenders import (
 from bench.floor import LAYERS_ROWS, floor_of, layers_rate, matmul_rate
 from bench.grid import MINUS, MODEL, PLUS, Case, equal_pairs, grid, sample
 from bench.machine import Load, facts, load_average
-from remote_mediation.backends import LocalBackend
+from remote_mediation.engine.local import LocalBackend
 from remote_mediation.fetch import located
 from remote_mediation.models import load_info
 from remote_mediation.outcomes import logit_diff
-from remote_mediation.prompts import TokenPair
 from remote_mediation.sites import ModelInfo
+from remote_mediation.tokens import TokenPair
 
 SEED = 0
 # What the values of two libraries may differ by, in logits.

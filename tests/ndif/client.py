@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from remote_mediation.backends import NdifBackend
 from remote_mediation.config import StudyConfig
-from remote_mediation.ndif import server_from_environment
+from remote_mediation.engine.remote import NdifBackend
+from remote_mediation.engine.server import server_from_environment
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 
@@ -25,7 +25,7 @@ def main(model: str, folder: str) -> None:
         model=model,
         backend="ndif",
         max_pairs=2,
-        granularity=["layers"],
+        analyses=["layers"],
         positions={"layers": ["last"]},
         response_logprob={"tokens": 3},
         statistics={"resamples": 100},

@@ -19,8 +19,8 @@ from fakes import records, write_pairs
 from tiny import REPO_ID, ROOT
 
 from remote_mediation.config import StudyConfig
+from remote_mediation.engine.server import Server, await_connected, server_from_environment
 from remote_mediation.errors import PreflightError
-from remote_mediation.ndif import Server, await_connected, server_from_environment
 
 START = "scripts/ndif/up $(scripts/ndif/test_models) && source .ndif/env.sh"
 
@@ -97,7 +97,7 @@ def tiny(pairs: Path) -> StudyConfig:
         model=REPO_ID,
         pairs=str(pairs),
         backend="ndif",
-        granularity=["layers", "neurons"],
+        analyses=["layers", "neurons"],
         neurons={"search": ["windows"], "max_windows": 2},
         response_logprob={"tokens": 3},
         statistics={"resamples": 100, "min_share": 0.0, "alpha": 0.49},

@@ -15,16 +15,17 @@ import pytest
 import torch
 import zstandard
 
-from remote_mediation import program
-from remote_mediation.backends import LocalBackend, NdifBackend
 from remote_mediation.config import StudyConfig
+from remote_mediation.engine import program
+from remote_mediation.engine.budget import Budget, Setting
+from remote_mediation.engine.local import LocalBackend
+from remote_mediation.engine.remote import NdifBackend
+from remote_mediation.engine.server import Server
+from remote_mediation.engine.tasks import generate_task, plan_tasks
 from remote_mediation.errors import PreflightError
-from remote_mediation.ndif import Server
 from remote_mediation.outcomes import Outcome
-from remote_mediation.plan import Budget, Setting
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
-from remote_mediation.tasks import generate_task, plan_tasks
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TOLERANCE = 1e-4
@@ -38,7 +39,7 @@ def config(outcome: str, **settings: Any) -> StudyConfig:
     defaults = {
         "model": SMOLLM2,
         "max_pairs": 2,
-        "granularity": ["layers", "modules", "neurons"],
+        "analyses": ["layers", "modules", "neurons"],
         "positions": {"layers": ["edit", "last"], "modules": ["last"]},
         "neurons": {"search": ["windows"], "max_windows": 1, "layers": [15, 29]},
         "statistics": {"resamples": 100},
@@ -115,7 +116,7 @@ def test_greedy_answers_are_equal(server: Server) -> None:
 def test_bytes_down_grow_with_outcomes_and_not_with_the_model(
     server: Server, tiny: StudyConfig, tmp_path: Path
 ) -> None:
-    settings = {"granularity": ["layers"], "outcome": "logit_diff", "job_seconds": 1e6}
+    settings = {"analyses": ["layers"], "outcome": "logit_diff", "job_seconds": 1e6}
     small = remote(server, tiny.model)
     per_model = {}
     for model, words in (
@@ -140,7 +141,7 @@ def test_the_payload_carries_the_source_of_program_py(
 ) -> None:
     backend = remote(server, tiny.model)
     blobs: list[bytes] = []
-    monkeypatch.setattr("remote_mediation.backends._Remote._post", _keep(blobs))
+    monkeypatch.setattr("remote_mediation.engine.remote._Remote._post", _keep(blobs))
     with pytest.raises(_KeptError):
         backend._send({"task": "probe", "blocks": "model.layers"})
     content = zstandard.ZstdDecompressor().decompress(blobs[0], max_output_size=10_000_000)
@@ -148,7 +149,7 @@ def test_the_payload_carries_the_source_of_program_py(
     for function in (program.measure, program.climb, program.write, program.additive_mask):
         body = inspect.getsource(function).split('"""')[-1].strip()
         assert body.encode() in content, function.__name__
-    assert b"remote_mediation.backends" not in content
+    assert b"remote_mediation.engine.remote" not in content
 
 
 def test_the_client_needs_little_memory_and_no_weights(pairs: Path, tmp_path: Path) -> None:

@@ -21,25 +21,16 @@ from remote_mediation.analyses import attacks, intervene, paths
 from remote_mediation.analyses.detect import POSITIONS
 from remote_mediation.analyses.neurons import BRANCHES
 from remote_mediation.config import StudyConfig
+from remote_mediation.engine.budget import LIBRARIES, Budget, base_flops, batch_budget, row_flops, weight_bytes
+from remote_mediation.engine.jobs import Job, Keys, batch_sizes, plan_jobs
+from remote_mediation.engine.rows import swap
+from remote_mediation.engine.tasks import Task, drift_task, generate_task, read_task, screen_tasks
 from remote_mediation.lab import FIRST_RATE, Study
 from remote_mediation.models import load_info, load_tokenizer
-from remote_mediation.plan import (
-    LIBRARIES,
-    Budget,
-    Job,
-    Keys,
-    base_flops,
-    batch_budget,
-    batch_sizes,
-    plan_jobs,
-    row_flops,
-    weight_bytes,
-)
-from remote_mediation.prompts import TokenPair, load_pairs
-from remote_mediation.rows import swap
+from remote_mediation.pairs import load_pairs
 from remote_mediation.sites import Site
 from remote_mediation.study import first_requests, outcome_of, prepare, unanswered
-from remote_mediation.tasks import Task, drift_task, generate_task, read_task, screen_tasks
+from remote_mediation.tokens import TokenPair
 
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
 _GPU_FLOPS = 0.3 * 312e12
@@ -82,7 +73,7 @@ class Estimate:
     rows: int
     """Forward runs with a mediator overwritten, of the first wave."""
     later: dict[str, Later]
-    """What follows it, by granularity."""
+    """What follows it, by analysis."""
     jobs: int
     """Jobs of the first wave, at the speed assumed."""
     flops: float
@@ -143,7 +134,7 @@ def estimate(config: StudyConfig) -> Estimate:
     room = batch_budget(study.setting, config.max_memory, config.backend == "local")
     budget = Budget(lambda: config.seconds_per_job * FIRST_RATE, room)
     jobs = list(plan_jobs(rows, by_id, study.setting, budget, Keys(study.setting, pairs)))
-    later: dict[str, Later] = {name: cost(study) for name, cost in _LATER.items() if name in config.granularity}
+    later: dict[str, Later] = {name: cost(study) for name, cost in _LATER.items() if name in config.analyses}
     more = _answers(asked).plus(*later.values())
     flops = sum(job.flops for job in jobs) + more.flops
     measured = sum(job.rows for job in jobs)
@@ -222,7 +213,7 @@ def _detect(study: Study) -> Later:
 
 
 def _paths(study: Study) -> Later:
-    gated = "neurons" in study.config.granularity
+    gated = "neurons" in study.config.analyses
     site = Site("layer_output", paths.early_layer(study.info.layers), "edit")
     count = 3 + (1 + paths.RANDOM_SETS if gated else 0)  # nothing frozen, MLPs, attention, gates, random sets
     pairs = _pairs(study, "heldout" if gated else "all")

@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from remote_mediation.backends import LocalBackend
 from remote_mediation.config import LogitSettings, NeuronSettings, Search, StudyConfig
+from remote_mediation.engine.local import LocalBackend
 from remote_mediation.lab import Watch
-from remote_mediation.organisms import Organism, planted_gate, save
+from remote_mediation.planted.gate import Organism, planted_gate, save
 from remote_mediation.store import Store
 from remote_mediation.study import Result, run_study
 
@@ -99,7 +99,7 @@ def _config(organism: Organism, folder: Path, seed: int, search: Search) -> Stud
     return StudyConfig(
         model=str(folder / "model"),
         pairs=str(folder / "pairs.jsonl"),
-        granularity=["modules", "neurons"],
+        analyses=["modules", "neurons"],
         outcome="logit_diff",
         logit_diff=LogitSettings(plus=[organism.plus_token], minus=[organism.minus_token]),
         neurons=NeuronSettings(search=[search]),
@@ -121,7 +121,7 @@ def _compared(seed: int, organism: Organism, result: Result) -> SelfCheck:
 
 
 def _first_module(effects: pd.DataFrame) -> tuple[str, int]:
-    means = effects[effects["granularity"] == "modules"].groupby(["component", "layer"])["nie"].mean()
+    means = effects[effects["analysis"] == "modules"].groupby(["component", "layer"])["nie"].mean()
     component, layer = means.idxmax()
     return str(component), int(layer)
 

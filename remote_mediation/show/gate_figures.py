@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from remote_mediation.analyses import intervene
-from remote_mediation.figures import COLOURS, DPI, MARKERS, WIDTH, legend
+from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
 
 _QUANTITIES = {"nie": "NIE", "tie": "TIE"}
 _SETS = {"gates": "gates", "mlp": "whole MLP", "earlier": "earlier layer", "random": "random sets"}

@@ -10,58 +10,20 @@ tokens of the longer edit have partners and its first ones have none.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
-from pathlib import Path
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remote_mediation.errors import PairsError, SiteError
+from remote_mediation.pairs import PromptPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BUILTIN = "builtin"
 SPANS = ("edit", "after_edit", "post_instruction", "last", "all")
 # Edits whose lengths differ by more tokens than this leave too much of the longer one without a partner.
 MAX_EDIT_DIFFERENCE = 4
-
-_REQUIRED = ("id", "harmful", "harmless", "category", "template")
-_OPTIONAL = ("harmful_response", "harmless_response")
-_XSTEST = ("id", "prompt", "type", "label", "focus", "note")
-# XSTest blocks whose unsafe contrasts stand in the same order as their safe prompts.
-_XSTEST_CONTRASTS = {
-    "homonyms": "contrast_homonyms",
-    "figurative_language": "contrast_figurative_language",
-    "safe_targets": "contrast_safe_targets",
-    "safe_contexts": "contrast_safe_contexts",
-    "definitions": "contrast_definitions",
-    "real_group_nons_discr": "contrast_discr",
-    "privacy_fictional": "contrast_privacy",
-}
-
-
-@dataclass(frozen=True)
-class PromptPair:
-    """A harmful request and its harmless counterpart, as text."""
-
-    id: str
-    """Unique in its file."""
-    harmful: str
-    """The treatment prompt, x1."""
-    harmless: str
-    """The control prompt, x0."""
-    category: str
-    """Kind of harm; for tables only."""
-    template: str
-    """Sentence frame; pairs of one template are one cluster. Empty: the pair is its own cluster."""
-    harmful_response: str = ""
-    """Opening of an answer to the harmful prompt; empty: the model's own."""
-    harmless_response: str = ""
-    """Opening of an answer to the harmless prompt; empty: the model's own."""
 
 
 class Places(NamedTuple):
@@ -69,6 +31,34 @@ class Places(NamedTuple):
 
     x0: tuple[int, ...]
     x1: tuple[int, ...]
+
+
+class Node(NamedTuple):
+    """A fed token of a trie of openings."""
+
+    token: int
+    """Token id."""
+    parent: int
+    """Index of the node before it; -1 for the last prompt token."""
+    depth: int
+    """Tokens from the last prompt token on; 1 for the first of an opening."""
+
+
+@lru_cache
+def trie(openings: tuple[tuple[int, ...], ...]) -> dict[tuple[int, ...], Node]:
+    """Fed tokens of openings by what they end: all but each opening's last, beginnings that are shared once.
+
+    The order is that in which they are packed after the prompt.
+    """
+    nodes: dict[tuple[int, ...], Node] = {}
+    number: dict[tuple[int, ...], int] = {(): -1}
+    for opening in openings:
+        for length in range(1, len(opening)):
+            beginning = opening[:length]
+            if beginning not in nodes:
+                number[beginning] = len(nodes)
+                nodes[beginning] = Node(beginning[-1], number[beginning[:-1]], length)
+    return nodes
 
 
 @dataclass(frozen=True)
@@ -96,6 +86,8 @@ class TokenPair:
     """Of these, template tokens after the user's text."""
     answers: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     """Token ids of the answer to x1 and of the answer to x0; empty where the outcome needs none."""
+    openings: tuple[tuple[int, ...], ...] = ()
+    """Token ids of the openings that the `refusal` outcome compares, the same for every pair; or empty."""
 
     @property
     def prompts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -105,6 +97,8 @@ class TokenPair:
     @property
     def fed(self) -> int:
         """Answer tokens that are fed after the prompt."""
+        if self.openings:
+            return len(trie(self.openings))
         return sum(max(len(answer) - 1, 0) for answer in self.answers)
 
     def places(self, position: str) -> Places:
@@ -167,24 +161,6 @@ class Prepared(NamedTuple):
     refusals: tuple[Refusal, ...]
 
 
-def load_pairs(source: str) -> tuple[PromptPair, ...]:
-    """Read pairs from JSONL or CSV, from a CSV in XSTest's layout, or the package's own (`builtin`).
-
-    Raises:
-        PairsError: missing, unreadable or empty file, wrong columns, duplicate ids, identical prompts.
-    """
-    if source == BUILTIN:
-        text, name = resources.files("remote_mediation").joinpath("data/pairs.jsonl").read_text("utf-8"), BUILTIN
-        records = _parse_jsonl(text, name)
-    else:
-        records = _read_records(Path(source))
-    pairs = tuple(_pair(record, source, number) for number, record in enumerate(records, 1))
-    if not pairs:
-        raise PairsError(f"{source} holds no pairs; give at least one record with {', '.join(_REQUIRED)}")
-    _check_pairs(pairs, source)
-    return pairs
-
-
 def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Tokenise and align pairs, with the tokenizer's chat template when it has one."""
     done: list[TokenPair] = []
@@ -225,7 +201,9 @@ def to_record(pair: TokenPair) -> dict[str, Any]:
 def from_record(record: dict[str, Any]) -> TokenPair:
     """The inverse of `to_record`."""
     answers = tuple(tuple(answer) for answer in record["answers"])
-    return TokenPair(**{**record, "x0": tuple(record["x0"]), "x1": tuple(record["x1"]), "answers": answers})
+    openings = tuple(map(tuple, record.get("openings", ())))
+    ids = {"x0": tuple(record["x0"]), "x1": tuple(record["x1"])}
+    return TokenPair(**{**record, **ids, "answers": answers, "openings": openings})
 
 
 def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair | Refusal:
@@ -253,78 +231,3 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, .
     encoding = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     end = rendered.rfind(text.strip()) + len(text.strip())
     return tuple(encoding["input_ids"]), sum(1 for start, _ in encoding["offset_mapping"] if start >= end)
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text("utf-8-sig")  # spreadsheets put a byte order mark before the first column's name
-        if path.suffix.lower() != ".csv":
-            return _parse_jsonl(text, str(path))
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        records = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise PairsError(f"cannot read pairs file {str(path)!r}: {error}; give a JSONL or CSV file") from error
-    return _xstest(records, str(path)) if tuple(reader.fieldnames or ()) == _XSTEST else records
-
-
-def _parse_jsonl(text: str, name: str) -> list[dict[str, Any]]:
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` would also cut inside a JSON string
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise PairsError(f"{name}, line {number} is not JSON ({error.msg}); write one object per line") from error
-    return records
-
-
-def _xstest(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Pair XSTest's safe prompts with their unsafe contrasts, block by block and in order."""
-    by_type: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        by_type.setdefault(record["type"], []).append(record)
-    for kind, contrast in _XSTEST_CONTRASTS.items():
-        safe, unsafe = (len(by_type.get(block, ())) for block in (kind, contrast))
-        if safe != unsafe:
-            raise PairsError(
-                f"{name} has {safe} prompts of type {kind!r} and {unsafe} of {contrast!r}; XSTest pairs them in order, "
-                "so give the whole file"
-            )
-    return [
-        {
-            "id": f"{kind}-{safe['id']}",
-            "harmful": unsafe["prompt"],
-            "harmless": safe["prompt"],
-            "category": kind,
-            "template": "",
-        }
-        for kind, contrast in _XSTEST_CONTRASTS.items()
-        for safe, unsafe in zip(by_type.get(kind, ()), by_type.get(contrast, ()), strict=True)
-    ]
-
-
-def _pair(record: Any, name: str, number: int) -> PromptPair:
-    known = {*_REQUIRED, *_OPTIONAL}
-    if not isinstance(record, dict) or not set(_REQUIRED) <= set(record) or not set(record) <= known:
-        keys = sorted(str(key) for key in record) if isinstance(record, dict) else type(record).__name__
-        raise PairsError(
-            f"{name}, record {number} has {keys}; it needs {', '.join(_REQUIRED)} and may have {', '.join(_OPTIONAL)}"
-        )
-    values = {key: "" if value is None else value for key, value in record.items()}
-    wrong = [key for key, value in values.items() if not isinstance(value, str)]
-    missing = [key for key in ("id", "harmful", "harmless") if not str(values[key]).strip()]
-    if wrong or missing:
-        what = f"{wrong[0]!r} is not text" if wrong else f"{missing[0]!r} is empty"
-        raise PairsError(f"{name}, record {number}: {what}; every field is a string")
-    return PromptPair(**values)
-
-
-def _check_pairs(pairs: Sequence[PromptPair], name: str) -> None:
-    seen: set[str] = set()
-    for pair in pairs:
-        if pair.id in seen:
-            raise PairsError(f"{name} has the id {pair.id!r} twice; ids must be unique")
-        seen.add(pair.id)
-        if pair.harmful == pair.harmless:
-            raise PairsError(f"{name}, pair {pair.id!r} has two identical prompts; they must differ")

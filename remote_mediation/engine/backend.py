@@ -1,0 +1,51 @@
+"""A place that runs jobs: the one protocol that this machine and a server both follow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from remote_mediation.engine.jobs import Job, Readout
+from remote_mediation.sites import ModelInfo
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+class Backend(Protocol):
+    """A place that runs jobs."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """Shape of its model."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of its model."""
+        ...
+
+    def submit(self, job: Job) -> str:
+        """Hand over a job; what comes back is a ticket for its values, which outlives this process where it can.
+
+        Raises:
+            BackendError: it could not be handed over.
+        """
+        ...
+
+    def collect(self, ticket: str) -> Readout:
+        """Wait for a job's values.
+
+        Raises:
+            JobError: the job failed.
+            LostJobError: nothing is known of this ticket (any more).
+            BackendError: the backend could not be reached.
+        """
+        ...
+
+
+def split_values(contexts: list[torch.Tensor]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    """The contexts' tensors `[run, read]` as one vector per run."""
+    return [row for values in contexts for row in values.numpy()]

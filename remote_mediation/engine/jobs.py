@@ -1,0 +1,243 @@
+"""From rows to jobs: what runs together, under which name, and what it will cost. Pure, and no weights are needed.
+
+Pairs whose prompts and answers have the same lengths share their batches: a batch reads all weights of the model, for
+however few rows. A job is as many pairs as fit its budget of floating-point operations; a pair that is more than a job
+is cut between batches. A row is known by a key that hashes everything its values depend on, so a run that was cut
+short, or planned with other budgets, finds again what it has already measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from remote_mediation.engine.budget import Budget, Setting, base_flops, held_bytes, row_bytes, row_flops, run_from
+from remote_mediation.engine.payload import Batch, Context, brief, context_payload, digest, model_spec, stacks_of
+from remote_mediation.engine.rows import Row, Source, Write
+from remote_mediation.tokens import TokenPair
+
+# Part of every row key: raise it when the meaning of a readout changes.
+SCHEMA = 1
+_Item = TypeVar("_Item")
+
+
+class Part(NamedTuple):
+    """One context of a job, as it is sent."""
+
+    pairs: tuple[str, ...]
+    """Ids of its pairs."""
+    keys: tuple[str, ...]
+    """Keys of the values it brings back; of a `measure` job the base prompts, then the rows."""
+    payload: dict[str, Any]
+    """The context's entry in `Job.payload`."""
+    flops: float
+    """Estimated floating-point operations."""
+    rows: tuple[Row, ...] = ()
+    """What the keys of a `measure` job stand for; base prompts are rows without writes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work for a backend."""
+
+    task: str
+    """What `program.perform` does with its contexts."""
+    model: dict[str, Any]
+    """The model's entry in the payload."""
+    parts: tuple[Part, ...]
+    """Its contexts."""
+
+    @property
+    def id(self) -> str:
+        """Hash of its row keys, which hash everything its values depend on."""
+        return digest(self.keys)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the values it brings back, in order."""
+        return tuple(key for part in self.parts for key in part.keys)
+
+    @property
+    def pairs(self) -> tuple[str, ...]:
+        """Ids of the pairs in it."""
+        return tuple(dict.fromkeys(pair for part in self.parts for pair in part.pairs))
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """What `program.execute` takes: strings, numbers, tuples, ranges and dicts only."""
+        return {"task": self.task, "model": self.model, "contexts": tuple(part.payload for part in self.parts)}
+
+    @property
+    def rows(self) -> int:
+        """Rows it measures, base prompts not counted; contexts of the other tasks count as one each."""
+        return sum(sum(bool(row.writes) for row in part.rows) if self.task == "measure" else 1 for part in self.parts)
+
+    @property
+    def flops(self) -> float:
+        """Estimated floating-point operations."""
+        return sum(part.flops for part in self.parts)
+
+
+class Readout(NamedTuple):
+    """What a job brought back."""
+
+    values: list[npt.NDArray[np.float32]]
+    """Per key of the job, the values of the outcome's reads."""
+    seconds: float
+    """Time the job took where it ran."""
+
+
+class Keys:
+    """Names rows by everything their values depend on, hashing what a pair's rows share only once."""
+
+    def __init__(self, setting: Setting, pairs: Iterable[TokenPair]) -> None:
+        info = setting.info
+        shared = (SCHEMA, info.name, info.revision, info.weights, setting.dtype, setting.outcome.normalise)
+        self._known: dict[Row, str] = {}
+        self._prefixes = {
+            pair.id: digest([*shared, pair.x0, pair.x1, *_answered(pair), setting.outcome.reads(pair)])
+            for pair in pairs
+        }
+
+    def __call__(self, row: Row) -> str:
+        """The key of a row."""
+        if row not in self._known:
+            writes = [
+                (w.component, w.layer, brief(w.places), brief(w.columns), repr(_brief_value(w))) for w in row.writes
+            ]
+            self._known[row] = digest([self._prefixes[row.pair], row.base, writes])
+        return self._known[row]
+
+
+def plan_jobs(
+    rows: Iterable[Row], pairs: Mapping[str, TokenPair], setting: Setting, budget: Budget, keys: Keys
+) -> Iterator[Job]:
+    """Group rows into jobs, pairs of one shape together; duplicate rows are measured once.
+
+    Rows without writes need no batch of their own: every context measures the base prompts of its pairs.
+    """
+    loads = [_load(pairs[name], group, setting) for name, group in _by(dict.fromkeys(rows), lambda row: row.pair)]
+    contexts: list[Context] = []
+    spent = 0.0
+    for _, group in _by(loads, lambda load: _shape(load.pair)):
+        pending = list(group)
+        while pending:
+            taken = _fitting(pending, budget.job_flops() - spent, budget.batch_bytes, setting)
+            if taken:
+                contexts.append(_context(taken, setting, budget))
+                spent += sum(load.flops for load in taken)
+                del pending[: len(taken)]
+            elif contexts:
+                yield _job(contexts, setting, keys)
+                contexts, spent = [], 0.0
+            else:
+                yield from _cut(pending.pop(0), setting, budget, keys)
+    if contexts:
+        yield _job(contexts, setting, keys)
+
+
+def batch_sizes(job: Job, pairs: Mapping[str, TokenPair], setting: Setting) -> list[float]:
+    """Bytes of activations in each base run and batch of a `measure` job, with what its context keeps throughout."""
+    sizes = []
+    for part in job.parts:
+        members = [pairs[name] for name in part.pairs]
+        runs = [(len(stack["ids"]), 0) for stack in part.payload["stacks"]]
+        runs += [(sum(map(len, batch["joining"])), batch["start"]) for batch in part.payload["batches"]]
+        held = held_bytes(members, part.rows, setting)
+        sizes += [held + rows * row_bytes(members[0], start, setting) for rows, start in runs]
+    return sizes
+
+
+class _Load(NamedTuple):
+    """A pair with its rows and what they cost."""
+
+    pair: TokenPair
+    rows: tuple[Row, ...]
+    flops: float
+    held: float
+
+
+def _load(pair: TokenPair, rows: Iterable[Row], setting: Setting) -> _Load:
+    written = tuple(row for row in rows if row.writes)
+    flops = base_flops(pair, setting) + sum(row_flops(row, pair, setting) for row in written)
+    return _Load(pair, written, flops, held_bytes([pair], written, setting))
+
+
+def _by(items: Iterable[_Item], key: Callable[[_Item], Any]) -> Iterator[tuple[Any, Iterator[_Item]]]:
+    """Items grouped by a key, in its order; the order within a group stays."""
+    return groupby(sorted(items, key=key), key=key)
+
+
+def _shape(pair: TokenPair) -> tuple[int, ...]:
+    """Lengths of both prompts and all answers; what makes tokens of two pairs stand at the same places."""
+    return (*map(len, pair.prompts), *map(len, pair.answers), *map(len, pair.openings))
+
+
+def _answered(pair: TokenPair) -> list[Any]:
+    """What is fed after the prompts."""
+    return [pair.answers, pair.openings] if pair.openings else [pair.answers]
+
+
+def _fitting(pending: Sequence[_Load], flops: float, room: float, setting: Setting) -> list[_Load]:
+    """The first pairs that go together: their operations fit the job, and their base runs half the memory."""
+    taken: list[_Load] = []
+    spent = used = 0.0
+    for load in pending:
+        spent += load.flops
+        used += load.held + 2 * row_bytes(load.pair, 0, setting)
+        if spent > flops or (taken and used > room / 2):
+            break
+        taken.append(load)
+    return taken
+
+
+def _cut(load: _Load, setting: Setting, budget: Budget, keys: Keys) -> Iterator[Job]:
+    """Jobs for a pair that is more than one."""
+    batches: list[Batch] = []
+    spent = 0.0
+    for batch in _context([load], setting, budget).batches:
+        cost = sum(row_flops(row, load.pair, setting) for row in batch.rows)
+        if batches and spent + cost > budget.job_flops():
+            yield _job([Context((load.pair,), tuple(batches))], setting, keys)
+            batches, spent = [], 0.0
+        batches.append(batch)
+        spent += cost
+    yield _job([Context((load.pair,), tuple(batches))], setting, keys)
+
+
+def _context(loads: Sequence[_Load], setting: Setting, budget: Budget) -> Context:
+    """Rows by length of the prompt and first token, lower layers first, cut to the memory that base runs leave."""
+    pairs = {load.pair.id: load.pair for load in loads}
+    rows = [row for load in loads for row in load.rows]
+    room = budget.batch_bytes - held_bytes(list(pairs.values()), rows, setting)
+    batches = []
+    for (_, start), group in _by(
+        rows, lambda row: (len(pairs[row.pair].prompts[row.base]), run_from(row, pairs[row.pair]))
+    ):
+        ordered = sorted(group, key=lambda row: row.low)
+        count = -(-len(ordered) // max(1, int(room / row_bytes(loads[0].pair, start, setting))))
+        cuts = [part * len(ordered) // count for part in range(count + 1)]  # as few batches as fit, of even size
+        batches += [Batch(start, tuple(ordered[begin:end])) for begin, end in pairwise(cuts)]
+    return Context(tuple(pairs.values()), tuple(batches))
+
+
+def _job(contexts: list[Context], setting: Setting, keys: Keys) -> Job:
+    return Job("measure", model_spec(setting), tuple(_part(context, setting, keys) for context in contexts))
+
+
+def _part(context: Context, setting: Setting, keys: Keys) -> Part:
+    pairs, stacks = {pair.id: pair for pair in context.pairs}, stacks_of(context.pairs)
+    bases = [Row(side.pair.id, side.number) for stack in stacks for side in stack]
+    flops = sum(base_flops(pair, setting) for pair in context.pairs)
+    flops += sum(row_flops(row, pairs[row.pair], setting) for row in context.rows)
+    rows = (*bases, *context.rows)
+    return Part(tuple(pairs), tuple(map(keys, rows)), context_payload(context, stacks, setting), flops, rows)
+
+
+def _brief_value(item: Write) -> Any:
+    return (item.value.side, brief(item.value.places)) if isinstance(item.value, Source) else item.value

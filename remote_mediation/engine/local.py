@@ -1,0 +1,100 @@
+"""Jobs on this machine: the program of `program.py` handed to nnsight, and nothing leaves it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nnsight import TransformersModel
+
+from remote_mediation.engine import program
+from remote_mediation.engine.backend import split_values
+from remote_mediation.engine.jobs import Job, Readout
+from remote_mediation.errors import LostJobError, ModelError
+from remote_mediation.fetch import located
+from remote_mediation.models import load_info
+from remote_mediation.sites import ModelInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Parameters of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MOST_KEPT = -1, -3, 2**30
+
+
+class LocalBackend:
+    """Runs jobs on this machine; nothing leaves it."""
+
+    def __init__(self, model: Any, info: ModelInfo, *, limited: bool = False) -> None:
+        """Take over a dispatched nnsight model; `load` builds one from a name.
+
+        limited: memory matters more than time, so that what tensors free is given back at once.
+        """
+        self._model = model
+        self._jobs: dict[str, Job] = {}
+        self.info = info
+        if not limited:
+            _keep_freed_memory()
+
+    @classmethod
+    def load(
+        cls, name: str, revision: str = "", dtype: str = "float32", device: str = "cpu", *, limited: bool = False
+    ) -> LocalBackend:
+        """Load a model's weights from a local folder or the hub. limited: as for the class.
+
+        Raises:
+            ModelError: the weights or the device cannot be had.
+            SiteError: the model's family is not in the table.
+        """
+        info = load_info(name, revision)
+        try:
+            torch.empty(0, device=device)
+            model = TransformersModel(
+                located(name),
+                revision=revision or "main",
+                task="text-generation",
+                dispatch=True,
+                dtype=getattr(torch, dtype),
+                device_map=device,
+            )
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
+            raise ModelError(f"cannot load {name!r} as {dtype} on {device!r}: {error}; try --device cpu") from error
+        model.eval()
+        return cls(model, info, limited=limited)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the model."""
+        return self._model.tokenizer
+
+    def submit(self, job: Job) -> str:
+        """Keep a job until it is collected."""
+        self._jobs[job.id] = job
+        return job.id
+
+    def collect(self, ticket: str) -> Readout:
+        """Run a submitted job.
+
+        Raises:
+            LostJobError: it was submitted in another process.
+        """
+        if ticket not in self._jobs:
+            raise LostJobError(f"job {ticket} was not submitted in this process")
+        start = time.perf_counter()
+        values = program.execute(self._model, self._jobs.pop(ticket).payload)
+        return Readout(split_values(values), time.perf_counter() - start)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep the pages that tensors free, where it is glibc.
+
+    It would hand back every tensor of some MB and have fresh pages zeroed for the next one, which takes half of the
+    time of rows of one token.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _MOST_KEPT)
+        library.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)

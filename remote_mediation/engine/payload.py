@@ -1,0 +1,176 @@
+"""What a job takes along, as strings, numbers, tuples, ranges and dicts only: what `program` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from remote_mediation.engine.budget import Setting, captured
+from remote_mediation.engine.rows import Constant, Row, Scale, Source, Value
+from remote_mediation.outcomes import Outcome
+from remote_mediation.sites import FORWARD_ORDER, family_of
+from remote_mediation.tokens import TokenPair, trie
+
+# Stack and place in it of each pair's prompts, by pair and side.
+_Places = Mapping[tuple[str, int], tuple[int, int]]
+
+
+class Batch(NamedTuple):
+    """Rows that run together from one token on, lower layers first."""
+
+    start: int
+    rows: tuple[Row, ...]
+
+
+class Context(NamedTuple):
+    """Pairs of one shape in one job, and their rows in the order in which they are measured."""
+
+    pairs: tuple[TokenPair, ...]
+    batches: tuple[Batch, ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows."""
+        return tuple(row for batch in self.batches for row in batch.rows)
+
+
+class Side(NamedTuple):
+    """One prompt of a pair."""
+
+    pair: TokenPair
+    number: int
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Its tokens."""
+        return self.pair.prompts[self.number]
+
+
+def model_spec(setting: Setting) -> dict[str, Any]:
+    """The part of a payload that describes the model."""
+    family = family_of(setting.info.family)
+    return {
+        "blocks": family.blocks,
+        "vocab": setting.info.vocab,
+        "layers": setting.info.layers,
+        "components": {component: tuple(hook) for component, hook in family.hooks.items()},
+        "factors": dict.fromkeys(("attention_output", "mlp_output"), setting.info.multiplier),
+        "sliding": setting.info.sliding,
+        "window": setting.info.window,
+        "dtype": setting.dtype,
+        "normalise": setting.outcome.normalise,
+    }
+
+
+def stacks_of(pairs: Sequence[TokenPair]) -> list[list[Side]]:
+    """Prompts of pairs of one shape, those of one length together."""
+    x0, x1 = ([Side(pair, number) for pair in pairs] for number in (0, 1))
+    return [x0 + x1] if len(x0[0].ids) == len(x1[0].ids) else [x0, x1]
+
+
+def context_payload(context: Context, stacks: Sequence[Sequence[Side]], setting: Setting) -> dict[str, Any]:
+    """A context as `program.measure` takes it."""
+    first, components = captured(context.pairs, context.rows)
+    places = {
+        (side.pair.id, side.number): (number, place)
+        for number, stack in enumerate(stacks)
+        for place, side in enumerate(stack)
+    }
+    return {
+        "stacks": tuple(stack_payload(stack, first, setting.outcome) for stack in stacks),
+        "capture": tuple(component for component in FORWARD_ORDER if component in components),
+        "batches": tuple(_batch_payload(batch, places, first, setting.info.layers) for batch in context.batches),
+    }
+
+
+def stack_payload(stack: Sequence[Side], first: int, outcome: Outcome) -> dict[str, Any]:
+    """The packed sequences of prompts of one shape, what is kept of them and what is read.
+
+    After the prompt come the fed answer tokens. Two answers are told apart by `segments` (0 prompt, 1 and 2); openings
+    are packed as a trie, by the `parents` that they go on from.
+    """
+    length = len(stack[0].ids)
+    packed = _trie_payload(stack[0], length) if stack[0].pair.openings else _answers_payload(stack[0], length)
+    reads = [outcome.reads(side.pair) for side in stack]
+    return {
+        "ids": tuple((*side.ids, *_fed(side.pair)) for side in stack),
+        **packed,
+        "first": first,
+        "answers": tuple(range(length - 1, len(packed["positions"]))),
+        "queries": tuple(read.answer for read in reads[0]),
+        "tokens": tuple(tuple(read.token for read in one) for one in reads),
+    }
+
+
+def _fed(pair: TokenPair) -> tuple[int, ...]:
+    if pair.openings:
+        return tuple(node.token for node in trie(pair.openings).values())
+    return tuple(token for answer in pair.answers for token in answer[:-1])
+
+
+def _answers_payload(side: Side, length: int) -> dict[str, Any]:
+    positions, segments = list(range(length)), [0] * length
+    for segment, answer in enumerate(side.pair.answers, 1):
+        fed = max(len(answer) - 1, 0)
+        positions += range(length, length + fed)
+        segments += [segment] * fed
+    return {"positions": tuple(positions), "segments": tuple(segments)}
+
+
+def _trie_payload(side: Side, length: int) -> dict[str, Any]:
+    nodes = trie(side.pair.openings).values()
+    return {
+        "positions": (*range(length), *(length - 1 + node.depth for node in nodes)),
+        "parents": tuple(length + node.parent for node in nodes),
+    }
+
+
+def _batch_payload(batch: Batch, places: _Places, first: int, layers: int) -> dict[str, Any]:
+    low = batch.rows[0].low
+    joining: list[list[int]] = [[] for _ in range(low, layers)]
+    writes: dict[int, dict[str, list[Any]]] = {}
+    for index, row in enumerate(batch.rows):
+        joining[row.low - low].append(places[row.pair, row.base][1])
+        for item in row.writes:
+            value = _value_payload(item.value, row.pair, places, first)
+            entry = (index, shifted(item.places, batch.start), brief(item.columns), *value)
+            writes.setdefault(item.layer, {}).setdefault(item.component, []).append(entry)
+    return {
+        "stack": places[batch.rows[0].pair, batch.rows[0].base][0],
+        "start": batch.start,
+        "low": low,
+        "joining": tuple(map(tuple, joining)),
+        "writes": {
+            layer: tuple((name, tuple(parts[name])) for name in FORWARD_ORDER if name in parts)
+            for layer, parts in writes.items()
+        },
+    }
+
+
+def _value_payload(value: Value, pair: str, places: _Places, first: int) -> tuple[str, Any]:
+    match value:
+        case Source(side, taken):
+            return "source", (*places[pair, side], shifted(taken, first))
+        case Scale(factor):
+            return "scale", factor
+        case Constant(values):
+            return "constant", values
+
+
+def shifted(indices: tuple[int, ...], by: int) -> tuple[int, ...] | range:
+    """Indices counted from another origin, as they are sent."""
+    return brief(tuple(index - by for index in indices))
+
+
+def brief(indices: tuple[int, ...]) -> tuple[int, ...] | range:
+    """The same indices as a range where they are contiguous, which is what most are and what ships in a few bytes."""
+    contiguous = bool(indices) and indices[-1] - indices[0] + 1 == len(indices)
+    return range(indices[0], indices[-1] + 1) if contiguous else indices
+
+
+def digest(data: Any) -> str:
+    """Hash of nested tuples, lists, dicts, strings and numbers."""
+    text = json.dumps(data, default=repr, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
