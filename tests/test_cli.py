@@ -431,7 +431,8 @@ def test_judge_check(call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (ran.code, ran.err) == (0, "")
     assert all(f" {share} [" in ran.out for share in ("60%", "50%", "66.7%"))
     both = call("judge", "check", "mine.csv", "--judge", "refusal-openings", "--judge", "refusal-phrases")
-    assert (both.code, both.err, both.out.count("refusal-")) == (0, "", 2)
+    assert (both.code, both.err) == (0, "")
+    assert both.out.index("refusal-openi") < both.out.index("refusal-phras")  # a table of 80 letters breaks names
     assert "no sample" not in ran.out
 
 
