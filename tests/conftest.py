@@ -118,6 +118,21 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("granitemoe", {**_GQA, **_ROUTED, "num_local_experts": 4, "residual_multiplier": 0.22}),
     "deepseek_v2": ("deepseek_v2", {**_LATENT, "topk_method": "greedy"}),
     "deepseek_v3": ("deepseek_v3", _LATENT),
+    "ministral3_window": ("ministral3", {**_WIDE_HEADS, "sliding_window": WINDOW}),
+    "smollm3_window": (
+        "smollm3",
+        {**_WIDE_HEADS, "use_sliding_window": True, "sliding_window": WINDOW, "no_rope_layer_interval": 2},
+    ),
+    "mixtral_window": ("mixtral", {**_WIDE_HEADS, **_ROUTED, "num_local_experts": 4, "sliding_window": WINDOW}),
+    "phimoe_window": ("phimoe", {**_GQA, **_ROUTED, "num_local_experts": 4, "sliding_window": WINDOW}),
+    "qwen2_moe_window": (
+        "qwen2_moe",
+        {**_GQA, **_ROUTED, **_QWEN_WINDOW, "num_experts": 4, "moe_intermediate_size": 24, "max_window_layers": 3},
+    ),
+    "qwen3_moe_window": (
+        "qwen3_moe",
+        {**_WIDE_HEADS, **_ROUTED, **_QWEN_WINDOW, "num_experts": 4, "moe_intermediate_size": 24},
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, TOLERANCE, Subject, token_pair
+from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, TOLERANCE, WINDOWED, Subject, token_pair
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -211,7 +211,16 @@ def test_sliding_layers_are_those_of_the_configuration(subject: Subjects) -> Non
     assert found["gemma2"] == ((0, 2), 4096)
     assert found["qwen2_window"] == ((1, 2), 6)
     assert found["phi3_window"] == ((0, 1, 2), 6)
+    windowed = {name: subject(name).info.sliding for name in WINDOWED}
+    assert windowed["smollm3_window"] == (1,)
+    assert windowed["qwen2_moe_window"] == (0, 2)
+    assert windowed["ministral3_window"] == windowed["mixtral_window"] == windowed["qwen3_moe_window"] == (0, 1, 2)
     assert found["gemma2_window"] == found["gemma3_text_window"] == ((0, 2), 6)
+
+
+def test_a_window_that_transformers_does_not_read_is_none() -> None:
+    config = AutoConfig.for_model("llama", sliding_window=6, layer_types=["sliding_attention"] * 32)
+    assert (info_of(config, "some/llama").sliding, info_of(config, "some/llama").window) == ((), None)
 
 
 def test_unknown_family_names_the_row_to_add(tmp_path: Path) -> None:
