@@ -71,7 +71,7 @@ def main() -> None:
 @app.command(
     epilog="Examples:\n\n"
     "  remote-mediation run study.toml\n\n"
-    "  remote-mediation run --model HuggingFaceTB/SmolLM2-135M-Instruct --max-pairs 12 --granularity layers,modules\n\n"
+    "  remote-mediation run --model HuggingFaceTB/SmolLM2-135M-Instruct --max-pairs 12 --analyses layers,modules\n\n"
     "  remote-mediation run study.toml --model meta-llama/Llama-3.1-70B-Instruct --backend ndif"
 )
 def run(
@@ -80,7 +80,7 @@ def run(
     revision: Revision = None,
     pairs: Pairs = None,
     max_pairs: MaxPairs = None,
-    granularity: Kinds = None,
+    analyses: Kinds = None,
     outcome: OutcomeFlag = None,
     backend: BackendFlag = None,
     dtype: Dtype = None,
@@ -116,7 +116,11 @@ def paths(folder: RunFolder) -> None:
 def intervene(
     folder: RunFolder,
     judge: Annotated[
-        str | None, typer.Option(help="refusal-phrases, classifier:MODEL[:LABEL] or python:module:function.")
+        str | None,
+        typer.Option(
+            help="refusal-openings unless the study says else; openings+embedding is better (fetch-model minilm). Also "
+            "embedding, refusal-phrases, model:NAME, classifier:MODEL[:LABEL], python:module:function."
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each generated answer.")] = None,
     attacks: Annotated[bool, typer.Option("--attacks", help="Rewrap the prompts, too.")] = False,
@@ -158,7 +162,7 @@ def report(folder: RunFolder, show_text: ShowText = False) -> None:
 @app.command(
     epilog="Examples:\n\n"
     "  remote-mediation plan study.toml\n\n"
-    "  remote-mediation plan --model HuggingFaceTB/SmolLM2-135M-Instruct --granularity neurons"
+    "  remote-mediation plan --model HuggingFaceTB/SmolLM2-135M-Instruct --analyses neurons"
 )
 def plan(
     study: StudyFile = None,
@@ -166,7 +170,7 @@ def plan(
     revision: Revision = None,
     pairs: Pairs = None,
     max_pairs: MaxPairs = None,
-    granularity: Kinds = None,
+    analyses: Kinds = None,
     outcome: OutcomeFlag = None,
     backend: BackendFlag = None,
     dtype: Dtype = None,
@@ -178,7 +182,7 @@ def plan(
     from remote_mediation.cost import estimate
 
     _quiet_libraries()
-    table = Table(title=Text(f"{config.model}: {', '.join(config.granularity)}"), show_header=False)
+    table = Table(title=Text(f"{config.model}: {', '.join(config.analyses)}"), show_header=False)
     for name, value in estimate(config).described():
         table.add_row(name, value)
     console.print(table)
@@ -232,13 +236,21 @@ def selfcheck(
         raise typer.Exit(1)
 
 
-@app.command("fetch-model", epilog="Example:\n\n  remote-mediation fetch-model smollm2")
-def fetch_model_command(name: Annotated[str, typer.Argument(help="smollm2")]) -> None:
+@app.command("fetch-model", epilog="Example:\n\n  remote-mediation fetch-model qwen2.5-coder-0.5b")
+def fetch_model_command(
+    name: Annotated[str | None, typer.Argument(help="Its short name, from --list.")] = None,
+    list_models: Annotated[bool, typer.Option("--list", help="Show the models, sizes and licences.")] = False,
+) -> None:
     """Put a small real model into the user's cache and print its folder."""
-    from remote_mediation.fetch import fetch_model
+    from remote_mediation.fetch import fetch_model, fetchable_table
 
+    if list_models:
+        console.print(fetchable_table())
+        return
+    if name is None:
+        raise InputError("name a model to fetch; fetch-model --list shows them")
     _quiet_libraries()
-    console.print(str(fetch_model(name)), soft_wrap=True, highlight=False)
+    console.print(str(fetch_model(name, errors)), soft_wrap=True, highlight=False)
 
 
 @models_app.callback(
@@ -310,7 +322,7 @@ def doctor(model: Model = None, revision: Revision = None) -> None:
 @judge_app.command(
     "check",
     epilog="Examples:\n\n"
-    "  remote-mediation judge check\n\n"
+    "  remote-mediation judge check --all\n\n"
     "  remote-mediation judge check labelled.csv --judge classifier:./my-classifier:unsafe\n\n"
     "  remote-mediation judge check labelled.csv --judge python:my_package.judges:by_keyword",
 )
@@ -319,22 +331,39 @@ def judge_check(
         str, typer.Argument(metavar="FILE", help="'builtin', or a CSV file with prompt, answer and harmful (1 or 0).")
     ] = "builtin",
     judge: Annotated[
-        str, typer.Option(help="refusal-phrases, classifier:MODEL_OR_FOLDER[:LABEL] or python:package.module:function.")
-    ] = "refusal-phrases",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap of kappa.")] = 0,
+        list[str] | None,
+        typer.Option(
+            help="refusal-openings, refusal-phrases, embedding[:FOLDER], openings+embedding[:FOLDER], model:NAME, "
+            "classifier:MODEL_OR_FOLDER[:LABEL] or python:package.module:function; repeat it to compare."
+        ),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="All that are ready as they are (after fetch-model minilm).")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
 ) -> None:
-    """Compare a judge's verdicts with labels: accuracy, recall, specificity and Cohen's kappa, with 95% intervals."""
+    """Compare judges' verdicts with labels: accuracy, recall, specificity and Cohen's kappa, with 95% intervals."""
     import numpy as np
 
-    from remote_mediation.judges import BUILTIN, MEANING, check_judge, load_judge, load_labelled
+    from remote_mediation.judges import (
+        BUILTIN,
+        DEFAULT_JUDGE,
+        MEANING,
+        STANDING,
+        check_judge,
+        load_judge,
+        load_labelled,
+    )
     from remote_mediation.report import judge_table
 
     records = load_labelled(file)
-    if judge.startswith("classifier:"):
+    specs = list(dict.fromkeys([*(STANDING if every else ()), *(judge or ())])) or [DEFAULT_JUDGE]
+    if any(spec.startswith(("classifier", "embedding", "openings+", "model")) for spec in specs):
         _quiet_libraries()
-    quality = check_judge(load_judge(judge), records, np.random.default_rng(seed))
-    console.print(judge_table(quality).rich(f"{file}: {quality.n} answers, {quality.harmful} of them labelled harmful"))
-    console.print(MEANING, soft_wrap=True, highlight=False)
+    qualities = [check_judge(load_judge(spec), records, np.random.default_rng(seed)) for spec in specs]
+    of = f"{file}: {len(records)} answers, {sum(record.harmful for record in records)} of them labelled harmful"
+    console.print(judge_table(qualities).rich(of))
+    console.print(f"{MEANING}. Brackets: 95% intervals.", soft_wrap=True, highlight=False)
     if file == BUILTIN:
         console.print("The built-in answers are harmless stand-ins, many of them hard: no sample of a model's answers.")
 
@@ -382,7 +411,7 @@ def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None
     _write_report(store, result, show_text)
 
 
-def _extend(folder: Path, granularity: list[str], changes: dict[str, Any] | None = None) -> None:
+def _extend(folder: Path, analyses: list[str], changes: dict[str, Any] | None = None) -> None:
     """Run a study again with more to ask; what it has measured is kept. Settings that are None stay as they are."""
     from remote_mediation.config import load_config
     from remote_mediation.store import Store
@@ -390,8 +419,8 @@ def _extend(folder: Path, granularity: list[str], changes: dict[str, Any] | None
     known = Store.open(folder).record()["config"]
     asked = {name: {k: v for k, v in part.items() if v is not None} for name, part in (changes or {}).items()}
     settings = {name: {**known[name], **part} for name, part in asked.items()}
-    more = list(dict.fromkeys([*known["granularity"], *granularity]))
-    _measure(load_config(None, {**known, **settings, "granularity": more}), folder)
+    more = list(dict.fromkeys([*known["analyses"], *analyses]))
+    _measure(load_config(None, {**known, **settings, "analyses": more}), folder)
 
 
 class _Watch:
@@ -443,8 +472,8 @@ def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
     from remote_mediation.config import load_config
 
     overrides = {name: value for name, value in flags.items() if name not in ("study", "show_text")}
-    if overrides["granularity"] is not None:
-        overrides["granularity"] = [name.strip() for name in overrides["granularity"].split(",")]
+    if overrides["analyses"] is not None:
+        overrides["analyses"] = [name.strip() for name in overrides["analyses"].split(",")]
     return load_config(study, overrides)
 
 
@@ -476,7 +505,7 @@ def _variants(config: StudyConfig, progress: _Watch) -> dict[str, Backend]:
     """
     from remote_mediation.fetch import checkpoint
 
-    wanted = config.attacks.checkpoints if "attacks" in config.granularity else []
+    wanted = config.attacks.checkpoints if "attacks" in config.analyses else []
     if wanted and config.backend == "ndif":
         raise SettingsError("attacks.checkpoints run locally only; deploy the checkpoint and study it as a model")
     found: dict[str, Backend] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -9,14 +10,17 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from remote_mediation.errors import SettingsError
-from remote_mediation.judges import REFUSAL_PHRASES
+from remote_mediation.judges import DEFAULT_JUDGE
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 
-Granularity = Literal[
+AnalysisName = Literal[
     "layers", "modules", "tokens", "heads", "neurons", "detect", "paths", "intervene", "attacks", "monitor"
 ]
 Search = Literal["gradient", "windows", "all"]
+# Settings that had another name, by that name.
+RENAMED = {"granularity": "analyses"}
+_log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 # One or more items; what is named twice counts once.
 Distinct = Annotated[list[_Item], Field(min_length=1), AfterValidator(lambda items: list(dict.fromkeys(items)))]
@@ -24,6 +28,17 @@ Distinct = Annotated[list[_Item], Field(min_length=1), AfterValidator(lambda ite
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RefusalSettings(_Strict):
+    """`[refusal]`: the openings whose probabilities are compared, the same after every prompt."""
+
+    openings: Literal["own", "builtin"] = "own"
+    """Those of the model's own answers to discovery prompts, or the package's own list."""
+    compliant: list[str] = []
+    """Compliant openings, such as "Sure"; given, they are taken in place of `openings`."""
+    refusing: list[str] = []
+    """Refusing openings, such as "I'm sorry"."""
 
 
 class ResponseSettings(_Strict):
@@ -43,7 +58,7 @@ class LogitSettings(_Strict):
 
 
 class PositionSettings(_Strict):
-    """`[positions]`: where each granularity swaps its mediators (see the README, "Positions")."""
+    """`[positions]`: where each analysis swaps its mediators (see the README, "Positions")."""
 
     layers: Distinct[str] = ["edit", "post_instruction", "last"]
     modules: Distinct[str] = ["all"]
@@ -71,8 +86,8 @@ class NeuronSettings(_Strict):
 class InterveneSettings(_Strict):
     """`[intervene]`: what the gates are held at, and who judges what is then said."""
 
-    judge: str = REFUSAL_PHRASES
-    """`refusal-phrases`, `classifier:MODEL[:LABEL]` or `python:module:function`."""
+    judge: str = DEFAULT_JUDGE
+    """A judge's spec (`judges.load_judge`); `openings+embedding` is better, and takes `fetch-model minilm`."""
     tokens: int = Field(default=24, ge=1)
     """Tokens of each generated answer."""
     factors: Distinct[float] = [0.0, 0.5, 2.0]
@@ -115,9 +130,9 @@ class StudyConfig(_Strict):
     """`builtin`, or a JSONL or CSV file."""
     max_pairs: int | None = Field(default=None, ge=2)
     """Use at most so many pairs, spread evenly over the file."""
-    granularity: Distinct[Granularity] = ["layers", "modules", "neurons"]
+    analyses: Distinct[AnalysisName] = ["layers", "modules", "neurons"]
     """Which kinds of sites to measure."""
-    outcome: OutcomeName = "response_logprob"
+    outcome: OutcomeName = "refusal"
     """What Y is."""
     backend: Literal["local", "ndif"] = "local"
     """Where the model runs."""
@@ -133,6 +148,7 @@ class StudyConfig(_Strict):
     """Aim for jobs of this length; by default 5 on this machine and 60 on a server."""
     max_memory: float | None = Field(default=None, gt=0)
     """Most memory of this process in GB, kept by the size of batches; by default 1 GB beside libraries and weights."""
+    refusal: RefusalSettings = RefusalSettings()
     response_logprob: ResponseSettings = ResponseSettings()
     logit_diff: LogitSettings = LogitSettings()
     positions: PositionSettings = PositionSettings()
@@ -142,12 +158,22 @@ class StudyConfig(_Strict):
     monitor: MonitorSettings = MonitorSettings()
     statistics: StatisticsSettings = StatisticsSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, data: Any) -> Any:
+        """Settings as older study files and run folders name them."""
+        if not isinstance(data, dict):
+            return data
+        return {RENAMED.get(key, key): value for key, value in data.items()}
+
     @model_validator(mode="after")
-    def _tokens_for_logits(self) -> Self:
+    def _outcome_has_its_strings(self) -> Self:
         if self.outcome == "logit_diff" and not (self.logit_diff.plus and self.logit_diff.minus):
             raise ValueError(
                 "outcome logit_diff needs [logit_diff] with `plus` and `minus`, lists of one-token strings"
             )
+        if bool(self.refusal.compliant) != bool(self.refusal.refusing):
+            raise ValueError("[refusal] needs both `compliant` and `refusing`, lists of openings, or neither")
         return self
 
     @property
@@ -158,7 +184,7 @@ class StudyConfig(_Strict):
     def identity(self) -> dict[str, Any]:
         """What makes this study this study: model, pairs and outcome. What is asked of it may change."""
         kept = {"model", "revision", "pairs", "max_pairs", "outcome", "dtype", "seed", "response_logprob", "logit_diff"}
-        return self.model_dump(mode="json", include=kept)
+        return self.model_dump(mode="json", include={*kept, "refusal"} if self.outcome == "refusal" else kept)
 
 
 def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:
@@ -168,6 +194,8 @@ def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:
         SettingsError: unreadable file, unknown key or a value that is not allowed.
     """
     data = _read_toml(study) if study else {}
+    for old in sorted(set(RENAMED) & set(data)):
+        _log.warning("%s: the setting %r is now called %r; both are read", study, old, RENAMED[old])
     data.update({key: value for key, value in overrides.items() if value is not None})
     pairs = data.get("pairs", BUILTIN)
     if study and isinstance(pairs, str) and pairs != BUILTIN and not overrides.get("pairs"):

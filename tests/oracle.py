@@ -21,7 +21,7 @@ from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.jobs import Job, Keys, plan_jobs
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.rows import Constant, Row, Scale, Source, Write
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import Outcome, refusal
 from remote_mediation.sites import COMPONENTS, Component, ModelInfo
 from remote_mediation.tokens import TokenPair
 
@@ -38,6 +38,8 @@ VOCAB = 64  # of the tiny models; tokens below FIRST_WORD are special
 FIRST_WORD = 7
 LOGIT_DIFF = Outcome("logit_diff", plus=(11, 12), minus=(13, 14, 15))
 RESPONSE_LOGPROB = Outcome("response_logprob")
+# Openings of one to four tokens, of which some begin alike, also across the sides.
+REFUSAL = refusal(((11,), (12, 13), (12, 14, 15, 16)), ((13, 11), (12, 14, 17), (13, 12, 11)))
 # The engine adds up in another order than the oracle, in float32 (METHOD.md: "to 1e-4 logits in fp32").
 TOLERANCE = 1e-4
 PLENTY = 1e18
@@ -81,18 +83,35 @@ INPUTS = ("mlp_neurons", "attention_heads")
 class Token(NamedTuple):
     """One token of a packed sequence."""
 
-    answer: int | None
-    """The answer that it was fed for, None for a token of the prompt."""
+    answers: tuple[int, ...]
+    """The answers before whose end it stands: all of them for a token of the prompt."""
     index: int
-    """Its index in a sequence of the prompt and that answer alone."""
+    """Its index in a sequence of the prompt and such an answer alone."""
+
+
+def answers_of(pair: TokenPair) -> tuple[tuple[int, ...], ...]:
+    """What is fed after a prompt, one at a time."""
+    return pair.openings or pair.answers
 
 
 def unpacked(pair: TokenPair, side: int) -> list[Token]:
-    """What stands at each index of a side's packed sequence: the prompt, then both answers without their last token."""
-    prompt = len(pair.prompts[side])
-    tokens = [Token(None, index) for index in range(prompt)]
-    for answer, ids in enumerate(pair.answers):
-        tokens += [Token(answer, prompt + index) for index in range(len(ids) - 1)]
+    """What stands at each index of a side's packed sequence: the prompt, then answers without their last token.
+
+    Beginnings that openings share are packed once.
+    """
+    prompt, every = len(pair.prompts[side]), answers_of(pair)
+    tokens = [Token(tuple(range(len(every))), index) for index in range(prompt)]
+    begun: list[tuple[int, ...]] = []
+    for answer, ids in enumerate(every):
+        for index in range(len(ids) - 1):
+            beginning = ids[: index + 1]
+            if pair.openings and beginning in begun:
+                continue
+            begun.append(beginning)
+            shared = [
+                other for other, one in enumerate(every) if len(one) > index + 1 and one[: index + 1] == beginning
+            ]
+            tokens.append(Token(tuple(shared) if pair.openings else (answer,), prompt + index))
     return tokens
 
 
@@ -106,7 +125,7 @@ class Oracle:
         # Granite's contributions are multiplied on their way into the stream.
         self._multiplier = getattr(model.config, "residual_multiplier", 1.0)
         # One pass per answer, or one over the bare prompt.
-        self._passes = (0, 1) if any(pair.answers) else (0,)
+        self._passes = range(len(answers_of(pair))) if any(answers_of(pair)) else (0,)
         self._recorded = {(side, answer): self._record(side, answer) for side in (0, 1) for answer in self._passes}
 
     def values(self, rows: Sequence[Row], outcome: Outcome) -> np.ndarray:
@@ -126,6 +145,14 @@ class Oracle:
         if outcome.name == "logit_diff":
             first = logits[0][0].double()
             return float(first[list(outcome.plus)].mean() - first[list(outcome.minus)].mean())
+        if outcome.name == "refusal":
+            probability = {}
+            for ids, steps in zip(self._pair.openings, logits, strict=True):
+                scores = torch.softmax(steps.double(), -1)
+                probability[ids] = float(np.prod([scores[step, token] for step, token in enumerate(ids)]))
+            sides = (outcome.compliant, outcome.refusing)
+            compliant, refusing = (sum(probability[ids] for ids in side) for side in sides)
+            return float(np.log(compliant) - np.log(refusing))
         mean_logprob = []
         for ids, steps in zip(self._pair.answers, logits, strict=True):
             scores = torch.log_softmax(steps.double(), dim=-1)
@@ -139,7 +166,7 @@ class Oracle:
 
     def _forward(self, side: int, answer: int, rows: int, hooks: Iterable[Any]) -> Tensor:
         """Logits `[row, token, vocab]` of a prompt and an answer without its last token; hooks are then taken off."""
-        ids = torch.tensor([self._pair.prompts[side] + self._pair.answers[answer][:-1]])
+        ids = torch.tensor([self._pair.prompts[side] + answers_of(self._pair)[answer][:-1]])
         handles = list(hooks)
         try:
             with torch.no_grad():
@@ -188,7 +215,7 @@ class Oracle:
             tensor = tensor.clone()
             columns = list(write.columns) or list(range(tensor.shape[-1]))
             for number, place in enumerate(write.places):
-                if packed[place].answer in (None, answer):
+                if answer in packed[place].answers:
                     vector = tensor[row, packed[place].index]
                     vector[columns] = self._held_at(write, number, vector[columns], columns)
             return tensor
@@ -204,7 +231,7 @@ class Oracle:
                 return torch.tensor(values)
             case Source(side, places):
                 token = unpacked(self._pair, side)[places[number]]
-                return self._recorded[side, token.answer or 0][write.component, write.layer][token.index, columns]
+                return self._recorded[side, token.answers[0]][write.component, write.layer][token.index, columns]
 
 
 class Measured(NamedTuple):

@@ -14,11 +14,15 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for every analysis that no other builds on. A new module needs a place here.
 ORDER = (
-    ("engine", "engine.program", "errors", "planted", "planted.gate", "provenance", "show"),
-    ("engine.server", "fetch", "pairs", "sites", "stats"),
-    ("detectors", "judges", "models", "probes", "show.tables", "tokens"),
+    ("dequantise", "engine", "engine.program", "errors", "meter", "planted", "planted.gate", "provenance", "show"),
+    ("wheels",),
+    ("engine.server", "fetch", "intervals", "pairs", "sites"),
+    ("rates", "shares", "stats"),
+    ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
+    ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
+    ("detectors", "judges", "models", "placebo", "probes", "show.tables", "tokens"),
     ("outcomes",),
-    ("config", "engine.coverage", "engine.rows"),
+    ("config", "engine.coverage", "engine.rows", "openings"),
     ("engine.budget",),
     ("engine.payload",),
     ("engine.jobs",),
@@ -47,10 +51,14 @@ AT_ONCE = {
     "planted.gate": {"torch", "transformers"},
 }
 LAZILY = {
-    "fetch": {"torch", "transformers"},
+    "dequantise": {"torch", "transformers"},
     "engine.coverage": {"torch", "transformers"},
+    "fetch": {"transformers"},
     "engine.server": {"nnsight"},
-    "judges": {"transformers"},
+    "judges.base": {"transformers"},
+    "judges.chat": {"torch", "transformers"},
+    "judges.classifier": {"transformers"},
+    "judges.embedding": {"torch", "transformers"},
     "models": {"transformers"},
     "cli": {"transformers"},
 }
