@@ -202,6 +202,15 @@ def test_models(call: Run, tmp_path: Path, model: str) -> None:
     refused(call("models", "check", "./nowhere"), "'./nowhere'", "give a local folder")
 
 
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_neurons_of_a_mixture_of_experts(
+    call: Run, tmp_path: Path, subject: Callable[[str], Subject], command: str
+) -> None:
+    file = study(tmp_path, subject("mixtral_chat").info.name)
+    refused(call(command, file, "--analyses", "neurons"), "has no mlp_neurons", "mixture of experts (mixtral)")
+    assert call("plan", file, "--analyses", "layers,modules,heads").code == 0
+
+
 def test_an_unknown_family(call: Run, tmp_path: Path, model: str) -> None:
     file = study(tmp_path, model)
     (tmp_path / "model").mkdir()
