@@ -1,15 +1,12 @@
 """Statistics over prompt pairs: plain numpy in, frozen records out.
 
-The pair is the unit. Pairs made from one template are not independent, so they form one *cluster* (`_Clusters`, the one
-definition), and every interval and every test here redraws or flips whole clusters. There is one bootstrap
-(`_bootstrap`): a statistic is a function of how often each cluster was drawn, which for means is two matrix products
-and lets thousands of sites share one set of resamples. What cannot be known is NaN, and the `reason` beside it says
-why.
+The pair is the unit, and every interval and every test here redraws or flips whole clusters of pairs (see
+`intervals`, which has the resampling). Shares and slopes of effects are in `shares`, rates of yes and no in `rates`.
+What cannot be known is NaN, and the `reason` beside it says why.
 """
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -17,6 +14,22 @@ import scipy.stats as _untyped_scipy  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import ArrayLike, NDArray
 
 from remote_mediation.errors import PairsError
+from remote_mediation.intervals import (
+    CONFIDENCE,
+    RESAMPLES,
+    ROUNDING,
+    Clusters,
+    Ends,
+    Floats,
+    Interval,
+    complete_pairs,
+    draw_weights,
+    dropped_note,
+    in_blocks_of,
+    join,
+    mean_intervals,
+    percentiles,
+)
 
 __all__ = [
     "DepthProfile",
@@ -32,43 +45,11 @@ __all__ = [
     "ratio_of_means",
     "sparsity",
     "split_clusters",
+    "spread",
     "wilson",
 ]
 
-_Floats = NDArray[np.float64]
 _scipy = cast(Any, _untyped_scipy)
-
-_CONFIDENCE = 0.95
-_RESAMPLES = 9999
-_BLOCK = 2**21
-"""Most numbers in one temporary array (16 MiB): sites and resamples are worked through in blocks of this size."""
-_ROUNDING = 1e-12
-"""Relative difference that the rounding of a sum can explain."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A statistic with its 95% interval, in the unit that the function names."""
-
-    n_pairs: int
-    """Pairs that entered: those with finite values."""
-    n_clusters: int
-    """Clusters that these pairs belong to."""
-    value: float
-    """The statistic on the pairs that entered."""
-    low: float
-    high: float
-    reason: str
-    """Why a number is NaN, or why to read it with care (pairs dropped, few clusters); '' if neither."""
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 where the interval is clear of 0, else 0."""
-        return int(self.low > 0) - int(self.high < 0)
-
-    def columns(self, name: str) -> dict[str, float]:
-        """As columns of a table: `name`, `name_low` and `name_high`."""
-        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 @dataclass(frozen=True)
@@ -77,6 +58,8 @@ class Estimate(Interval):
 
     p: float
     """Two-sided sign-flip p, not corrected for the number of sites (see `benjamini_hochberg`)."""
+    p_floor: float = field(default=float("nan"), kw_only=True)
+    """Smallest p that so many clusters and sign flips can give."""
 
 
 class DepthProfile(NamedTuple):
@@ -104,7 +87,7 @@ class Sparsity(NamedTuple):
 
 
 def estimate_means(
-    values: ArrayLike, clusters: ArrayLike, rng: np.random.Generator, resamples: int = _RESAMPLES
+    values: ArrayLike, clusters: ArrayLike, rng: np.random.Generator, resamples: int = RESAMPLES
 ) -> list[Estimate]:
     """Mean over pairs of each site, with a clustered bootstrap interval and a sign-flip p, in the unit of the values.
 
@@ -113,15 +96,11 @@ def estimate_means(
     resamples: bootstrap draws, and the most sign flips tried. All sites see the same draws, so a site's estimate does
         not depend on which others are estimated beside it.
 
-    Interval: the k clusters are drawn with replacement, and the mean is the sum of their sums / the sum of their counts
-    (cluster bootstrap, Field & Welsh 2007, doi 10.1111/j.1467-9868.2007.00593.x). The ends are *expanded percentiles*
-    (Hesterberg 2015, arXiv 1411.5279): with few clusters plain percentiles are too narrow, by sqrt((k-1)/k) and by
-    normal in place of t quantiles, and the expansion undoes both. BCa corrects skewness, not that; it takes its
-    acceleration from as few jackknife values as there are clusters and has no answer for constant data. (So strongly
-    skewed effects in few clusters are still covered less often than 95%.) No percentile interval leaves the range of
-    the k cluster means, which holds the centre of a symmetric distribution with probability 1 - 2^(1-k): where that is
-    below 95% (k < 6), `reason` says so. Where all resamples agree the interval is NaN: data that show no spread are no
-    evidence of certainty.
+    Interval: the mean is the sum of cluster sums / the sum of their counts (Field & Welsh 2007,
+    doi 10.1111/j.1467-9868.2007.00593.x); from 15 clusters on its ends are those of a studentised cluster bootstrap,
+    below of t on cluster means, and `method` says which (`intervals.mean_intervals`). Both divide by a standard error,
+    so they widen as t does where clusters are few, and the first follows a skew; percentiles do neither. Where all
+    clusters agree the interval is the point, and `reason` says "no spread": that is no certainty.
 
     p: the signs of whole cluster sums are flipped; the null is that each cluster's sum is symmetric about 0. All 2^k
     flips are tried where 2^k <= resamples, and p >= 2^(1-k); else flips are sampled, p = (hits + 1) / (resamples + 1)
@@ -133,24 +112,23 @@ def estimate_means(
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2:
         raise ValueError(f"values must be [site, pair]; got shape {table.shape}")
-    groups = _Clusters.of(clusters, table.shape[1])
+    groups = Clusters.of(clusters, table.shape[1])
     finite = np.isfinite(table)
     sums = groups.sums(np.where(finite, table, 0.0))
     counts = groups.sums(finite.astype(np.float64))
     seed = int(rng.integers(2**63))
-    size = _block(resamples)
     estimates: dict[int, Estimate] = {}
     patterns, pattern_of_site = np.unique(counts > 0, axis=0, return_inverse=True)
     for number, present in enumerate(patterns):
         sites = np.flatnonzero(pattern_of_site == number)
-        for block in np.split(sites, range(size, len(sites), size)):
-            cells = np.ix_(block, present)
-            found = _estimate_block(sums[cells], counts[cells], table.shape[1], seed, resamples)
-            estimates.update(zip(block.tolist(), found, strict=True))
+        cells = np.ix_(sites, present)
+        generator = np.random.default_rng(seed)
+        found = _estimates(sums[cells], counts[cells], table.shape[1], generator, resamples)
+        estimates.update(zip(sites.tolist(), found, strict=True))
     return [estimates[site] for site in range(len(table))]
 
 
-def benjamini_hochberg(p: ArrayLike) -> _Floats:
+def benjamini_hochberg(p: ArrayLike) -> Floats:
     """Smallest false discovery rate at which each test is called, q in the shape of p (Benjamini & Hochberg 1995).
 
     NaN stays NaN and is not counted in the family.
@@ -169,64 +147,66 @@ def ratio_of_means(
     denominator: ArrayLike,
     clusters: ArrayLike,
     rng: np.random.Generator,
-    resamples: int = _RESAMPLES,
+    resamples: int = RESAMPLES,
 ) -> Interval:
     """Ratio mean(numerator) / mean(denominator), a pure number; NIE / TE: the proportion mediated (VanderWeele 2013).
 
     numerator, denominator: [pair], in the same unit; a pair that lacks either is dropped. clusters: [pair].
-    The interval is that of `estimate_means`, with the whole ratio recomputed in each resample. Unless the denominator's
-    own interval is clear of 0 the ratio is not bounded by the data (Fieller 1954), and value, low and high are NaN.
+    The interval is `intervals.percentiles`, with the whole ratio recomputed in each resample; `shares.share` covers
+    better. Unless the denominator's own interval is clear of 0 the ratio is not bounded by the data (Fieller 1954), and
+    value, low and high are NaN.
     Raises ValueError if the shapes differ or resamples < 1.
     """
     above, below = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     if above.ndim != 1 or above.shape != below.shape:
         raise ValueError(f"numerator and denominator must both be [pair]; got {above.shape} and {below.shape}")
-    sums, sizes, dropped = _complete_pairs(np.stack([above, below]), clusters)
+    sums, sizes, dropped = complete_pairs(np.stack([above, below]), clusters)
 
-    def denominator_and_ratio(weights: _Floats) -> _Floats:
+    def denominator_and_ratio(weights: Floats) -> Floats:
         top, bottom = sums @ weights.T
         return np.stack([bottom / (sizes @ weights.T), top / bottom])
 
-    found = _bootstrap(denominator_and_ratio, len(sizes), rng, resamples)
+    found = percentiles(denominator_and_ratio, len(sizes), rng, resamples)
     problem = _not_clear_of_zero(found, "the denominator")
     return found.interval(1, int(sizes.sum()), dropped, problem)
 
 
 def bootstrap_mean_of(
-    statistics: Callable[[_Floats], _Floats],
+    statistics: Callable[[Floats], Floats],
     values: ArrayLike,
     clusters: ArrayLike,
     rng: np.random.Generator,
-    resamples: int = _RESAMPLES,
+    resamples: int = RESAMPLES,
 ) -> list[Interval]:
     """Statistics of means over pairs, such as a rank correlation of sites, with clustered intervals.
 
     values: [..., pair]; pairs that are not finite everywhere are dropped. clusters: [pair]. statistics: means
-    [..., resample] to [statistic, resample]. The intervals are those of `estimate_means`, with the means, and the
+    [..., resample] to [statistic, resample]. The intervals are `intervals.percentiles`, with the means, and the
     statistics of them, recomputed in each resample.
     Raises ValueError if there is not one label per pair, or resamples < 1.
     """
     table = np.asarray(values, dtype=np.float64)
     shape = table.shape[:-1]
-    sums, sizes, dropped = _complete_pairs(table.reshape(-1, table.shape[-1]), clusters)
+    sums, sizes, dropped = complete_pairs(table.reshape(-1, table.shape[-1]), clusters)
 
-    def of_means(weights: _Floats) -> _Floats:
+    def of_means(weights: Floats) -> Floats:
         return statistics(((sums @ weights.T) / (sizes @ weights.T)).reshape(*shape, len(weights)))
 
-    found = _bootstrap(of_means, len(sizes), rng, resamples)
+    found = percentiles(of_means, len(sizes), rng, resamples)
     return [found.interval(row, int(sizes.sum()), dropped) for row in range(len(found.value))]
 
 
 def depth_profile(
-    effects: ArrayLike, clusters: ArrayLike, rng: np.random.Generator, resamples: int = _RESAMPLES
+    effects: ArrayLike, clusters: ArrayLike, rng: np.random.Generator, resamples: int = RESAMPLES
 ) -> DepthProfile:
     """Centre of mass in depth of a positive effect, and its share in the last third of layers.
 
     effects: [pair, layer], in one unit, first layer to last; a pair that lacks a layer is dropped. clusters: [pair].
     Layer l of L has relative depth l / (L - 1), and as weight the positive part of its mean over pairs. The last third
-    begins at layer 2L/3; a layer cut by that point counts with the part inside. Intervals are those of
-    `estimate_means`, with the profile recomputed in each resample. The positive part of noise is positive too, so all
-    is NaN unless the interval of the summed effect lies above 0 (for an effect expected below 0, pass its negative).
+    begins at layer 2L/3; a layer cut by that point counts with the part inside. Intervals are
+    `intervals.percentiles`, with the profile recomputed in each resample. The positive part of noise is positive too,
+    so all is NaN unless the interval of the summed effect lies above 0 (for an effect expected below 0, pass its
+    negative).
     Raises ValueError if effects is not [pair, layer] with two layers or more, or resamples < 1.
     """
     table = np.asarray(effects, dtype=np.float64)
@@ -235,14 +215,14 @@ def depth_profile(
     n_layers = table.shape[1]
     depth = np.linspace(0.0, 1.0, n_layers)
     in_last_third = np.clip(np.arange(1, n_layers + 1, dtype=np.float64) - 2 * n_layers / 3, 0.0, 1.0)
-    sums, sizes, dropped = _complete_pairs(table.T, clusters)
+    sums, sizes, dropped = complete_pairs(table.T, clusters)
 
-    def total_centre_share(weights: _Floats) -> _Floats:
+    def total_centre_share(weights: Floats) -> Floats:
         profile = (sums @ weights.T) / (sizes @ weights.T)
         mass = np.maximum(profile, 0.0)
         return np.stack([profile.sum(axis=0), *(np.stack([depth, in_last_third]) @ mass / mass.sum(axis=0))])
 
-    found = _bootstrap(total_centre_share, len(sizes), rng, resamples)
+    found = percentiles(total_centre_share, len(sizes), rng, resamples)
     problem = _not_clear_of_zero(found, "the summed effect", above_only=True)
     centre, share = (found.interval(row, int(sizes.sum()), dropped, problem) for row in (1, 2))
     return DepthProfile(centre, share)
@@ -251,16 +231,17 @@ def depth_profile(
 def split_clusters(clusters: ArrayLike, rng: np.random.Generator) -> NDArray[np.str_]:
     """'discovery' or 'heldout' for each pair: whole clusters, with close to half of the pairs on each side.
 
-    clusters: [pair]. Clusters are shuffled, then placed from large to small on the side that has fewer pairs so far, so
-    the sides differ by at most the largest cluster. The same state of rng gives the same split.
+    clusters: [pair], the component of each pair: pairs that share a template or a word are one. They are shuffled, then
+    placed from large to small on the side that has fewer pairs so far, so the sides differ by at most the largest. The
+    same state of rng gives the same split.
     Raises PairsError if there are fewer than two clusters, ValueError if clusters is not [pair].
     """
     labels = np.asarray(clusters)
-    groups = _Clusters.of(labels, labels.size)
+    groups = Clusters.of(labels, labels.size)
     if len(groups.sizes) < 2:
         raise PairsError(
             f"a discovery and a held-out half need pairs from two templates or more; these {labels.size} come from "
-            f"{len(groups.sizes)}. Add pairs made from another template."
+            f"{len(groups.sizes)}. Add pairs that share neither template nor words with these."
         )
     order = rng.permutation(len(groups.sizes))
     side = np.zeros(len(order), dtype=np.intp)
@@ -269,6 +250,23 @@ def split_clusters(clusters: ArrayLike, rng: np.random.Generator) -> NDArray[np.
         side[cluster] = int(pairs_on_side[1] < pairs_on_side[0])
         pairs_on_side[side[cluster]] += groups.sizes[cluster]
     return rng.permutation(np.array(["discovery", "heldout"]))[side[groups.of_pair]]
+
+
+def spread(components: ArrayLike, most: int) -> NDArray[np.intp]:
+    """Which pairs to keep of too many: at most so many indices, rising, with one of each component first.
+
+    components: [pair]. The first pair of every component comes before the second of any, and so on; within a round the
+    order is that of the pairs. Raises ValueError if most < 0.
+    """
+    if most < 0:
+        raise ValueError(f"most must be at least 0; got {most}")
+    labels = np.asarray(components)
+    groups = Clusters.of(labels, labels.size)
+    by_component = np.argsort(groups.of_pair, kind="stable")
+    starts = np.cumsum(groups.sizes) - groups.sizes
+    turn = np.empty(labels.size, dtype=np.intp)
+    turn[by_component] = np.arange(labels.size) - np.repeat(starts, groups.sizes)
+    return np.sort(np.argsort(turn, kind="stable")[:most])
 
 
 def sparsity(values: ArrayLike, share: float = 0.8) -> Sparsity:
@@ -284,29 +282,29 @@ def sparsity(values: ArrayLike, share: float = 0.8) -> Sparsity:
         raise ValueError(f"values must be [unit] and share in (0, 1]; got shape {given.shape} and share {share}")
     finite = given[np.isfinite(given)]
     n = len(finite)
-    dropped = _dropped(given.size - n, given.size, "units")
+    dropped = dropped_note(given.size - n, given.size, "units")
     rising = np.sort(np.maximum(finite, 0.0))
     whole, size = float(rising.sum()), float(np.abs(finite).sum())
     negative_share = float(np.maximum(-finite, 0.0).sum()) / size if size else np.nan
     if not whole:
-        return Sparsity(n, np.nan, np.nan, negative_share, _join("no unit has a positive value", dropped))
+        return Sparsity(n, np.nan, np.nan, negative_share, join("no unit has a positive value", dropped))
     gini = float((2 * np.arange(1, n + 1) - n - 1) @ rising) / (n * whole)
-    enough = np.cumsum(rising[::-1]) >= share * whole * (1 - _ROUNDING)
+    enough = np.cumsum(rising[::-1]) >= share * whole * (1 - ROUNDING)
     return Sparsity(n, gini, int(np.argmax(enough)) + 1, negative_share, dropped)
 
 
 def wilson(successes: int, n: int) -> Interval:
     """Share of successes in n independent trials, with 95% score interval (Wilson 1927); each is its own cluster.
 
-    Where pairs share templates, give 0/1 values to `estimate_means` instead. NaN with a reason if n is 0.
+    Where trials share clusters, see `rates.rate`. NaN with a reason if n is 0.
     Raises ValueError unless 0 <= successes <= n.
     """
     if not 0 <= successes <= n:
         raise ValueError(f"successes must lie in 0..n; got {successes} of {n}")
     if n == 0:
         return Interval(0, 0, np.nan, np.nan, np.nan, "no trials")
-    low, high = _scipy.binomtest(successes, n).proportion_ci(_CONFIDENCE, method="wilson")
-    return Interval(n, n, successes / n, float(low), float(high), "")
+    low, high = _scipy.binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(n, n, successes / n, float(low), float(high), "", method="Wilson")
 
 
 def auroc(
@@ -314,12 +312,12 @@ def auroc(
     labels: ArrayLike,
     clusters: ArrayLike,
     rng: np.random.Generator,
-    resamples: int = _RESAMPLES,
+    resamples: int = RESAMPLES,
 ) -> Interval:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counted half (Bamber 1975).
 
     scores, labels, clusters: [item]; labels 1 or 0 (positive or negative). The `n_pairs` of the result are items.
-    Items with a score that is not finite are dropped. The interval is that of `estimate_means`, with the area
+    Items with a score that is not finite are dropped. The interval is `intervals.percentiles`, with the area
     recomputed in each resample, which takes the wins of every cluster's positives over every cluster's negatives. An
     area of 1 or 0 leaves a bootstrap no spread; its interval is Wilson's, of as many disjoint pairs of clusters as can
     be compared, all of which were in one order.
@@ -329,39 +327,39 @@ def auroc(
     given, positive = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     if given.ndim != 1 or given.shape != positive.shape or not np.isin(positive, (0, 1)).all():
         raise ValueError(f"scores and labels (0 or 1) must both be [item]; got {given.shape} and {positive.shape}")
-    _Clusters.of(clusters, given.size)
+    Clusters.of(clusters, given.size)
     kept = np.isfinite(given)
     given, positive = given[kept], positive[kept].astype(np.bool_)
-    groups = _Clusters.of(np.asarray(clusters)[kept], given.size)
-    dropped = _dropped(int(np.sum(~kept)), kept.size, "items")
+    groups = Clusters.of(np.asarray(clusters)[kept], given.size)
+    dropped = dropped_note(int(np.sum(~kept)), kept.size, "items")
     if positive.all() or not positive.any():
-        problem = _join("no positives" if not positive.any() else "no negatives", dropped)
+        problem = join("no positives" if not positive.any() else "no negatives", dropped)
         return Interval(given.size, len(groups.sizes), np.nan, np.nan, np.nan, problem)
     wins = np.where(positive[:, None] & ~positive, (np.sign(given[:, None] - given) + 1) / 2, 0.0)
     wins = groups.sums(groups.sums(wins).T).T  # [cluster of the positive, cluster of the negative]
     positives, negatives = groups.sums(np.stack([positive, ~positive]).astype(np.float64))
 
-    def area(weights: _Floats) -> _Floats:
-        won: _Floats = ((weights @ wins) * weights).sum(axis=1)
-        drawn: _Floats = (weights @ positives) * (weights @ negatives)
+    def area(weights: Floats) -> Floats:
+        won: Floats = ((weights @ wins) * weights).sum(axis=1)
+        drawn: Floats = (weights @ positives) * (weights @ negatives)
         return (won / drawn)[None]
 
-    found = _bootstrap(area, len(groups.sizes), rng, resamples).interval(0, given.size, dropped)
+    found = percentiles(area, len(groups.sizes), rng, resamples).interval(0, given.size, dropped)
     apart = min(int(np.sum(positives > 0)), int(np.sum(negatives > 0)), len(groups.sizes) // 2)
     if found.value not in (0.0, 1.0) or not apart:
         return found
     bound = wilson(int(found.value) * apart, apart)
-    why = _join(f"Wilson interval of {apart} disjoint pairs of clusters, all in one order", dropped)
+    why = join(f"Wilson interval of {apart} disjoint pairs of clusters, all in one order", dropped)
     return Interval(found.n_pairs, found.n_clusters, found.value, bound.low, bound.high, why)
 
 
-def cohen_kappa(truth: ArrayLike, judged: ArrayLike, rng: np.random.Generator, resamples: int = _RESAMPLES) -> Interval:
+def cohen_kappa(truth: ArrayLike, judged: ArrayLike, rng: np.random.Generator, resamples: int = RESAMPLES) -> Interval:
     """Agreement of yes-or-no verdicts with labels, beyond chance (Cohen 1960): 1 full, 0 as by chance, below 0 worse.
 
     truth, judged: [item], booleans; each item is its own cluster. kappa = (o - e) / (1 - e), with o the share of items
     on which both agree and e the share on which they would, were both to say yes as often but independently. It is
     computed from counts as 2 (ad - bc) / ((a + b)(b + d) + (a + c)(c + d)), with a both yes, d both no, b and c the
-    rest, which is the same and exactly 0 where it should be. The interval is that of `estimate_means`, with kappa
+    rest, which is the same and exactly 0 where it should be. The interval is `intervals.percentiles`, with kappa
     recomputed in each resample. Where all labels are the same, kappa is 0 or 0/0 whatever was judged, and all is NaN.
     Raises ValueError if the shapes differ or resamples < 1.
     """
@@ -373,124 +371,14 @@ def cohen_kappa(truth: ArrayLike, judged: ArrayLike, rng: np.random.Generator, r
         return Interval(n, n, np.nan, np.nan, np.nan, "all labels are the same" if n else "no labels")
     cells = np.stack([labels & verdicts, labels & ~verdicts, ~labels & verdicts, ~labels & ~verdicts]).astype(float)
 
-    def kappa(weights: _Floats) -> _Floats:
+    def kappa(weights: Floats) -> Floats:
         a, b, c, d = cells @ weights.T
         return np.stack([2 * (a * d - b * c) / ((a + b) * (b + d) + (a + c) * (c + d))])
 
-    return _bootstrap(kappa, n, rng, resamples).interval(0, n, "")
+    return percentiles(kappa, n, rng, resamples).interval(0, n, "")
 
 
-class _Clusters(NamedTuple):
-    """Which pairs belong together."""
-
-    of_pair: NDArray[np.intp]
-    """[pair], number of the pair's cluster."""
-    sizes: NDArray[np.intp]
-    """[cluster], number of pairs."""
-
-    @classmethod
-    def of(cls, labels: ArrayLike, n_pairs: int) -> "_Clusters":
-        given = np.asarray(labels)
-        if given.shape != (n_pairs,):
-            raise ValueError(f"clusters must hold one label for each of {n_pairs} pairs; got shape {given.shape}")
-        _, of_pair, sizes = np.unique(given, return_inverse=True, return_counts=True)
-        return cls(of_pair, sizes)
-
-    def sums(self, values: _Floats) -> _Floats:
-        """[row, pair] to [row, cluster]."""
-        starts = np.cumsum(self.sizes) - self.sizes
-        return np.add.reduceat(values[:, np.argsort(self.of_pair, kind="stable")], starts, axis=1)
-
-
-class _CompletePairs(NamedTuple):
-    sums: _Floats
-    """[row, cluster]"""
-    sizes: NDArray[np.intp]
-    """[cluster]"""
-    dropped: str
-
-
-def _complete_pairs(rows: _Floats, labels: ArrayLike) -> _CompletePairs:
-    """Cluster sums of rows [row, pair] over the pairs that are finite in every row."""
-    n_pairs = rows.shape[1]
-    _Clusters.of(labels, n_pairs)
-    kept = np.isfinite(rows).all(axis=0)
-    n_kept = int(kept.sum())
-    groups = _Clusters.of(np.asarray(labels)[kept], n_kept)
-    return _CompletePairs(groups.sums(rows[:, kept]), groups.sizes, _dropped(n_pairs - n_kept, n_pairs, "pairs"))
-
-
-class _Bootstrap(NamedTuple):
-    """Statistics recomputed in one set of resamples; arrays are [statistic]."""
-
-    n_clusters: int
-    value: _Floats
-    low: _Floats
-    high: _Floats
-    reasons: list[str]
-    """Why low and high are not to be reported; '' if they are."""
-
-    def interval(self, row: int, n_pairs: int, dropped: str, problem: str = "") -> Interval:
-        """One statistic; a problem makes all of it NaN."""
-        value, low, high, note = float(self.value[row]), float(self.low[row]), float(self.high[row]), self.reasons[row]
-        reach = 1 - 2.0 ** (1 - self.n_clusters)
-        if problem:
-            value, note = np.nan, problem
-        if note:
-            low = high = np.nan
-        elif reach < _CONFIDENCE:
-            note = f"only {self.n_clusters} clusters: the interval covers {reach:.0%} at most"
-        return Interval(n_pairs, self.n_clusters, value, low, high, _join(note, dropped))
-
-
-def _bootstrap(
-    statistic: Callable[[_Floats], _Floats], n_clusters: int, rng: np.random.Generator, resamples: int
-) -> _Bootstrap:
-    """Expanded percentiles (see `estimate_means`) of statistic, weights [resample, cluster] to [statistic, resample].
-
-    A weight is how often a cluster was drawn; weights of one give the statistic on the data as they are.
-    """
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1; got {resamples}")
-
-    def of_drawn(drawn: NDArray[np.intp], axis: int) -> _Floats:
-        rows = np.arange(len(drawn))[:, None] * n_clusters
-        return statistic(np.bincount((drawn + rows).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float))
-
-    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", _scipy.DegenerateDataWarning)  # NaN resamples: a reason is given below
-        value = statistic(np.ones((1, n_clusters)))[:, 0]
-        if n_clusters < 2:
-            unknown = np.full(value.shape, np.nan)
-            reason = "one cluster only" if n_clusters else "no finite values"
-            return _Bootstrap(n_clusters, value, unknown, unknown, [reason] * value.size)
-        result = _scipy.bootstrap(
-            (np.arange(n_clusters),),
-            of_drawn,
-            n_resamples=resamples,
-            batch=_block(n_clusters),
-            vectorized=True,
-            confidence_level=_expanded_level(n_clusters),
-            method="percentile",
-            rng=rng,
-        )
-        outcomes: _Floats = result.bootstrap_distribution
-        agree = np.ptp(outcomes, axis=1) <= _ROUNDING * np.abs(outcomes).max(axis=1)
-    undefined = np.sum(~np.isfinite(outcomes), axis=1)
-    reasons = ["all resamples agree: no spread to judge by" if same else "" for same in agree]
-    for row in np.flatnonzero(undefined):
-        reasons[row] = f"undefined in {undefined[row]} of {resamples} resamples"
-    bounds = result.confidence_interval
-    return _Bootstrap(n_clusters, value, bounds.low, bounds.high, reasons)
-
-
-def _expanded_level(n_clusters: int) -> float:
-    """Level whose normal quantiles, times sqrt((k-1)/k), are the t quantiles of the nominal level (Hesterberg 2015)."""
-    student = float(_scipy.t.ppf((1 - _CONFIDENCE) / 2, n_clusters - 1))
-    return 1 - 2 * float(_scipy.norm.cdf(student * np.sqrt(n_clusters / (n_clusters - 1))))
-
-
-def _not_clear_of_zero(found: _Bootstrap, what: str, above_only: bool = False) -> str:
+def _not_clear_of_zero(found: Ends, what: str, above_only: bool = False) -> str:
     """Why the first statistic of found is no base to divide by; '' if its interval is clear of 0."""
     low, high = float(found.low[0]), float(found.high[0])
     if np.isnan(low):
@@ -500,19 +388,31 @@ def _not_clear_of_zero(found: _Bootstrap, what: str, above_only: bool = False) -
     return f"the interval of {what}, {low:.3g} to {high:.3g}, {'is not above' if above_only else 'spans'} 0"
 
 
-def _estimate_block(sums: _Floats, counts: _Floats, n_pairs: int, seed: int, resamples: int) -> list[Estimate]:
+def _estimates(sums: Floats, counts: Floats, n_pairs: int, rng: np.random.Generator, resamples: int) -> list[Estimate]:
     """Estimates of sites that have values in the same clusters, from sums and counts [site, cluster]."""
-    rng = np.random.default_rng(seed)
-    found = _bootstrap(lambda weights: (sums @ weights.T) / (counts @ weights.T), sums.shape[1], rng, resamples)
-    p = _sign_flip_p(sums, rng, resamples)
+    n_sites, n_clusters = sums.shape
+    weights = draw_weights(n_clusters, rng, resamples)
+    floor = _p_floor(n_clusters, resamples)
+    flips_seed = int(rng.integers(2**63))
     estimates: list[Estimate] = []
-    for row, n in enumerate(counts.sum(axis=1).astype(int).tolist()):
-        interval = found.interval(row, n, _dropped(n_pairs - n, n_pairs, "pairs"))
-        estimates.append(Estimate(**vars(interval), p=float(p[row])))
+    for start in range(0, n_sites, in_blocks_of(resamples)):
+        block = slice(start, start + in_blocks_of(resamples))
+        ends = mean_intervals(sums[block], counts[block], weights)
+        p = _sign_flip_p(sums[block], np.random.default_rng(flips_seed), resamples)
+        for row, n in enumerate(counts[block].sum(axis=1).astype(int).tolist()):
+            interval = ends.interval(row, n, dropped_note(n_pairs - n, n_pairs, "pairs"))
+            estimates.append(Estimate(**vars(interval), p=float(p[row]), p_floor=floor))
     return estimates
 
 
-def _sign_flip_p(sums: _Floats, rng: np.random.Generator, resamples: int) -> _Floats:
+def _p_floor(n_clusters: int, resamples: int) -> float:
+    """Smallest sign-flip p; see `estimate_means`."""
+    if n_clusters < 2:
+        return np.nan
+    return 2.0 ** (1 - n_clusters) if 2**n_clusters <= resamples else 1 / (resamples + 1)
+
+
+def _sign_flip_p(sums: Floats, rng: np.random.Generator, resamples: int) -> Floats:
     """Sign-flip p [site] of sums [site, cluster]; see `estimate_means`."""
     n_clusters = sums.shape[1]
     if n_clusters < 2:
@@ -520,8 +420,8 @@ def _sign_flip_p(sums: _Floats, rng: np.random.Generator, resamples: int) -> _Fl
     size = np.abs(sums).sum(axis=1, keepdims=True)
     shares = np.divide(sums, size, out=np.zeros_like(sums), where=size > 0)
 
-    def departure(signs: _Floats, axis: int) -> _Floats:
-        share_left: _Floats = np.abs(signs @ shares.T)
+    def departure(signs: Floats, axis: int) -> Floats:
+        share_left: Floats = np.abs(signs @ shares.T)
         return 1 + share_left  # SciPy's tolerance for ties is relative: the 1 keeps it above rounding
 
     test = _scipy.permutation_test(
@@ -529,22 +429,10 @@ def _sign_flip_p(sums: _Floats, rng: np.random.Generator, resamples: int) -> _Fl
         departure,
         permutation_type="samples",
         n_resamples=resamples,
-        batch=_block(n_clusters),
+        batch=in_blocks_of(n_clusters),
         vectorized=True,
         alternative="greater",
         rng=rng,
     )
-    p: _Floats = test.pvalue
+    p: Floats = test.pvalue
     return p
-
-
-def _block(width: int) -> int:
-    return max(1, _BLOCK // max(1, width))
-
-
-def _dropped(n_lost: int, n_all: int, what: str) -> str:
-    return f"{n_lost} of {n_all} {what} dropped: not finite" if n_lost else ""
-
-
-def _join(*reasons: str) -> str:
-    return "; ".join(filter(None, reasons))

@@ -15,7 +15,8 @@ ROOT = Path(remote_mediation.__file__).parent
 # `analyses.*` stands for every analysis that no other builds on. A new module needs a place here.
 ORDER = (
     ("engine", "engine.program", "errors", "planted", "planted.gate", "provenance", "show"),
-    ("engine.server", "fetch", "pairs", "sites", "stats"),
+    ("engine.server", "fetch", "intervals", "pairs", "sites"),
+    ("rates", "shares", "stats"),
     ("detectors", "judges", "models", "probes", "show.tables", "tokens"),
     ("outcomes",),
     ("config", "engine.rows"),

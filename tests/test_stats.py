@@ -15,13 +15,16 @@ import scipy.stats as untyped_scipy  # pyright: ignore[reportMissingTypeStubs]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
+from statsmodels.regression import linear_model as untyped_regression  # pyright: ignore[reportMissingTypeStubs]
 from statsmodels.stats import multitest as untyped_multitest  # pyright: ignore[reportMissingTypeStubs]
 from statsmodels.stats import proportion as untyped_proportion  # pyright: ignore[reportMissingTypeStubs]
 
-from remote_mediation import stats
+from remote_mediation import intervals, rates, shares, stats
 from remote_mediation.errors import PairsError
 
-scipy_stats, multitest, proportion = (cast(Any, m) for m in (untyped_scipy, untyped_multitest, untyped_proportion))
+scipy_stats, multitest, proportion, regression = (
+    cast(Any, m) for m in (untyped_scipy, untyped_multitest, untyped_proportion, untyped_regression)
+)
 
 NaN = math.nan
 RESAMPLES = 499
@@ -62,6 +65,14 @@ def expanded_quantiles(outcomes: Sequence[float], k: int) -> tuple[float, float]
     return float(low), float(high)
 
 
+def mean_and_error(by_cluster: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean over pairs, and its standard error from k clusters: residuals are summed within each, then squared."""
+    k, n = len(by_cluster), sum(map(len, by_cluster))
+    mean = sum(map(sum, by_cluster)) / n
+    squares = sum(sum(x - mean for x in cluster) ** 2 for cluster in by_cluster)
+    return mean, math.sqrt(k / (k - 1) * squares) / n
+
+
 def sign_flip_p_longhand(by_cluster: Sequence[Sequence[float]]) -> float:
     sums = [math.fsum(cluster) for cluster in by_cluster]
     observed = abs(math.fsum(sums))
@@ -80,27 +91,60 @@ class TestMean:
         assert estimate.value == pytest.approx(np.mean([x for cluster in self.UNEQUAL for x in cluster]))
         assert (estimate.n_pairs, estimate.n_clusters, estimate.reason) == (13, 6, "")
 
-    def test_interval_matches_all_resamples_enumerated(self) -> None:
-        means: list[float] = []
-        for drawn in itertools.product(self.UNEQUAL, repeat=6):
-            values = list(itertools.chain.from_iterable(drawn))
-            means.append(sum(values) / len(values))
-        low, high = expanded_quantiles(means, 6)
-        estimate = one_mean(self.UNEQUAL, resamples=20_000)
-        assert estimate.low == pytest.approx(low, abs=0.1)
-        assert estimate.high == pytest.approx(high, abs=0.1)
-        plain_low, plain_high = np.quantile(means, [0.025, 0.975])
-        assert plain_low - low > 0.3
-        assert high - plain_high > 0.3
+    def test_few_clusters_have_the_t_interval_of_a_regression_with_clustered_errors(self) -> None:
+        values, labels = flat(self.UNEQUAL)
+        numbers = np.unique(labels, return_inverse=True)[1]
+        fit = regression.OLS(values, np.ones(13)).fit(cov_type="cluster", cov_kwds={"groups": numbers}, use_t=True)
+        estimate = one_mean(self.UNEQUAL)
+        assert (estimate.low, estimate.high) == pytest.approx(fit.conf_int()[0])
+        assert estimate.method == "t on cluster means"
 
-    def test_interval_matches_student_t_for_symmetric_data_in_equal_clusters(self) -> None:
-        means = scipy_stats.norm.ppf((np.arange(12) + 0.5) / 12)
-        estimate = one_mean([[m - 1, m + 1] for m in means], resamples=20_000)
-        half_width = scipy_stats.t.ppf(0.975, df=11) * np.std(means, ddof=1) / math.sqrt(12)
-        assert estimate.high == pytest.approx(half_width, rel=0.03)
-        assert estimate.low == pytest.approx(-half_width, rel=0.03)
+    def test_for_clusters_of_one_size_it_is_the_t_interval_of_their_means(self) -> None:
+        by_cluster = rng(3).lognormal(size=(14, 3))
+        estimate = one_mean(by_cluster.tolist())
+        expected = scipy_stats.ttest_1samp(by_cluster.mean(axis=1), 0).confidence_interval()
+        assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high))
 
-    @pytest.mark.parametrize("k", [6, 10])
+    def test_studentised_interval_longhand(self) -> None:
+        generator = rng(11)
+        by_cluster = [list(generator.lognormal(size=1 + c % 3)) for c in range(15)]
+        mean, error = mean_and_error(by_cluster)
+        roots: list[float] = []
+        for _ in range(6000):
+            drawn = [by_cluster[c] for c in generator.integers(15, size=15)]
+            found, its_error = mean_and_error(drawn)
+            roots.append((found - mean) / its_error)
+        low, high = mean - np.quantile(roots, [0.975, 0.025]) * error
+        estimate = one_mean(by_cluster, resamples=20_000)
+        assert estimate.method == "studentised cluster bootstrap"
+        assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.06 * (high - low))
+        assert high - mean > 1.5 * (
+            mean - low
+        )  # the long side of a skewed distribution is the one it was not drawn from
+
+    def test_resamples_without_a_standard_error_are_dropped_and_counted(self) -> None:
+        estimate = one_mean([[1.0]] + [[0.0]] * 14)  # (14/15)^15 = 36% of resamples miss the one
+        lost = re.fullmatch(r"(\d+) of 499 resamples dropped: no standard error", estimate.reason)
+        assert lost
+        assert 130 < int(lost[1]) < 225
+        assert np.isfinite([estimate.low, estimate.high]).all()
+
+    def test_skewed_effects_are_covered_better_than_by_percentiles(self) -> None:
+        values = rng(4).lognormal(size=(1500, 17)) - math.exp(0.5)
+        found = stats.estimate_means(values, range(17), rng(1), 999)
+        studentised = np.mean([one.low <= 0 <= one.high for one in found])
+        old = stats.bootstrap_mean_of(lambda means: means, values, range(17), rng(1), 999)
+        percentiles = np.mean([one.low <= 0 <= one.high for one in old])
+        assert studentised > 0.90
+        assert percentiles < studentised - 0.02
+
+    @pytest.mark.parametrize(("k", "resamples", "floor"), [(5, 99, 2 / 2**5), (20, 99, 1 / 100), (1, 99, NaN)])
+    def test_floor_of_p_is_what_the_clearest_data_reach(self, k: int, resamples: int, floor: float) -> None:
+        estimate = one_mean([[5.0]] * k, resamples=resamples)
+        assert estimate.p_floor == pytest.approx(floor, nan_ok=True)
+        assert estimate.p == pytest.approx(estimate.p_floor, nan_ok=True)
+
+    @pytest.mark.parametrize("k", [6, 10, 16])
     def test_interval_covers_and_would_not_if_clusters_were_ignored(self, k: int) -> None:
         values, clusters = hierarchical(n_sites=1000, k=k, size=8, seed=k)
 
@@ -185,7 +229,7 @@ class TestMean:
         together = numbers(stats.estimate_means(values, clusters, rng(), RESAMPLES))
         alone = [stats.estimate_means(row[None], clusters, rng(), RESAMPLES)[0] for row in values]
         assert numbers(alone) == pytest.approx(together, abs=1e-12)
-        monkeypatch.setattr(stats, "_BLOCK", 2 * RESAMPLES)  # two sites, and 66 resamples, at a time
+        monkeypatch.setattr(intervals, "_BLOCK", 2 * RESAMPLES)  # two sites, and 66 resamples, at a time
         assert numbers(stats.estimate_means(values, clusters, rng(), RESAMPLES)) == pytest.approx(together, abs=1e-12)
 
     def test_missing_pairs_are_dropped_site_by_site(self) -> None:
@@ -216,24 +260,25 @@ class TestMean:
         assert (all_missing.n_pairs, all_missing.n_clusters) == (0, 0)
 
     @pytest.mark.parametrize(("value", "p"), [(0.0, 1.0), (0.1, 2 / 2**7)])
-    def test_constant_data_have_no_interval_but_a_p(self, value: float, p: float) -> None:
+    def test_constant_data_are_a_point_without_spread_and_have_a_p(self, value: float, p: float) -> None:
         estimate = one_mean([[value] * n for n in (1, 2, 3, 1, 2, 3, 3)])
         assert estimate.value == pytest.approx(value)
-        assert np.isnan([estimate.low, estimate.high]).all()
-        assert estimate.reason == "all resamples agree: no spread to judge by"
+        assert estimate.low == estimate.value == estimate.high
+        assert estimate.reason == "no spread"
         assert estimate.p == p
 
     def test_few_clusters_are_called_few(self) -> None:
         reasons = [one_mean([[float(x)] for x in range(k)]).reason for k in (2, 5, 6)]
         assert reasons == [
-            "only 2 clusters: the interval covers 50% at most",
-            "only 5 clusters: the interval covers 94% at most",
+            "only 2 clusters: t takes their means as normal",
+            "only 5 clusters: t takes their means as normal",
             "",
         ]
 
     def test_the_generator_decides(self) -> None:
-        assert one_mean(self.UNEQUAL, seed=1) == one_mean(self.UNEQUAL, seed=1)
-        assert one_mean(self.UNEQUAL, seed=1).low != one_mean(self.UNEQUAL, seed=2).low
+        by_cluster = [[float(x)] for x in range(15)]
+        assert one_mean(by_cluster, seed=1) == one_mean(by_cluster, seed=1)
+        assert one_mean(by_cluster, seed=1).low != one_mean(by_cluster, seed=2).low
         generator = rng()
         first, second = (stats.estimate_means([[1.0, 2.0, 4.0]], [0, 1, 2], generator, 20) for _ in range(2))
         assert generator.bit_generator.state != rng().bit_generator.state
@@ -319,10 +364,8 @@ class TestRatio:
     def test_identity_has_a_value_and_no_spread(self) -> None:
         te = np.linspace(1.0, 3.0, 8)
         found = stats.ratio_of_means(te, te, range(8), rng(), RESAMPLES)
-        assert found.value == 1.0
-        assert math.isnan(found.low)
-        assert math.isnan(found.high)
-        assert found.reason == "all resamples agree: no spread to judge by"
+        assert found.low == found.value == found.high == 1.0
+        assert found.reason == "no spread"
 
     def test_a_constant_denominator_is_clear_of_zero_unless_it_is_zero(self) -> None:
         numerator = np.linspace(1.0, 3.0, 8)
@@ -349,32 +392,28 @@ class TestRatio:
 class TestMeansOf:
     VALUES, LABELS = hierarchical(3, k=7, size=4, seed=1)
 
-    @staticmethod
-    def shared(seed: int) -> np.random.Generator:
-        """The generator with which `estimate_means` resamples."""
-        return rng(int(rng(seed).integers(2**63)))
-
-    def assert_like_means(self, found: Sequence[stats.Interval], values: ArrayLike, labels: ArrayLike) -> None:
-        expected = stats.estimate_means(values, labels, rng(5), RESAMPLES)
-        for one, other in zip(found, expected, strict=True):
-            assert (one.n_pairs, one.n_clusters) == (other.n_pairs, other.n_clusters)
-            assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high))
-            assert one.low < one.value < one.high
-
-    def test_means_themselves_have_the_interval_of_means(self) -> None:
-        found = stats.bootstrap_mean_of(lambda means: means, self.VALUES, self.LABELS, self.shared(5), RESAMPLES)
-        self.assert_like_means(found, self.VALUES, self.LABELS)
+    def test_means_have_the_percentiles_of_all_resamples(self) -> None:
+        values, labels = hierarchical(3, k=6, size=2, seed=1)
+        clusters = values.reshape(3, 6, 2).sum(axis=2)
+        means = np.array([clusters[:, list(drawn)].sum(axis=1) / 12 for drawn in itertools.product(range(6), repeat=6)])
+        found = stats.bootstrap_mean_of(lambda means: means, values, labels, rng(5), 20_000)
+        for one, site in zip(found, means.T, strict=True):
+            assert (one.low, one.high) == pytest.approx(expanded_quantiles(list(site), 6), abs=0.03)
+            assert (one.n_pairs, one.n_clusters) == (12, 6)
 
     def test_a_linear_statistic_has_the_interval_of_its_values(self) -> None:
-        found = stats.bootstrap_mean_of(
-            lambda means: np.stack([means[0] - 2 * means[1], means.sum(0)]),
-            self.VALUES,
-            self.LABELS,
-            self.shared(5),
-            RESAMPLES,
-        )
+        def both(means: Any) -> Any:
+            return np.stack([means[0] - 2 * means[1], means.sum(0)])
+
         a, b, c = self.VALUES
-        self.assert_like_means(found, [a - 2 * b, a + b + c], self.LABELS)
+        found = stats.bootstrap_mean_of(both, self.VALUES, self.LABELS, rng(5), RESAMPLES)
+        self.assert_like(found, [a - 2 * b, a + b + c], self.LABELS)
+
+    def assert_like(self, found: Sequence[stats.Interval], values: ArrayLike, labels: ArrayLike) -> None:
+        expected = stats.bootstrap_mean_of(lambda means: means, values, labels, rng(5), RESAMPLES)
+        for one, other in zip(found, expected, strict=True):
+            assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high))
+            assert one.low < one.value < one.high
 
     def test_the_statistic_is_of_means_and_not_a_mean_of_statistics(self) -> None:
         (found,) = stats.bootstrap_mean_of(
@@ -409,8 +448,8 @@ class TestMeansOf:
         gaps = self.VALUES.copy()
         gaps[1, 2], gaps[0, 9] = NaN, math.inf
         kept = np.isfinite(gaps).all(0)
-        found = stats.bootstrap_mean_of(lambda means: means, gaps, self.LABELS, self.shared(5), RESAMPLES)
-        self.assert_like_means(found, gaps[:, kept], self.LABELS[kept])
+        found = stats.bootstrap_mean_of(lambda means: means, gaps, self.LABELS, rng(5), RESAMPLES)
+        self.assert_like(found, gaps[:, kept], self.LABELS[kept])
         assert {one.reason for one in found} == {f"2 of {gaps.shape[1]} pairs dropped: not finite"}
 
     def test_bad_input(self) -> None:
@@ -540,6 +579,22 @@ class TestSplit:
             stats.split_clusters(clusters, rng())
 
 
+class TestSpread:
+    LABELS = ("a", "a", "a", "b", "c", "b", "a")
+
+    @pytest.mark.parametrize(
+        ("most", "kept"),
+        [(0, []), (2, [0, 3]), (3, [0, 3, 4]), (4, [0, 1, 3, 4]), (6, [0, 1, 2, 3, 4, 5]), (9, [0, 1, 2, 3, 4, 5, 6])],
+    )
+    def test_one_of_each_component_before_a_second_of_any(self, most: int, kept: list[int]) -> None:
+        assert stats.spread(self.LABELS, most).tolist() == kept
+
+    def test_nothing_to_choose_from_and_bad_input(self) -> None:
+        assert stats.spread([], 3).tolist() == []
+        with pytest.raises(ValueError, match="got -1"):
+            stats.spread(self.LABELS, -1)
+
+
 class TestSparsity:
     def test_gini_closed_forms(self) -> None:
         assert stats.sparsity([3.0] * 8).gini == pytest.approx(0)
@@ -604,18 +659,26 @@ class TestWilson:
                 stats.wilson(successes, 3)
 
 
+MODULES = (intervals, rates, shares, stats)
+
+
 def test_imports_no_more_than_numpy_and_scipy() -> None:
-    nodes = list(ast.walk(ast.parse(Path(stats.__file__).read_text())))
+    nodes = [node for module in MODULES for node in ast.walk(ast.parse(Path(module.__file__).read_text()))]
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     others = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
-    assert others == {"numpy", "numpy.typing", "scipy.stats", "remote_mediation.errors"}
+    own = {"remote_mediation.errors", "remote_mediation.intervals"}
+    assert others == {"numpy", "numpy.typing", "scipy.stats", *own}
 
 
-def test_exports_are_sorted_and_public() -> None:
-    defined = [
+@pytest.mark.parametrize("module", MODULES)
+def test_exports_are_sorted_and_public(module: Any) -> None:
+    defined = {
         name
-        for name, thing in vars(stats).items()
-        if getattr(thing, "__module__", "") == "remote_mediation.stats" and not name.startswith("_")
-    ]
-    assert stats.__all__ == sorted(defined)
+        for name, thing in vars(module).items()
+        if getattr(thing, "__module__", "") == module.__name__ and not name.startswith("_")
+    }
+    handed_on = {"Interval"} if module is stats else set()
+    data = {name for name in module.__all__ if name.isupper() or name in ("Floats", "GateVerdict")}
+    assert set(module.__all__) == defined | handed_on | data
+    assert module.__all__ == sorted(module.__all__, key=lambda name: (not name.isupper(), name))
