@@ -17,7 +17,7 @@ ORDER = (
     ("engine", "engine.program", "errors", "planted", "planted.gate", "provenance", "show"),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
     ("rates", "shares", "stats"),
-    ("detectors", "judges", "models", "probes", "show.tables", "tokens"),
+    ("analyses.claims.verdicts", "detectors", "judges", "models", "probes", "show.tables", "tokens"),
     ("outcomes",),
     ("config", "engine.rows"),
     ("engine.budget",),

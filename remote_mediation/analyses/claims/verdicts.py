@@ -53,7 +53,7 @@ GIVEN_AWAY = 0.95
 """Claim 4: accuracy on the embeddings from which on the words give it away."""
 HANDED = 0.25
 """Claim 5: share of TE."""
-_CONFIDENT_STOPS = ("no effect", "not about harm")
+_SHUT = ("no effect", "not about harm")
 _NAMES = {
     1: "{} is decided in late layers",
     2: "MLP blocks carry {}, not attention",
@@ -144,7 +144,7 @@ class Claim:
     @property
     def said(self) -> str:
         """The verdict as it is read, words of the gate first."""
-        if self.gate in _CONFIDENT_STOPS:
+        if self.gate in _SHUT:
             return self.gate
         if self.gate:
             return f"{self.gate}: {self.verdict}"
@@ -228,7 +228,7 @@ class Bench:
         if verdict == "not supported" and count < FEWEST_AGAINST:
             verdict = "undecided"
             why = f"{why}; but {count} held-out components are too few to say no, it takes {FEWEST_AGAINST}"
-        if self.word in _CONFIDENT_STOPS:
+        if self.word in _SHUT:
             verdict, why = "not tested", self._stopped()
         return Claim(
             number=number,
@@ -243,8 +243,8 @@ class Bench:
     def _stopped(self) -> str:
         found = self.gate
         if self.word == "no effect":
-            return f"TE of harm, {_ends(found.te_harm)}, is not clear of 0"
-        return f"TE of harm exceeds that of the placebo by {_ends(found.excess)}, which is not above 0"
+            return f"the TE of harm, {_in_unit(found.te_harm)}, is not clear of 0"
+        return f"the TE of harm exceeds that of the placebo by {_in_unit(found.excess)}, which is not above 0"
 
     @property
     def too_shallow(self) -> Ruling | None:
@@ -505,6 +505,11 @@ def _ends(found: Interval, signed: bool = False) -> str:
         return f"{found.value:.0%} without an interval ({found.reason})"
     sign = "+" if signed else ""
     return f"{found.value:{sign}.0%} [{found.low:{sign}.0%}, {found.high:{sign}.0%}]"
+
+
+def _in_unit(found: Interval) -> str:
+    """An effect in the outcome's unit."""
+    return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
 
 
 def _layer(layer: int | None) -> str:
