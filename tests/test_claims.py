@@ -28,7 +28,9 @@ def bench(
 def both(harm: float, placebo: float = 0.0, on: Bench | None = None) -> Both:
     """Effects of these shares of TE, with a little noise."""
     total = (on or bench()).total
-    return Both(*(share * te + NOISE[: len(te)] for share, te in zip((harm, placebo), total, strict=True)))
+    return Both(
+        *(share * te + NOISE[: len(te)] for share, te in zip((harm, placebo), total, strict=True))
+    )
 
 
 def effect(nie: float, tie: float, placebo: float = 0.0, on: Bench | None = None) -> Effect:
@@ -46,7 +48,10 @@ def test_thirds_give_the_rest_to_the_earlier_ones() -> None:
 
 
 def test_a_band_is_one_component_of_several_layers() -> None:
-    assert band("mlp_output", range(2, 4), "all") == [Site("mlp_output", 2, "all"), Site("mlp_output", 3, "all")]
+    assert band("mlp_output", range(2, 4), "all") == [
+        Site("mlp_output", 2, "all"),
+        Site("mlp_output", 3, "all"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,9 @@ def test_claims_are_about_the_refusal_where_harm_makes_the_model_refuse() -> Non
     assert found.name == "the outcome is decided in late layers"
 
 
-def _late(nie: float, tie: float, arrived: float = 0.1, placebo: float = 0.0, **of: int) -> verdicts.Claim:
+def _late(
+    nie: float, tie: float, arrived: float = 0.1, placebo: float = 0.0, **of: int
+) -> verdicts.Claim:
     on = bench(**of)
     decided, before = effect(nie, tie, placebo, on), effect(arrived, arrived, on=on)
     return verdicts.late(on, decided, before, reads_edit=False)
@@ -115,7 +122,9 @@ def test_late(nie: float, tie: float, verdict: str) -> None:
 def test_when_it_arrives_is_added(arrived: float, when: str) -> None:
     found = _late(0.9, 0.9, arrived)
     assert found.why.partition("; it ")[2] == when
-    assert [one.harm.value for one in found.measures[2:]] == pytest.approx([1 - arrived] * 2, abs=0.01)
+    assert [one.harm.value for one in found.measures[2:]] == pytest.approx(
+        [1 - arrived] * 2, abs=0.01
+    )
 
 
 def test_what_any_edit_does_is_not_specific_to_harm() -> None:
@@ -150,7 +159,9 @@ def _mlp(whole: float, parts: Sequence[tuple[float, float]]) -> verdicts.Claim:
         verdicts.ALL_LAYERS: effect(whole, whole),
         **{name: effect(*part) for name, part in zip(PARTS, parts, strict=True)},
     }
-    return verdicts.mlp_not_attention(bench(), differences, {"late MLPs, joint": effect(0.8, 0.8)}, False)
+    return verdicts.mlp_not_attention(
+        bench(), differences, {"late MLPs, joint": effect(0.8, 0.8)}, False
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,11 +183,18 @@ def test_mlp_not_attention(whole: float, parts: list[tuple[float, float]], verdi
 
 
 def test_the_layers_that_disagree_are_named() -> None:
-    assert "below 0 for MLPs minus attention, layers 8-11, TIE" in _mlp(0.5, [(0.5, 0.5), (0.4, 0.4), (0.3, -0.3)]).why
+    assert (
+        "below 0 for MLPs minus attention, layers 8-11, TIE"
+        in _mlp(0.5, [(0.5, 0.5), (0.4, 0.4), (0.3, -0.3)]).why
+    )
 
 
 def _sparse(
-    size: int | None, chosen: tuple[float, float], most: tuple[float, float], reaching: int = 0, drawn: int = 200
+    size: int | None,
+    chosen: tuple[float, float],
+    most: tuple[float, float],
+    reaching: int = 0,
+    drawn: int = 200,
 ) -> verdicts.Claim:
     found = Sparse(
         neurons=1000,
@@ -209,7 +227,11 @@ def _sparse(
     ],
 )
 def test_sparse_gate(
-    size: int | None, chosen: tuple[float, float], most: tuple[float, float], reaching: int, verdict: str
+    size: int | None,
+    chosen: tuple[float, float],
+    most: tuple[float, float],
+    reaching: int,
+    verdict: str,
 ) -> None:
     assert _sparse(size, chosen, most, reaching).verdict == verdict
 
@@ -229,7 +251,11 @@ def _read(by_layer: Sequence[float], embedding: float) -> Read:
     prompts = np.arange(2 * PAIRS)
 
     def right(accuracy: float) -> np.ndarray:
-        return (np.floor((prompts + 1) * accuracy) > np.floor(prompts * accuracy)).astype(float).reshape(PAIRS, 2)
+        return (
+            (np.floor((prompts + 1) * accuracy) > np.floor(prompts * accuracy))
+            .astype(float)
+            .reshape(PAIRS, 2)
+        )
 
     return Read(np.array([right(one) for one in by_layer]), right(embedding))
 
@@ -255,7 +281,9 @@ def _understood(
         ([0.5, 0.6, 0.9, 0.9], 0.6, [0.0, 0.0, 0.5, 0.9], "not supported"),
     ],
 )
-def test_understood(by_layer: list[float], embedding: float, acting: list[float], verdict: str) -> None:
+def test_understood(
+    by_layer: list[float], embedding: float, acting: list[float], verdict: str
+) -> None:
     assert _understood(by_layer, embedding, acting).verdict == verdict
 
 
@@ -287,4 +315,6 @@ def test_handed_on(own: tuple[float, float], handed: float, middle: int, verdict
     beside = {"the late MLPs": both(0.3)}
     found = verdicts.handed_on(bench(), effect(*own), both(handed), beside, middle)
     assert found.verdict == verdict
-    assert [one.harm.value for one in found.measures] == pytest.approx([handed, *own, 0.3], abs=0.01)
+    assert [one.harm.value for one in found.measures] == pytest.approx(
+        [handed, *own, 0.3], abs=0.01
+    )

@@ -86,6 +86,12 @@ class Effect(NamedTuple):
         """This set's effect minus another's."""
         return Effect(self.nie.less(other.nie), self.tie.less(other.tie))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Effect]) -> Effect:
+        """The same set on the pairs of several samples, one after the other."""
+        nie, tie = ([getattr(part, name) for part in parts] for name in DIRECTIONS)
+        return cls(*(Both(*map(np.concatenate, zip(*sides, strict=True))) for sides in (nie, tie)))
+
     def missing_of(self, total: Both) -> Effect:
         """The part of the total effect that this set does not carry."""
         return Effect(total.less(self.nie), total.less(self.tie))
@@ -112,7 +118,9 @@ class Measure:
     @property
     def label(self) -> str:
         """Name and direction."""
-        return f"{self.name}, {self.direction.upper()}" if self.direction in DIRECTIONS else self.name
+        return (
+            f"{self.name}, {self.direction.upper()}" if self.direction in DIRECTIONS else self.name
+        )
 
 
 class Ruling(NamedTuple):
@@ -207,7 +215,13 @@ class Bench:
             beta_harm=slope(effect.harm, harm),
             beta_placebo=slope(effect.placebo, placebo),
             excess=slope_difference(
-                effect.harm, harm, effect.placebo, placebo, self.clusters, self.rng(), self.resamples
+                effect.harm,
+                harm,
+                effect.placebo,
+                placebo,
+                self.clusters,
+                self.rng(),
+                self.resamples,
             ),
         )
 
@@ -220,7 +234,11 @@ class Bench:
         return estimate_means(values[None], self.clusters, self.rng(), self.resamples)[0]
 
     def claim(
-        self, number: int, ruling: Ruling, deciding: Sequence[Measure], beside: Iterable[Measure] = ()
+        self,
+        number: int,
+        ruling: Ruling,
+        deciding: Sequence[Measure],
+        beside: Iterable[Measure] = (),
     ) -> Claim:
         """A ruling as a claim, with what holds for all of them: the gate, and enough components to say no."""
         verdict, why = ruling
@@ -251,12 +269,21 @@ class Bench:
         """Why no claim of place is tested, if none is."""
         if self.layers >= FEWEST_LAYERS:
             return None
-        return Ruling("not tested", f"{self.layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}")
+        return Ruling(
+            "not tested",
+            f"{self.layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}",
+        )
 
 
 READ_EDIT = Ruling(
     "not tested", "the answer is read at a token of the edit, where the embedding itself differs"
 )
+
+
+def untested(number: int, why: str) -> Claim:
+    """A claim for which nothing could be measured."""
+    name = _NAMES[number].format("the outcome")
+    return Claim(number, name, "", "not tested", False, why, ())
 
 
 def late(bench: Bench, decided: Effect, arrived: Effect, reads_edit: bool) -> Claim:
@@ -398,7 +425,9 @@ class Read(NamedTuple):
     """`[pair, side]`, the same before the first layer."""
 
 
-def understood(bench: Bench, layer: int, harm: Read, placebo: Read, acting: Sequence[Both]) -> Claim:
+def understood(
+    bench: Bench, layer: int, harm: Read, placebo: Read, acting: Sequence[Both]
+) -> Claim:
     """Claim 4. layer: the readable one, chosen on discovery. acting: NIE of the stream at `last`, by layer."""
     gain = _gain(bench, layer, harm, placebo)
     acts = bench.measure(f"stream at last after layer {layer}", "nie", acting[layer])
@@ -429,7 +458,8 @@ def _understood(
     words = rate(harm.embedding.ravel(), twice)
     if words.value >= GIVEN_AWAY:
         return Ruling(
-            "undecided", f"the words give it away: the embeddings alone are read at {words.value:.0%}"
+            "undecided",
+            f"the words give it away: the embeddings alone are read at {words.value:.0%}",
         )
     shares = [bench.share(both.harm, bench.total.harm) for both in acting]
     acts = first_acting(shares)
@@ -438,7 +468,9 @@ def _understood(
         return Ruling("supported", f"{text}; it acts from {_layer(acts)} on")
     accuracies = [rate(one.ravel(), twice) for one in harm.layers[:acts]]
     if all(one.high < READABLE for one in accuracies):
-        return Ruling("not supported", f"accuracy is below 75% at all {len(accuracies)} layers before it acts")
+        return Ruling(
+            "not supported", f"accuracy is below 75% at all {len(accuracies)} layers before it acts"
+        )
     return Ruling("undecided", text)
 
 
@@ -461,7 +493,9 @@ def handed_on(
     """
     alone = bench.measures("stream at the edit after the early third", own)
     through = bench.measure("of it through the middle MLPs", "both", handed)
-    others = [bench.measure(f"of it through {name}", "both", effect) for name, effect in beside.items()]
+    others = [
+        bench.measure(f"of it through {name}", "both", effect) for name, effect in beside.items()
+    ]
     ruling = bench.too_shallow or _handed_on(alone, through, middle_layers)
     return bench.claim(5, ruling, (through,), (*alone, *others))
 
