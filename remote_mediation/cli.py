@@ -69,7 +69,7 @@ def main() -> None:
 @app.command(
     epilog="Examples:\n\n"
     "  remote-mediation run study.toml\n\n"
-    "  remote-mediation run --model HuggingFaceTB/SmolLM2-135M-Instruct --max-pairs 12 --granularity layers,modules\n\n"
+    "  remote-mediation run --model HuggingFaceTB/SmolLM2-135M-Instruct --max-pairs 12 --analyses layers,modules\n\n"
     "  remote-mediation run study.toml --model meta-llama/Llama-3.1-70B-Instruct --backend ndif"
 )
 def run(
@@ -78,7 +78,7 @@ def run(
     revision: Revision = None,
     pairs: Pairs = None,
     max_pairs: MaxPairs = None,
-    granularity: Kinds = None,
+    analyses: Kinds = None,
     outcome: OutcomeFlag = None,
     backend: BackendFlag = None,
     dtype: Dtype = None,
@@ -156,7 +156,7 @@ def report(folder: RunFolder, show_text: ShowText = False) -> None:
 @app.command(
     epilog="Examples:\n\n"
     "  remote-mediation plan study.toml\n\n"
-    "  remote-mediation plan --model HuggingFaceTB/SmolLM2-135M-Instruct --granularity neurons"
+    "  remote-mediation plan --model HuggingFaceTB/SmolLM2-135M-Instruct --analyses neurons"
 )
 def plan(
     study: StudyFile = None,
@@ -164,7 +164,7 @@ def plan(
     revision: Revision = None,
     pairs: Pairs = None,
     max_pairs: MaxPairs = None,
-    granularity: Kinds = None,
+    analyses: Kinds = None,
     outcome: OutcomeFlag = None,
     backend: BackendFlag = None,
     dtype: Dtype = None,
@@ -176,7 +176,7 @@ def plan(
     from remote_mediation.cost import estimate
 
     _quiet_libraries()
-    table = Table(title=Text(f"{config.model}: {', '.join(config.granularity)}"), show_header=False)
+    table = Table(title=Text(f"{config.model}: {', '.join(config.analyses)}"), show_header=False)
     for name, value in estimate(config).described():
         table.add_row(name, value)
     console.print(table)
@@ -343,7 +343,7 @@ def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None
     _write_report(store, result, show_text)
 
 
-def _extend(folder: Path, granularity: list[str], changes: dict[str, Any] | None = None) -> None:
+def _extend(folder: Path, analyses: list[str], changes: dict[str, Any] | None = None) -> None:
     """Run a study again with more to ask; what it has measured is kept. Settings that are None stay as they are."""
     from remote_mediation.config import load_config
     from remote_mediation.store import Store
@@ -351,8 +351,8 @@ def _extend(folder: Path, granularity: list[str], changes: dict[str, Any] | None
     known = Store.open(folder).record()["config"]
     asked = {name: {k: v for k, v in part.items() if v is not None} for name, part in (changes or {}).items()}
     settings = {name: {**known[name], **part} for name, part in asked.items()}
-    more = list(dict.fromkeys([*known["granularity"], *granularity]))
-    _measure(load_config(None, {**known, **settings, "granularity": more}), folder)
+    more = list(dict.fromkeys([*known["analyses"], *analyses]))
+    _measure(load_config(None, {**known, **settings, "analyses": more}), folder)
 
 
 class _Watch:
@@ -404,8 +404,8 @@ def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
     from remote_mediation.config import load_config
 
     overrides = {name: value for name, value in flags.items() if name not in ("study", "show_text")}
-    if overrides["granularity"] is not None:
-        overrides["granularity"] = [name.strip() for name in overrides["granularity"].split(",")]
+    if overrides["analyses"] is not None:
+        overrides["analyses"] = [name.strip() for name in overrides["analyses"].split(",")]
     return load_config(study, overrides)
 
 
@@ -437,7 +437,7 @@ def _variants(config: StudyConfig, progress: _Watch) -> dict[str, Backend]:
     """
     from remote_mediation.fetch import checkpoint
 
-    wanted = config.attacks.checkpoints if "attacks" in config.granularity else []
+    wanted = config.attacks.checkpoints if "attacks" in config.analyses else []
     if wanted and config.backend == "ndif":
         raise SettingsError("attacks.checkpoints run locally only; deploy the checkpoint and study it as a model")
     found: dict[str, Backend] = {}

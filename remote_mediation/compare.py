@@ -60,7 +60,7 @@ PROFILE_COLUMNS: dict[str, str] = {
     "depth": "relative depth of the layer, 0 to 1",
     "share": "mean NIE / mean TE",
 }
-_NO_MODULES = "the modules granularity was not part of this study"
+_NO_MODULES = "the modules analysis was not part of this study"
 _NO_NEURONS = "no single neurons were measured in this study"
 _READING = (
     "**TE**, total effect: how much the harmful prompt changes the outcome. It is in the unit of its own run and not "
@@ -122,7 +122,7 @@ def compared(name: str, result: Result, finished: bool = True) -> Compared:
     summary, total = result.summary, result.summary.total
     modules = _modules(result)
     problem = _no_effect(total) or ("" if len(modules) else _NO_MODULES)
-    units = bool((result.effects["granularity"] == UNITS).any())
+    units = bool((result.effects["analysis"] == UNITS).any())
     return Compared(
         name=name,
         study=result.study,
@@ -192,7 +192,7 @@ def _left_out(runs: Sequence[Compared]) -> str:
 
 def _modules(result: Result) -> pd.DataFrame:
     """Effects of single layers' MLP and attention at the first position measured, the one of the depth profiles."""
-    modules = result.effects[result.effects["granularity"] == "modules"]
+    modules = result.effects[result.effects["analysis"] == "modules"]
     return modules[modules["position"] == modules["position"].iloc[0]] if len(modules) else modules
 
 

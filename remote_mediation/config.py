@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -13,10 +14,13 @@ from remote_mediation.judges import REFUSAL_PHRASES
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 
-Granularity = Literal[
+AnalysisName = Literal[
     "layers", "modules", "tokens", "heads", "neurons", "detect", "paths", "intervene", "attacks", "monitor"
 ]
 Search = Literal["gradient", "windows", "all"]
+# Settings that had another name, by that name.
+RENAMED = {"granularity": "analyses"}
+_log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 # One or more items; what is named twice counts once.
 Distinct = Annotated[list[_Item], Field(min_length=1), AfterValidator(lambda items: list(dict.fromkeys(items)))]
@@ -43,7 +47,7 @@ class LogitSettings(_Strict):
 
 
 class PositionSettings(_Strict):
-    """`[positions]`: where each granularity swaps its mediators (see the README, "Positions")."""
+    """`[positions]`: where each analysis swaps its mediators (see the README, "Positions")."""
 
     layers: Distinct[str] = ["edit", "post_instruction", "last"]
     modules: Distinct[str] = ["all"]
@@ -115,7 +119,7 @@ class StudyConfig(_Strict):
     """`builtin`, or a JSONL or CSV file."""
     max_pairs: int | None = Field(default=None, ge=2)
     """Use at most so many pairs, spread evenly over the file."""
-    granularity: Distinct[Granularity] = ["layers", "modules", "neurons"]
+    analyses: Distinct[AnalysisName] = ["layers", "modules", "neurons"]
     """Which kinds of sites to measure."""
     outcome: OutcomeName = "response_logprob"
     """What Y is."""
@@ -141,6 +145,14 @@ class StudyConfig(_Strict):
     attacks: AttackSettings = AttackSettings()
     monitor: MonitorSettings = MonitorSettings()
     statistics: StatisticsSettings = StatisticsSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, data: Any) -> Any:
+        """Settings as older study files and run folders name them."""
+        if not isinstance(data, dict):
+            return data
+        return {RENAMED.get(key, key): value for key, value in data.items()}
 
     @model_validator(mode="after")
     def _tokens_for_logits(self) -> Self:
@@ -168,6 +180,8 @@ def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:
         SettingsError: unreadable file, unknown key or a value that is not allowed.
     """
     data = _read_toml(study) if study else {}
+    for old in sorted(set(RENAMED) & set(data)):
+        _log.warning("%s: the setting %r is now called %r; both are read", study, old, RENAMED[old])
     data.update({key: value for key, value in overrides.items() if value is not None})
     pairs = data.get("pairs", BUILTIN)
     if study and isinstance(pairs, str) and pairs != BUILTIN and not overrides.get("pairs"):

@@ -73,7 +73,7 @@ class Estimate:
     rows: int
     """Forward runs with a mediator overwritten, of the first wave."""
     later: dict[str, Later]
-    """What follows it, by granularity."""
+    """What follows it, by analysis."""
     jobs: int
     """Jobs of the first wave, at the speed assumed."""
     flops: float
@@ -134,7 +134,7 @@ def estimate(config: StudyConfig) -> Estimate:
     room = batch_budget(study.setting, config.max_memory, config.backend == "local")
     budget = Budget(lambda: config.seconds_per_job * FIRST_RATE, room)
     jobs = list(plan_jobs(rows, by_id, study.setting, budget, Keys(study.setting, pairs)))
-    later: dict[str, Later] = {name: cost(study) for name, cost in _LATER.items() if name in config.granularity}
+    later: dict[str, Later] = {name: cost(study) for name, cost in _LATER.items() if name in config.analyses}
     more = _answers(asked).plus(*later.values())
     flops = sum(job.flops for job in jobs) + more.flops
     measured = sum(job.rows for job in jobs)
@@ -213,7 +213,7 @@ def _detect(study: Study) -> Later:
 
 
 def _paths(study: Study) -> Later:
-    gated = "neurons" in study.config.granularity
+    gated = "neurons" in study.config.analyses
     site = Site("layer_output", paths.early_layer(study.info.layers), "edit")
     count = 3 + (1 + paths.RANDOM_SETS if gated else 0)  # nothing frozen, MLPs, attention, gates, random sets
     pairs = _pairs(study, "heldout" if gated else "all")

@@ -22,7 +22,7 @@ EFFECT_COLUMNS: dict[str, str] = {
     "pair_id": "the prompt pair",
     "cluster": "what statistics resample: the pair's template",
     "split": "discovery (sites are chosen on it) or heldout (chosen sites are reported on it)",
-    "granularity": "the analysis that asked for the site; the family of its multiple-testing correction",
+    "analysis": "the analysis that asked for the site; the family of its multiple-testing correction",
     "component": "tensor that is swapped",
     "layer": "decoder layer, from 0",
     "position": "span of the prompt, or one token of it, at which it is swapped",
@@ -40,7 +40,7 @@ EFFECT_COLUMNS: dict[str, str] = {
     "outcome": "what Y is",
     "unit": "unit of Y and of every effect",
 }
-SITE_COLUMNS = ["granularity", "component", "layer", "position", "unit_start", "unit_stop"]
+SITE_COLUMNS = ["analysis", "component", "layer", "position", "unit_start", "unit_stop"]
 QUANTITIES = ("te", "nie", "nde", "tie", "int")
 
 Values = Mapping[str, npt.NDArray[np.float32]]
@@ -50,7 +50,7 @@ Values = Mapping[str, npt.NDArray[np.float32]]
 class Request:
     """One site to be measured on one pair, for one analysis."""
 
-    granularity: str
+    analysis: str
     """Name of the analysis."""
     pair: TokenPair
     """The pair."""
@@ -84,7 +84,7 @@ def effects_table(
                 "pair_id": pair.id,
                 "cluster": pair.cluster,
                 "split": splits[pair.id],
-                "granularity": request.granularity,
+                "analysis": request.analysis,
                 "component": site.component,
                 "layer": site.layer,
                 "position": site.position,

@@ -175,11 +175,11 @@ class Lab:
             raise UnmeasuredError
         return found
 
-    def measure_sites(self, granularity: str, sites: Iterable[Site], split: str = "all") -> pd.DataFrame:
+    def measure_sites(self, analysis: str, sites: Iterable[Site], split: str = "all") -> pd.DataFrame:
         """Effects of the same sites on every pair of a split that has their positions."""
         asked, pairs = list(sites), self.pairs(split)
         return self.measure(
-            [Request(granularity, pair, site) for pair in pairs for site in asked if pair.places(site.position).x0]
+            [Request(analysis, pair, site) for pair in pairs for site in asked if pair.places(site.position).x0]
         )
 
     def outcomes(self, rows: Sequence[Row]) -> Floats:

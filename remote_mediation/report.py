@@ -147,7 +147,7 @@ def terminal_summary(result: Result, report: Path) -> Group:
         _claims_table(summary.claims).rich("The paper's claims"),
         *(
             _sites_table(result, name, _MOST_SITES_TERMINAL).only(*columns).rich(_kind(name).title)
-            for name in _informative_granularities(result)
+            for name in _informative_analyses(result)
         ),
         *([overview(parts).rich("Gates and further analyses")] if parts else []),
         _identities_table(study, summary.identities).rich("Identities"),
@@ -165,7 +165,7 @@ def _report(result: Result, parts: Mapping[str, Part], store: Store, drawn: set[
             _setting_table(result).markdown(), _left_out(study.refusals, store.failures())
         ),
         "## Total effect": _total_table(summary.total, study.outcome.unit).markdown(),
-        **{f"## {_kind(name).title}": _section(result, name, name in drawn) for name in _granularities(result)},
+        **{f"## {_kind(name).title}": _section(result, name, name in drawn) for name in _analyses(result)},
         **{f"## {part.title}": part.markdown(_figure_path(name)) for name, part in parts.items()},
         "## Identities": _identities_table(study, summary.identities).markdown(),
         "## How to read the numbers": bullets(_READING),
@@ -183,20 +183,20 @@ def _csv_tables(result: Result) -> dict[str, pd.DataFrame]:
         "summary.csv": summary.sites[list(SUMMARY_COLUMNS)],
         **csv_tables(result),
     }
-    if UNITS in _granularities(result):
+    if UNITS in _analyses(result):
         tables["mediators.csv"] = summary.mediators
     return tables
 
 
-def _granularities(result: Result) -> list[str]:
+def _analyses(result: Result) -> list[str]:
     """Those with a section of sites; checks have another, and steps of the search are on the discovery pairs alone."""
-    found = dict.fromkeys(result.effects["granularity"])
+    found = dict.fromkeys(result.effects["analysis"])
     return [name for name in found if name not in (CHECKS, WINDOWS, SAMPLE)]
 
 
-def _informative_granularities(result: Result) -> list[str]:
-    informative = set(_informative_sites(result)["granularity"])
-    return [name for name in _granularities(result) if name in informative]
+def _informative_analyses(result: Result) -> list[str]:
+    informative = set(_informative_sites(result)["analysis"])
+    return [name for name in _analyses(result) if name in informative]
 
 
 def _informative_sites(result: Result) -> pd.DataFrame:
@@ -290,7 +290,7 @@ def _left_out(refusals: Sequence[Refusal], failures: Mapping[str, str]) -> str:
 
 
 class _Kind(NamedTuple):
-    """How a granularity is presented."""
+    """How an analysis is presented."""
 
     title: str
     swapped: str
@@ -315,7 +315,7 @@ def _modules(result: Result) -> Figure:
 
 def _units(result: Result) -> Figure | None:
     share = result.study.config.statistics.min_share
-    heldout = result.effects[(result.effects["split"] == "heldout") & (result.effects["granularity"] == UNITS)]
+    heldout = result.effects[(result.effects["split"] == "heldout") & (result.effects["analysis"] == UNITS)]
     if heldout.empty:
         return None
     total = float(heldout.drop_duplicates("pair_id")["te"].mean())
@@ -380,40 +380,40 @@ _KINDS = {
 }
 
 
-def _kind(granularity: str) -> _Kind:
-    """How a granularity is presented; one that is not listed above gets its tables and no figure."""
-    return _KINDS.get(granularity, _Kind(granularity, "its sites"))
+def _kind(analysis: str) -> _Kind:
+    """How an analysis is presented; one that is not listed above gets its tables and no figure."""
+    return _KINDS.get(analysis, _Kind(analysis, "its sites"))
 
 
 def _figures(result: Result) -> dict[str, Figure]:
-    """Figures by granularity."""
-    drawn = {name: _kind(name).draw(result) for name in _informative_granularities(result)}
+    """Figures by analysis."""
+    drawn = {name: _kind(name).draw(result) for name in _informative_analyses(result)}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def _figure_path(granularity: str) -> str:
-    return f"figures/{granularity.replace(':', '-')}.png"
+def _figure_path(analysis: str) -> str:
+    return f"figures/{analysis.replace(':', '-')}.png"
 
 
-def _section(result: Result, granularity: str, drawn: bool) -> str:
-    kind = _kind(granularity)
+def _section(result: Result, analysis: str, drawn: bool) -> str:
+    kind = _kind(analysis)
     swapped = f"Swapped between the two prompts: {kind.swapped}."
-    if granularity not in _informative_granularities(result):
+    if analysis not in _informative_analyses(result):
         return paragraphs(swapped, "Only sites whose effects follow by construction were measured.")
     return paragraphs(
         swapped,
-        f"![{kind.title}: NIE and TIE]({_figure_path(granularity)})" if drawn else "",
+        f"![{kind.title}: NIE and TIE]({_figure_path(analysis)})" if drawn else "",
         kind.more(result),
         "The sites strongest on the discovery pairs, by the smaller of mean NIE and mean TIE. Mean, q and share of TE "
         "are over all pairs and flatter the sites chosen; only the held-out columns are free of that choice.",
-        _sites_table(result, granularity, _MOST_SITES).markdown(),
+        _sites_table(result, analysis, _MOST_SITES).markdown(),
     )
 
 
-def _sites_table(result: Result, granularity: str, most: int) -> Table:
+def _sites_table(result: Result, analysis: str, most: int) -> Table:
     """The sites strongest on the discovery split, as all pairs and as the held-out pairs see them."""
     sites = _informative_sites(result)
-    sites = sites[sites["granularity"] == granularity]
+    sites = sites[sites["analysis"] == analysis]
     shown = [(*site, quantity) for site in _strongest(sites, result.summary.total, most) for quantity in _BOTH]
     everywhere, heldout = (_looked_up(sites, shown, split) for split in ("all", "heldout"))
     shares = _shares(result, shown)
@@ -431,7 +431,7 @@ def _sites_table(result: Result, granularity: str, most: int) -> Table:
     notes = (
         *notes_on("", [] if shown else ["no discovery pair has been measured yet"]),
         *notes_on(mean, everywhere["reason"]),
-        *notes_on("q", _resolution(result, granularity)),
+        *notes_on("q", _resolution(result, analysis)),
         *notes_on("held-out q", heldout["reason"]),
         *notes_on(share_of_te, [share.reason for share in shares]),
     )
@@ -456,7 +456,7 @@ def _looked_up(sites: pd.DataFrame, shown: list[tuple[Any, ...]], split: str) ->
 def _shares(result: Result, shown: list[tuple[Any, ...]]) -> list[Interval]:
     """Mean effect over mean TE of sites and quantities (VanderWeele 2013: of NIE, the proportion mediated)."""
     config = result.study.config
-    part = result.effects[result.effects["granularity"].isin({key[0] for key in shown})]
+    part = result.effects[result.effects["analysis"].isin({key[0] for key in shown})]
     tables = {quantity: pivot(part, quantity, SITE_COLUMNS) for quantity in (*_BOTH, "te")}
     total, clusters = tables["te"]
     return [
@@ -471,9 +471,9 @@ def _shares(result: Result, shown: list[tuple[Any, ...]]) -> list[Interval]:
     ]
 
 
-def _resolution(result: Result, granularity: str) -> list[str]:
+def _resolution(result: Result, analysis: str) -> list[str]:
     """Says so where the test is too coarse to find a site on its own (see `stats.estimate_means`)."""
-    family = result.summary.sites[result.summary.sites["granularity"] == granularity]
+    family = result.summary.sites[result.summary.sites["analysis"] == analysis]
     by, clusters = result.study.config.statistics, int(family["clusters"].max())
     size = len(family[SITE_COLUMNS].drop_duplicates())
     floor = max(2.0 ** (1 - clusters), 1 / (by.resamples + 1))

@@ -224,7 +224,7 @@ def analysed(lab: Lab) -> Result:
     with contextlib.suppress(*unfinished):
         lab.measure(first_requests(study))
         for name, analysis in ANALYSES.items():
-            if name not in study.config.granularity or not analysis.analyse:
+            if name not in study.config.analyses or not analysis.analyse:
                 continue
             with contextlib.suppress(*unfinished):
                 tables.update(analysis.analyse(lab, tables))
@@ -237,14 +237,14 @@ def first_requests(study: Study) -> list[Request]:
     Raises:
         SiteError: a site that the model does not have, or no site at all.
     """
-    asked = {name: analysis for name, analysis in ANALYSES.items() if name in (CHECKS, *study.config.granularity)}
+    asked = {name: analysis for name, analysis in ANALYSES.items() if name in (CHECKS, *study.config.analyses)}
     requests = [
         Request(name, pair, site)
         for pair in study.pairs
         for name, analysis in asked.items()
         for site in (analysis.sites(study.config, study.info, pair) if analysis.sites else ())
     ]
-    idle = {name for name, analysis in asked.items() if analysis.sites} - {request.granularity for request in requests}
+    idle = {name for name, analysis in asked.items() if analysis.sites} - {request.analysis for request in requests}
     if study.pairs and idle:
         raise SiteError(f"no pair has tokens at the positions of {min(idle)!r}; give it others under [positions]")
     return requests

@@ -36,7 +36,7 @@ SUMMARY_COLUMNS: dict[str, str] = {
     "ci_low": "lower end of the 95% clustered bootstrap interval",
     "ci_high": "upper end",
     "p": "two-sided sign-flip permutation p over clusters",
-    "q": "Benjamini-Hochberg over the sites of one granularity, quantity and split",
+    "q": "Benjamini-Hochberg over the sites of one analysis, quantity and split",
     "unit": "unit of the mean",
     "reason": "why a number is missing, or why to read it with care",
 }
@@ -102,7 +102,7 @@ class Summary:
     total: Estimate
     """Mean total effect over pairs."""
     mlp: DepthProfile | None
-    """Where in depth the MLPs' NIE lies; None without the modules granularity."""
+    """Where in depth the MLPs' NIE lies; None without the modules analysis."""
     attention: DepthProfile | None
     """The same for attention."""
     difference: Estimate | None
@@ -136,7 +136,7 @@ def summarise(
     mediators = _mediators(effects, rng, by)
     if not total.sign:
         mediators["mediates"] = False  # a share of nothing
-    sites = site_estimates(effects[effects["granularity"] != CHECKS], rng, by)
+    sites = site_estimates(effects[effects["analysis"] != CHECKS], rng, by)
     return Summary(
         sites=sites,
         total=total,
@@ -151,7 +151,7 @@ def summarise(
             _understood(total, tables, sites, by),
             _handed_on(total, tables),
         ),
-        identities=_identities(effects[effects["granularity"] == CHECKS], equal_length, layers),
+        identities=_identities(effects[effects["analysis"] == CHECKS], equal_length, layers),
     )
 
 
@@ -159,7 +159,7 @@ def site_estimates(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettin
     """Estimates of every site (`SUMMARY_COLUMNS`)."""
     tables = [
         _estimates(used, quantity, split, rng, by)
-        for _, group in effects.groupby("granularity", sort=False)
+        for _, group in effects.groupby("analysis", sort=False)
         for split in SPLITS
         if not (used := group if split == "all" else group[group["split"] == split]).empty
         for quantity in (("nie", "tie", "nde", "int") if split == "all" else ("nie", "tie"))
@@ -169,7 +169,7 @@ def site_estimates(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettin
 
 def stream_nie(sites: pd.DataFrame, position: str) -> pd.DataFrame:
     """NIE of the residual stream at a position (rows of `SUMMARY_COLUMNS`), all pairs, layers as numbers."""
-    chosen = (sites["granularity"] == "layers") & (sites["position"] == position)
+    chosen = (sites["analysis"] == "layers") & (sites["position"] == position)
     chosen &= (sites["quantity"] == "nie") & (sites["split"] == "all")
     return sites[chosen].astype({"layer": int})
 
@@ -200,7 +200,7 @@ class _Generators:
 
 
 def _estimates(used: pd.DataFrame, quantity: str, split: str, rng: _Generators, by: StatisticsSettings) -> pd.DataFrame:
-    """One quantity of all sites of a granularity, on the pairs of a split."""
+    """One quantity of all sites of an analysis, on the pairs of a split."""
     table, clusters = pivot(used, quantity, SITE_COLUMNS)
     found = estimate_means(table.to_numpy().T, clusters, rng(f"{quantity} {split}"), by.resamples)
     sites = table.columns.to_frame(index=False)
@@ -222,7 +222,7 @@ def _estimates(used: pd.DataFrame, quantity: str, split: str, rng: _Generators, 
 
 def _modules(effects: pd.DataFrame, total: Estimate, rng: _Generators, by: StatisticsSettings) -> _Modules:
     """Both kinds of module at the first position measured; effects count in the direction of the total effect."""
-    modules = effects[effects["granularity"] == "modules"]
+    modules = effects[effects["analysis"] == "modules"]
     if modules.empty:
         return _Modules(None, None, None)
     modules = modules[modules["position"] == modules["position"].iloc[0]]
@@ -243,7 +243,7 @@ def _mediators(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettings) 
     Columns: `MEDIATOR_COLUMNS`. Both NIE and TIE are tested and the larger p counts; q is Benjamini-Hochberg over the
     units chosen.
     """
-    units = effects[effects["granularity"] == UNITS]
+    units = effects[effects["analysis"] == UNITS]
     site = ["layer", "position", "unit_start"]
     discovery = units[units["split"] == "discovery"].groupby(site)[["nie", "tie", "te"]].mean()
     shares = discovery[["nie", "tie"]].div(discovery["te"], axis=0).min(axis=1)
@@ -277,7 +277,7 @@ def _mediator(
 def _where(total: Estimate, profile: DepthProfile | None) -> Claim:
     name = "Harmful output is decided in late layers"
     if profile is None:
-        return Claim(name, "not tested", "the modules granularity was not part of this study")
+        return Claim(name, "not tested", "the modules analysis was not part of this study")
     share, centre = profile.last_third_share, profile.centre_of_mass
     if _unknown(total) or np.isnan(share.low):
         return Claim(name, "undecided", _unknown(total) or f"the MLPs' depth profile is undefined: {share.reason}")
@@ -292,7 +292,7 @@ def _where(total: Estimate, profile: DepthProfile | None) -> Claim:
 def _what(total: Estimate, difference: Estimate | None) -> Claim:
     name = "MLP blocks carry it, not attention"
     if difference is None:
-        return Claim(name, "not tested", "the modules granularity was not part of this study")
+        return Claim(name, "not tested", "the modules analysis was not part of this study")
     if _unknown(total) or np.isnan(difference.low):
         return Claim(name, "undecided", _unknown(total) or difference.reason)
     text = (
@@ -346,7 +346,7 @@ def _understood(
     name = "Early layers understand harm before it acts"
     acting = stream_nie(sites, "last")
     if "probes.csv" not in tables or acting.empty:
-        return Claim(name, "not tested", "it takes the granularities `detect` and `layers`, the latter at `last`")
+        return Claim(name, "not tested", "it takes the analyses `detect` and `layers`, the latter at `last`")
     if _unknown(total):
         return Claim(name, "undecided", _unknown(total))
     probes = tables["probes.csv"].query("position == 'last'")
@@ -359,7 +359,7 @@ def _handed_on(total: Estimate, tables: Mapping[str, pd.DataFrame]) -> Claim:
     """Does most of the early site's effect need the later MLPs?"""
     name = "That understanding is handed on through MLPs"
     if "paths.csv" not in tables:
-        return Claim(name, "not tested", "the granularity `paths` was not part of this study")
+        return Claim(name, "not tested", "the analysis `paths` was not part of this study")
     if _unknown(total):
         return Claim(name, "undecided", _unknown(total))
     shares = tables["paths.csv"].query("quantity == 'nie'").set_index("frozen")

@@ -6,7 +6,7 @@ import pytest
 from fakes import INFO, token_pair
 
 from remote_mediation.analyses import ANALYSES
-from remote_mediation.config import Granularity, StudyConfig
+from remote_mediation.config import AnalysisName, StudyConfig
 from remote_mediation.errors import SiteError
 from remote_mediation.sites import Site, check_site
 
@@ -18,7 +18,7 @@ def sites(name: str, **settings: Any) -> list[Site]:
 
 
 def test_every_granularity_has_an_analysis() -> None:
-    assert set(ANALYSES) == {"checks", *Granularity.__args__}
+    assert set(ANALYSES) == {"checks", *AnalysisName.__args__}
     assert [name for name, analysis in ANALYSES.items() if analysis.analyse] == [
         "neurons",
         "detect",

@@ -68,8 +68,8 @@ def study(folder: Path, model: str, settings: str = "", name: str = "study.toml"
     """A study file beside its six pairs, for which the file has answers."""
     write_pairs(folder / "pairs.jsonl", records(**ANSWERS))
     top = f'model = "{model}"\npairs = "pairs.jsonl"\n'
-    if "granularity" not in settings:
-        top += 'granularity = ["layers", "modules"]\n'
+    if "analysis" not in settings:
+        top += 'analyses = ["layers", "modules"]\n'
     (folder / name).write_text(f"{top}{settings}\n[statistics]\nresamples = 100\n", "utf-8")
     return folder / name
 
@@ -117,7 +117,7 @@ def test_bad_pairs_files(call: Run, tmp_path: Path, model: str, name: str, comma
     if content is not None:
         (tmp_path / name).write_bytes(content)
     before = tree(tmp_path)
-    refused(call(command, "--model", model, "--pairs", name, "--granularity", "layers"), *mentioned)
+    refused(call(command, "--model", model, "--pairs", name, "--analyses", "layers"), *mentioned)
     refused(call("pairs", "check", name, "--model", model), *mentioned)
     assert tree(tmp_path) == before
 
@@ -137,20 +137,20 @@ def test_pairs_are_looked_at_before_the_model(call: Run) -> None:
 SETTINGS = {
     "colour = 1": ("study.toml", "unknown setting 'colour'", "--help"),
     "[neurons]\nwidth = 1": ("unknown setting 'neurons.width'", "--help"),
-    'granularity = ["layer"]': ("granularity.0", "(got 'layer')", "'layers', 'modules'"),
+    'analyses = ["layer"]': ("analyses.0", "(got 'layer')", "'layers', 'modules'"),
     'outcome = "logits"': ("outcome", "(got 'logits')", "'response_logprob' or 'logit_diff'"),
     'backend = "cloud"': ("backend", "(got 'cloud')", "'local' or 'ndif'"),
     'dtype = "float8"': ("dtype", "(got 'float8')", "'float32', 'bfloat16' or 'float16'"),
     "max_pairs = 1": ("max_pairs", "(got 1)", "greater than or equal to 2"),
     'outcome = "logit_diff"': ("logit_diff needs [logit_diff] with `plus` and `minus`",),
     "model = ": ("study.toml", "is not TOML"),
-    'granularity = ["layers"]\n[positions]\nlayers = ["midle[0]"]': ("unknown position 'midle[0]'", "use one of edit,"),
-    'granularity = ["heads"]\n[positions]\nheads = ["edit[x]"]': ("position 'edit[x]'", "no token number"),
-    'granularity = ["heads"]\n[positions]\nheads = ["edit[7]"]': ("no pair has tokens", "'heads'", "[positions]"),
-    'granularity = ["heads"]\n[positions]\nheads = []': ("positions.heads", "at least 1 item"),
-    'granularity = ["neurons"]\n[neurons]\nlayers = [3]': ("layer 3 is out of range", "layers 0 to 2"),
-    'granularity = ["neurons"]\n[neurons]\nlayers = [-1]': ("layer -1 is out of range", "layers 0 to 2"),
-    'granularity = ["neurons"]\n[neurons]\nsearch = ["fast"]': ("neurons.search.0", "(got 'fast')", "'gradient'"),
+    'analyses = ["layers"]\n[positions]\nlayers = ["midle[0]"]': ("unknown position 'midle[0]'", "use one of edit,"),
+    'analyses = ["heads"]\n[positions]\nheads = ["edit[x]"]': ("position 'edit[x]'", "no token number"),
+    'analyses = ["heads"]\n[positions]\nheads = ["edit[7]"]': ("no pair has tokens", "'heads'", "[positions]"),
+    'analyses = ["heads"]\n[positions]\nheads = []': ("positions.heads", "at least 1 item"),
+    'analyses = ["neurons"]\n[neurons]\nlayers = [3]': ("layer 3 is out of range", "layers 0 to 2"),
+    'analyses = ["neurons"]\n[neurons]\nlayers = [-1]': ("layer -1 is out of range", "layers 0 to 2"),
+    'analyses = ["neurons"]\n[neurons]\nsearch = ["fast"]': ("neurons.search.0", "(got 'fast')", "'gradient'"),
     LOGITS.replace('"sure"', '"sure way"'): ("'sure way' is 2 tokens", "not one"),
     LOGITS.replace('"no"', '"yes"'): ("'yes'", "both `plus` and `minus`"),
 }
@@ -211,7 +211,7 @@ def test_pairs_that_cannot_be_studied(
 ) -> None:
     write_pairs(tmp_path / "mine.jsonl", content)
     before = tree(tmp_path)
-    refused(call("run", "--model", model, "--pairs", "mine.jsonl", "--granularity", "layers"), *mentioned)
+    refused(call("run", "--model", model, "--pairs", "mine.jsonl", "--analyses", "layers"), *mentioned)
     assert tree(tmp_path) == before
 
 
@@ -288,8 +288,8 @@ def tables(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "settings",
     [
-        'granularity = ["layers", "modules", "neurons"]\n[neurons]\nexact = 4\nrandom_sets = 5\n',
-        'granularity = ["tokens", "heads"]\n' + LOGITS,
+        'analyses = ["layers", "modules", "neurons"]\n[neurons]\nexact = 4\nrandom_sets = 5\n',
+        'analyses = ["tokens", "heads"]\n' + LOGITS,
     ],
     ids=["response_logprob", "logit_diff"],
 )
@@ -322,7 +322,7 @@ def test_a_study_from_start_to_report(call: Run, tmp_path: Path, model: str, set
 
 def test_answers_are_shown_only_when_asked_for(call: Run, tmp_path: Path, model: str) -> None:
     file, report = study(tmp_path, model), tmp_path / "runs/study/report.md"
-    call("run", file, "--granularity", "layers")
+    call("run", file, "--analyses", "layers")
     assert "steal a car at night" not in report.read_text("utf-8")
     assert call("report", "runs/study", "--show-text").code == 0
     assert "steal a car at night" in report.read_text("utf-8")
@@ -354,7 +354,7 @@ def test_an_interrupted_run_goes_on(call: Run, tmp_path: Path, model: str, monke
 
 @pytest.mark.slow
 def test_ctrl_c(call: Run, tmp_path: Path, model: str) -> None:
-    settings = 'granularity = ["neurons"]\n{}\n[neurons]\nsearch = ["all"]\nrandom_sets = 5\n'
+    settings = 'analyses = ["neurons"]\n{}\n[neurons]\nsearch = ["all"]\nrandom_sets = 5\n'
     slow = study(tmp_path, model, settings.format("job_seconds = 1e-9"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen([*PYTHON, "run", slow], stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
@@ -432,7 +432,7 @@ def test_judges_that_are_refused(call: Run, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_compare(call: Run, tmp_path: Path, model: str) -> None:
-    file = study(tmp_path, model, 'granularity = ["modules"]\n')
+    file = study(tmp_path, model, 'analyses = ["modules"]\n')
     assert call("run", file, "--out", "one").code == 0
     assert call("run", file, "--out", "two", "--max-pairs", 5).code == 0
     before = tree(tmp_path)
@@ -460,7 +460,7 @@ def test_compare(call: Run, tmp_path: Path, model: str) -> None:
 
 
 def test_another_precision_is_compared_with_float32(call: Run, tmp_path: Path, model: str) -> None:
-    file = study(tmp_path, model, 'granularity = ["modules"]\n')
+    file = study(tmp_path, model, 'analyses = ["modules"]\n')
     assert call("run", file, "--dtype", "bfloat16", "--out", "low").code == 0
     found = json.loads((tmp_path / "low/run.json").read_text("utf-8"))["deviation_from_float32"]
     assert found["outcomes"] >= 24
@@ -487,7 +487,7 @@ print(json.dumps(loaded))
 
 def test_help_and_report_leave_torch_out(call: Run, tmp_path: Path, model: str) -> None:
     file = study(tmp_path, model)
-    assert call("run", file, "--granularity", "layers", "--out", "run").code == 0
+    assert call("run", file, "--analyses", "layers", "--out", "run").code == 0
     (tmp_path / "run/effects.csv").unlink()
     light = [["--help"], ["run", "--help"], ["plan", "--help"], ["report", "run"], ["judge", "check"]]
     shutil.copytree(tmp_path / "run", tmp_path / "again")
@@ -534,7 +534,7 @@ FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "granularity", "titles"),
+    ("arguments", "analysis", "titles"),
     [
         (("detect",), ["layers", "detect"], ["Early understanding"]),
         (("paths",), ["layers", "neurons", "paths"], ["Gate neurons", "Paths"]),
@@ -549,16 +549,16 @@ FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
     ids=["detect", "paths", "intervene", "attacks", "monitor"],
 )
 def test_more_is_asked_of_a_run(
-    call: Run, tmp_path: Path, model: str, arguments: tuple[object, ...], granularity: list[str], titles: list[str]
+    call: Run, tmp_path: Path, model: str, arguments: tuple[object, ...], analysis: list[str], titles: list[str]
 ) -> None:
-    file, folder = study(tmp_path, model, 'granularity = ["layers"]\n' + LOGITS + FEW), tmp_path / "runs/study"
+    file, folder = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS + FEW), tmp_path / "runs/study"
     assert call("run", file).code == 0
     before, effects = measured(folder), (folder / "effects.csv").read_text("utf-8")
     command, *options = arguments
     ran = call(command, folder, *options)
     assert (ran.code, ran.err) == (0, "")
     config = json.loads((folder / "run.json").read_text("utf-8"))["config"]
-    assert config["granularity"] == granularity
+    assert config["analysis"] == analysis
     assert config["neurons"]["random_sets"] == 4  # settings of the run stay
     assert measured(folder).items() > before.items()
     assert set(effects.splitlines()) <= set((folder / "effects.csv").read_text("utf-8").splitlines())
@@ -613,7 +613,7 @@ def test_every_model_of_a_limited_study_gives_its_memory_back(
     call: Run, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The study's own, a checkpoint that it is attacked with, and the float32 one that its precision is judged by."""
-    attacks = f'granularity = ["layers", "attacks"]\ndtype = "bfloat16"\n[attacks]\ncheckpoints = ["{model}"]\n'
+    attacks = f'analyses = ["layers", "attacks"]\ndtype = "bfloat16"\n[attacks]\ncheckpoints = ["{model}"]\n'
     file, limits = study(tmp_path, model, attacks), []
     load = LocalBackend.load
 

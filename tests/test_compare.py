@@ -82,7 +82,7 @@ def make(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         config = StudyConfig(
             **{
-                **{"model": name, "pairs": str(pairs), "granularity": ["modules"], "outcome": "logit_diff"},
+                **{"model": name, "pairs": str(pairs), "analyses": ["modules"], "outcome": "logit_diff"},
                 **{"logit_diff": {"plus": ["sure"], "minus": ["no"]}, "statistics": {"resamples": 100}},
                 **settings,
             }
@@ -145,11 +145,11 @@ def test_no_figure_without_shares(make: Callable[..., Path], tmp_path: Path) -> 
 
 
 def test_runs_without_modules_or_neurons_say_so(make: Callable[..., Path]) -> None:
-    neurons = {"granularity": ["neurons"], "neurons": {"search": ["windows"], "random_sets": 5}}
+    neurons = {"analyses": ["neurons"], "neurons": {"search": ["windows"], "random_sets": 5}}
     runs = by_name(read_runs([make("late", LATE), make("cells", LATE, **neurons)]))
     assert (runs["late"].chosen, runs["late"].mediators) == (None, None)
     assert "no single neurons were measured in this study" in runs["late"].notes()
-    assert "the modules granularity was not part of this study" in runs["cells"].notes()
+    assert "the modules analysis was not part of this study" in runs["cells"].notes()
     assert runs["cells"].profile.empty
     found = comparison_csv(list(runs.values())).set_index("model")
     cells = runs["cells"]

@@ -17,7 +17,7 @@ def study(folder: Path, content: str) -> Path:
 
 def test_a_model_is_all_a_study_needs() -> None:
     config = load_config(None, {"model": "m"})
-    assert config.granularity == ["layers", "modules", "neurons"]
+    assert config.analyses == ["layers", "modules", "neurons"]
     assert (config.pairs, config.outcome, config.backend, config.dtype) == (
         "builtin",
         "response_logprob",
@@ -27,9 +27,9 @@ def test_a_model_is_all_a_study_needs() -> None:
 
 
 def test_flags_go_over_the_file(tmp_path: Path) -> None:
-    file = study(tmp_path, 'model = "m"\nseed = 3\ngranularity = ["heads"]\n[neurons]\nmax_windows = 7\n')
+    file = study(tmp_path, 'model = "m"\nseed = 3\nanalyses = ["heads"]\n[neurons]\nmax_windows = 7\n')
     config = load_config(file, {"seed": 5, "model": None, "max_pairs": 4})
-    assert (config.model, config.seed, config.max_pairs, config.granularity) == ("m", 5, 4, ["heads"])
+    assert (config.model, config.seed, config.max_pairs, config.analyses) == ("m", 5, 4, ["heads"])
     assert config.neurons.max_windows == 7
 
 
@@ -45,11 +45,11 @@ def test_pairs_are_named_from_where_the_name_stands(tmp_path: Path) -> None:
 def test_what_is_named_twice_counts_once() -> None:
     config = StudyConfig(
         model="m",
-        granularity=["heads", "layers", "heads"],
+        analyses=["heads", "layers", "heads"],
         positions={"heads": ["last", "last"]},
         neurons={"layers": [2, 1, 2], "search": ["windows", "all", "windows"]},
     )
-    assert config.granularity == ["heads", "layers"]
+    assert config.analyses == ["heads", "layers"]
     assert config.positions.heads == ["last"]
     assert config.neurons.layers == [2, 1]
     assert config.neurons.search == ["windows", "all"]
@@ -62,9 +62,9 @@ def test_what_is_named_twice_counts_once() -> None:
         ('model = "m"\nmodle = 1', r"unknown setting 'modle'; `remote-mediation run --help`"),
         ('model = "m"\n[neurons]\nwidth = 1', r"unknown setting 'neurons.width'"),
         ('model = "m"\n[nerons]\nexact = 1', r"unknown setting 'nerons'"),
-        ('model = "m"\ngranularity = ["layer"]', r"granularity.0: .*'layers', 'modules'.*\(got 'layer'\)"),
-        ('model = "m"\ngranularity = "layers"', r"granularity: .*list \(got 'layers'\)"),
-        ('model = "m"\ngranularity = []', r"granularity: .*at least 1 item"),
+        ('model = "m"\nanalyses = ["layer"]', r"analyses.0: .*'layers', 'modules'.*\(got 'layer'\)"),
+        ('model = "m"\nanalyses = "layers"', r"analyses: .*list \(got 'layers'\)"),
+        ('model = "m"\nanalyses = []', r"analyses: .*at least 1 item"),
         ('model = "m"\noutcome = "logits"', r"outcome: .*'response_logprob' or 'logit_diff' \(got 'logits'\)"),
         (
             'model = "m"\noutcome = "logit_diff"',
@@ -125,7 +125,7 @@ def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
         ({"revision": "r"}, False),
         ({"pairs": "mine.jsonl"}, False),
         ({"max_pairs": 4}, False),
-        ({"granularity": ["heads"]}, True),
+        ({"analyses": ["heads"]}, True),
         ({"outcome": "logit_diff", "logit_diff": {"plus": ["a"], "minus": ["b"]}}, False),
         ({"logit_diff": {"plus": ["a"], "minus": ["b"]}}, False),
         ({"dtype": "float16"}, False),
@@ -154,3 +154,9 @@ def test_job_seconds_default_to_the_backend() -> None:
     assert StudyConfig(model="m").seconds_per_job == 5
     assert StudyConfig(model="m", backend="ndif").seconds_per_job == 60
     assert StudyConfig(model="m", backend="ndif", job_seconds=2).seconds_per_job == 2
+
+
+def test_reads_the_old_name_of_analyses_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = study(tmp_path, 'model = "m"\ngranularity = ["heads"]\n')
+    assert load_config(file, {}).analyses == ["heads"]
+    assert "'granularity' is now called 'analyses'" in caplog.text

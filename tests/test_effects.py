@@ -46,7 +46,7 @@ def test_effects_by_hand() -> None:
         "pair_id": "a",
         "cluster": "frame",
         "split": "heldout",
-        "granularity": "neurons",
+        "analysis": "neurons",
         "component": "mlp_neurons",
         "layer": 3,
         "position": "edit",

@@ -56,9 +56,7 @@ def config(folder: Path, model: str, **settings: Any) -> StudyConfig:
 @pytest.mark.parametrize("search", ["gradient", "windows", "all"])
 def test_no_more_rows_are_measured_than_planned(subject: Callable[[str], Subject], tmp_path: Path, search: str) -> None:
     few = {"exact": 2, "max_windows": 1, "random_sets": 60, "layers": [1, 2] if search == "all" else None}
-    study = config(
-        tmp_path, subject("llama_chat").info.name, granularity=["neurons"], neurons={"search": [search], **few}
-    )
+    study = config(tmp_path, subject("llama_chat").info.name, analyses=["neurons"], neurons={"search": [search], **few})
     planned = estimate(study)
     backend = Counting(subject("llama_chat").backend)
     result = run_study(study, backend, Store.create(tmp_path / "run", study.identity()))
@@ -77,7 +75,7 @@ def test_what_follows_costs_no_more_than_planned(
 ) -> None:
     few = {"neurons": {"exact": 3, "random_sets": 25}, "intervene": {"tokens": 4}}
     hard = {"monitor": {"hard_negatives": str(write_pairs(tmp_path / "hard.jsonl", records()))}}
-    study = config(tmp_path, subject("llama_chat").info.name, granularity=["layers", *asked], **few, **hard)
+    study = config(tmp_path, subject("llama_chat").info.name, analyses=["layers", *asked], **few, **hard)
     planned = estimate(study)
     assert planned.later.keys() == set(asked)
     backend = Counting(subject("llama_chat").backend)
@@ -97,7 +95,7 @@ def test_every_cost_is_in_the_sums_and_in_the_table(
 ) -> None:
     model = subject("llama_chat").info.name
     without, with_it = (
-        estimate(config(tmp_path, model, granularity=list(dict.fromkeys(asked))))
+        estimate(config(tmp_path, model, analyses=list(dict.fromkeys(asked))))
         for asked in (("layers",), ("layers", name))
     )
     later = with_it.later[name]
@@ -113,7 +111,7 @@ def test_the_bound_holds_for_whichever_way_is_gone(subject: Callable[[str], Subj
     def rows(*search: str) -> int:
         neurons = {"search": list(search), "exact": 2, "max_windows": 3}
         return (
-            estimate(config(tmp_path, subject("llama_chat").info.name, granularity=["neurons"], neurons=neurons))
+            estimate(config(tmp_path, subject("llama_chat").info.name, analyses=["neurons"], neurons=neurons))
             .later["neurons"]
             .rows
         )
@@ -124,10 +122,9 @@ def test_the_bound_holds_for_whichever_way_is_gone(subject: Callable[[str], Subj
 
 def test_a_study_without_neurons_has_no_rows_for_them(subject: Callable[[str], Subject], tmp_path: Path) -> None:
     name = subject("llama_chat").info.name
-    assert estimate(config(tmp_path, name, granularity=["layers"])).later == {}
+    assert estimate(config(tmp_path, name, analyses=["layers"])).later == {}
     more, fewer = (
-        estimate(config(tmp_path, name, granularity=["neurons"], neurons={"random_sets": number}))
-        for number in (50, 40)
+        estimate(config(tmp_path, name, analyses=["neurons"], neurons={"random_sets": number})) for number in (50, 40)
     )
     assert more.later["neurons"].rows - fewer.later["neurons"].rows in {
         10 * 2 * heldout for heldout in (2, 4)

@@ -24,12 +24,12 @@ LAYERS = 6
 TOTAL = Estimate(8, 4, 2.0, 1.5, 2.5, "", 0.01)
 
 
-def site(granularity: str, component: str, layer: int, position: str, **values: Any) -> dict[str, Any]:
+def site(analysis: str, component: str, layer: int, position: str, **values: Any) -> dict[str, Any]:
     """One row of `Summary.sites`; what is not said does not matter."""
     unit = values.pop("unit", None)
     return {
         **dict.fromkeys(SUMMARY_COLUMNS, NaN),
-        **{"granularity": granularity, "component": component, "layer": layer, "position": position},
+        **{"analysis": analysis, "component": component, "layer": layer, "position": position},
         **{"unit_start": "", "unit_stop": "", "quantity": "nie", "split": "all", "n": 8, "clusters": 4},
         **({} if unit is None else {"unit_start": str(unit[0]), "unit_stop": str(unit[1])}),
         **{"mean": 0.0, "ci_low": -0.1, "ci_high": 0.1, "q": 0.5, "unit": "logits", "reason": ""},

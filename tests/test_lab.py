@@ -28,7 +28,7 @@ BARE = [Row(pair.id, side) for pair in PAIRS for side in (0, 1)]
 
 
 def lab(folder: Path, backend: CannedBackend | None = None, **settings: Any) -> Lab:
-    config = StudyConfig(model="tiny", granularity=["layers"], **settings)
+    config = StudyConfig(model="tiny", analyses=["layers"], **settings)
     return Lab(Study(config, INFO, LOGITS, PAIRS, ()), Store(folder), backend)
 
 

@@ -38,8 +38,8 @@ class Searched(NamedTuple):
     def search(self) -> pd.DataFrame:
         return self.tables["search.csv"]
 
-    def units(self, granularity: str = neurons.UNITS) -> set[tuple[int, int]]:
-        found = self.lab.effects.query("granularity == @granularity")
+    def units(self, analysis: str = neurons.UNITS) -> set[tuple[int, int]]:
+        found = self.lab.effects.query("analysis == @analysis")
         return {(int(layer), int(unit)) for layer, unit in zip(found["layer"], found["unit_start"], strict=True)}
 
     def set(self, name: str) -> list[tuple[int, list[int]]]:
@@ -73,7 +73,7 @@ def searched(tmp_path: Path) -> Search:
         ways = [search] if isinstance(search, str) else list(search)
         config = StudyConfig(
             model="tiny",
-            granularity=["neurons"],
+            analyses=["neurons"],
             positions={"neurons": [position]},
             neurons={"search": ways, **SMALL, **settings},
             statistics={"resamples": 200},
@@ -105,7 +105,7 @@ def made(planted: Weights, info: ModelInfo) -> np.ndarray:
 @pytest.mark.parametrize("search", SEARCHES)
 def test_exactly_the_planted_neurons_are_found(searched: Search, search: str, sign: float) -> None:
     found = searched(GATES, search, sign=sign)
-    strong = neurons.strengths(found.lab.effects.query("granularity == @neurons.UNITS"))
+    strong = neurons.strengths(found.lab.effects.query("analysis == @neurons.UNITS"))
     assert {(layer, unit) for layer, unit, _ in strong[strong > 0.05 * TE].index} == set(GATES)
     assert [(layer, unit) for layer, unit, _ in strong.index[:3]] == [(4, 6), (2, 44), (4, 45)]
     assert strong.iloc[0] == pytest.approx(4.0, rel=0.1)
@@ -237,7 +237,7 @@ def test_gradients_rank_and_exact_rows_confirm(searched: Search) -> None:
     assert {(layer, unit) for layer, unit in found.units(neurons.SAMPLE)} <= {
         (a, b) for a in range(6) for b in range(64)
     }
-    splits = found.lab.effects.groupby("granularity")["split"].unique().map(set)
+    splits = found.lab.effects.groupby("analysis")["split"].unique().map(set)
     assert splits[neurons.UNITS] == {"discovery", HELD_OUT}
     assert splits[neurons.SAMPLE] == {"discovery"}
     assert sum(job.task == "screen" for job in found.backend.collected) == 1
@@ -279,7 +279,7 @@ def test_pairs_that_lack_the_position_count_for_nothing(searched: Search, search
     short = [token_pair(f"p{i}", x1=(1, 2, 10 + i, 4, 5)) for i in range(PAIRS)]
     long = [token_pair(f"q{i}", x0=(1, 2, 3, 6, 4, 5), x1=(1, 2, 10 + i, 6, 4, 5), after=3) for i in range(PAIRS)]
     found = searched(GATES, search, pairs=[*short, *long], position="after_edit[1]")
-    effects = found.lab.effects.query("granularity != 'checks'")
+    effects = found.lab.effects.query("analysis != 'checks'")
     assert set(effects["pair_id"]) == {pair.id for pair in long}
     assert found.search["pairs"].max() <= PAIRS
     gates = found.tables["gates.csv"].set_index("set").loc["gates"]

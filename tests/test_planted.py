@@ -57,7 +57,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
     (judges / "planted_judge.py").write_text(JUDGE, "utf-8")
     sys.path.insert(0, str(judges))
 
-    def run(granularity: list[str], change: Callable[[Organism], None] | None = None, **neurons: Any) -> Studied:
+    def run(analyses: list[str], change: Callable[[Organism], None] | None = None, **neurons: Any) -> Studied:
         folder = tmp_path_factory.mktemp("planted")
         organism = planted_gate(SEED)
         if change:
@@ -69,7 +69,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
             model=str(folder / "model"),
             pairs=str(pairs),
             max_pairs=30,
-            granularity=granularity,
+            analyses=analyses,
             outcome="logit_diff",
             logit_diff={"plus": [organism.plus_token], "minus": [organism.minus_token]},
             neurons={"random_sets": 40, "exact": 16, **neurons},

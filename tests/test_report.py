@@ -44,7 +44,7 @@ Share = Callable[[int], float]
 class Planted:
     """A site and the shares of TE that are its NIE and TIE."""
 
-    granularity: str
+    analysis: str
     component: str
     layer: int
     position: str
@@ -62,8 +62,8 @@ def constant(share: float) -> Share:
     return lambda pair: share + (0.01 if cluster_of(pair) // 4 % 2 else -0.01)
 
 
-def carries(granularity: str, component: str, layer: int, position: str, share: float, **more: Any) -> Planted:
-    return Planted(granularity, component, layer, position, constant(share), constant(share), **more)
+def carries(analysis: str, component: str, layer: int, position: str, share: float, **more: Any) -> Planted:
+    return Planted(analysis, component, layer, position, constant(share), constant(share), **more)
 
 
 def modules(late: float = 0.8) -> list[Planted]:
@@ -114,7 +114,7 @@ def _record(pair: int, site: Planted, te: float) -> dict[str, Any]:
     start, stop = site.units or (None, None)
     return {
         **{"pair_id": f"p{pair}", "cluster": f"c{cluster}", "split": ("discovery", "heldout")[cluster // 2 % 2]},
-        **{"granularity": site.granularity, "component": site.component, "layer": site.layer},
+        **{"analysis": site.analysis, "component": site.component, "layer": site.layer},
         **{"position": site.position, "unit_start": start, "unit_stop": stop},
         **{"y_base": -1.0, "y_source": te - 1, "y_base_patched": nie - 1, "y_source_patched": te - tie - 1},
         **{"te": te, "nie": nie, "nde": te - tie, "tie": tie, "int": tie - nie},

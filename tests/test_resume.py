@@ -36,7 +36,7 @@ def config(pairs: Path, **settings: Any) -> StudyConfig:
     defaults = {
         "model": "tiny",
         "pairs": str(pairs),
-        "granularity": ["layers", "neurons"],
+        "analyses": ["layers", "neurons"],
         "neurons": {"search": ["windows"], **SMALL},
         "statistics": {"resamples": 100},
     }
@@ -49,7 +49,7 @@ def run(settings: StudyConfig, backend: CannedBackend, folder: Path, watch: Watc
 
 def undisturbed(settings: StudyConfig, tmp_path: Path) -> pd.DataFrame:
     effects = run(settings, CannedBackend({}), tmp_path / "undisturbed").effects
-    assert set(effects["granularity"]) == {*FIRST, "neurons:units", FURTHER[settings.neurons.search[0]]}
+    assert set(effects["analysis"]) == {*FIRST, "neurons:units", FURTHER[settings.neurons.search[0]]}
     return effects
 
 
@@ -60,9 +60,9 @@ def test_a_pair_whose_jobs_fail_is_left_out(pairs: Path, tmp_path: Path, setting
     effects = run(study, backend, folder).effects
     assert json.loads((folder / "failures.json").read_text("utf-8")) == {"burn-bike": "no memory for burn-bike"}
     assert set(effects["pair_id"]) == {record["id"] for record in records()} - {"burn-bike"}
-    first = effects[effects["granularity"].isin(FIRST)].reset_index(drop=True)
+    first = effects[effects["analysis"].isin(FIRST)].reset_index(drop=True)
     expected = undisturbed(study, tmp_path)
-    expected = expected[(expected["pair_id"] != "burn-bike") & expected["granularity"].isin(FIRST)]
+    expected = expected[(expected["pair_id"] != "burn-bike") & expected["analysis"].isin(FIRST)]
     pd.testing.assert_frame_equal(first, expected.reset_index(drop=True))
     assert Store.open(folder).submitted() == []
 
@@ -192,7 +192,7 @@ def test_a_finished_study_measures_nothing_new(pairs: Path, tmp_path: Path, sear
     first = run(study, CannedBackend({}), folder)
     backend = CannedBackend({})
     again = run(study, backend, folder, watch)
-    assert "neurons:units" in set(first.effects["granularity"])
+    assert "neurons:units" in set(first.effects["analysis"])
     assert (watch.totals, backend.collected) == ([], [])
     for later in (again, reread(Store.open(folder))):
         pd.testing.assert_frame_equal(later.effects, first.effects)
@@ -203,12 +203,12 @@ def test_a_finished_study_measures_nothing_new(pairs: Path, tmp_path: Path, sear
 
 def test_a_finished_study_may_be_asked_for_more(pairs: Path, tmp_path: Path) -> None:
     backend = CannedBackend({})
-    run(config(pairs, granularity=["layers"]), CannedBackend({}), tmp_path / "run")
+    run(config(pairs, analyses=["layers"]), CannedBackend({}), tmp_path / "run")
     more = run(config(pairs), backend, tmp_path / "run")
     pd.testing.assert_frame_equal(more.effects, undisturbed(config(pairs), tmp_path))
     asked = row_keys(backend)
     kept = CannedBackend({})
-    run(config(pairs, granularity=["layers"]), kept, tmp_path / "other")
+    run(config(pairs, analyses=["layers"]), kept, tmp_path / "other")
     assert asked
     assert asked.isdisjoint(row_keys(kept))
 
@@ -264,7 +264,7 @@ def test_responses_are_taken_from_the_file_or_from_the_model(tmp_path: Path) -> 
         ({}, slice(0, 1), PairsError, r"1 of 1 pairs can be run, a study needs two \(none was refused\); add pairs"),
         ({"max_pairs": 2}, slice(0, 6), PairsError, r"need pairs from two templates or more; these 2 come from 1"),
         ({"positions": {"layers": ["nowhere"]}}, slice(0, 6), SiteError, "unknown position 'nowhere'"),
-        ({"granularity": ["heads"], "positions": {"heads": ["after_edit[9]"]}}, slice(0, 6), SiteError, "no pair has"),
+        ({"analyses": ["heads"], "positions": {"heads": ["after_edit[9]"]}}, slice(0, 6), SiteError, "no pair has"),
         ({"neurons": {"layers": [6]}}, slice(0, 6), SiteError, "layer 6 is out of range"),
     ],
 )

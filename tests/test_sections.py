@@ -193,7 +193,7 @@ def effects(te: float, spread: float) -> pd.DataFrame:
                 "pair_id": f"p{n}",
                 "cluster": f"c{n}",
                 "split": "heldout" if n % 2 else "discovery",
-                "granularity": "layers",
+                "analysis": "layers",
             },
             **{"te": te + (spread if n % 4 < 2 else -spread)},
         }
@@ -206,7 +206,7 @@ def acting(first: int = 3) -> pd.DataFrame:
     """The residual stream at `last` acts from a layer on; before it next to nothing."""
     rows = [
         {
-            **{"granularity": "layers", "component": "layer_output", "layer": n, "position": "last", "quantity": "nie"},
+            **{"analysis": "layers", "component": "layer_output", "layer": n, "position": "last", "quantity": "nie"},
             **{"split": "all", "q": 0.01 if n >= first else 0.9, "ci_low": 1.0 if n >= first else -0.01},
             **{"ci_high": 2.0 if n >= first else 0.02},
         }
@@ -221,7 +221,7 @@ def result(found: dict[str, pd.DataFrame], total: Estimate = TOTAL, spread: floa
     config = StudyConfig(
         **{
             "model": "planted",
-            "granularity": EVERY,
+            "analyses": EVERY,
             "outcome": "logit_diff",
             "logit_diff": logits,
             "intervene": factors,
@@ -249,7 +249,7 @@ def rows(markdown: str) -> dict[str, list[str]]:
 
 def test_sections_come_in_order_and_only_where_asked_for() -> None:
     assert [one.title for one in sections(result(tables())).values()] == TITLES
-    assert [one.title for one in sections(result(tables(), granularity=["paths", "layers"])).values()] == ["Paths"]
+    assert [one.title for one in sections(result(tables(), analyses=["paths", "layers"])).values()] == ["Paths"]
     assert all(one.figure and "![" in one.markdown("x.png") for one in sections(result(tables())).values())
 
 
@@ -278,8 +278,8 @@ def test_without_a_gate_set_there_is_none_to_hold_or_watch(title: str, use: str)
         assert (stopped.tables, stopped.figure) == ((), None)
     unfinished = part(title, result(tables(gates=None, search=None)))
     assert unfinished.finding == f"No gate set has been measured yet, so there is none to {use}."
-    unasked = part(title, result(tables(gates=None, search=None), granularity=EVERY[1:]))
-    assert "granularity `neurons`, which finds it, was not part of this study" in unasked.finding
+    unasked = part(title, result(tables(gates=None, search=None), analyses=EVERY[1:]))
+    assert "analysis `neurons`, which finds it, was not part of this study" in unasked.finding
 
 
 def test_no_gate_set_is_said_where_it_was_searched() -> None:

@@ -33,7 +33,7 @@ class Made:
 
     def add(
         self,
-        granularity: str,
+        analysis: str,
         component: str,
         layer: int,
         share: float,
@@ -50,7 +50,7 @@ class Made:
             te, cluster = self.te[pair], f"c{pair % self._clusters}"
             self._rows.append(
                 {
-                    **{"pair_id": f"p{pair}", "cluster": cluster, "split": split, "granularity": granularity},
+                    **{"pair_id": f"p{pair}", "cluster": cluster, "split": split, "analysis": analysis},
                     **{"component": component, "layer": layer, "position": position, "unit_start": unit},
                     **{"unit_stop": None if unit is None else unit + 1, "y_base": 0.0, "y_source": te},
                     **{"y_base_patched": nie, "y_source_patched": te - tie, "te": te, "nie": nie, "nde": te - tie},
@@ -275,7 +275,7 @@ def test_identities_look_at_the_whole_stream_of_equal_pairs() -> None:
     made.add("layers", "layer_output", 2, 0.3, position="all")
     made.add("layers", "layer_output", 2, 0.3, position="last")
     table = made.modules(LATE, EARLY).table()
-    whole = table["granularity"] == "checks"
+    whole = table["analysis"] == "checks"
     table.loc[whole, ["nie", "nde"]] = np.stack([table.loc[whole, "te"], np.zeros(PAIRS)], axis=1)
     table.loc[whole & (table["pair_id"] == "p3"), "nie"] += 0.5
     table.loc[whole & (table["pair_id"] == "p4"), "nde"] = -0.25
@@ -323,7 +323,7 @@ def test_no_answer_depends_on_which_other_questions_were_asked() -> None:
     alone = Made().modules(LATE, EARLY)
     both = Made().modules(LATE, EARLY).neurons({(5, 1): (0.5, 0.5)}).gates()
     first, second = alone.summary(), both.summary()
-    modules = second.sites[second.sites["granularity"] == "modules"].reset_index(drop=True)
+    modules = second.sites[second.sites["analysis"] == "modules"].reset_index(drop=True)
     pd.testing.assert_frame_equal(first.sites, modules)
     assert first.claims[:2] == second.claims[:2]
 

@@ -33,7 +33,7 @@ Tables = Mapping[str, pd.DataFrame]
 
 @dataclass(frozen=True)
 class Analysis:
-    """One granularity of a study."""
+    """One analysis of a study."""
 
     sites: Callable[[StudyConfig, ModelInfo, TokenPair], list[Site]] | None = None
     """Sites to measure on a pair; those of all analyses are measured together."""

@@ -92,7 +92,7 @@ def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFr
 def _measured_units(lab: Lab, gates: Site) -> list[Site]:
     """The single neurons that the search measured, the gates among them."""
     effects = lab.effects
-    found = effects[(effects["granularity"] == neurons.UNITS) & (effects["position"] == gates.position)]
+    found = effects[(effects["analysis"] == neurons.UNITS) & (effects["position"] == gates.position)]
     keys = {(int(layer), int(unit)) for layer, unit in zip(found["layer"], found["unit_start"], strict=True)}
     keys |= {(gates.layer, unit) for unit in gates.units}
     return [Site("mlp_neurons", layer, gates.position, (unit,)) for layer, unit in sorted(keys)]

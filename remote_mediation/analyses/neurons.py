@@ -146,7 +146,7 @@ def whole_mlp(lab: Lab, layer: int) -> Site:
 
 def of_whole_mlps(effects: pd.DataFrame, position: str) -> pd.DataFrame:
     """The effects of each layer's neurons together."""
-    return effects[(effects["granularity"] == LAYERS) & (effects["position"] == position)]
+    return effects[(effects["analysis"] == LAYERS) & (effects["position"] == position)]
 
 
 def strengths(effects: pd.DataFrame) -> pd.Series:

@@ -99,7 +99,7 @@ def _config(organism: Organism, folder: Path, seed: int, search: Search) -> Stud
     return StudyConfig(
         model=str(folder / "model"),
         pairs=str(folder / "pairs.jsonl"),
-        granularity=["modules", "neurons"],
+        analyses=["modules", "neurons"],
         outcome="logit_diff",
         logit_diff=LogitSettings(plus=[organism.plus_token], minus=[organism.minus_token]),
         neurons=NeuronSettings(search=[search]),
@@ -121,7 +121,7 @@ def _compared(seed: int, organism: Organism, result: Result) -> SelfCheck:
 
 
 def _first_module(effects: pd.DataFrame) -> tuple[str, int]:
-    means = effects[effects["granularity"] == "modules"].groupby(["component", "layer"])["nie"].mean()
+    means = effects[effects["analysis"] == "modules"].groupby(["component", "layer"])["nie"].mean()
     component, layer = means.idxmax()
     return str(component), int(layer)
 

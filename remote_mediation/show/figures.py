@@ -47,7 +47,7 @@ _MOST_TOKENS = 24
 def depth(sites: pd.DataFrame, total: Estimate) -> Figure:
     """Residual stream by layer, a line per position, with TE for comparison.
 
-    sites: `Summary.sites` (all tables named `sites` here are), granularity `layers`.
+    sites: `Summary.sites` (all tables named `sites` here are), analysis `layers`.
     """
     return _by_layer(_of(sites, "layers"), total, "Residual stream after each layer, swapped at one position")
 
@@ -159,9 +159,9 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _of(sites: pd.DataFrame, granularity: str, split: str = "all") -> pd.DataFrame:
+def _of(sites: pd.DataFrame, analysis: str, split: str = "all") -> pd.DataFrame:
     chosen = sites["quantity"].isin(list(_QUESTIONS)) & (sites["split"] == split)
-    return sites[chosen & (sites["granularity"] == granularity)]
+    return sites[chosen & (sites["analysis"] == analysis)]
 
 
 def _by_layer(part: pd.DataFrame, total: Estimate, title: str) -> Figure:

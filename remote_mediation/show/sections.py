@@ -64,8 +64,8 @@ class Part(NamedTuple):
 
 def sections(result: Result) -> dict[str, Part]:
     """A section for every analysis asked for, by the name of its figure."""
-    asked = result.study.config.granularity
-    return {name: make(result) for granularity, (name, make) in _SECTIONS.items() if granularity in asked}
+    asked = result.study.config.analyses
+    return {name: make(result) for analysis, (name, make) in _SECTIONS.items() if analysis in asked}
 
 
 def csv_tables(result: Result) -> dict[str, pd.DataFrame]:
@@ -441,7 +441,7 @@ def _judge_notes(result: Result, column: str) -> list[Note]:
     """The judge's quality, for the column of its rates."""
     quality = result.tables.get("judge.csv")
     if quality is None or quality.empty:
-        return [Note(column, "the judge's quality was not measured in this run (granularity `intervene` does)")]
+        return [Note(column, "the judge's quality was not measured in this run (analysis `intervene` does)")]
     measures = [
         f"{row.measure} {interval(row.value, row.low, row.high, number if row.measure == 'kappa' else percent)}"
         + (f" ({row.reason})" if row.reason else "")
@@ -642,7 +642,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Result], Part]]] = {
     "attacks": ("attacks", _circumvention),
     "monitor": ("monitor", _monitor),
 }
-"""Name of the figure and section by granularity, in the report's order."""
+"""Name of the figure and section by analysis, in the report's order."""
 _ENDS = ("low", "high")
 _BOTH = ("nie", "tie")
 
@@ -674,9 +674,9 @@ def _no_gates(result: Result, use: str) -> str:
         return absent
     if "search.csv" in tables:
         return f"The search found no gate set, so there is none to {use}."
-    if "neurons" in result.study.config.granularity:
+    if "neurons" in result.study.config.analyses:
         return f"No gate set has been measured yet, so there is none to {use}."
-    return f"There is no gate set to {use}: the granularity `neurons`, which finds it, was not part of this study."
+    return f"There is no gate set to {use}: the analysis `neurons`, which finds it, was not part of this study."
 
 
 def _heldout_total(result: Result) -> Estimate:

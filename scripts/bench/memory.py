@@ -49,7 +49,7 @@ def _point(outcome: str, limit: float | None) -> dict[str, object]:
     config = {
         "model": MODEL,
         "max_pairs": PAIRS,
-        "granularity": ["layers", "modules"],
+        "analyses": ["layers", "modules"],
         "outcome": outcome,
         "logit_diff": {"plus": [PLUS], "minus": [MINUS]},
         "max_memory": limit,

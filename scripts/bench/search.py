@@ -47,7 +47,7 @@ def _searched(width: int) -> dict[str, object]:
             model=str(folder / "model"),
             pairs=str(folder / "pairs.jsonl"),
             max_pairs=PAIRS,
-            granularity=["neurons"],
+            analyses=["neurons"],
             outcome="logit_diff",
             logit_diff=LogitSettings(plus=[organism.plus_token], minus=[organism.minus_token]),
             neurons=NeuronSettings(search=["windows"], random_sets=1),

@@ -25,7 +25,7 @@ def main(model: str, folder: str) -> None:
         model=model,
         backend="ndif",
         max_pairs=2,
-        granularity=["layers"],
+        analyses=["layers"],
         positions={"layers": ["last"]},
         response_logprob={"tokens": 3},
         statistics={"resamples": 100},

@@ -97,7 +97,7 @@ def tiny(pairs: Path) -> StudyConfig:
         model=REPO_ID,
         pairs=str(pairs),
         backend="ndif",
-        granularity=["layers", "neurons"],
+        analyses=["layers", "neurons"],
         neurons={"search": ["windows"], "max_windows": 2},
         response_logprob={"tokens": 3},
         statistics={"resamples": 100, "min_share": 0.0, "alpha": 0.49},

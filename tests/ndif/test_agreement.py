@@ -39,7 +39,7 @@ def config(outcome: str, **settings: Any) -> StudyConfig:
     defaults = {
         "model": SMOLLM2,
         "max_pairs": 2,
-        "granularity": ["layers", "modules", "neurons"],
+        "analyses": ["layers", "modules", "neurons"],
         "positions": {"layers": ["edit", "last"], "modules": ["last"]},
         "neurons": {"search": ["windows"], "max_windows": 1, "layers": [15, 29]},
         "statistics": {"resamples": 100},
@@ -116,7 +116,7 @@ def test_greedy_answers_are_equal(server: Server) -> None:
 def test_bytes_down_grow_with_outcomes_and_not_with_the_model(
     server: Server, tiny: StudyConfig, tmp_path: Path
 ) -> None:
-    settings = {"granularity": ["layers"], "outcome": "logit_diff", "job_seconds": 1e6}
+    settings = {"analyses": ["layers"], "outcome": "logit_diff", "job_seconds": 1e6}
     small = remote(server, tiny.model)
     per_model = {}
     for model, words in (

@@ -106,7 +106,7 @@ def undisturbed(server: Server, tiny: StudyConfig, tmp_path_factory: pytest.Temp
     backend = Watched(server, tiny.model)
     effects = run(tiny, backend, tmp_path_factory.mktemp("undisturbed") / "run")
     assert len(backend.jobs) > 20
-    assert {"layers", "neurons"} <= set(effects["granularity"])
+    assert {"layers", "neurons"} <= set(effects["analysis"])
     return effects
 
 
@@ -252,7 +252,7 @@ def test_a_result_that_expired(
 
 
 def test_a_pair_whose_job_fails(server: Server, tiny: StudyConfig, undisturbed: pd.DataFrame, tmp_path: Path) -> None:
-    study = tiny.model_copy(update={"granularity": ["layers"]})
+    study = tiny.model_copy(update={"analyses": ["layers"]})
     backend = Watched(server, study.model)
     whole = Store.create(tmp_path / "whole", study.identity())
     run_study(study, backend, whole)
@@ -269,7 +269,7 @@ def test_a_pair_whose_job_fails(server: Server, tiny: StudyConfig, undisturbed: 
     assert "\n" not in failures[bad.id]
     assert "index out of range" in failures[bad.id]
     assert "/" not in failures[bad.id].replace("<path>", "")
-    expected = undisturbed[(undisturbed["pair_id"] != bad.id) & undisturbed["granularity"].isin({"checks", "layers"})]
+    expected = undisturbed[(undisturbed["pair_id"] != bad.id) & undisturbed["analysis"].isin({"checks", "layers"})]
     pd.testing.assert_frame_equal(
         effects.reset_index(drop=True), expected.reset_index(drop=True), check_exact=False, atol=1e-5
     )
@@ -319,5 +319,5 @@ def test_nothing_falls_back_to_this_machine(
         raise AssertionError("a remote study loaded a local model")
 
     monkeypatch.setattr(LocalBackend, "load", never)
-    study = tiny.model_copy(update={"granularity": ["layers"]})
+    study = tiny.model_copy(update={"analyses": ["layers"]})
     assert not run(study, Watched(server, study.model), tmp_path / "run").empty

@@ -64,7 +64,7 @@ def values(study: StudyConfig, backend: Any, folder: Path) -> dict[str, np.ndarr
 def test_every_potential_outcome_is_the_local_one(
     outcome: str, backend: NdifBackend, local: LocalBackend, tiny: StudyConfig, tmp_path: Path
 ) -> None:
-    study = changed(tiny, outcome=outcome, granularity=["layers", "modules", "tokens", "heads"])
+    study = changed(tiny, outcome=outcome, analyses=["layers", "modules", "tokens", "heads"])
     here = values(study.model_copy(update={"backend": "local"}), local, tmp_path / "here")
     there = values(study, backend, tmp_path / "there")
     assert here.keys() == there.keys()
@@ -75,7 +75,7 @@ def test_every_potential_outcome_is_the_local_one(
 def test_screening_by_gradients_is_refused_with_the_reason(
     backend: NdifBackend, tiny: StudyConfig, tmp_path: Path
 ) -> None:
-    study = changed(tiny, granularity=["neurons"], neurons={"search": ["gradient"]})
+    study = changed(tiny, analyses=["neurons"], neurons={"search": ["gradient"]})
     with pytest.raises(SiteError, match=r"\(gradient: .* gives no gradients\); allow another way") as caught:
         run_study(study, backend, Store.create(tmp_path / "run", study.identity()))
     assert "\n" not in str(caught.value)
@@ -86,7 +86,7 @@ def test_windows_replace_gradients_where_the_study_allows_it(
     backend: NdifBackend, tiny: StudyConfig, tmp_path: Path
 ) -> None:
     study = changed(
-        tiny, granularity=["neurons"], neurons={"search": ["gradient", "windows"], "max_windows": 1, "random_sets": 2}
+        tiny, analyses=["neurons"], neurons={"search": ["gradient", "windows"], "max_windows": 1, "random_sets": 2}
     )
     tables = run_study(study, backend, Store.create(tmp_path / "run", study.identity())).tables
     search: pd.DataFrame = tables["search.csv"]
