@@ -14,7 +14,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for every analysis that no other builds on. A new module needs a place here.
 ORDER = (
-    ("engine", "engine.program", "errors", "planted", "planted.gate", "provenance", "show"),
+    ("analyses.claims", "engine", "engine.program", "errors", "planted", "planted.gate", "provenance", "show"),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
     ("rates", "shares", "stats"),
     ("analyses.claims.verdicts", "detectors", "judges", "models", "probes", "show.tables", "tokens"),
@@ -26,12 +26,12 @@ ORDER = (
     ("engine.backend", "engine.tasks"),
     ("effects", "store"),
     ("lab",),
-    ("analyses.neurons",),
-    ("analyses.intervene",),
+    ("analyses.claims.samples", "analyses.claims.specification", "analyses.neurons"),
+    ("analyses.claims.handed", "analyses.claims.sparse", "analyses.claims.understanding", "analyses.intervene"),
     ("analyses.*",),
     ("analyses", "summary"),
     ("show.figures", "study"),
-    ("show.gate_figures",),
+    ("analyses.claims.show", "show.gate_figures"),
     ("show.sections",),
     ("cost", "engine.local", "engine.remote", "report"),
     ("compare", "planted.selfcheck"),

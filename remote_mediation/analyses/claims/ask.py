@@ -35,6 +35,7 @@ SET_COLUMNS: dict[str, str] = {
     "measure": "what was measured",
     "direction": "nie, tie, the mean of both, or neither",
     "of": "what it is a share of",
+    "decides": "whether the verdict rests on it, or it stands beside it",
     "harm": "share on the held-out pairs, mean effect / mean TE; undefined where TE spans 0",
     "harm_low": "lower end of its 95% interval",
     "harm_high": "upper end",
@@ -76,7 +77,7 @@ def measure_claims(lab: Lab) -> Tested:
     heldout, discovery = Sample.of(lab, "heldout"), Sample.of(lab, "discovery")
     layers = lab.study.info.layers
     direct = {"discovery": measure_direct(discovery), "heldout": measure_direct(heldout)}
-    what = _mlp_not_attention(heldout, direct["heldout"])
+    what = _mlp_not_attention(heldout, direct["heldout"].differences)
     tables = {
         "specification.csv": _specified(lab, direct, {"discovery": discovery, "heldout": heldout})
     }
@@ -86,7 +87,7 @@ def measure_claims(lab: Lab) -> Tested:
             verdicts.untested(number, shallow) for number in (1, 3, 4, 5)
         )
         return Tested((where, what, which, early, handed), tables)
-    where = _late(heldout)
+    where = _late(heldout, direct["heldout"].late)
     which, curve = sparse.measure_gate(discovery, heldout)
     edits = Sample.of(lab, "heldout", "edit")
     if not edits.pairs:
@@ -110,22 +111,31 @@ def layer_sets(layers: int) -> dict[str, range]:
     }
 
 
-def measure_direct(sample: Sample) -> dict[str, Effect]:
-    """By layers, the direct effect of their MLPs minus that of their attention."""
-    parts = layer_sets(sample.lab.study.info.layers)
-    mlps = [band("mlp_output", layers, "last") for layers in parts.values()]
-    attention = [band("attention_output", layers, "last") for layers in parts.values()]
-    found = sample.effects(sample.lab.direct, [*mlps, *attention])
-    pairs = zip(parts, found[: len(parts)], found[len(parts) :], strict=True)
-    return {name: mlp.less(other) for name, mlp, other in pairs}
+class Direct(NamedTuple):
+    """Direct effects at `last`."""
+
+    differences: dict[str, Effect]
+    """By layers, that of their MLPs minus that of their attention."""
+    late: Effect
+    """Of all that the late third adds; of a model without one, of nothing."""
 
 
-def _late(heldout: Sample) -> Claim:
-    lab = heldout.lab
-    late = thirds(lab.study.info.layers).late
+def measure_direct(sample: Sample) -> Direct:
+    """The direct effects of a sample, measured together."""
+    layers = sample.lab.study.info.layers
+    parts, late = layer_sets(layers), thirds(layers).late
+    mlps = [band("mlp_output", part, "last") for part in parts.values()]
+    attention = [band("attention_output", part, "last") for part in parts.values()]
     third = [*band("mlp_output", late, "last"), *band("attention_output", late, "last")]
-    (decided,) = heldout.effects(lab.direct, [third])
-    (arrived,) = heldout.effects(lab.joint, [[Site("layer_output", late.start - 1, "last")]])
+    *found, of_late = sample.effects(sample.lab.direct, [*mlps, *attention, third])
+    pairs = zip(parts, found[: len(parts)], found[len(parts) :], strict=True)
+    return Direct({name: mlp.less(other) for name, mlp, other in pairs}, of_late)
+
+
+def _late(heldout: Sample, decided: Effect) -> Claim:
+    lab = heldout.lab
+    before = thirds(lab.study.info.layers).late.start - 1
+    (arrived,) = heldout.effects(lab.joint, [[Site("layer_output", before, "last")]])
     return verdicts.late(heldout.bench(), decided, arrived, heldout.reads_edit)
 
 
@@ -142,10 +152,10 @@ def _mlp_not_attention(heldout: Sample, differences: Mapping[str, Effect]) -> Cl
 
 
 def _specified(
-    lab: Lab, direct: Mapping[str, Mapping[str, Effect]], samples: Mapping[str, Sample]
+    lab: Lab, direct: Mapping[str, Direct], samples: Mapping[str, Sample]
 ) -> pd.DataFrame:
     by_split = {
-        name: Compared(direct[name], sample.bench().total.harm, sample.clusters)
+        name: Compared(direct[name].differences, sample.bench().total.harm, sample.clusters)
         for name, sample in samples.items()
     }
     return specification(
@@ -180,6 +190,7 @@ def _set_rows(claims: Sequence[Claim]) -> list[dict[str, Any]]:
             "measure": measure.name,
             "direction": measure.direction,
             "of": measure.of,
+            "decides": measure in claim.deciding,
             **measure.harm.columns("harm"),
             **measure.placebo.columns("placebo"),
             "beta_harm": measure.beta_harm,

@@ -65,9 +65,7 @@ def _as_it_is(pair: TokenPair, site: Site, side: int) -> Write:
     return Write(site.component, site.layer, places, site.units, Source(side, places))
 
 
-def _through(
-    heldout: Sample, frozen: Mapping[str, Sequence[Sequence[Site]]]
-) -> dict[str, Both]:
+def _through(heldout: Sample, frozen: Mapping[str, Sequence[Sequence[Site]]]) -> dict[str, Both]:
     """By name, what is lost of the early site's effect while a set is held: the mean of both directions and all sets.
 
     ½ [Y(x0,E1) − Y(x0,E1,M0) + Y(x1,E0,M1) − Y(x1,E0)] for early site E and modules M.
@@ -81,9 +79,7 @@ def _through(
 
 def _lost(heldout: Sample, frozen: Sequence[Site]) -> Both:
     info = heldout.lab.study.info
-    sufficient = heldout.change(
-        lambda pair: (held(pair, 0, (), info), held(pair, 0, frozen, info))
-    )
+    sufficient = heldout.change(lambda pair: (held(pair, 0, (), info), held(pair, 0, frozen, info)))
     necessary = heldout.change(lambda pair: (held(pair, 1, frozen, info), held(pair, 1, (), info)))
     return _mean([sufficient, necessary])
 

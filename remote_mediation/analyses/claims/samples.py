@@ -24,14 +24,14 @@ class Sample:
     lab: Lab
     pairs: tuple[TokenPair, ...]
     placebos: tuple[TokenPair, ...]
-    """Of those pairs that have one; where harm's answers are the model's own, Y is another one for them."""
+    """Of those pairs that have one; none where their Y is another one."""
 
     @classmethod
     def of(cls, lab: Lab, split: str, position: str = "last") -> Sample:
         """Pairs of `discovery`, `heldout` or `all` that have a position on both sides."""
         pairs = tuple(pair for pair in lab.pairs(split) if all(pair.places(position)))
-        placebos = lab.placebos(pairs)
-        return cls(lab, pairs, tuple(one for one in placebos if all(one.places(position))))
+        asked = lab.placebos(pairs) if _comparable(lab) else ()
+        return cls(lab, pairs, tuple(one for one in asked if all(one.places(position))))
 
     @property
     def clusters(self) -> npt.NDArray[np.str_]:
@@ -52,7 +52,7 @@ class Sample:
             layers=study.info.layers,
             seed=study.config.seed,
             resamples=study.config.statistics.resamples,
-            comparable=study.config.outcome != "response_logprob",
+            comparable=_comparable(self.lab) or not self.lab.placebos(self.pairs),
         )
 
     def effects(self, ask: Ask, sets: Sequence[Sequence[Site]]) -> list[Effect]:
@@ -81,3 +81,8 @@ class Sample:
         for placebo, value in zip(self.placebos, values, strict=True):
             by_pair[number[placebo.id]] = value
         return by_pair
+
+
+def _comparable(lab: Lab) -> bool:
+    """Whether harm and placebo have the same Y: `response_logprob` compares each pair's own answers."""
+    return lab.study.config.outcome != "response_logprob"

@@ -40,6 +40,12 @@ GATE_SET_COLUMNS: dict[str, str] = {
     "tie": "TIE of the set / TE, held-out pairs",
     "tie_low": "lower end of its 95% interval",
     "tie_high": "upper end",
+    "direct_nie": "direct effect of the set at `last` / TE, held-out pairs, harmless prompt changed",
+    "direct_nie_low": "lower end of its 95% interval",
+    "direct_nie_high": "upper end",
+    "direct_tie": "the same, harmful prompt changed",
+    "direct_tie_low": "lower end of its 95% interval",
+    "direct_tie_high": "upper end",
     "chosen": "whether it is the smallest size that does the late MLPs' work on the discovery pairs",
     "reason": "why a number is missing, or why to read it with care",
 }
@@ -120,21 +126,26 @@ class Search(NamedTuple):
         return self._beside_random(found, heldout) if self.size and self.size <= most else found
 
     def curve(self, heldout: Sample) -> pd.DataFrame:
-        """`GATE_SET_COLUMNS` of every size."""
-        bench = heldout.bench()
-        effects = heldout.effects(self.lab.joint, [self._first(size) for size in self.sizes])
+        """`GATE_SET_COLUMNS` of every size: the joint effect, and what of it goes straight to the answer."""
+        bench, lab = heldout.bench(), self.lab
+        joint = lab.joint([self._first(size) for size in self.sizes], heldout.pairs)
+        direct = lab.direct(
+            [first(self.ranked, size, "last") for size in self.sizes], heldout.pairs
+        )
+        curves = {
+            "nie": joint.nie,
+            "tie": joint.tie,
+            "direct_nie": direct.nie,
+            "direct_tie": direct.tie,
+        }
         rows: list[dict[str, Any]] = []
-        for size, carried, effect in zip(self.sizes, self.carried, effects, strict=True):
-            nie, tie = (bench.share(both.harm, bench.total.harm) for both in effect)
-            rows.append(
-                {
-                    **{"size": size, "part": size / len(self.ranked), "chosen": size == self.size},
-                    **{"carried_nie": carried[0], "carried_tie": carried[1]},
-                    **nie.columns("nie"),
-                    **tie.columns("tie"),
-                    "reason": nie.reason or tie.reason,
-                }
-            )
+        for place, size in enumerate(self.sizes):
+            shares = {name: bench.share(of[place], joint.te) for name, of in curves.items()}
+            row = {"size": size, "part": size / len(self.ranked), "chosen": size == self.size}
+            row |= dict(zip(("carried_nie", "carried_tie"), self.carried[place], strict=True))
+            for name, found in shares.items():
+                row |= found.columns(name)
+            rows.append(row | {"reason": shares["nie"].reason})
         return pd.DataFrame(rows, columns=list(GATE_SET_COLUMNS))
 
     def _first(self, size: int) -> list[Site]:

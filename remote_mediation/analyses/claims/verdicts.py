@@ -146,8 +146,15 @@ class Claim:
     """Whether the numbers that decide are larger for harm than for the placebo, their difference clear of 0."""
     why: str
     """The reason, in a sentence."""
-    measures: tuple[Measure, ...]
-    """The numbers, those that decide first."""
+    deciding: tuple[Measure, ...]
+    """The numbers that decide."""
+    beside: tuple[Measure, ...]
+    """What stands beside them."""
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """All numbers, those that decide first."""
+        return (*self.deciding, *self.beside)
 
     @property
     def said(self) -> str:
@@ -255,7 +262,8 @@ class Bench:
             verdict=verdict,
             specific=all(measure.excess.low > 0 for measure in deciding),
             why=why,
-            measures=(*deciding, *beside),
+            deciding=tuple(deciding),
+            beside=tuple(beside),
         )
 
     def _stopped(self) -> str:
@@ -283,7 +291,7 @@ READ_EDIT = Ruling(
 def untested(number: int, why: str) -> Claim:
     """A claim for which nothing could be measured."""
     name = _NAMES[number].format("the outcome")
-    return Claim(number, name, "", "not tested", False, why, ())
+    return Claim(number, name, "", "not tested", False, why, (), ())
 
 
 def late(bench: Bench, decided: Effect, arrived: Effect, reads_edit: bool) -> Claim:
