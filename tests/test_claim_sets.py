@@ -168,8 +168,8 @@ def test_the_small_table_has_harm_beside_placebo() -> None:
     (row,) = show.claims_table(claims, sets).rows
     assert row == (
         "1. it is late",
-        "90% [80%, 100%]; 90% [80%, 100%]",
-        "20% [10%, 30%]; 20% [10%, 30%]",
+        "90% [80%, 100%], β 0.9; 90% [80%, 100%], β 0.9",
+        "20% [10%, 30%], β 0.2; 20% [10%, 30%], β 0.2",
         "supported, of any edit",
     )
     assert show.reasons_table(claims).rows == [

@@ -195,6 +195,7 @@ def _sparse(
     most: tuple[float, float],
     reaching: int = 0,
     drawn: int = 200,
+    likeness: float = 0.9,
 ) -> verdicts.Claim:
     found = Sparse(
         neurons=1000,
@@ -204,7 +205,7 @@ def _sparse(
         chosen=None if size is None else effect(*chosen),
         reaching=reaching,
         drawn=drawn,
-        likeness=0.9,
+        likeness=likeness,
     )
     return verdicts.sparse_gate(bench(), found)
 
@@ -243,7 +244,14 @@ def test_without_random_sets_a_gate_is_not_supported() -> None:
 def test_redundancy_and_overshoot_are_notes() -> None:
     assert "redundant: INT is -40%" in _sparse(10, (1.0, 0.6), (1.0, 0.6)).why
     assert "overshoots" in _sparse(10, (1.2, 1.1), (1.2, 1.1)).why
+    assert "overshoots" not in _sparse(10, (1.0, 1.0), (1.0, 1.0)).why
     assert _sparse(10, (0.9, 0.8), (0.9, 0.8)).why.endswith("matched random sets do as much")
+
+
+def test_unmatched_random_sets_are_noted() -> None:
+    assert _sparse(10, (0.9, 0.8), (0.9, 0.8), likeness=0.79).why.endswith(
+        "change 0.79 times as much"
+    )
 
 
 def _read(by_layer: Sequence[float], embedding: float) -> Read:

@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from remote_mediation.analyses.claims.specification import RANDOM
 from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF
 from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
-from remote_mediation.show.tables import Note, Table, interval, notes_on, number, percent
+from remote_mediation.show.tables import NONE, Note, Table, interval, notes_on, number, percent
 
 _SPLITS = ("discovery", "heldout", "all", RANDOM)
 _SIGNS = {"positive": "#0072B2", "unclear": "0.8", "negative": "#D55E00"}
@@ -30,9 +30,13 @@ def claims_table(claims: pd.DataFrame, sets: pd.DataFrame) -> Table:
     rows = []
     for claim in claims.itertuples():
         own = deciding[deciding["number"] == claim.number]
-        cells = ("; ".join(_cell(row, side) for _, row in own.iterrows()) for side in _SIDES)
+        cells = ("; ".join(_with_slope(row, side) for _, row in own.iterrows()) for side in _SIDES)
         rows.append((f"{claim.number}. {claim.claim}", *cells, claim.said))
-    notes = [Note("harm", f"{_SHARES}; claim 5 is the mean of both directions")]
+    undefined = "a share is n/a where the TE of the placebo spans 0, a slope β is defined there too"
+    notes = [
+        Note("harm", f"{_SHARES}; claim 5 is the mean of both directions"),
+        Note("placebo", undefined),
+    ]
     return Table(("claim", "harm", "placebo", "verdict"), rows, tuple(notes))
 
 
@@ -141,6 +145,13 @@ _SIDES = ("harm", "placebo")
 
 def _cell(row: pd.Series, name: str) -> str:
     return interval(row[name], row[f"{name}_low"], row[f"{name}_high"], percent)
+
+
+def _with_slope(row: pd.Series, side: str) -> str:
+    """A share, and the slope on TE; an accuracy has none."""
+    shown = NONE if pd.isna(row[side]) else _cell(row, side)
+    slope = row[f"beta_{side}"]
+    return shown if row["of"] != "TE" or pd.isna(slope) else f"{shown}, β {number(slope)}"
 
 
 def _label(row: pd.Series) -> str:

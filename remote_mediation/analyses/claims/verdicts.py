@@ -392,7 +392,7 @@ def _sparse(
     few_enough = found.size is not None and found.size <= found.few
     rivals = f"{found.reaching} of {found.drawn} matched random sets do as much"
     if few_enough and _all_above(chosen, HALF) and found.drawn and found.reaching <= MOST_REACHING:
-        notes = _sparse_notes(bench, found)
+        notes = _sparse_notes(found, chosen)
         return Ruling("supported", "; ".join([_text(chosen), rivals, *notes]))
     if any(measure.harm.high < HALF for measure in most):
         return Ruling("not supported", f"{_text(most)}: the first 1% stay below half of TE")
@@ -410,17 +410,15 @@ def _sparse(
     return Ruling("undecided", f"{_text(chosen or most)}: {reason}")
 
 
-def _sparse_notes(bench: Bench, found: Sparse) -> list[str]:
-    assert found.chosen is not None
-    nie, tie = (float(np.nanmean(both.harm)) for both in found.chosen)
-    total = float(np.nanmean(bench.total.harm))
+def _sparse_notes(found: Sparse, chosen: Sequence[Measure]) -> list[str]:
+    nie, tie = (measure.harm for measure in chosen)
     notes = []
-    if abs(tie - nie) > REDUNDANT * abs(total):
-        notes.append(f"redundant: INT is {(tie - nie) / total:.0%} of TE")
-    if max(nie / total, tie / total) > 1:
+    if abs(tie.value - nie.value) > REDUNDANT:
+        notes.append(f"redundant: INT is {tie.value - nie.value:.0%} of TE")
+    if max(nie.low, tie.low) > 1:
         notes.append("overshoots: the rest works against it")
     if not found.likeness >= MATCHED:
-        notes.append(f"not matched: the random sets' units have {found.likeness:.2f} of its size")
+        notes.append(f"not matched: the random sets change {found.likeness:.2f} times as much")
     return notes
 
 
