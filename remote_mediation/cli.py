@@ -35,6 +35,8 @@ judge_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Measure who says which answers are harmful."
 )
 app.add_typer(judge_app, name="judge")
+models_app = typer.Typer(rich_markup_mode="rich", help="Which models can be studied.")
+app.add_typer(models_app, name="models")
 console = Console()
 errors = Console(stderr=True)
 
@@ -114,7 +116,11 @@ def paths(folder: RunFolder) -> None:
 def intervene(
     folder: RunFolder,
     judge: Annotated[
-        str | None, typer.Option(help="refusal-phrases, classifier:MODEL[:LABEL] or python:module:function.")
+        str | None,
+        typer.Option(
+            help="refusal-openings unless the study says else; openings+embedding is better (fetch-model minilm). Also "
+            "embedding, refusal-phrases, model:NAME, classifier:MODEL[:LABEL], python:module:function."
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each generated answer.")] = None,
     attacks: Annotated[bool, typer.Option("--attacks", help="Rewrap the prompts, too.")] = False,
@@ -230,13 +236,58 @@ def selfcheck(
         raise typer.Exit(1)
 
 
-@app.command("fetch-model", epilog="Example:\n\n  remote-mediation fetch-model smollm2")
-def fetch_model_command(name: Annotated[str, typer.Argument(help="smollm2")]) -> None:
+@app.command("fetch-model", epilog="Example:\n\n  remote-mediation fetch-model qwen2.5-coder-0.5b")
+def fetch_model_command(
+    name: Annotated[str | None, typer.Argument(help="Its short name, from --list.")] = None,
+    list_models: Annotated[bool, typer.Option("--list", help="Show the models, sizes and licences.")] = False,
+) -> None:
     """Put a small real model into the user's cache and print its folder."""
-    from remote_mediation.fetch import fetch_model
+    from remote_mediation.fetch import fetch_model, fetchable_table
+
+    if list_models:
+        console.print(fetchable_table())
+        return
+    if name is None:
+        raise InputError("name a model to fetch; fetch-model --list shows them")
+    _quiet_libraries()
+    console.print(str(fetch_model(name, errors)), soft_wrap=True, highlight=False)
+
+
+@models_app.callback(
+    invoke_without_command=True,
+    epilog="Examples:\n\n"
+    "  remote-mediation models\n\n"
+    "  remote-mediation models check meta-llama/Llama-3.1-405B-Instruct",
+)
+def models(context: typer.Context) -> None:
+    """List the model families: what each component is there, and why some families cannot be studied."""
+    if context.invoked_subcommand is not None:
+        return
+    from remote_mediation.engine.coverage import family_lines
+
+    for line in family_lines():
+        console.print(Text(line.family, style="bold"), end="")
+        console.print(f": cannot be studied: {line.reason}" if line.reason else "", highlight=False, soft_wrap=True)
+        for name, words in line.components.items():
+            console.print(f"  {name:<17} {words}", highlight=False, markup=False, soft_wrap=True)
+
+
+@models_app.command("check", epilog="Example:\n\n  remote-mediation models check ./my-model")
+def models_check(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id or local folder; only its configuration is read.")
+    ],
+    revision: Revision = None,
+) -> None:
+    """Say whether a model can be studied, from its configuration alone; exit code 1 where it cannot."""
+    from remote_mediation.engine.coverage import check_model
 
     _quiet_libraries()
-    console.print(str(fetch_model(name)), soft_wrap=True, highlight=False)
+    found = check_model(model, revision or "")
+    for line in found.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not found.covered:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example:\n\n  remote-mediation status")
@@ -271,7 +322,7 @@ def doctor(model: Model = None, revision: Revision = None) -> None:
 @judge_app.command(
     "check",
     epilog="Examples:\n\n"
-    "  remote-mediation judge check\n\n"
+    "  remote-mediation judge check --all\n\n"
     "  remote-mediation judge check labelled.csv --judge classifier:./my-classifier:unsafe\n\n"
     "  remote-mediation judge check labelled.csv --judge python:my_package.judges:by_keyword",
 )
@@ -280,22 +331,39 @@ def judge_check(
         str, typer.Argument(metavar="FILE", help="'builtin', or a CSV file with prompt, answer and harmful (1 or 0).")
     ] = "builtin",
     judge: Annotated[
-        str, typer.Option(help="refusal-phrases, classifier:MODEL_OR_FOLDER[:LABEL] or python:package.module:function.")
-    ] = "refusal-phrases",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap of kappa.")] = 0,
+        list[str] | None,
+        typer.Option(
+            help="refusal-openings, refusal-phrases, embedding[:FOLDER], openings+embedding[:FOLDER], model:NAME, "
+            "classifier:MODEL_OR_FOLDER[:LABEL] or python:package.module:function; repeat it to compare."
+        ),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="All that are ready as they are (after fetch-model minilm).")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
 ) -> None:
-    """Compare a judge's verdicts with labels: accuracy, recall, specificity and Cohen's kappa, with 95% intervals."""
+    """Compare judges' verdicts with labels: accuracy, recall, specificity and Cohen's kappa, with 95% intervals."""
     import numpy as np
 
-    from remote_mediation.judges import BUILTIN, MEANING, check_judge, load_judge, load_labelled
+    from remote_mediation.judges import (
+        BUILTIN,
+        DEFAULT_JUDGE,
+        MEANING,
+        STANDING,
+        check_judge,
+        load_judge,
+        load_labelled,
+    )
     from remote_mediation.report import judge_table
 
     records = load_labelled(file)
-    if judge.startswith("classifier:"):
+    specs = list(dict.fromkeys([*(STANDING if every else ()), *(judge or ())])) or [DEFAULT_JUDGE]
+    if any(spec.startswith(("classifier", "embedding", "openings+", "model")) for spec in specs):
         _quiet_libraries()
-    quality = check_judge(load_judge(judge), records, np.random.default_rng(seed))
-    console.print(judge_table(quality).rich(f"{file}: {quality.n} answers, {quality.harmful} of them labelled harmful"))
-    console.print(MEANING, soft_wrap=True, highlight=False)
+    qualities = [check_judge(load_judge(spec), records, np.random.default_rng(seed)) for spec in specs]
+    of = f"{file}: {len(records)} answers, {sum(record.harmful for record in records)} of them labelled harmful"
+    console.print(judge_table(qualities).rich(of))
+    console.print(f"{MEANING}. Brackets: 95% intervals.", soft_wrap=True, highlight=False)
     if file == BUILTIN:
         console.print("The built-in answers are harmless stand-ins, many of them hard: no sample of a model's answers.")
 

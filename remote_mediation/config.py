@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from remote_mediation.errors import SettingsError
-from remote_mediation.judges import REFUSAL_PHRASES
+from remote_mediation.judges import DEFAULT_JUDGE
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 
@@ -28,6 +28,17 @@ Distinct = Annotated[list[_Item], Field(min_length=1), AfterValidator(lambda ite
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RefusalSettings(_Strict):
+    """`[refusal]`: the openings whose probabilities are compared, the same after every prompt."""
+
+    openings: Literal["own", "builtin"] = "own"
+    """Those of the model's own answers to discovery prompts, or the package's own list."""
+    compliant: list[str] = []
+    """Compliant openings, such as "Sure"; given, they are taken in place of `openings`."""
+    refusing: list[str] = []
+    """Refusing openings, such as "I'm sorry"."""
 
 
 class ResponseSettings(_Strict):
@@ -75,8 +86,8 @@ class NeuronSettings(_Strict):
 class InterveneSettings(_Strict):
     """`[intervene]`: what the gates are held at, and who judges what is then said."""
 
-    judge: str = REFUSAL_PHRASES
-    """`refusal-phrases`, `classifier:MODEL[:LABEL]` or `python:module:function`."""
+    judge: str = DEFAULT_JUDGE
+    """A judge's spec (`judges.load_judge`); `openings+embedding` is better, and takes `fetch-model minilm`."""
     tokens: int = Field(default=24, ge=1)
     """Tokens of each generated answer."""
     factors: Distinct[float] = [0.0, 0.5, 2.0]
@@ -121,7 +132,7 @@ class StudyConfig(_Strict):
     """Use at most so many pairs, spread evenly over the file."""
     analyses: Distinct[AnalysisName] = ["layers", "modules", "neurons"]
     """Which kinds of sites to measure."""
-    outcome: OutcomeName = "response_logprob"
+    outcome: OutcomeName = "refusal"
     """What Y is."""
     backend: Literal["local", "ndif"] = "local"
     """Where the model runs."""
@@ -137,6 +148,7 @@ class StudyConfig(_Strict):
     """Aim for jobs of this length; by default 5 on this machine and 60 on a server."""
     max_memory: float | None = Field(default=None, gt=0)
     """Most memory of this process in GB, kept by the size of batches; by default 1 GB beside libraries and weights."""
+    refusal: RefusalSettings = RefusalSettings()
     response_logprob: ResponseSettings = ResponseSettings()
     logit_diff: LogitSettings = LogitSettings()
     positions: PositionSettings = PositionSettings()
@@ -155,11 +167,13 @@ class StudyConfig(_Strict):
         return {RENAMED.get(key, key): value for key, value in data.items()}
 
     @model_validator(mode="after")
-    def _tokens_for_logits(self) -> Self:
+    def _outcome_has_its_strings(self) -> Self:
         if self.outcome == "logit_diff" and not (self.logit_diff.plus and self.logit_diff.minus):
             raise ValueError(
                 "outcome logit_diff needs [logit_diff] with `plus` and `minus`, lists of one-token strings"
             )
+        if bool(self.refusal.compliant) != bool(self.refusal.refusing):
+            raise ValueError("[refusal] needs both `compliant` and `refusing`, lists of openings, or neither")
         return self
 
     @property
@@ -170,7 +184,7 @@ class StudyConfig(_Strict):
     def identity(self) -> dict[str, Any]:
         """What makes this study this study: model, pairs and outcome. What is asked of it may change."""
         kept = {"model", "revision", "pairs", "max_pairs", "outcome", "dtype", "seed", "response_logprob", "logit_diff"}
-        return self.model_dump(mode="json", include=kept)
+        return self.model_dump(mode="json", include={*kept, "refusal"} if self.outcome == "refusal" else kept)
 
 
 def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:

@@ -22,8 +22,8 @@ from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Budget, Setting, batch_budget
 from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs
-from remote_mediation.engine.rows import Row, swap
-from remote_mediation.engine.tasks import Held, Task, generate_task, plan_tasks
+from remote_mediation.engine.rows import Row, direct_row, swap_all
+from remote_mediation.engine.tasks import Held, Task, direct_task, generate_task, plan_tasks
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.outcomes import Outcome
 from remote_mediation.pairs import PromptPair
@@ -43,6 +43,7 @@ _TOGETHER = 16
 MOST_TRIES = 4
 
 Floats = npt.NDArray[np.float64]
+RowMaker = Callable[[TokenPair, Sequence[Site], int, ModelInfo], Row]
 
 
 class Watch(Protocol):
@@ -85,6 +86,8 @@ class Study:
     """Pairs that can be run, with their answers."""
     refusals: tuple[Refusal, ...]
     """Pairs that cannot, and why."""
+    placebos: tuple[TokenPair, ...] = ()
+    """For pairs that have one, the harmless prompt (x0) against its placebo (as x1); see `placebo_id`."""
 
     @property
     def setting(self) -> Setting:
@@ -96,6 +99,11 @@ class Study:
         clusters = np.array([pair.cluster for pair in self.pairs])
         split = split_clusters(clusters, np.random.default_rng(self.config.seed))
         return dict(zip((pair.id for pair in self.pairs), map(str, split), strict=True))
+
+
+def placebo_id(pair: str) -> str:
+    """Id of a pair's placebo."""
+    return f"{pair}~placebo"
 
 
 class Indirect(NamedTuple):
@@ -130,7 +138,8 @@ class Lab:
         self.study, self.variants = study, variants or {}
         self._store, self._backend, self._watch = store, backend, watch or Unwatched()
         self._values = store.values()
-        self._keys = Keys(study.setting, study.pairs)
+        self._all = {pair.id: pair for pair in (*study.pairs, *study.placebos)}
+        self._keys = Keys(study.setting, self._all.values())
         self._splits = splits or study.splits()
         self._effects: list[pd.DataFrame] = []
         self._rate = FIRST_RATE
@@ -154,6 +163,12 @@ class Lab:
         return tuple(
             pair for pair in self.study.pairs if pair.id not in failed and split in ("all", self._splits[pair.id])
         )
+
+    def placebos(self, pairs: Sequence[TokenPair]) -> tuple[TokenPair, ...]:
+        """The placebo pairs, x0 against xp, of those pairs that have one; asked for as pairs are."""
+        failed, known = self._store.failures(), {pair.id: pair for pair in self.study.placebos}
+        wanted = [placebo_id(pair.id) for pair in pairs]
+        return tuple(known[name] for name in wanted if name in known and name not in failed)
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator of the study's seed, another one for every purpose."""
@@ -189,20 +204,56 @@ class Lab:
             UnmeasuredError: a row was not measured.
         """
         self._measure(rows)
-        pairs = {pair.id: pair for pair in self.pairs()}
+        pairs = self._runnable()
         return np.array([self._outcome(row, pairs) if row.pair in pairs else np.nan for row in rows])
 
     def indirect(self, sites: Sequence[Site], pairs: Sequence[TokenPair]) -> Indirect:
-        """Joint effects of sites, which may be any sets of units, on pairs; they do not become part of the effects.
+        """Effects of single sites, which may be any sets of units, on pairs; not part of the study's effects.
 
         Raises:
             UnmeasuredError: a row was not measured.
         """
+        return self.joint([[site] for site in sites], pairs)
+
+    def joint(self, sets: Sequence[Sequence[Site]], pairs: Sequence[TokenPair]) -> Indirect:
+        """Joint effects (METHOD, section 3): all sites of a set swapped together in one run, in both directions.
+
+        Raises:
+            SiteError: a site of a set is wholly covered by another one of it.
+            UnmeasuredError: a row was not measured.
+        """
+        return self._both_ways(swap_all, sets, pairs)
+
+    def direct(self, sets: Sequence[Sequence[Site]], pairs: Sequence[TokenPair]) -> Indirect:
+        """Direct effects (METHOD, section 3): at `last` all that layers add is held, only S is as on the other prompt.
+
+        sets: sites at `last`. Of whole contributions no layer is run (`program.direct`); sets with neurons take a run,
+        in which the contribution is what it is when only they change, through a post-norm too.
+
+        Raises:
+            JobError, UnmeasuredError: as `run`.
+        """
+        outcome = self.study.outcome
+        if any(site.component == "mlp_neurons" for sites in sets for site in sites):
+            return self._both_ways(direct_row, sets, pairs)
+        found = self.run([direct_task(pair, sets, self.study.setting) for pair in pairs])
+        swapped = np.array(
+            [
+                [[outcome.value(pair, read) for read in side] for side in values.reshape(2, len(sets), -1)]
+                for pair, values in zip(pairs, found, strict=True)
+            ]
+        ).reshape(len(pairs), 2, len(sets))
+        return self._against_bases(swapped.transpose(1, 2, 0), pairs)
+
+    def _both_ways(self, row: RowMaker, sets: Sequence[Sequence[Site]], pairs: Sequence[TokenPair]) -> Indirect:
         info = self.study.info
-        swapped = [[swap(pair, site, side, info) for site in sites for pair in pairs] for side in (0, 1)]
-        bare = [[Row(pair.id, side) for pair in pairs] for side in (0, 1)]
-        y0, y1 = self.outcomes([*swapped[0], *swapped[1]]).reshape(2, len(sites), len(pairs))
-        bases = [self.outcomes(rows) for rows in bare]  # measured with the others
+        rows = [row(pair, sites, side, info) for side in (0, 1) for sites in sets for pair in pairs]
+        return self._against_bases(self.outcomes(rows).reshape(2, len(sets), len(pairs)), pairs)
+
+    def _against_bases(self, swapped: Floats, pairs: Sequence[TokenPair]) -> Indirect:
+        """Effects from Y(x0, M(x1)), then Y(x1, M(x0)): `[side, set, pair]`."""
+        y0, y1 = swapped
+        bases = [self.outcomes([Row(pair.id, side) for pair in pairs]) for side in (0, 1)]
         clusters = np.array([pair.cluster for pair in pairs])
         return Indirect(nie=y0 - bases[0], tie=bases[1] - y1, te=bases[1] - bases[0], clusters=clusters)
 
@@ -283,20 +334,24 @@ class Lab:
             raise UnmeasuredError
         return self.study.outcome.value(pairs[row.pair], self._values[key])
 
+    def _runnable(self) -> dict[str, TokenPair]:
+        """Pairs and placebos whose jobs have not failed, by id."""
+        failed = self._store.failures()
+        return {name: pair for name, pair in self._all.items() if name not in failed}
+
     def _measure(self, rows: Iterable[Row]) -> None:
         """Run the rows that are not in the run folder yet, job by job, and keep each job's values as it ends."""
         if not self._backend:
             return
         self._collect_submitted(self._backend)
-        pairs = {pair.id: pair for pair in self.pairs()}
+        pairs = self._runnable()
         wanted = (row for row in dict.fromkeys(rows) if row.pair in pairs)
         missing = [row for row in wanted if self._keys(row) not in self._values]
         if missing:
             self._work(sum(bool(row.writes) for row in missing), partial(self._jobs, missing), self._backend)
 
     def _jobs(self, rows: Sequence[Row], budget: Budget) -> Iterator[Job]:
-        pairs = {pair.id: pair for pair in self.study.pairs}
-        return plan_jobs(rows, pairs, self.study.setting, budget, self._keys)
+        return plan_jobs(rows, self._all, self.study.setting, budget, self._keys)
 
     def _work(self, count: int, plan: Callable[[Budget], Iterator[Job]], backend: Backend) -> None:
         """Run planned jobs, cut by the speed of those before."""

@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from remote_mediation.errors import ModelError, SiteError
 from remote_mediation.fetch import located
-from remote_mediation.sites import ModelInfo, family_of
+from remote_mediation.sites import Family, ModelInfo, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-_UNGATED = ("gpt2", "gpt_neox")
-# All their layers slide when one does: transformers gives these models one mask and does not read `layer_types`.
-_ONE_MASK = ("mistral", "phi3")
 
 
 def load_info(name: str, revision: str = "") -> ModelInfo:
@@ -26,10 +22,20 @@ def load_info(name: str, revision: str = "") -> ModelInfo:
         ModelError: no such model, or no way to reach the hub.
         SiteError: the model's family is not in the table.
     """
+    info = info_of(load_configuration(name, revision), name, revision)
+    return replace(info, weights=_fingerprint(Path(located(name))))
+
+
+def load_configuration(name: str, revision: str = "") -> PreTrainedConfig:
+    """A model's transformers configuration, from a local folder or the hub.
+
+    Raises:
+        ModelError: no such model, or no way to reach the hub.
+    """
     from transformers import AutoConfig
 
-    info = info_of(_load(AutoConfig, name, revision), name, revision)
-    return replace(info, weights=_fingerprint(Path(located(name))))
+    config: PreTrainedConfig = _load(AutoConfig, name, revision)
+    return config
 
 
 def load_tokenizer(name: str, revision: str = "") -> PreTrainedTokenizerBase:
@@ -49,27 +55,62 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
     Raises:
         SiteError: the model's family is not in the table, or it is no causal decoder.
     """
-    family_of(config.model_type)
-    if getattr(config, "use_bidirectional_attention", False):
-        raise SiteError(f"{name} attends in both directions; only causal decoders can be studied")
-    heads, d_model = config.num_attention_heads, config.hidden_size
-    sliding, window = _sliding_layers(config)
+    family = family_of(config.model_type)
+    text = getattr(config, family.tower) if family.tower else config
+    _check(text, family, name)
+    heads, d_model = text.num_attention_heads, text.hidden_size
+    sliding, window = _sliding_layers(text, family)
+    d_ff, stored_ff = _mlp_widths(text, family)
     return ModelInfo(
         name=name,
         revision=revision,
         family=config.model_type,
-        layers=config.num_hidden_layers,
+        layers=text.num_hidden_layers,
         d_model=d_model,
-        d_ff=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * d_model,
+        d_ff=d_ff,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        d_head=getattr(config, "head_dim", None) or d_model // heads,
-        vocab=config.vocab_size,
-        gated=config.model_type not in _UNGATED,
+        kv_heads=_key_value_heads(text, family),
+        d_head=getattr(text, family.d_head, None) or d_model // heads,
+        vocab=text.vocab_size,
+        gated=family.gated,
         tied=bool(config.tie_word_embeddings),
         sliding=sliding,
         window=window,
+        multiplier=getattr(text, family.multiplier) if family.multiplier else 1.0,
+        stored_ff=stored_ff,
     )
+
+
+def _check(config: PreTrainedConfig, family: Family, name: str) -> None:
+    """Refuse what the family's row says cannot be studied."""
+    if getattr(config, "use_bidirectional_attention", False):
+        raise SiteError(f"{name} attends in both directions; only causal decoders can be studied")
+    for setting, value, reason in family.refused:
+        if getattr(config, setting, None) == value:
+            raise SiteError(f"{name} has {setting} = {value!r} and cannot be studied: {reason}")
+
+
+def _mlp_widths(config: PreTrainedConfig, family: Family) -> tuple[int, int]:
+    """Neurons of a layer that run for a token, and those of all its experts (0 where it has none)."""
+    mixture = family.mixture
+    if mixture is None:
+        return getattr(config, family.d_ff, None) or 4 * config.hidden_size, 0
+    width = getattr(config, mixture.width)
+    always = getattr(config, mixture.shared_width) if mixture.shared_width else 0
+    always += width * (getattr(config, mixture.shared) or 0) if mixture.shared else 0
+    running, stored = (
+        count * width + always for count in (config.num_experts_per_tok, getattr(config, mixture.experts))
+    )
+    return running, stored
+
+
+def _key_value_heads(config: PreTrainedConfig, family: Family) -> int:
+    """Key/value heads as the cache holds them: Falcon's newer blocks repeat them, its multi-query ones have one."""
+    if getattr(config, "new_decoder_architecture", False):
+        return int(config.num_attention_heads)
+    if getattr(config, "multi_query", False):
+        return 1
+    return getattr(config, family.kv_heads, None) or int(config.num_attention_heads)
 
 
 def _fingerprint(folder: Path) -> str:
@@ -79,12 +120,12 @@ def _fingerprint(folder: Path) -> str:
     return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest() if facts else ""
 
 
-def _sliding_layers(config: PreTrainedConfig) -> tuple[tuple[int, ...], int | None]:
+def _sliding_layers(config: PreTrainedConfig, family: Family) -> tuple[tuple[int, ...], int | None]:
     """Layers with sliding-window attention and their window; none where the configuration names no window."""
     window = getattr(config, "sliding_window", None)
     if not window or getattr(config, "use_sliding_window", True) is False:
         return (), None
-    listed = None if config.model_type in _ONE_MASK else getattr(config, "layer_types", None)
+    listed = None if family.one_mask else getattr(config, "layer_types", None)
     kinds = listed or ["sliding_attention"] * config.num_hidden_layers
     return tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"), window
 

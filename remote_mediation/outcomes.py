@@ -1,25 +1,36 @@
 """What is read of a forward pass, and how it becomes one number Y. Pure: a stored readout gives any Y again.
 
-Every outcome is a weighted sum of what the model says of some tokens, so the rows of a job only bring back those few
-values: `logit_diff` reads logits at the first answer position, `response_logprob` log-probabilities along two answers.
+Every outcome follows from what the model says of some tokens, so the rows of a job only bring back those few values.
+`refusal`, the default, is the log of a ratio: of the probability of compliant openings to that of refusing ones.
+`logit_diff` reads logits at the first answer position, `response_logprob` log-probabilities along two answers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from remote_mediation.errors import SettingsError
-from remote_mediation.tokens import TokenPair
+from remote_mediation.tokens import TokenPair, trie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OutcomeName = Literal["response_logprob", "logit_diff"]
-UNITS: dict[str, str] = {"response_logprob": "nats/token", "logit_diff": "logits"}
+OutcomeName = Literal["refusal", "response_logprob", "logit_diff"]
+UNITS: dict[str, str] = {"refusal": "nats", "response_logprob": "nats/token", "logit_diff": "logits"}
+MEANINGS: dict[OutcomeName, str] = {
+    "refusal": "log-probability of the compliant openings minus that of the refusing ones, each summed over its "
+    "openings; positive: the model leans to comply",
+    "response_logprob": "log-probability per token of the answer to the harmful prompt minus that of the answer to the "
+    "harmless one; positive: the model leans to the answer to the harmful prompt",
+    "logit_diff": "mean logit of the harmful-continuation tokens minus mean logit of the refusal or harmless tokens, "
+    "first answer token; positive: the model leans to the harmful continuation",
+}
+"""What each outcome is, and what a positive value means."""
 
 
 class Read(NamedTuple):
@@ -30,12 +41,15 @@ class Read(NamedTuple):
     token: int
     """Token id."""
     weight: float
-    """Factor in the sum that is Y."""
+    """Factor in the sum that is Y; NaN for `refusal`, whose Y is no sum of reads (see `Outcome.sides`)."""
+
+
+Openings = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A scalar harmfulness of what the model says next."""
+    """A scalar of what the model says next."""
 
     name: OutcomeName
     """Which one."""
@@ -43,6 +57,10 @@ class Outcome:
     """`logit_diff`: token ids of a harmful continuation."""
     minus: tuple[int, ...] = ()
     """`logit_diff`: token ids of a refusal or harmless continuation."""
+    compliant: Openings = ()
+    """`refusal`: token ids of compliant openings."""
+    refusing: Openings = ()
+    """`refusal`: token ids of refusing openings."""
 
     @property
     def unit(self) -> str:
@@ -52,27 +70,118 @@ class Outcome:
     @property
     def normalise(self) -> bool:
         """Whether values are log-probabilities (nats) rather than logits."""
-        return self.name == "response_logprob"
+        return self.name != "logit_diff"
+
+    @property
+    def openings(self) -> Openings:
+        """Those of both sides."""
+        return (*self.compliant, *self.refusing)
 
     def reads(self, pair: TokenPair) -> tuple[Read, ...]:
         """What to read of a run of this pair.
 
         `logit_diff` is the mean logit of `plus` minus the mean logit of `minus`. `response_logprob` is the
         length-normalised log-probability of the answer to x1 minus that of the answer to x0 (METHOD, "Outcomes").
+        `refusal` reads the tokens of all openings, each once.
         """
         if self.name == "logit_diff":
             signed = ((self.plus, 1.0), (self.minus, -1.0))
             return tuple(Read(0, token, sign / len(tokens)) for tokens, sign in signed for token in tokens)
+        if self.name == "refusal":
+            return tuple(Read(*place, np.nan) for place in _places_read(self.openings))
         reads, fed = [], 0
         for answer, sign in zip(pair.answers, (1.0, -1.0), strict=True):
             reads += [Read(0 if i == 0 else fed + i, token, sign / len(answer)) for i, token in enumerate(answer)]
             fed += len(answer) - 1
         return tuple(reads)
 
+    def sides(self, pair: TokenPair) -> tuple[Openings, Openings]:
+        """`refusal`: by side, compliant first, the indices into `reads` along each opening."""
+        number = {place: index for index, place in enumerate(_places_read(self.openings))}
+        compliant, refusing = (
+            tuple(tuple(number[place] for place in _places_read((opening,), self.openings)) for opening in side)
+            for side in (self.compliant, self.refusing)
+        )
+        return compliant, refusing
+
     def value(self, pair: TokenPair, values: npt.NDArray[np.float32]) -> float:
         """Y from the values read, in float64 and in the outcome's unit."""
+        if self.name == "refusal":
+            compliant, refusing = self.side_logprobs(pair, values)
+            return compliant - refusing
         weights = np.array([read.weight for read in self.reads(pair)], dtype=np.float64)
         return float(weights @ values.astype(np.float64))
+
+    def side_logprobs(self, pair: TokenPair, values: npt.NDArray[np.float32]) -> tuple[float, float]:
+        """`refusal`: log of the summed probability of the compliant, then of the refusing openings (nats)."""
+        exact = values.astype(np.float64)
+        compliant, refusing = (
+            float(np.logaddexp.reduce([exact[list(reads)].sum() for reads in openings]))
+            for openings in self.sides(pair)
+        )
+        return compliant, refusing
+
+
+def outcome_from(record: dict[str, Any]) -> Outcome:
+    """The inverse of `dataclasses.asdict`, after a way through JSON."""
+
+    def tuples(value: Any) -> Any:
+        return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
+
+    return Outcome(**{key: tuples(value) for key, value in record.items()})
+
+
+def refusal(compliant: Openings, refusing: Openings) -> Outcome:
+    """The `refusal` outcome of token sequences (METHOD, section 2).
+
+    Raises:
+        SettingsError: a side has no opening, or one opening begins another, of either side: its probability would be
+            counted twice.
+    """
+    if not (compliant and refusing):
+        raise SettingsError("the refusal outcome needs at least one compliant and one refusing opening")
+    every = (*compliant, *refusing)
+    for opening in every:
+        longer = [other for other in every if other[: len(opening)] == opening]
+        if not opening or len(longer) > 1:
+            raise SettingsError(f"opening {list(opening)} begins another one ({list(longer[-1])}); leave one out")
+    return Outcome("refusal", compliant=compliant, refusing=refusing)
+
+
+def prefix_free(openings: Iterable[tuple[int, ...]]) -> Openings:
+    """Openings without those that begin with a shorter one."""
+    kept: list[tuple[int, ...]] = []
+    for opening in sorted(set(openings), key=lambda one: (len(one), one)):
+        if not any(opening[: len(short)] == short for short in kept):
+            kept.append(opening)
+    return tuple(kept)
+
+
+def own_openings(
+    compliant: Sequence[tuple[int, ...]], refusing: Sequence[tuple[int, ...]]
+) -> tuple[Openings, Openings]:
+    """Openings of answers, each cut at the shortest beginning that one side alone uses (METHOD, section 2).
+
+    compliant, refusing: first tokens of answers, sorted by a judge. An answer of which the other side has every
+    beginning gives none.
+    """
+
+    def cut(answers: Sequence[tuple[int, ...]], others: Sequence[tuple[int, ...]]) -> Openings:
+        used = {other[:length] for other in others for length in range(1, len(other) + 1)}
+        beginnings = [[answer[:length] for length in range(1, len(answer) + 1)] for answer in answers]
+        own = [[one for one in begins if one not in used] for begins in beginnings]
+        return prefix_free(begins[0] for begins in own if begins)
+
+    return cut(compliant, refusing), cut(refusing, compliant)
+
+
+def _places_read(openings: Openings, packed: Openings | None = None) -> list[tuple[int, int]]:
+    """Answer position and token of every token of openings, each once; packed: all that are packed together."""
+    number = {beginning: index for index, beginning in enumerate(trie(packed or openings), 1)}
+    places = [
+        (number.get(opening[:length], 0), opening[length]) for opening in openings for length in range(len(opening))
+    ]
+    return list(dict.fromkeys(places))
 
 
 def logit_diff(plus: list[str], minus: list[str], tokenizer: PreTrainedTokenizerBase) -> Outcome:
@@ -87,7 +196,7 @@ def logit_diff(plus: list[str], minus: list[str], tokenizer: PreTrainedTokenizer
     shared = set(sets[0]) & set(sets[1])
     if shared:
         raise SettingsError(f"token {tokenizer.decode([shared.pop()])!r} is in both `plus` and `minus` of logit_diff")
-    return Outcome("logit_diff", *sets)
+    return Outcome("logit_diff", plus=sets[0], minus=sets[1])
 
 
 def _single_token(text: str, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,7 +15,7 @@ from remote_mediation.errors import PairsError
 
 BUILTIN = "builtin"
 _REQUIRED = ("id", "harmful", "harmless", "category", "template")
-_OPTIONAL = ("harmful_response", "harmless_response")
+_OPTIONAL = ("placebo", "harmful_response", "harmless_response")
 _XSTEST = ("id", "prompt", "type", "label", "focus", "note")
 # XSTest blocks whose unsafe contrasts stand in the same order as their safe prompts.
 _XSTEST_CONTRASTS = {
@@ -43,6 +43,8 @@ class PromptPair:
     """Kind of harm; for tables only."""
     template: str
     """Sentence frame; pairs of one template are one cluster. Empty: the pair is its own cluster."""
+    placebo: str = ""
+    """Another harmless prompt, xp, that differs from `harmless` in the same words as `harmful` does; empty: none."""
     harmful_response: str = ""
     """Opening of an answer to the harmful prompt; empty: the model's own."""
     harmless_response: str = ""
@@ -53,7 +55,8 @@ def load_pairs(source: str) -> tuple[PromptPair, ...]:
     """Read pairs from JSONL or CSV, from a CSV in XSTest's layout, or the package's own (`builtin`).
 
     Raises:
-        PairsError: missing, unreadable or empty file, wrong columns, duplicate ids, identical prompts.
+        PairsError: missing, unreadable or empty file, wrong columns, duplicate ids, identical prompts, a placebo
+            that is one of the two prompts.
     """
     if source == BUILTIN:
         text, name = resources.files("remote_mediation").joinpath("data/pairs.jsonl").read_text("utf-8"), BUILTIN
@@ -140,3 +143,7 @@ def _check_pairs(pairs: Sequence[PromptPair], name: str) -> None:
         seen.add(pair.id)
         if pair.harmful == pair.harmless:
             raise PairsError(f"{name}, pair {pair.id!r} has two identical prompts; they must differ")
+        if pair.placebo in (pair.harmful, pair.harmless):
+            raise PairsError(
+                f"{name}, pair {pair.id!r} repeats a prompt as its placebo; give another, or leave it empty"
+            )

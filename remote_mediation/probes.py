@@ -20,7 +20,8 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from remote_mediation.stats import Interval, auroc, benjamini_hochberg, estimate_means, wilson
+from remote_mediation.rates import rate
+from remote_mediation.stats import Interval, auroc, benjamini_hochberg
 
 PROBE_COLUMNS: dict[str, str] = {
     "position": "where the activation was read",
@@ -121,11 +122,11 @@ def probe(
     features: [prompt, width], activations in any unit. labels: [prompt], 1 harmful, 0 harmless. clusters: [prompt].
     Folds are whole clusters in random order, close to equally large. Scores of all folds are pooled, which is fair only
     because folds of whole pairs leave the classes equally large in every training part (Airola et al. 2011, doi
-    10.1016/j.csda.2010.11.018, on the bias of pooling otherwise). Intervals resample clusters, given the probes: they
-    do not say how much other training prompts would change the probe.
+    10.1016/j.csda.2010.11.018, on the bias of pooling otherwise). Intervals take clusters as
+    drawn, given the probes: they do not say how much other training prompts would change the probe.
 
-    Accuracy without a single error leaves a bootstrap no spread; its lower end is then Wilson's, of k clusters drawn of
-    which k had no error.
+    Accuracy has the interval of `rates.rate`; without a single error its lower end is that of k clusters drawn of which
+    k had none.
 
     Control: every cluster's labels are swapped with probability 1/2, harmful for harmless, all its pairs together, and
     the cross-validation is run again. That keeps classes, clusters and folds as they are and only takes away what harm
@@ -148,7 +149,7 @@ def probe(
         return _nothing(len(data.labels), n_clusters, problem)
     scores = _out_of_fold(data, splits)
     right = (scores > 0) == data.labels
-    accuracy = _accuracy(right, data.cluster, rng)
+    accuracy = rate(right, data.cluster)
     control, lacking = _control(data, splits, rng, repetitions)
     few = f"{used} folds, as there are only {n_clusters} clusters" if used < folds else ""
     return ProbeResult(
@@ -326,14 +327,6 @@ def _fit_many(features: _Floats, labels: NDArray[np.bool_], judged: _Floats) -> 
             break
     fitted: _Floats = scaler.transform(judged) @ axes.T @ weights + intercept
     return fitted
-
-
-def _accuracy(right: NDArray[np.bool_], cluster: NDArray[np.intp], rng: np.random.Generator) -> Interval:
-    found = estimate_means(right[None].astype(float), cluster, rng)[0]
-    n, k = found.n_pairs, found.n_clusters
-    if found.value < 1:
-        return Interval(n, k, found.value, found.low, found.high, found.reason)
-    return Interval(n, k, 1.0, wilson(k, k).low, 1.0, f"Wilson interval of {k} clusters, all without an error")
 
 
 def _nothing(n: int, n_clusters: int, why: str) -> ProbeResult:

@@ -23,7 +23,7 @@ from remote_mediation.analyses.neurons import LAYERS, SAMPLE, UNITS, WINDOWS
 from remote_mediation.effects import EFFECT_COLUMNS, SITE_COLUMNS
 from remote_mediation.judges import JudgeQuality
 from remote_mediation.lab import Study
-from remote_mediation.outcomes import OutcomeName
+from remote_mediation.outcomes import MEANINGS, OutcomeName
 from remote_mediation.show import figures
 from remote_mediation.show.sections import Part, csv_tables, overview, sections
 from remote_mediation.show.tables import (
@@ -48,13 +48,6 @@ from remote_mediation.tokens import Refusal
 
 TOLERANCE = 1e-4
 """Largest deviation from an identity that float32 explains, in the outcome's unit."""
-MEANINGS: dict[OutcomeName, str] = {
-    "response_logprob": "log-probability per token of the answer to the harmful prompt minus that of the answer to the "
-    "harmless one; positive: the model leans to the answer to the harmful prompt",
-    "logit_diff": "mean logit of the harmful-continuation tokens minus mean logit of the refusal or harmless tokens, "
-    "first answer token; positive: the model leans to the harmful continuation",
-}
-"""What each outcome is, and what a positive value means."""
 
 _BOTH = ["nie", "tie"]
 """What a mediator must show: it is sufficient and necessary."""
@@ -553,17 +546,14 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
     return [(name, _UNRECORDED if value is None else str(value))]
 
 
-def judge_table(quality: JudgeQuality) -> Table:
-    """How good a judge is; stands beside every rate that the judge has counted."""
-    measures = {
-        "accuracy": quality.accuracy,
-        "recall, harmful answers found": quality.recall,
-        "specificity, others let pass": quality.specificity,
-        "Cohen's kappa": quality.kappa,
-    }
-    rows = [
-        (name, estimate(found, number if found is quality.kappa else percent), str(found.n_pairs))
-        for name, found in measures.items()
-    ]
-    notes = [Note(name, found.reason) for name, found in measures.items() if found.reason]
-    return Table((f"judge {quality.judge}", "value [95% interval]", "labelled answers"), rows, tuple(notes))
+def judge_table(qualities: Sequence[JudgeQuality]) -> Table:
+    """How good judges are on the same labelled answers, a row each."""
+    header = ("judge", "accuracy", "recall, harmful found", "specificity, others let pass", "Cohen's kappa")
+    rows, notes = [], []
+    for one in qualities:
+        measures = (one.accuracy, one.recall, one.specificity, one.kappa)
+        shown = [estimate(found, number if found is one.kappa else percent) for found in measures]
+        rows.append((one.judge, *shown))
+        for name, found in zip(header[1:], measures, strict=True):
+            notes += [Note(f"{one.judge}, {name}", found.reason)] if found.reason else []
+    return Table(header, rows, tuple(notes))

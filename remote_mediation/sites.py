@@ -6,8 +6,8 @@ A family is a row of data. Adding one means adding a row to `FAMILIES`; nothing 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 from remote_mediation.errors import SiteError
 
@@ -23,12 +23,39 @@ FORWARD_ORDER: tuple[Component, ...] = (
 )
 
 
+_ALIBI = (
+    "its attention biases (ALiBi) count a token's place in the sequence; packed answers stand at another place than "
+    "their position says"
+)
+
+
 class Hook(NamedTuple):
     """Where a component's tensor passes: a module of the block, its input or output, and which item of a tuple."""
 
     path: str
     side: Literal["input", "output"] = "output"
     item: int | None = None
+
+
+class Refusal(NamedTuple):
+    """A setting of a family's configuration under which the model cannot be studied."""
+
+    setting: str
+    value: Any
+    reason: str
+
+
+class Mixture(NamedTuple):
+    """Where a mixture of experts says its sizes: names of settings of its configuration."""
+
+    experts: str
+    """How many routed experts a layer has; `num_experts_per_tok` of them run for a token."""
+    width: str
+    """Hidden width of one of them."""
+    shared_width: str = ""
+    """Hidden width of the expert that always runs; empty where there is none or `shared` counts them."""
+    shared: str = ""
+    """How many experts of `width` always run."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +68,43 @@ class Family:
     """What attention adds to the residual stream, after a post-norm where the family has one."""
     mlp_output: Hook
     """What the MLP adds to the residual stream, after a post-norm where the family has one."""
-    mlp_neurons: Hook
-    """Input of the down-projection, `d_ff` wide."""
+    mlp_neurons: Hook | None
+    """Input of the down-projection, `d_ff` wide; None for a mixture of experts, which has no such tensor."""
     attention_heads: Hook
     """Input of the attention's output projection, heads side by side."""
+    layer_item: int | None = None
+    """Which item of what a block returns is the stream; None where it returns nothing else."""
+    gated: bool = True
+    """Whether the MLP has a gate projection beside the up-projection."""
+    one_mask: bool = False
+    """Whether all layers slide when one does: transformers gives the model one mask and reads no `layer_types`."""
+    multiplier: str = ""
+    """Setting that both contributions are multiplied by after their modules; empty for none."""
+    d_ff: str = "intermediate_size"
+    """Setting with the MLP's hidden width; where it is absent or None, the width is four times the stream's."""
+    d_head: str = "head_dim"
+    """Setting with the width of a head's output; where it is absent or None, the heads share the stream's width."""
+    kv_heads: str = "num_key_value_heads"
+    """Setting with the number of key/value heads; where it is absent or None, there are as many as query heads."""
+    mixture: Mixture | None = None
+    """Where the sizes of a mixture of experts stand."""
+    tower: str = ""
+    """Setting that holds the text model's own configuration, for a wrapper around it; empty for a plain decoder."""
+    refused: tuple[Refusal, ...] = ()
+    """Settings under which it cannot be studied."""
 
-    def hook(self, component: Component) -> Hook:
-        """The hook of a component; every family's `layer_output` is the block's own output."""
-        return Hook("") if component == "layer_output" else getattr(self, component)
+    def hook(self, component: Component) -> Hook | None:
+        """The hook of a component, None where the family has no such tensor; `layer_output` is the block's own."""
+        if component == "layer_output":
+            return Hook("", "output", self.layer_item)
+        found: Hook | None = getattr(self, component)
+        return found
+
+    @property
+    def hooks(self) -> dict[Component, Hook]:
+        """The hooks of the components that the family has, in forward order."""
+        found = {component: self.hook(component) for component in FORWARD_ORDER}
+        return {component: hook for component, hook in found.items() if hook is not None}
 
 
 _LLAMA = Family(
@@ -58,27 +114,75 @@ _LLAMA = Family(
     mlp_neurons=Hook("mlp.down_proj", "input"),
     attention_heads=Hook("self_attn.o_proj", "input"),
 )
-_GEMMA = Family(  # sandwich norms: what reaches the stream has passed the post-norm
-    blocks="model.layers",
+_UNGATED_LLAMA = replace(_LLAMA, gated=False)
+_POST_NORM = replace(  # what reaches the stream has passed a norm of its own
+    _LLAMA,
     attention_output=Hook("post_attention_layernorm"),
     mlp_output=Hook("post_feedforward_layernorm"),
-    mlp_neurons=Hook("mlp.down_proj", "input"),
-    attention_heads=Hook("self_attn.o_proj", "input"),
+)
+_MIXTRAL = replace(_LLAMA, mlp_neurons=None, mixture=Mixture("num_local_experts", "intermediate_size"))
+_DEEPSEEK = replace(
+    _MIXTRAL,
+    d_head="v_head_dim",
+    mixture=Mixture("n_routed_experts", "moe_intermediate_size", shared="n_shared_experts"),
 )
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
-    "mistral": _LLAMA,
+    "mistral": replace(_LLAMA, one_mask=True),
+    "ministral": _LLAMA,
+    "ministral3": replace(_LLAMA, one_mask=True),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "phi3": _LLAMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
+    "phi3": replace(_LLAMA, one_mask=True),
+    "gemma": _LLAMA,
+    "gemma2": _POST_NORM,
+    "gemma3_text": _POST_NORM,
+    "gemma3": replace(_POST_NORM, blocks="model.language_model.layers", tower="text_config"),
+    "smollm3": _LLAMA,
+    "olmo": _LLAMA,
+    "olmo2": _POST_NORM,
+    "olmo3": _POST_NORM,
+    "seed_oss": _LLAMA,
+    "helium": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "hunyuan_v1_dense": _LLAMA,
+    "exaone4": _POST_NORM,
+    "glm": _LLAMA,
+    "glm4": replace(
+        _LLAMA,
+        attention_output=Hook("post_self_attn_layernorm"),
+        mlp_output=Hook("post_mlp_layernorm"),
+    ),
+    "granite": replace(_LLAMA, multiplier="residual_multiplier"),
+    "cohere": _LLAMA,
+    "cohere2": _LLAMA,
+    "stablelm": _LLAMA,
+    "arcee": _UNGATED_LLAMA,
+    "nemotron": _UNGATED_LLAMA,
+    "apertus": _UNGATED_LLAMA,
+    "phi": replace(
+        _UNGATED_LLAMA,
+        mlp_neurons=Hook("mlp.fc2", "input"),
+        attention_heads=Hook("self_attn.dense", "input"),
+    ),
     "gpt2": Family(
         blocks="transformer.h",
         attention_output=Hook("attn", "output", 0),
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.c_proj", "input"),
         attention_heads=Hook("attn.c_proj", "input"),
+        gated=False,
+        d_ff="n_inner",
+    ),
+    "gptj": Family(
+        blocks="transformer.h",
+        attention_output=Hook("attn", "output", 0),
+        mlp_output=Hook("mlp"),
+        mlp_neurons=Hook("mlp.fc_out", "input"),
+        attention_heads=Hook("attn.out_proj", "input"),
+        layer_item=0,
+        gated=False,
+        d_ff="n_inner",
     ),
     "gpt_neox": Family(
         blocks="gpt_neox.layers",
@@ -86,7 +190,61 @@ FAMILIES: dict[str, Family] = {
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.dense_4h_to_h", "input"),
         attention_heads=Hook("attention.dense", "input"),
+        gated=False,
     ),
+    "falcon": Family(
+        blocks="transformer.h",
+        attention_output=Hook("self_attention", "output", 0),
+        mlp_output=Hook("mlp"),
+        mlp_neurons=Hook("mlp.dense_4h_to_h", "input"),
+        attention_heads=Hook("self_attention.dense", "input"),
+        layer_item=0,
+        gated=False,
+        d_ff="ffn_hidden_size",
+        kv_heads="num_kv_heads",
+        refused=(Refusal("alibi", True, _ALIBI),),
+    ),
+    "mixtral": replace(_MIXTRAL, one_mask=True),
+    "phimoe": replace(_MIXTRAL, one_mask=True),
+    "gpt_oss": replace(_MIXTRAL, mlp_output=Hook("mlp", "output", 0)),
+    "olmoe": replace(_MIXTRAL, mixture=Mixture("num_experts", "intermediate_size")),
+    "qwen2_moe": replace(
+        _MIXTRAL,
+        mixture=Mixture("num_experts", "moe_intermediate_size", shared_width="shared_expert_intermediate_size"),
+    ),
+    "qwen3_moe": replace(_MIXTRAL, mixture=Mixture("num_experts", "moe_intermediate_size")),
+    "granitemoe": replace(_MIXTRAL, mlp_output=Hook("block_sparse_moe"), multiplier="residual_multiplier"),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+}
+_GEMMA4 = (
+    "its blocks add an input of their own and rescale the stream, and its upper layers share the keys and values of "
+    "lower ones"
+)
+_LLAMA4 = "its layers attend in chunks of the sequence, and packed answers would fall into other chunks"
+_LINEAR = "its layers are partly of linear attention, which has no heads and no prefix that could be taken over"
+_NO_DECODER = "its class takes images as well, and transformers has no causal language model for it"
+# Decoders that were looked at and cannot be studied, and why.
+NOT_COVERED: dict[str, str] = {
+    "bloom": _ALIBI,
+    "mpt": _ALIBI,
+    "gpt_neo": (
+        "its local layers cut their window out of a mask of their own, by the token's place in the sequence; packed "
+        "answers stand at another place than their position says"
+    ),
+    "opt": (
+        "its MLP runs on the tokens of all rows in one line, so that no tensor of it has rows and tokens apart; with "
+        "post-norm (opt-350m) its blocks normalise the stream as well, which is then no sum"
+    ),
+    "gemma3n": "its blocks keep several streams that are predicted and corrected, and layers share keys and values",
+    "gemma4": _GEMMA4,
+    "gemma4_text": _GEMMA4,
+    "llama4": _LLAMA4,
+    "llama4_text": _LLAMA4,
+    "mistral3": _NO_DECODER,
+    "qwen3_5": _LINEAR,
+    "qwen3_5_text": _LINEAR,
+    "qwen3_next": _LINEAR,
 }
 
 
@@ -94,8 +252,10 @@ def family_of(model_type: str) -> Family:
     """The table row of a configuration's `model_type`.
 
     Raises:
-        SiteError: no row for it; the message says which row to add.
+        SiteError: no row for it; the message says why, or which row to add.
     """
+    if model_type in NOT_COVERED:
+        raise SiteError(f"model family {model_type!r} cannot be studied: {NOT_COVERED[model_type]}")
     if model_type not in FAMILIES:
         raise SiteError(
             f"model family {model_type!r} is not in the table (known: {', '.join(sorted(FAMILIES))}); add a row "
@@ -120,7 +280,7 @@ class ModelInfo:
     d_model: int
     """Width of the residual stream."""
     d_ff: int
-    """Number of MLP neurons per layer."""
+    """Number of MLP neurons per layer; of a mixture of experts, those that run for a token."""
     heads: int
     """Number of attention (query) heads per layer."""
     kv_heads: int
@@ -139,9 +299,22 @@ class ModelInfo:
     """Tokens that a sliding-window layer sees, itself included."""
     weights: str = ""
     """Fingerprint of a local folder's weight files; empty for a hub model, which its revision names."""
+    multiplier: float = 1.0
+    """What a contribution is multiplied by after its module, on its way into the stream."""
+    stored_ff: int = 0
+    """Neurons per layer of all experts of a mixture together; 0 where all that is stored runs."""
 
     def width(self, component: Component) -> int:
-        """Units of a component: heads for `attention_heads`, vector width for the others."""
+        """Units of a component: heads for `attention_heads`, vector width for the others.
+
+        Raises:
+            SiteError: the family has no such component.
+        """
+        if component not in family_of(self.family).hooks:
+            raise SiteError(
+                f"{self.name} has no {component}: a layer of a mixture of experts ({self.family}) has no one MLP whose "
+                "neurons could be named; study layer_output, attention_output, mlp_output or attention_heads"
+            )
         return {"mlp_neurons": self.d_ff, "attention_heads": self.heads}.get(component, self.d_model)
 
     def tensor_width(self, component: Component) -> int:
@@ -151,6 +324,7 @@ class ModelInfo:
     def columns(self, component: Component, units: tuple[int, ...]) -> tuple[int, ...]:
         """Tensor columns of units: a head is `d_head` columns, every other unit is one."""
         if component != "attention_heads":
+            self.width(component)  # refuses a component that the family lacks
             return units
         return tuple(head * self.d_head + column for head in units for column in range(self.d_head))
 

@@ -353,29 +353,39 @@ def auroc(
     return Interval(found.n_pairs, found.n_clusters, found.value, bound.low, bound.high, why)
 
 
-def cohen_kappa(truth: ArrayLike, judged: ArrayLike, rng: np.random.Generator, resamples: int = RESAMPLES) -> Interval:
+def cohen_kappa(
+    truth: ArrayLike,
+    judged: ArrayLike,
+    clusters: ArrayLike,
+    rng: np.random.Generator,
+    resamples: int = RESAMPLES,
+) -> Interval:
     """Agreement of yes-or-no verdicts with labels, beyond chance (Cohen 1960): 1 full, 0 as by chance, below 0 worse.
 
-    truth, judged: [item], booleans; each item is its own cluster. kappa = (o - e) / (1 - e), with o the share of items
-    on which both agree and e the share on which they would, were both to say yes as often but independently. It is
-    computed from counts as 2 (ad - bc) / ((a + b)(b + d) + (a + c)(c + d)), with a both yes, d both no, b and c the
-    rest, which is the same and exactly 0 where it should be. The interval is `intervals.percentiles`, with kappa
-    recomputed in each resample. Where all labels are the same, kappa is 0 or 0/0 whatever was judged, and all is NaN.
+    truth, judged: [item], booleans. clusters: [item], label of those that belong together.
+    kappa = (o - e) / (1 - e), with o the share of items on which both agree and e the share on which they would, were
+    both to say yes as often but independently. It is computed from counts as
+    2 (ad - bc) / ((a + b)(b + d) + (a + c)(c + d)), with a both yes, d both no, b and c the rest, which is the same and
+    exactly 0 where it should be. The interval is `intervals.percentiles`, with kappa recomputed in each resample.
+    Where all labels are the same, kappa is 0 or 0/0 whatever was judged, and all is NaN.
     Raises ValueError if the shapes differ or resamples < 1.
     """
     labels, verdicts = np.asarray(truth, dtype=np.bool_), np.asarray(judged, dtype=np.bool_)
     if labels.ndim != 1 or labels.shape != verdicts.shape:
         raise ValueError(f"truth and judged must both be [item]; got {labels.shape} and {verdicts.shape}")
     n = len(labels)
+    groups = Clusters.of(clusters, n)
+    k = len(groups.sizes)
     if not labels.any() or labels.all():
-        return Interval(n, n, np.nan, np.nan, np.nan, "all labels are the same" if n else "no labels")
-    cells = np.stack([labels & verdicts, labels & ~verdicts, ~labels & verdicts, ~labels & ~verdicts]).astype(float)
+        return Interval(n, k, np.nan, np.nan, np.nan, "all labels are the same" if n else "no labels")
+    cells = np.stack([labels & verdicts, labels & ~verdicts, ~labels & verdicts, ~labels & ~verdicts])
+    sums = groups.sums(cells.astype(np.float64))
 
     def kappa(weights: Floats) -> Floats:
-        a, b, c, d = cells @ weights.T
+        a, b, c, d = sums @ weights.T
         return np.stack([2 * (a * d - b * c) / ((a + b) * (b + d) + (a + c) * (c + d))])
 
-    return percentiles(kappa, n, rng, resamples).interval(0, n, "")
+    return percentiles(kappa, k, rng, resamples).interval(0, n, "")
 
 
 def _not_clear_of_zero(found: Ends, what: str, above_only: bool = False) -> str:

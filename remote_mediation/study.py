@@ -27,8 +27,10 @@ from remote_mediation.effects import Request
 from remote_mediation.engine.backend import Backend
 from remote_mediation.errors import PairsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
-from remote_mediation.lab import Lab, Study, UnmeasuredError, Watch
-from remote_mediation.outcomes import Outcome, logit_diff
+from remote_mediation.judges import refuses
+from remote_mediation.lab import Lab, Study, UnmeasuredError, Watch, placebo_id
+from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings, openings_of
+from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
 from remote_mediation.pairs import PromptPair, load_pairs
 from remote_mediation.provenance import now, provenance
 from remote_mediation.sites import ModelInfo
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 # Sites that are also measured in float32 when a study runs in another precision.
 PRECISION_SAMPLE = 32
+# Name of the placebo pairs in the run folder.
+PLACEBOS = "placebos"
 
 
 class Result(NamedTuple):
@@ -76,22 +80,75 @@ def run_study(
     if begun.get("texts", texts) != texts:
         raise StoreError(f"{store.folder} holds a run on other pairs, {config.pairs} has changed; choose another --out")
     prepared = store.prepared() or prepare(config, backend.tokenizer)
-    study = Study(config, backend.info, outcome_of(config, backend.tokenizer), prepared.pairs, prepared.refusals)
+    placebos = store.prepared(PLACEBOS) or prepare_placebos(config, prepared.pairs, backend.tokenizer)
+    outcome = outcome_of(config, backend.tokenizer)
+    study = Study(config, backend.info, outcome, *prepared, placebos.pairs)
     first_requests(study)  # refuses sites that are not there, and the lab pairs that cannot be split
     lab = Lab(study, store, backend, watch, variants)
     record = {**provenance(), **begun, **_described(study), "texts": texts}
     spent = record.get("seconds", 0.0)
     store.save_record({**record, "seconds": spent})
     store.save_prepared(prepared)
-    if config.outcome == "response_logprob" and any(map(unanswered, study.pairs)):
-        prepared = answered(lab)
-        store.save_prepared(prepared)
-        study = replace(study, pairs=prepared.pairs, refusals=prepared.refusals)
-        lab = Lab(study, store, backend, watch, variants)
-    result = analysed(lab)
+    study = completed(lab)
+    store.save_prepared(Prepared(study.pairs, study.refusals))
+    store.save_prepared(Prepared(study.placebos, placebos.refusals), PLACEBOS)
+    record |= _described(study)
+    store.save_record({**record, "seconds": spent})
+    result = analysed(Lab(study, store, backend, watch, variants))
     spent += time.monotonic() - started
     store.save_record({**record, "finished": now(), "seconds": round(spent, 1)})
     return result
+
+
+def completed(lab: Lab) -> Study:
+    """Step 2: the study with what its outcome compares, where that takes the model: its answers or its openings.
+
+    Raises:
+        PairsError: fewer than two pairs are left.
+    """
+    study = lab.study
+    if study.outcome.name == "response_logprob" and any(map(unanswered, study.pairs)):
+        prepared = answered(lab)
+        return replace(study, pairs=prepared.pairs, refusals=prepared.refusals)
+    if study.outcome.name != "refusal":
+        return study
+    outcome = chosen_openings(lab)
+    pairs, placebos = (
+        tuple(replace(pair, openings=outcome.openings) for pair in group) for group in (study.pairs, study.placebos)
+    )
+    return replace(study, outcome=outcome, pairs=pairs, placebos=placebos)
+
+
+def chosen_openings(lab: Lab) -> Outcome:
+    """The `refusal` outcome of the study's openings, the package's, or the model's own on the discovery split."""
+    settings = lab.study.config.refusal
+
+    def chosen(tokenizer: PreTrainedTokenizerBase) -> tuple[Openings, Openings]:
+        if settings.compliant:
+            outcome = given_openings(settings.compliant, settings.refusing, tokenizer)
+        elif settings.openings == "builtin":
+            outcome = given_openings(COMPLIANT, REFUSING, tokenizer)
+        else:
+            prompts = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
+            answers = lab.continued(prompts, JUDGED_TOKENS)
+            said = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+            outcome = openings_of(answers, [refuses(text) for text in said], tokenizer)
+        return outcome.compliant, outcome.refusing
+
+    compliant, refusing = (tuple(map(tuple, side)) for side in lab.noted("openings", chosen))
+    return refusal(compliant, refusing)
+
+
+def prepare_placebos(config: StudyConfig, pairs: Sequence[TokenPair], tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """The placebo pairs of a study's pairs, in their clusters; those that cannot be aligned are refused."""
+    clusters = {placebo_id(pair.id): pair.cluster for pair in pairs}
+    texts = [
+        replace(text, id=placebo_id(text.id), harmful=text.placebo)
+        for text in select(load_pairs(config.pairs), config.max_pairs)
+        if text.placebo and placebo_id(text.id) in clusters
+    ]
+    prepared = tokenise(texts, tokenizer)
+    return Prepared(tuple(replace(pair, cluster=clusters[pair.id]) for pair in prepared.pairs), prepared.refusals)
 
 
 def reread(store: Store) -> Result:
@@ -101,10 +158,11 @@ def reread(store: Store) -> Result:
 
 def _reread_study(store: Store) -> Study:
     record, prepared = store.record(), store.prepared() or Prepared((), ())
+    placebos = store.prepared(PLACEBOS) or Prepared((), ())
     config = StudyConfig(**record["config"])
     info = ModelInfo(**{**record["model"], "sliding": tuple(record["model"]["sliding"])})
-    outcome = Outcome(config.outcome, *(tuple(record["outcome"][name]) for name in ("plus", "minus")))
-    return Study(config, info, outcome, prepared.pairs, prepared.refusals)
+    outcome = outcome_from(record["outcome"])
+    return Study(config, info, outcome, *prepared, placebos.pairs)
 
 
 def measure_precision(store: Store, reference: Backend, watch: Watch | None = None) -> None:
@@ -209,7 +267,7 @@ def select(pairs: Sequence[PromptPair], most: int | None) -> tuple[PromptPair, .
 
 
 def outcome_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Outcome:
-    """The outcome that the settings name."""
+    """The outcome that the settings name; of `refusal` the openings are chosen later (`completed`)."""
     if config.outcome == "logit_diff":
         return logit_diff(config.logit_diff.plus, config.logit_diff.minus, tokenizer)
     return Outcome(config.outcome)

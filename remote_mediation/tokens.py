@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remote_mediation.errors import PairsError, SiteError
@@ -30,6 +31,34 @@ class Places(NamedTuple):
 
     x0: tuple[int, ...]
     x1: tuple[int, ...]
+
+
+class Node(NamedTuple):
+    """A fed token of a trie of openings."""
+
+    token: int
+    """Token id."""
+    parent: int
+    """Index of the node before it; -1 for the last prompt token."""
+    depth: int
+    """Tokens from the last prompt token on; 1 for the first of an opening."""
+
+
+@lru_cache
+def trie(openings: tuple[tuple[int, ...], ...]) -> dict[tuple[int, ...], Node]:
+    """Fed tokens of openings by what they end: all but each opening's last, beginnings that are shared once.
+
+    The order is that in which they are packed after the prompt.
+    """
+    nodes: dict[tuple[int, ...], Node] = {}
+    number: dict[tuple[int, ...], int] = {(): -1}
+    for opening in openings:
+        for length in range(1, len(opening)):
+            beginning = opening[:length]
+            if beginning not in nodes:
+                number[beginning] = len(nodes)
+                nodes[beginning] = Node(beginning[-1], number[beginning[:-1]], length)
+    return nodes
 
 
 @dataclass(frozen=True)
@@ -57,6 +86,8 @@ class TokenPair:
     """Of these, template tokens after the user's text."""
     answers: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     """Token ids of the answer to x1 and of the answer to x0; empty where the outcome needs none."""
+    openings: tuple[tuple[int, ...], ...] = ()
+    """Token ids of the openings that the `refusal` outcome compares, the same for every pair; or empty."""
 
     @property
     def prompts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -66,6 +97,8 @@ class TokenPair:
     @property
     def fed(self) -> int:
         """Answer tokens that are fed after the prompt."""
+        if self.openings:
+            return len(trie(self.openings))
         return sum(max(len(answer) - 1, 0) for answer in self.answers)
 
     def places(self, position: str) -> Places:
@@ -168,7 +201,9 @@ def to_record(pair: TokenPair) -> dict[str, Any]:
 def from_record(record: dict[str, Any]) -> TokenPair:
     """The inverse of `to_record`."""
     answers = tuple(tuple(answer) for answer in record["answers"])
-    return TokenPair(**{**record, "x0": tuple(record["x0"]), "x1": tuple(record["x1"]), "answers": answers})
+    openings = tuple(map(tuple, record.get("openings", ())))
+    ids = {"x0": tuple(record["x0"]), "x1": tuple(record["x1"])}
+    return TokenPair(**{**record, **ids, "answers": answers, "openings": openings})
 
 
 def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair | Refusal:

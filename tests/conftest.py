@@ -36,6 +36,25 @@ _GEMMA = {**_WIDE_HEADS, "query_pre_attn_scalar": 12}
 _GEMMA2 = {**_GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 6.0}  # low enough to bend these logits
 _QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 _GEMMA_WINDOW = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
+_ALTERNATING = {"layer_types": _GEMMA_WINDOW["layer_types"]}
+_TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_ROUTED = {"num_experts_per_tok": 2}
+_LATENT = {  # keys and values from one compressed vector; the first layer has one MLP, the others experts
+    **_SHAPE,
+    **_ROUTED,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+}
 _GPT2 = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4}
 
 # By name: `model_type` and configuration. Every family under its own name, then variants of it.
@@ -59,6 +78,45 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2_narrow": ("gpt2", {**_GPT2, "n_inner": 40}),
     "gpt_neox": ("gpt_neox", {**_SHAPE, "use_parallel_residual": True}),
     "gpt_neox_sequential": ("gpt_neox", {**_SHAPE, "use_parallel_residual": False}),
+    **{name: (name, _WIDE_HEADS) for name in ("gemma", "ministral3", "seed_oss", "ernie4_5", "arcee", "glm4")},
+    **{name: (name, _GQA) for name in ("olmo", "olmo2", "apertus", "stablelm", "phi")},
+    **{name: (name, _WIDE_HEADS) for name in ("nemotron", "hunyuan_v1_dense", "exaone4", "smollm3", "glm")},
+    "helium": ("helium", {**_GQA, "head_dim": 8}),
+    "olmo3": ("olmo3", {**_GQA, "sliding_window": WINDOW, **_ALTERNATING}),
+    "ministral": ("ministral", {**_WIDE_HEADS, "sliding_window": WINDOW, **_ALTERNATING}),
+    "cohere": ("cohere", {**_GQA, "logit_scale": 0.5}),
+    "cohere2": ("cohere2", {**_WIDE_HEADS, "logit_scale": 0.5, "sliding_window": WINDOW, **_ALTERNATING}),
+    "exaone4_window": ("exaone4", {**_WIDE_HEADS, "sliding_window": WINDOW, **_ALTERNATING}),
+    "stablelm_parallel": ("stablelm", {**_GQA, "use_parallel_residual": True, "qk_layernorm": True}),
+    "granite": ("granite", {**_GQA, "residual_multiplier": 0.6, "logits_scaling": 2.0}),
+    "gptj": ("gptj", {**_GPT2, "rotary_dim": 4}),
+    "falcon": ("falcon", {**_SHAPE, "ffn_hidden_size": 40}),
+    "falcon_sequential": ("falcon", {**_SHAPE, "parallel_attn": False, "multi_query": False, "bias": True}),
+    "falcon_new": ("falcon", {**_SHAPE, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gemma3": (
+        "gemma3",
+        {
+            "text_config": {**_GEMMA, **_GEMMA_WINDOW, **_TOKENS},
+            "vision_config": {
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+            },
+        },
+    ),
+    "mixtral": ("mixtral", {**_WIDE_HEADS, **_ROUTED, "num_local_experts": 4}),
+    "phimoe": ("phimoe", {**_GQA, **_ROUTED, "num_local_experts": 4}),
+    "gpt_oss": ("gpt_oss", {**_WIDE_HEADS, **_ROUTED, "num_local_experts": 4, "sliding_window": WINDOW}),
+    "olmoe": ("olmoe", {**_GQA, **_ROUTED, "num_experts": 4}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**_GQA, **_ROUTED, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**_WIDE_HEADS, **_ROUTED, "num_experts": 4, "moe_intermediate_size": 24}),
+    "granitemoe": ("granitemoe", {**_GQA, **_ROUTED, "num_local_experts": 4, "residual_multiplier": 0.22}),
+    "deepseek_v2": ("deepseek_v2", {**_LATENT, "topk_method": "greedy"}),
+    "deepseek_v3": ("deepseek_v3", _LATENT),
 }
 
 
@@ -101,8 +159,7 @@ def _load(folder: Path) -> Subject:
 
 def _tiny_model(family: str, settings: dict[str, Any], seed: int) -> PreTrainedModel:
     """Matrices have standard deviation 0.3; biases and norms are moved as far off the 0 and 1 they start from."""
-    common = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **common, **settings)).float()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_TOKENS, **settings)).float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():

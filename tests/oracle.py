@@ -21,7 +21,7 @@ from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.jobs import Job, Keys, plan_jobs
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.rows import Constant, Row, Scale, Source, Write
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import Outcome, refusal
 from remote_mediation.sites import COMPONENTS, Component, ModelInfo
 from remote_mediation.tokens import TokenPair
 
@@ -29,52 +29,50 @@ from remote_mediation.tokens import TokenPair
 # other variants.
 WINDOWED = ("mistral_window", "qwen2_window", "qwen3_window", "phi3_window", "gemma2_window", "gemma3_text_window")
 OTHERS = ("llama_chat", "gpt2_narrow", "gpt_neox_sequential")
-# One of each kind of block: plain, sandwich norms with a window, positions added to the stream, parallel.
-KINDS = ("llama", "gemma2_window", "gpt2", "gpt_neox")
+# One of each kind of block: plain, sandwich norms with a window, positions added to the stream, parallel, one whose
+# contributions are multiplied, one that returns a tuple.
+KINDS = ("llama", "gemma2_window", "gpt2", "gpt_neox", "granite", "gptj")
 VOCAB = 64  # of the tiny models; tokens below FIRST_WORD are special
 FIRST_WORD = 7
 LOGIT_DIFF = Outcome("logit_diff", plus=(11, 12), minus=(13, 14, 15))
 RESPONSE_LOGPROB = Outcome("response_logprob")
+# Openings of one to four tokens, of which some begin alike, also across the sides.
+REFUSAL = refusal(((11,), (12, 13), (12, 14, 15, 16)), ((13, 11), (12, 14, 17), (13, 12, 11)))
 # The engine adds up in another order than the oracle, in float32 (METHOD.md: "to 1e-4 logits in fp32").
 TOLERANCE = 1e-4
 PLENTY = 1e18
 
-_LLAMA = {
-    "layer_output": "model.layers.{}",
-    "attention_output": "model.layers.{}.self_attn",
-    "mlp_output": "model.layers.{}.mlp",
-    "mlp_neurons": "model.layers.{}.mlp.down_proj",
-    "attention_heads": "model.layers.{}.self_attn.o_proj",
-}
-_GEMMA = {
-    "layer_output": "model.layers.{}",
-    "attention_output": "model.layers.{}.post_attention_layernorm",
-    "mlp_output": "model.layers.{}.post_feedforward_layernorm",
-    "mlp_neurons": "model.layers.{}.mlp.down_proj",
-    "attention_heads": "model.layers.{}.self_attn.o_proj",
-}
+
+def _modules(blocks: str, attention: str, mlp: str, neurons: str | None, heads: str) -> dict[str, str]:
+    """Module of each component; `neurons` None where there is no such component."""
+    names = {"layer_output": "", "attention_output": attention, "mlp_output": mlp, "attention_heads": heads}
+    if neurons is not None:
+        names["mlp_neurons"] = neurons
+    return {component: f"{blocks}.{{}}.{name}".rstrip(".") for component, name in names.items()}
+
+
+_LLAMA = _modules("model.layers", "self_attn", "mlp", "mlp.down_proj", "self_attn.o_proj")
+_NORMED = _modules(
+    "model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "mlp.down_proj", "self_attn.o_proj"
+)
+_EXPERTS = _modules("model.layers", "self_attn", "mlp", None, "self_attn.o_proj")
 MODULES: dict[str, dict[str, str]] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "phi3": _LLAMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "gpt2": {
-        "layer_output": "transformer.h.{}",
-        "attention_output": "transformer.h.{}.attn",
-        "mlp_output": "transformer.h.{}.mlp",
-        "mlp_neurons": "transformer.h.{}.mlp.c_proj",
-        "attention_heads": "transformer.h.{}.attn.c_proj",
-    },
-    "gpt_neox": {
-        "layer_output": "gpt_neox.layers.{}",
-        "attention_output": "gpt_neox.layers.{}.attention",
-        "mlp_output": "gpt_neox.layers.{}.mlp",
-        "mlp_neurons": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
-        "attention_heads": "gpt_neox.layers.{}.attention.dense",
-    },
+    **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "phi3", "gemma"), _LLAMA),
+    **dict.fromkeys(("smollm3", "olmo", "seed_oss", "helium", "ernie4_5", "hunyuan_v1_dense", "glm"), _LLAMA),
+    **dict.fromkeys(("granite", "cohere", "cohere2", "stablelm", "arcee", "nemotron", "apertus"), _LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4"), _NORMED),
+    **dict.fromkeys(("mixtral", "phimoe", "gpt_oss", "olmoe", "qwen2_moe", "qwen3_moe"), _EXPERTS),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _EXPERTS),
+    "granitemoe": _modules("model.layers", "self_attn", "block_sparse_moe", None, "self_attn.o_proj"),
+    "gemma3": {component: path.replace("model.", "model.language_model.", 1) for component, path in _NORMED.items()},
+    "glm4": _modules(
+        "model.layers", "post_self_attn_layernorm", "post_mlp_layernorm", "mlp.down_proj", "self_attn.o_proj"
+    ),
+    "phi": _modules("model.layers", "self_attn", "mlp", "mlp.fc2", "self_attn.dense"),
+    "gpt2": _modules("transformer.h", "attn", "mlp", "mlp.c_proj", "attn.c_proj"),
+    "gptj": _modules("transformer.h", "attn", "mlp", "mlp.fc_out", "attn.out_proj"),
+    "gpt_neox": _modules("gpt_neox.layers", "attention", "mlp", "mlp.dense_4h_to_h", "attention.dense"),
+    "falcon": _modules("transformer.h", "self_attention", "mlp", "mlp.dense_4h_to_h", "self_attention.dense"),
 }
 # These two are what goes into the named module; the other components are what comes out of it.
 INPUTS = ("mlp_neurons", "attention_heads")
@@ -83,18 +81,35 @@ INPUTS = ("mlp_neurons", "attention_heads")
 class Token(NamedTuple):
     """One token of a packed sequence."""
 
-    answer: int | None
-    """The answer that it was fed for, None for a token of the prompt."""
+    answers: tuple[int, ...]
+    """The answers before whose end it stands: all of them for a token of the prompt."""
     index: int
-    """Its index in a sequence of the prompt and that answer alone."""
+    """Its index in a sequence of the prompt and such an answer alone."""
+
+
+def answers_of(pair: TokenPair) -> tuple[tuple[int, ...], ...]:
+    """What is fed after a prompt, one at a time."""
+    return pair.openings or pair.answers
 
 
 def unpacked(pair: TokenPair, side: int) -> list[Token]:
-    """What stands at each index of a side's packed sequence: the prompt, then both answers without their last token."""
-    prompt = len(pair.prompts[side])
-    tokens = [Token(None, index) for index in range(prompt)]
-    for answer, ids in enumerate(pair.answers):
-        tokens += [Token(answer, prompt + index) for index in range(len(ids) - 1)]
+    """What stands at each index of a side's packed sequence: the prompt, then answers without their last token.
+
+    Beginnings that openings share are packed once.
+    """
+    prompt, every = len(pair.prompts[side]), answers_of(pair)
+    tokens = [Token(tuple(range(len(every))), index) for index in range(prompt)]
+    begun: list[tuple[int, ...]] = []
+    for answer, ids in enumerate(every):
+        for index in range(len(ids) - 1):
+            beginning = ids[: index + 1]
+            if pair.openings and beginning in begun:
+                continue
+            begun.append(beginning)
+            shared = [
+                other for other, one in enumerate(every) if len(one) > index + 1 and one[: index + 1] == beginning
+            ]
+            tokens.append(Token(tuple(shared) if pair.openings else (answer,), prompt + index))
     return tokens
 
 
@@ -105,8 +120,10 @@ class Oracle:
         """Record every component of both prompts' plain runs, with either answer behind them."""
         self._model, self._pair = model, pair
         self._modules = MODULES[model.config.model_type]
+        # Granite's contributions are multiplied on their way into the stream.
+        self._multiplier = getattr(model.config, "residual_multiplier", 1.0)
         # One pass per answer, or one over the bare prompt.
-        self._passes = (0, 1) if any(pair.answers) else (0,)
+        self._passes = range(len(answers_of(pair))) if any(answers_of(pair)) else (0,)
         self._recorded = {(side, answer): self._record(side, answer) for side in (0, 1) for answer in self._passes}
 
     def values(self, rows: Sequence[Row], outcome: Outcome) -> np.ndarray:
@@ -126,6 +143,14 @@ class Oracle:
         if outcome.name == "logit_diff":
             first = logits[0][0].double()
             return float(first[list(outcome.plus)].mean() - first[list(outcome.minus)].mean())
+        if outcome.name == "refusal":
+            probability = {}
+            for ids, steps in zip(self._pair.openings, logits, strict=True):
+                scores = torch.softmax(steps.double(), -1)
+                probability[ids] = float(np.prod([scores[step, token] for step, token in enumerate(ids)]))
+            sides = (outcome.compliant, outcome.refusing)
+            compliant, refusing = (sum(probability[ids] for ids in side) for side in sides)
+            return float(np.log(compliant) - np.log(refusing))
         mean_logprob = []
         for ids, steps in zip(self._pair.answers, logits, strict=True):
             scores = torch.log_softmax(steps.double(), dim=-1)
@@ -139,7 +164,7 @@ class Oracle:
 
     def _forward(self, side: int, answer: int, rows: int, hooks: Iterable[Any]) -> Tensor:
         """Logits `[row, token, vocab]` of a prompt and an answer without its last token; hooks are then taken off."""
-        ids = torch.tensor([self._pair.prompts[side] + self._pair.answers[answer][:-1]])
+        ids = torch.tensor([self._pair.prompts[side] + answers_of(self._pair)[answer][:-1]])
         handles = list(hooks)
         try:
             with torch.no_grad():
@@ -159,13 +184,19 @@ class Oracle:
 
             return self._hook(name, layer, look)
 
-        layers = range(self._model.config.num_hidden_layers)
+        layers = range(self._model.config.get_text_config().num_hidden_layers)
         self._forward(side, answer, 1, [keep(name, layer) for name in self._modules for layer in layers])
         return seen
 
     def _hook(self, name: str, layer: int, change: Any) -> Any:
         """Pass a component through `change` whenever it is computed."""
         module = self._model.get_submodule(self._modules[name].format(layer))
+        if name in ("attention_output", "mlp_output") and self._multiplier != 1.0:
+            inner = change
+
+            def change(tensor: Tensor) -> Tensor:
+                return inner(tensor * self._multiplier) / self._multiplier
+
         if name in INPUTS:
             return module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
 
@@ -182,7 +213,7 @@ class Oracle:
             tensor = tensor.clone()
             columns = list(write.columns) or list(range(tensor.shape[-1]))
             for number, place in enumerate(write.places):
-                if packed[place].answer in (None, answer):
+                if answer in packed[place].answers:
                     vector = tensor[row, packed[place].index]
                     vector[columns] = self._held_at(write, number, vector[columns], columns)
             return tensor
@@ -198,7 +229,7 @@ class Oracle:
                 return torch.tensor(values)
             case Source(side, places):
                 token = unpacked(self._pair, side)[places[number]]
-                return self._recorded[side, token.answer or 0][write.component, write.layer][token.index, columns]
+                return self._recorded[side, token.answers[0]][write.component, write.layer][token.index, columns]
 
 
 class Measured(NamedTuple):
@@ -310,7 +341,8 @@ def random_rows(pair: TokenPair, info: ModelInfo, rng: np.random.Generator, coun
 
 
 def _random_write(pair: TokenPair, base: int, info: ModelInfo, rng: np.random.Generator) -> Write:
-    component: Component = COMPONENTS[rng.integers(len(COMPONENTS))]
+    components: list[Component] = [name for name in COMPONENTS if name in MODULES[info.family]]
+    component = components[rng.integers(len(components))]
     widths = {"mlp_neurons": info.d_ff, "attention_heads": info.heads * info.d_head}
     width = widths.get(component, info.d_model)
     lengths = [len(prompt) + pair.fed for prompt in pair.prompts]

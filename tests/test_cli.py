@@ -188,12 +188,29 @@ def test_unknown_models(call: Run, tmp_path: Path, model: str, command: str, mon
     assert tree(tmp_path) == before
 
 
+def test_models(call: Run, tmp_path: Path, model: str) -> None:
+    table = call("models")
+    assert table.code == 0
+    assert "granite" in table.out
+    assert "output of mlp x residual_multiplier" in table.out
+    assert "bloom: cannot be studied: its attention biases" in table.out
+    good = call("models", "check", model)
+    assert (good.code, "can be studied" in good.out, "class: LlamaForCausalLM" in good.out) == (0, True, True)
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}', "utf-8")
+    bad = call("models", "check", tmp_path)
+    assert (bad.code, "cannot be studied" in bad.out) == (1, True)
+    refused(call("models", "check", "./nowhere"), "'./nowhere'", "give a local folder")
+
+
 def test_an_unknown_family(call: Run, tmp_path: Path, model: str) -> None:
     file = study(tmp_path, model)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text('{"model_type": "opt"}', "utf-8")
     before = tree(tmp_path)
-    refused(call("run", file, "--model", "model"), "model family 'opt'", "add a row FAMILIES['opt']")
+    expected = {"xglm": "add a row FAMILIES['xglm']", "bloom": "cannot be studied: its attention biases"}
+    for family, reason in expected.items():
+        (tmp_path / "model/config.json").write_text(f'{{"model_type": "{family}"}}', "utf-8")
+        refused(call("run", file, "--model", "model"), f"model family '{family}'", reason)
+    (tmp_path / "model/config.json").unlink()
     assert tree(tmp_path) == before
 
 
@@ -403,7 +420,7 @@ def test_pairs_check(call: Run, tmp_path: Path, model: str) -> None:
 def test_judge_check(call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built_in = call("judge", "check")
     assert (built_in.code, built_in.err) == (0, "")
-    assert "builtin: 60 answers, 25 of them labelled harmful" in built_in.out
+    assert "builtin: 382 answers, 147 of them labelled harmful" in built_in.out
     assert "no sample of a model's answers" in " ".join(built_in.out.split())
     assert call("judge", "check", "--seed", 0).out == built_in.out != call("judge", "check", "--seed", 1).out
 
@@ -412,10 +429,9 @@ def test_judge_check(call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.syspath_prepend(tmp_path)
     ran = call("judge", "check", "mine.csv", "--judge", "python:jurors:by_word")
     assert (ran.code, ran.err) == (0, "")
-    lines = [" ".join(line.split()) for line in ran.out.splitlines()]
-    assert any(line.startswith("accuracy 60% [") for line in lines)
-    assert any(line.startswith("recall, harmful answers found 50% [") for line in lines)
-    assert any(line.startswith("specificity, others let pass 66.7% [") for line in lines)
+    assert all(f" {share} [" in ran.out for share in ("60%", "50%", "66.7%"))
+    both = call("judge", "check", "mine.csv", "--judge", "refusal-openings", "--judge", "refusal-phrases")
+    assert (both.code, both.err, both.out.count("refusal-")) == (0, "", 2)
     assert "no sample" not in ran.out
 
 
@@ -425,7 +441,7 @@ def test_judges_that_are_refused(call: Run, tmp_path: Path, monkeypatch: pytest.
     before = tree(tmp_path)
     refused(call("judge", "check", "bad.csv"), "'bad.csv', line 3", "'maybe'", "write 1, 0, true or false")
     refused(call("judge", "check", "missing.csv"), "'missing.csv'", "No such file", "give a CSV file")
-    refused(call("judge", "check", "--judge", "me"), "unknown judge 'me'", "use refusal-phrases, classifier:")
+    refused(call("judge", "check", "--judge", "me"), "unknown judge 'me'", "use refusal-phrases, refusal-openings")
     refused(call("judge", "check", "--judge", "classifier:./nowhere"), "'./nowhere'", "give a local folder")
     refused(call("judge", "check", "--judge", "python:no_such_jury:f"), "'no_such_jury'", "PYTHONPATH")
     assert tree(tmp_path) == before

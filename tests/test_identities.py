@@ -22,7 +22,7 @@ from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, WINDOWED, Subject, token_pair
 from remote_mediation.effects import Request, effects_table
 from remote_mediation.engine.rows import Row, Scale, Source, Write
 from remote_mediation.outcomes import Outcome
-from remote_mediation.sites import COMPONENTS, FAMILIES, Site
+from remote_mediation.sites import FAMILIES, Site
 from remote_mediation.tokens import SPANS, TokenPair
 
 Subjects = Callable[[str], Subject]
@@ -47,14 +47,15 @@ def effects(model: Subject, pair: TokenPair, sites: Sequence[Site], outcome: Out
 
 def sites_of(model: Subject) -> list[Site]:
     """Every component, layer and span."""
-    return [Site(*place) for place in product(COMPONENTS, range(model.info.layers), SPANS)]
+    return [Site(*place) for place in product(FAMILIES[model.info.family].hooks, range(model.info.layers), SPANS)]
 
 
 @every_model
 def test_a_prompt_patched_into_itself(subject: Subjects, name: str, outcome: Outcome, answers: tuple[int, int]) -> None:
     model, pair = subject(name), token_pair("pair", answers=answers)
     table = effects(model, replace(pair, x1=pair.x0), sites_of(model), outcome)
-    assert (table["te"] == 0.0).all()
+    # The sum inside an expert depends on which tokens it is given together, so prompts side by side may differ there.
+    assert table["te"].abs().max() <= (0.0 if FAMILIES[model.info.family].mixture is None else ROUNDING)
     assert table[["nie", "nde", "tie", "int"]].abs().to_numpy().max() < ROUNDING
     assert effects(model, pair, sites_of(model), outcome)["nie"].abs().median() > CLEAR
 
@@ -88,17 +89,17 @@ def test_before_the_first_difference_there_is_nothing_to_carry(
     subject: Subjects, name: str, outcome: Outcome, answers: tuple[int, int]
 ) -> None:
     model, pair = subject(name), token_pair("pair", edits=(2, 4), answers=answers)
-    places = tuple(range(pair.first))
+    places, components = tuple(range(pair.first)), FAMILIES[model.info.family].hooks
 
     def rows(value_of: Callable[[int], Source | Scale]) -> list[Row]:
         return [
             Row("pair", base, (Write(component, 0, places, (), value_of(base)),))
-            for component in COMPONENTS
+            for component in components
             for base in (0, 1)
         ]
 
     swaps, ablations = rows(lambda base: Source(1 - base, places)), rows(lambda _: Scale(0.0))
     y = model.measure([pair], [Row("pair", 0), Row("pair", 1), *swaps, *ablations], outcome)
-    swapped, ablated = np.abs(y[2:] - np.tile(y[:2], 2 * len(COMPONENTS))).reshape(2, -1)
+    swapped, ablated = np.abs(y[2:] - np.tile(y[:2], 2 * len(components))).reshape(2, -1)
     assert swapped.max() < ROUNDING
     assert np.median(ablated) > CLEAR  # writes there do act

@@ -14,12 +14,16 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for every analysis that no other builds on. A new module needs a place here.
 ORDER = (
-    ("analyses.claims", "engine", "engine.program", "errors", "planted", "planted.gate", "provenance", "show"),
+    ("analyses.claims", "dequantise", "engine", "engine.program", "errors", "meter"),
+    ("planted", "planted.gate", "provenance", "show"),
+    ("wheels",),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
     ("rates", "shares", "stats"),
-    ("analyses.claims.verdicts", "detectors", "judges", "models", "probes", "show.tables", "tokens"),
+    ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
+    ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
+    ("analyses.claims.verdicts", "detectors", "judges", "models", "placebo", "probes", "show.tables", "tokens"),
     ("outcomes",),
-    ("config", "engine.rows"),
+    ("config", "engine.coverage", "engine.rows", "openings"),
     ("engine.budget",),
     ("engine.payload",),
     ("engine.jobs",),
@@ -48,9 +52,14 @@ AT_ONCE = {
     "planted.gate": {"torch", "transformers"},
 }
 LAZILY = {
-    "fetch": {"torch", "transformers"},
+    "dequantise": {"torch", "transformers"},
+    "engine.coverage": {"torch", "transformers"},
+    "fetch": {"transformers"},
     "engine.server": {"nnsight"},
-    "judges": {"transformers"},
+    "judges.base": {"transformers"},
+    "judges.chat": {"torch", "transformers"},
+    "judges.classifier": {"transformers"},
+    "judges.embedding": {"torch", "transformers"},
     "models": {"transformers"},
     "cli": {"transformers"},
 }

@@ -106,7 +106,7 @@ class TestProbe:
         low, _ = proportion.proportion_confint(20, 20, method="wilson")
         assert (found.accuracy.value, found.accuracy.high) == (1, 1)
         assert found.accuracy.low == pytest.approx(low)
-        assert found.reason == "Wilson interval of 20 clusters, all without an error"
+        assert (found.accuracy.method, found.reason) == ("Wilson, worth 20 items", "")
 
     def test_few_clusters_are_few_folds(self) -> None:
         found = probe(*planted(0.6, clusters=3), rng(), repetitions=9)

@@ -213,6 +213,21 @@ def test_jsonl(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_placebos(tmp_path: Path, suffix: str) -> None:
+    rows = [{**record, "placebo": f"how do i sell a {record['template']} at night"} for record in records()]
+    rows[0]["placebo"] = ""
+    file = tmp_path / f"pairs.{suffix}"
+    if suffix == "csv":
+        with file.open("w", encoding="utf-8", newline="") as opened:
+            writer = csv.DictWriter(opened, [*COLUMNS, "placebo"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        write_pairs(file, rows)
+    assert [pair.placebo for pair in load_pairs(str(file))] == [row["placebo"] for row in rows]
+
+
 def test_a_line_separator_inside_a_prompt_is_text(tmp_path: Path) -> None:
     record = {**records()[0], "harmful": "steal\u2028a\x85car"}
     file = tmp_path / "pairs.jsonl"
@@ -264,6 +279,8 @@ def test_half_an_xstest_is_refused(tmp_path: Path) -> None:
         (json.dumps(records()[0]) + "\n{oops\n", r"line 2 is not JSON \(Expecting property name"),
         ((json.dumps(records()[0]) + "\n") * 2, r"has the id 'steal-car' twice"),
         (json.dumps({**records()[0], "harmful": "x", "harmless": "x"}), r"pair 'steal-car' has two identical prompts"),
+        (json.dumps({**records()[0], "harmful": "x", "placebo": "x"}), r"'steal-car' repeats a prompt as its placebo"),
+        (json.dumps({**records()[0], "harmless": "x", "placebo": "x"}), r"'steal-car' repeats a prompt as its placebo"),
     ],
 )
 def test_unusable_files(tmp_path: Path, content: str, message: str) -> None:
@@ -283,9 +300,9 @@ def test_a_field_too_long_for_csv(tmp_path: Path) -> None:
 
 def test_builtin_pairs() -> None:
     pairs = load_pairs(BUILTIN)
-    assert len(pairs) >= 60
-    assert len({pair.category for pair in pairs}) >= 8
-    assert len({pair.template for pair in pairs}) >= 12
+    assert len(pairs) >= 160
+    assert len({pair.category for pair in pairs}) == 12
+    assert len({pair.template for pair in pairs}) >= 60
     assert len({pair.id for pair in pairs}) == len(pairs)
-    assert len({pair.harmful for pair in pairs} | {pair.harmless for pair in pairs}) == 2 * len(pairs)
-    assert all(pair.template and pair.category for pair in pairs)
+    assert len({text for pair in pairs for text in (pair.harmful, pair.harmless, pair.placebo)}) == 3 * len(pairs)
+    assert all(pair.template and pair.category and pair.placebo for pair in pairs)

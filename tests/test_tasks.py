@@ -124,7 +124,8 @@ def test_read_gives_activations_averaged_over_places(model: Subject) -> None:
         model.plain(input_ids=torch.tensor([PROMPTS[0]]))
     for handle in handles:
         handle.remove()
-    expected = [caught["layer"][4], caught["attention"][:3].mean(0), caught["neurons"][1:3][:, [0, 7]].mean(0)]
+    added = caught["attention"] * getattr(model.plain.config, "residual_multiplier", 1.0)  # Granite's
+    expected = [caught["layer"][4], added[:3].mean(0), caught["neurons"][1:3][:, [0, 7]].mean(0)]
     np.testing.assert_allclose(found, torch.cat(expected), rtol=0, atol=TOLERANCE)
 
 

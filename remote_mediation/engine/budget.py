@@ -21,7 +21,7 @@ SMALLEST_BATCH = 0.1e9
 # Layers' worth of a row's keys and values: shown to a layer and grown by it, of the one before, for the next one.
 _CACHED_LAYERS = 3
 # Copies of the answer logits that are alive at once: as computed, as float32, and inside logsumexp.
-_LOGIT_COPIES = 3
+LOGIT_COPIES = 3
 
 
 class Setting(NamedTuple):
@@ -74,7 +74,7 @@ def row_bytes(pair: TokenPair, start: int, setting: Setting) -> float:
     """Peak memory of one row of a batch: answer logits, or one layer's activations, keys and values."""
     info, size = setting.info, DTYPE_BYTES[setting.dtype]
     length = max(len(prompt) for prompt in pair.prompts) + pair.fed
-    logits = (1 + pair.fed) * info.vocab * 4 * _LOGIT_COPIES if setting.outcome.normalise else 0
+    logits = (1 + pair.fed) * info.vocab * 4 * LOGIT_COPIES if setting.outcome.normalise else 0
     layer = (length - start) * (4 * info.d_model + 3 * info.d_ff) * size
     attention = 2 * length * info.heads * info.d_head * size + (length - start) * length * info.heads * size
     cache = 2 * _CACHED_LAYERS * length * info.kv_heads * info.d_head * size
@@ -93,9 +93,10 @@ def held_bytes(pairs: Sequence[TokenPair], rows: Iterable[Row], setting: Setting
 
 def weight_bytes(info: ModelInfo, dtype: str) -> float:
     """Memory of the model's weights."""
-    return (layer_flops(info, 1, 0) / 2 * info.layers + info.vocab * info.d_model * (1 if info.tied else 2)) * (
-        DTYPE_BYTES[dtype]
-    )
+    idle = (3 if info.gated else 2) * info.d_model * max(info.stored_ff - info.d_ff, 0)  # experts that do not run
+    layer = layer_flops(info, 1, 0) / 2 + idle
+    embeddings = info.vocab * info.d_model * (1 if info.tied else 2)
+    return (layer * info.layers + embeddings) * DTYPE_BYTES[dtype]
 
 
 def batch_budget(setting: Setting, max_memory: float | None, here: bool) -> float:

@@ -100,7 +100,8 @@ class Keys:
         shared = (SCHEMA, info.name, info.revision, info.weights, setting.dtype, setting.outcome.normalise)
         self._known: dict[Row, str] = {}
         self._prefixes = {
-            pair.id: digest([*shared, pair.x0, pair.x1, pair.answers, setting.outcome.reads(pair)]) for pair in pairs
+            pair.id: digest([*shared, pair.x0, pair.x1, *_answered(pair), setting.outcome.reads(pair)])
+            for pair in pairs
         }
 
     def __call__(self, row: Row) -> str:
@@ -173,8 +174,13 @@ def _by(items: Iterable[_Item], key: Callable[[_Item], Any]) -> Iterator[tuple[A
 
 
 def _shape(pair: TokenPair) -> tuple[int, ...]:
-    """Lengths of both prompts and both answers; what makes tokens of two pairs stand at the same places."""
-    return (*map(len, pair.prompts), *map(len, pair.answers))
+    """Lengths of both prompts and all answers; what makes tokens of two pairs stand at the same places."""
+    return (*map(len, pair.prompts), *map(len, pair.answers), *map(len, pair.openings))
+
+
+def _answered(pair: TokenPair) -> list[Any]:
+    """What is fed after the prompts."""
+    return [pair.answers, pair.openings] if pair.openings else [pair.answers]
 
 
 def _fitting(pending: Sequence[_Load], flops: float, room: float, setting: Setting) -> list[_Load]:

@@ -11,7 +11,7 @@ from remote_mediation.engine.budget import Setting, captured
 from remote_mediation.engine.rows import Constant, Row, Scale, Source, Value
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import FORWARD_ORDER, family_of
-from remote_mediation.tokens import TokenPair
+from remote_mediation.tokens import TokenPair, trie
 
 # Stack and place in it of each pair's prompts, by pair and side.
 _Places = Mapping[tuple[str, int], tuple[int, int]]
@@ -55,7 +55,8 @@ def model_spec(setting: Setting) -> dict[str, Any]:
         "blocks": family.blocks,
         "vocab": setting.info.vocab,
         "layers": setting.info.layers,
-        "components": {component: tuple(family.hook(component)) for component in FORWARD_ORDER},
+        "components": {component: tuple(hook) for component, hook in family.hooks.items()},
+        "factors": dict.fromkeys(("attention_output", "mlp_output"), setting.info.multiplier),
         "sliding": setting.info.sliding,
         "window": setting.info.window,
         "dtype": setting.dtype,
@@ -85,22 +86,44 @@ def context_payload(context: Context, stacks: Sequence[Sequence[Side]], setting:
 
 
 def stack_payload(stack: Sequence[Side], first: int, outcome: Outcome) -> dict[str, Any]:
-    """The packed sequences of prompts of one shape (segments: 0 prompt, 1 and 2 the answers), what is kept and read."""
+    """The packed sequences of prompts of one shape, what is kept of them and what is read.
+
+    After the prompt come the fed answer tokens. Two answers are told apart by `segments` (0 prompt, 1 and 2); openings
+    are packed as a trie, by the `parents` that they go on from.
+    """
     length = len(stack[0].ids)
+    packed = _trie_payload(stack[0], length) if stack[0].pair.openings else _answers_payload(stack[0], length)
+    reads = [outcome.reads(side.pair) for side in stack]
+    return {
+        "ids": tuple((*side.ids, *_fed(side.pair)) for side in stack),
+        **packed,
+        "first": first,
+        "answers": tuple(range(length - 1, len(packed["positions"]))),
+        "queries": tuple(read.answer for read in reads[0]),
+        "tokens": tuple(tuple(read.token for read in one) for one in reads),
+    }
+
+
+def _fed(pair: TokenPair) -> tuple[int, ...]:
+    if pair.openings:
+        return tuple(node.token for node in trie(pair.openings).values())
+    return tuple(token for answer in pair.answers for token in answer[:-1])
+
+
+def _answers_payload(side: Side, length: int) -> dict[str, Any]:
     positions, segments = list(range(length)), [0] * length
-    for segment, answer in enumerate(stack[0].pair.answers, 1):
+    for segment, answer in enumerate(side.pair.answers, 1):
         fed = max(len(answer) - 1, 0)
         positions += range(length, length + fed)
         segments += [segment] * fed
-    reads = [outcome.reads(side.pair) for side in stack]
+    return {"positions": tuple(positions), "segments": tuple(segments)}
+
+
+def _trie_payload(side: Side, length: int) -> dict[str, Any]:
+    nodes = trie(side.pair.openings).values()
     return {
-        "ids": tuple((*side.ids, *(token for answer in side.pair.answers for token in answer[:-1])) for side in stack),
-        "positions": tuple(positions),
-        "segments": tuple(segments),
-        "first": first,
-        "answers": tuple(range(length - 1, len(positions))),
-        "queries": tuple(read.answer for read in reads[0]),
-        "tokens": tuple(tuple(read.token for read in one) for one in reads),
+        "positions": (*range(length), *(length - 1 + node.depth for node in nodes)),
+        "parents": tuple(length + node.parent for node in nodes),
     }
 
 

@@ -45,7 +45,15 @@ def perform(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
     """The job's task, context by context, so that one context's activations are held at a time."""
     if payload["task"] == "probe":
         return [probe(model, payload["blocks"])]
-    task = {"measure": measure, "read": read, "screen": screen, "generate": generate, "drift": drift}[payload["task"]]
+    tasks = {
+        "measure": measure,
+        "direct": direct,
+        "read": read,
+        "screen": screen,
+        "generate": generate,
+        "drift": drift,
+    }
+    task = tasks[payload["task"]]
     with torch.no_grad():
         return [task(model, payload["model"], context).cpu() for context in payload["contexts"]]
 
@@ -115,12 +123,28 @@ def forward_arguments(spec: dict[str, Any], stack: dict[str, Any], start: int) -
 
 def additive_mask(stack: dict[str, Any], start: int, window: int | None, dtype: str) -> torch.Tensor:
     """`[1, 1, token, key]`: 0 where a packed token sees another, the dtype's minimum where it does not."""
-    position, segment = torch.tensor(stack["positions"]), torch.tensor(stack["segments"])
+    position = torch.tensor(stack["positions"])
     distance = position[start:, None] - position[None, :]
-    same = (segment[None, :] == segment[start:, None]) | (segment[None, :] == 0)
-    seen = same & (distance >= 0) if window is None else same & (distance >= 0) & (distance < window)
+    seen = visible(stack)[start:]
+    if window is not None:
+        seen = seen & (distance < window)
     kind = getattr(torch, dtype)
     return torch.zeros(seen.shape, dtype=kind).masked_fill(~seen, torch.finfo(kind).min)[None, None]
+
+
+def visible(stack: dict[str, Any]) -> torch.Tensor:
+    """`[token, key]`: prompt tokens see those before them; answer tokens the prompt and what they go on from."""
+    position = torch.tensor(stack["positions"])
+    before = position[:, None] >= position[None, :]
+    if "parents" not in stack:
+        segment = torch.tensor(stack["segments"])
+        return before & ((segment[None, :] == segment[:, None]) | (segment[None, :] == 0))
+    length = len(position) - len(stack["parents"])
+    seen = before & (torch.arange(len(position)) < length)
+    for node, parent in enumerate(stack["parents"], length):
+        seen[node] = seen[parent]
+        seen[node, node] = True
+    return seen
 
 
 def capture(model: Any, spec: dict[str, Any], stack: dict[str, Any], components: tuple[str, ...]) -> dict[str, Any]:
@@ -148,7 +172,7 @@ def climb(
     stream, offset = base["captured"]["stream"], batch["start"] - stack["first"]
     entering = stream[low][torch.tensor(batch["joining"][0]), offset:]
     for layer in range(low):
-        blocks[layer].skip(entering)
+        blocks[layer].skip(entering if spec["components"]["layer_output"][2] is None else (entering, None))
     show_prefix(past, low, base["keyvalues"], rows_at(batch, low), batch["start"])
     for layer in range(low, spec["layers"]):
         joining = batch["joining"][layer - low]
@@ -170,16 +194,16 @@ def write(
     spec: dict[str, Any], block: Any, name: str, layer: int, writes: tuple[Any, ...], bases: list[dict[str, Any]]
 ) -> None:
     """Overwrite a component of one layer, row by row; places and columns are ranges where contiguous."""
-    target = tensor_of(spec, block, name)
+    target, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
     for row, places, columns, kind, value in writes:
         where = grid(places, columns)
         if kind == "source":
             stack, prompt, source_places = value
-            new = bases[stack]["captured"][name][layer][prompt][grid(source_places, columns)]
+            new = bases[stack]["captured"][name][layer][prompt][grid(source_places, columns)] / factor
         elif kind == "scale":
             new = target[row][where] * value
         else:
-            new = torch.tensor(value)
+            new = torch.tensor(value) / factor
         target[row][where] = new.to(target.device, target.dtype)
     replace_tensor(spec, block, name, target)
 
@@ -195,7 +219,13 @@ def grid(places: Any, columns: Any) -> tuple[Any, Any]:
 
 
 def tensor_of(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
-    """The live tensor `[row, token, width]` of a component."""
+    """A component's tensor `[row, token, width]`; a contribution as it is added to the stream."""
+    tensor, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
+    return tensor if factor == 1.0 else tensor * factor
+
+
+def module_tensor(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
+    """The live tensor `[row, token, width]` of a component's module: a contribution before the family's multiplier."""
     path, side, index = spec["components"][name]
     module = module_at(block, path)
     value: Any = module.input if side == "input" else module.output
@@ -204,7 +234,7 @@ def tensor_of(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
 
 
 def replace_tensor(spec: dict[str, Any], block: Any, name: str, value: torch.Tensor) -> None:
-    """Hand a component's written tensor back to the forward pass."""
+    """Hand a module's written tensor (`module_tensor`) back to the forward pass."""
     path, side, index = spec["components"][name]
     module = module_at(block, path)
     if side == "input":
@@ -255,6 +285,52 @@ def rows_of(linear: Any, value: torch.Tensor, rows: torch.Tensor) -> torch.Tenso
     """Some outputs of a linear module."""
     bias = None if linear.bias is None else linear.bias[rows]
     return torch.nn.functional.linear(value, linear.weight[rows], bias)
+
+
+def direct(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
+    """What sets of contributions do to the answer by the residual stream alone: `[1, (side, set, read)]`.
+
+    The final stream is a sum of what layers add. So no layer is run: the base stream, plus the difference between the
+    other prompt's contributions and its own, goes through all that follows the last block.
+    """
+    bases = [
+        base_run(model, spec, stack, ("attention_output", "mlp_output", "layer_output")) for stack in context["stacks"]
+    ]
+    found = []
+    for side in (0, 1):
+        own, other = bases[side]["captured"], bases[1 - side]["captured"]
+        streams = torch.stack([held_stream(own, other, sites) for sites in context["sets"]])
+        for first in range(0, len(streams), context["rows"]):
+            part = streams[first : first + context["rows"]]
+            found.append(answer_of(model, spec, context["stacks"][side], bases[side]["keyvalues"], part))
+    return torch.cat(found).flatten()[None]
+
+
+def held_stream(own: dict[str, Any], other: dict[str, Any], sites: tuple[Any, ...]) -> torch.Tensor:
+    """`[token, width]` float32: the final stream with some contributions as on the other prompt."""
+    stream: torch.Tensor = own["layer_output"][-1][0].float()
+    for name, layer in sites:
+        stream = stream + other[name][layer][0].float() - own[name][layer][0].float()
+    return stream
+
+
+def answer_of(
+    model: Any, spec: dict[str, Any], stack: dict[str, Any], keyvalues: list[Any], streams: torch.Tensor
+) -> torch.Tensor:
+    """Answer values `[row, read]` of final streams `[row, token, width]` of one prompt."""
+    start, blocks = stack["first"], module_at(model, spec["blocks"])
+    past, arguments = prefix_cache(keyvalues, start), forward_arguments(spec, stack, start)
+    entering = streams.to(getattr(torch, spec["dtype"]))
+    with model.trace(input_ids=torch.tensor([stack["ids"][0][start:]]), past_key_values=past, **arguments):
+        skip_all(blocks, spec["layers"], entering)
+        values = answer_values(model, spec, stack, (0,) * len(streams))
+    return values
+
+
+def skip_all(blocks: Any, layers: int, stream: torch.Tensor) -> None:
+    """Run no layer; the stream is what the last one hands on."""
+    for layer in range(layers):
+        blocks[layer].skip(stream)
 
 
 def read(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
@@ -326,13 +402,26 @@ def gradients_of(
                 block.input = block.input.detach().requires_grad_()
             for name in spec["components"]:
                 if name == component:
-                    live.append(tensor_of(spec, block, name))
+                    live.append(module_tensor(spec, block, name))
                 if name in ("attention_output", "mlp_output") and layer + 1 in cuts:
-                    replace_tensor(spec, block, name, cut_off(tensor_of(spec, block, name), cuts.index(layer + 1)))
-        weights = torch.tensor(pair["weights"])
+                    cut = cut_off(module_tensor(spec, block, name), cuts.index(layer + 1))
+                    replace_tensor(spec, block, name, cut)
         values = answer_values(model, spec, stack, rows)
-        found = torch.autograd.grad((values * weights.to(values.device)).sum(), live)
-    return [gradient.float() for gradient in found]
+        found = torch.autograd.grad(outcome_of(values, pair), live)
+    return [gradient.float() / spec["factors"].get(component, 1.0) for gradient in found]
+
+
+def outcome_of(values: torch.Tensor, pair: dict[str, Any]) -> torch.Tensor:
+    """Y of values `[row, read]`, summed over rows: a weighted sum, or log-probabilities of two sides' openings."""
+    if "sides" not in pair:
+        return (values * torch.tensor(pair["weights"]).to(values.device)).sum()
+    compliant, refusing = [side_logprob(values, openings) for openings in pair["sides"]]
+    return (compliant - refusing).sum()
+
+
+def side_logprob(values: torch.Tensor, openings: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """`[row]`: log of the summed probability of openings, each the sum of the reads along it (nats)."""
+    return torch.logsumexp(torch.stack([values[:, list(reads)].sum(1) for reads in openings], 1), 1)
 
 
 def cut_off(tensor: torch.Tensor, row: int) -> torch.Tensor:
@@ -378,9 +467,9 @@ def hold(model: Any, spec: dict[str, Any], held: dict[int, Any], tokens: int) ->
     for layer, parts in held.items():
         block = module_at(model, spec["blocks"])[layer]
         for name, columns, kind, value in parts:
-            target = tensor_of(spec, block, name)
+            target, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
             where = (slice(None), slice(-tokens, None), torch.tensor(columns))
-            new = target[where] * value if kind == "scale" else torch.tensor(value)
+            new = target[where] * value if kind == "scale" else torch.tensor(value) / factor
             target[where] = new.to(target.device, target.dtype)
             replace_tensor(spec, block, name, target)
 

@@ -6,9 +6,11 @@ is the base prompt as it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from remote_mediation.errors import SiteError
 from remote_mediation.sites import Component, ModelInfo, Site
 from remote_mediation.tokens import TokenPair
 
@@ -78,9 +80,63 @@ def swap(pair: TokenPair, site: Site, base: int, info: ModelInfo) -> Row:
 
     A position that the pair does not have gives a row without writes.
     """
+    return swap_all(pair, [site], base, info)
+
+
+def swap_all(pair: TokenPair, sites: Sequence[Site], base: int, info: ModelInfo) -> Row:
+    """Run `base` while all sites together are as on the pair's other prompt: joint(S) of METHOD, section 3.
+
+    Sites whose position the pair does not have are left out.
+
+    Raises:
+        SiteError: a site is wholly covered by another one, so that swapping it changes nothing.
+    """
+    present = [site for site in sites if pair.places(site.position).x0]
+    _refuse_covered(pair, present)
+    return Row(pair.id, base, tuple(held(pair, site, base, 1 - base, info) for site in present))
+
+
+def direct_row(pair: TokenPair, sites: Sequence[Site], base: int, info: ModelInfo) -> Row:
+    """Run `base` while at `last` all that layers add is held at its base value, and only sites are as on the other.
+
+    This is direct(S) of METHOD, section 3, by a run. Sites are contributions, or neurons: of a layer with neurons among
+    the sites, the neurons are held in place of the MLP's output. Layers below the first site need no hold.
+    """
+    low = min(site.layer for site in sites)
+    swapped = {site: held(pair, site, base, 1 - base, info) for site in sites}
+    neurons = {site.layer for site in sites if site.component == "mlp_neurons"}
+    writes = []
+    for layer in range(low, info.layers):
+        mlp: Component = "mlp_neurons" if layer in neurons else "mlp_output"
+        for component in ("attention_output", mlp):
+            writes.append(held(pair, Site(component, layer, "last"), base, base, info))
+            writes += [swapped[site] for site in sites if (site.component, site.layer) == (component, layer)]
+    return Row(pair.id, base, tuple(writes))
+
+
+def held(pair: TokenPair, site: Site, base: int, side: int, info: ModelInfo) -> Write:
+    """A site of a run of `base` held at what it is in the base run of prompt `side`."""
     places = pair.places(site.position)
-    if not places.x0:
-        return Row(pair.id, base)
-    value = Source(1 - base, places[1 - base])
-    write = Write(site.component, site.layer, places[base], info.columns(site.component, site.units), value)
-    return Row(pair.id, base, (write,))
+    value = Source(side, places[side])
+    return Write(site.component, site.layer, places[base], info.columns(site.component, site.units), value)
+
+
+# What stands in a component's tensor and is lost when the component itself is overwritten.
+_INSIDE: dict[Component, tuple[Component, ...]] = {
+    "layer_output": ("attention_heads", "attention_output", "mlp_neurons", "mlp_output"),
+    "attention_output": ("attention_heads",),
+    "mlp_output": ("mlp_neurons",),
+}
+
+
+def _refuse_covered(pair: TokenPair, sites: Sequence[Site]) -> None:
+    whole = {(site.component, site.layer): site for site in sites if not site.units}
+    for site in sites:
+        around = [name for name, inside in _INSIDE.items() if site.component in inside]
+        for component in [*around, *([site.component] if site.units else [])]:
+            cover = whole.get((component, site.layer))
+            if cover and set(pair.places(site.position).x0) <= set(pair.places(cover.position).x0):
+                raise SiteError(f"{site} is wholly covered by {cover} of the same set; leave one of them out")
+    if len(set(sites)) < len(sites):
+        twice = next(site for site in sites if list(sites).count(site) > 1)
+        raise SiteError(f"{twice} is in one set twice; name it once")

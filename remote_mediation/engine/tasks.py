@@ -11,22 +11,25 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
-from remote_mediation.engine.budget import Budget, Setting, layer_flops
+from remote_mediation.engine.budget import LOGIT_COPIES, Budget, Setting, base_flops, layer_flops
 from remote_mediation.engine.jobs import Job, Part
 from remote_mediation.engine.payload import Side, digest, model_spec, shifted, stack_payload
 from remote_mediation.engine.rows import Constant, Scale
-from remote_mediation.sites import FORWARD_ORDER, Component
+from remote_mediation.outcomes import Outcome
+from remote_mediation.sites import FORWARD_ORDER, Component, Site
 from remote_mediation.tokens import TokenPair
 
 # Backward passes of a screening that share a batch; each keeps its whole graph in memory.
 _CUTS_TOGETHER = 16
 # Pairs whose estimates are summed where they arise.
 _PAIRS_TOGETHER = 16
+# Bytes of answer logits that the sets of a `direct` task may take at once.
+_DIRECT_BYTES = 0.3e9
 
 # What can be read of a layer, in the order in which it comes about; `layer_input` is the stream that enters it.
 Readable = Component | Literal["layer_input"]
 _READ_ORDER: tuple[Readable, ...] = ("layer_input", *FORWARD_ORDER)
-Kind = Literal["read", "screen", "generate", "drift"]
+Kind = Literal["read", "screen", "generate", "drift", "direct"]
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,29 @@ def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str
                 "start": start,
                 "stacks": tuple(stack_payload([Side(pair, number)], start, setting.outcome) for number in (0, 1)),
                 "places": tuple(shifted(one, start) for one in places),
-                "weights": tuple(read.weight for read in setting.outcome.reads(pair)),
+                **_outcome_payload(setting.outcome, pair),
             }
         )
         tokens += 2 * length + 6 * setting.info.layers * (length - start)
     payload = {"component": component, "rows": _CUTS_TOGETHER, "pairs": tuple(parts)}
     return Task("screen", tuple(pair.id for pair in pairs), payload, _forward(tokens, setting))
+
+
+def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Setting) -> Task:
+    """Direct effects of sets of contributions at `last`, from the pair's two base runs: `[side, set, read]`.
+
+    sets: sites whose component is `attention_output` or `mlp_output`; their position is taken to be `last`.
+    """
+    starts = [len(prompt) - 1 for prompt in pair.prompts]
+    stacks = tuple(stack_payload([Side(pair, side)], start, setting.outcome) for side, start in enumerate(starts))
+    logits = (1 + pair.fed) * setting.info.vocab * 4 * LOGIT_COPIES
+    payload = {
+        "stacks": stacks,
+        "sets": tuple(tuple((site.component, site.layer) for site in sites) for sites in sets),
+        "rows": max(1, int(_DIRECT_BYTES / logits)),
+    }
+    reading = 2.0 * 2 * len(sets) * (1 + pair.fed) * setting.info.d_model * setting.info.vocab
+    return Task("direct", (pair.id,), payload, base_flops(pair, setting) + reading)
 
 
 def generate_task(prompts: Sequence[tuple[int, ...]], tokens: int, held: Sequence[Held], setting: Setting) -> Task:
@@ -128,6 +148,13 @@ def plan_tasks(tasks: Iterable[Task], setting: Setting, budget: Budget) -> Itera
             parts.append(Part(task.pairs, (task.key(setting),), task.payload, task.flops))
             spent += task.flops
         yield Job(kind, model_spec(setting), tuple(parts))
+
+
+def _outcome_payload(outcome: Outcome, pair: TokenPair) -> dict[str, Any]:
+    """How values become Y: weights of a sum, or by side the reads along each opening."""
+    if outcome.name == "refusal":
+        return {"sides": outcome.sides(pair)}
+    return {"weights": tuple(read.weight for read in outcome.reads(pair))}
 
 
 def _held_payload(held: Sequence[Held]) -> dict[int, Any]:

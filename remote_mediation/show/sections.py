@@ -568,8 +568,8 @@ def _rank_table(result: Result, table: pd.DataFrame) -> Table:
         )
         for row in table.itertuples()
     ]  # fmt: skip
-    same = table[(table["attack"] != attacks.NONE) & table["overlap"].notna() & table["overlap_low"].isna()]
-    agree = "no interval where all resamples agree, which is no certainty" if len(same) else ""
+    same = table[(table["attack"] != attacks.NONE) & (table["overlap_low"] == table["overlap_high"])]
+    agree = "an interval of one point, where all resamples agree, is no certainty" if len(same) else ""
     notes = (*notes_on(overlap, [agree]), *_judge_notes(result, rate))
     return Table(("attack", rank, overlap, rate, "with the gates held"), rows, notes)
 

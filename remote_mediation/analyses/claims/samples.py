@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from remote_mediation.analyses.claims.verdicts import Bench, Both, Effect
 from remote_mediation.engine.rows import Row
-from remote_mediation.lab import Floats, Indirect, Lab
+from remote_mediation.lab import Floats, Indirect, Lab, placebo_id
 from remote_mediation.sites import Site
 from remote_mediation.tokens import TokenPair
 
@@ -77,7 +77,7 @@ class Sample:
     def spread(self, values: Floats, missing: float) -> Floats:
         """`[placebo, ...]` as `[pair, ...]`."""
         by_pair = np.full((len(self.pairs), *values.shape[1:]), missing)
-        number = {f"{pair.id}~placebo": place for place, pair in enumerate(self.pairs)}
+        number = {placebo_id(pair.id): place for place, pair in enumerate(self.pairs)}
         for placebo, value in zip(self.placebos, values, strict=True):
             by_pair[number[placebo.id]] = value
         return by_pair

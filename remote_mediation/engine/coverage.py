@@ -1,0 +1,164 @@
+"""Which models can be studied: the table of families, and a look at one model built from its configuration alone.
+
+A model is built on torch's meta device, where tensors have shapes and no memory, so that the largest one is checked in
+seconds and no weights are loaded: every module that its family's row names must be there, as wide as `ModelInfo` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from remote_mediation.errors import ModelError, SiteError
+from remote_mediation.models import info_of, load_configuration
+from remote_mediation.sites import FAMILIES, NOT_COVERED, Component, Family, Hook, ModelInfo
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+_CHECKED: tuple[Component, ...] = ("mlp_neurons", "attention_heads")
+
+
+class FamilyLine(NamedTuple):
+    """One family, as it is shown."""
+
+    family: str
+    components: dict[str, str]
+    """What each component is there, by name; the reason where it cannot be had."""
+    reason: str
+    """Why the whole family cannot be studied; empty for a covered one."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What is known of one model from its configuration."""
+
+    name: str
+    reason: str
+    """Why it cannot be studied; empty where it can."""
+    info: ModelInfo | None = None
+    """Its shape, where its family is in the table."""
+    model_class: str = ""
+    """The transformers class that was built."""
+    parameters: int = 0
+    """Weights that are stored."""
+    active: int = 0
+    """Weights that run for a token: all of them but the experts of a mixture that a token is not routed to."""
+    components: dict[str, str] = field(default_factory=dict)
+    """What each component is there, by name."""
+
+    @property
+    def covered(self) -> bool:
+        """Whether it can be studied."""
+        return not self.reason
+
+    def lines(self) -> list[str]:
+        """What is known, a line each."""
+        verdict = f"{self.name} cannot be studied: {self.reason}" if self.reason else f"{self.name} can be studied"
+        if self.info is None:
+            return [verdict]
+        info = self.info
+        running = (
+            "" if self.active == self.parameters else f", of which {self.active / 1e9:.3g} billion run for a token"
+        )
+        return [
+            verdict,
+            f"class: {self.model_class}, family {info.family}",
+            f"shape: {info.layers} layers, stream {info.d_model}, {info.heads} heads of {info.d_head}, MLP {info.d_ff}",
+            f"parameters: {self.parameters / 1e9:.3g} billion{running}",
+            f"weights: {self.parameters * 4 / 1e9:.3g} GB in float32, {self.parameters * 2 / 1e9:.3g} GB in bfloat16",
+            *(f"{name}: {words}" for name, words in self.components.items()),
+        ]
+
+
+def family_lines() -> list[FamilyLine]:
+    """Every family of the table by name, then those that cannot be studied."""
+    covered = [FamilyLine(name, described(family), "") for name, family in sorted(FAMILIES.items())]
+    return covered + [FamilyLine(name, {}, reason) for name, reason in sorted(NOT_COVERED.items())]
+
+
+def described(family: Family) -> dict[str, str]:
+    """What each component is in a family, in words, in forward order."""
+    lines = {"layer_output": f"{family.blocks}[i]"}
+    for name, hook in family.hooks.items():
+        if name == "layer_output":
+            continue
+        scaled = name in ("attention_output", "mlp_output") and family.multiplier
+        lines[name] = f"{hook.side} of {hook.path}" + (f" x {family.multiplier}" if scaled else "")
+    if family.mlp_neurons is None:
+        lines["mlp_neurons"] = "none: a mixture of experts"
+    return lines
+
+
+def check_model(name: str, revision: str = "") -> Coverage:
+    """Build a model of this configuration without weights, and see whether all that its row names is there.
+
+    Raises:
+        ModelError: no such model, or no way to reach the hub.
+    """
+    config = load_configuration(name, revision)
+    try:
+        info = info_of(config, name, revision)
+    except SiteError as error:
+        return Coverage(name, str(error))
+    return examine(config, info)
+
+
+def examine(config: PreTrainedConfig, info: ModelInfo) -> Coverage:
+    """The coverage of a model whose family is in the table.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    model, family = _on_meta(config, info.name), FAMILIES[info.family]
+    stored = sum(weight.numel() for weight in model.parameters())
+    idle = 3 * info.d_model * max(info.stored_ff - info.d_ff, 0) * _mixture_layers(model, family)
+    reason = next(_faults(model, family, info), "")
+    return Coverage(info.name, reason, info, type(model).__name__, stored, stored - idle, described(family))
+
+
+def _on_meta(config: PreTrainedConfig, name: str) -> nn.Module:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ModelError(f"transformers cannot build {name!r}: {str(error).strip().splitlines()[0]}") from error
+    return model
+
+
+def _mixture_layers(model: nn.Module, family: Family) -> int:
+    """Layers with experts; a mixture's other layers have one MLP."""
+    return sum(any(path.endswith("experts") for path, _ in block.named_modules()) for block in _blocks(model, family))
+
+
+def _faults(model: nn.Module, family: Family, info: ModelInfo) -> Iterator[str]:
+    """What the family's row names and the model has not."""
+    blocks = list(_blocks(model, family))
+    if len(blocks) != info.layers:
+        yield f"{family.blocks} holds {len(blocks)} layers, the configuration says {info.layers}"
+    if not hasattr(model, "lm_head"):
+        yield "it has no lm_head to read answers from"
+    for layer, block in enumerate(blocks):
+        for component, hook in family.hooks.items():
+            module = _module(block, hook)
+            if module is None:
+                yield f"layer {layer} has no {hook.path}, where {component} is read"
+            elif component in _CHECKED and info.tensor_width(component) not in module.weight.shape:
+                width, shape = info.tensor_width(component), tuple(module.weight.shape)
+                yield f"{hook.path} of layer {layer} is {shape}, and {component} should be {width} wide"
+
+
+def _blocks(model: nn.Module, family: Family) -> list[Any]:
+    return list(model.get_submodule(family.blocks).children())
+
+
+def _module(block: nn.Module, hook: Hook) -> Any:
+    try:
+        return block.get_submodule(hook.path)
+    except AttributeError:
+        return None

@@ -1,0 +1,76 @@
+"""Models built from configurations alone: what is covered, what is not, and a row that names what is not there."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from oracle import Subject
+from transformers import AutoConfig
+
+from remote_mediation.engine.coverage import check_model, examine, family_lines
+from remote_mediation.models import info_of
+from remote_mediation.sites import FAMILIES, NOT_COVERED, Hook
+
+Subjects = Callable[[str], Subject]
+
+
+def test_every_family_has_a_line() -> None:
+    lines = {line.family: line for line in family_lines()}
+    assert set(lines) == {*FAMILIES, *NOT_COVERED}
+    assert lines["llama"].components == {
+        "layer_output": "model.layers[i]",
+        "attention_heads": "input of self_attn.o_proj",
+        "attention_output": "output of self_attn",
+        "mlp_neurons": "input of mlp.down_proj",
+        "mlp_output": "output of mlp",
+    }
+    assert lines["granite"].components["mlp_output"] == "output of mlp x residual_multiplier"
+    assert lines["mixtral"].components["mlp_neurons"] == "none: a mixture of experts"
+    assert all(line.reason == NOT_COVERED.get(name, "") for name, line in lines.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_checked_from_its_configuration(subject: Subjects, family: str) -> None:
+    model = subject(family)
+    found = check_model(model.info.name)
+    assert found.covered, found.reason
+    assert found.model_class == type(model.plain).__name__
+    assert found.parameters == sum(weight.numel() for weight in model.plain.parameters())
+    assert (found.active < found.parameters) == (FAMILIES[family].mixture is not None)
+
+
+def test_weights_that_run_for_a_token_in_a_mixture() -> None:
+    # Mixtral 8x7B as its makers describe it: 46.7 billion parameters, 12.9 billion of them for a token.
+    config = AutoConfig.for_model("mixtral", rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+    found = examine(config, info_of(config, "mixtral"))
+    assert (round(found.parameters / 1e9, 1), round(found.active / 1e9, 1)) == (46.7, 12.9)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"mlp_output": Hook("feed_forward")}, "layer 0 has no feed_forward, where mlp_output is read"),
+        (
+            {"mlp_neurons": Hook("self_attn.q_proj", "input")},
+            "self_attn.q_proj of layer 0 is (48, 32), and mlp_neurons",
+        ),
+    ],
+)
+def test_a_row_that_names_what_is_not_there(
+    subject: Subjects, monkeypatch: pytest.MonkeyPatch, change: dict[str, Hook], reason: str
+) -> None:
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], **change))
+    found = check_model(subject("llama").info.name)
+    assert not found.covered
+    assert reason in found.reason
+
+
+def test_a_family_that_is_not_covered(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom"}), "utf-8")
+    found = check_model(str(tmp_path))
+    assert not found.covered
+    assert found.lines() == [
+        f"{tmp_path} cannot be studied: model family 'bloom' cannot be studied: {NOT_COVERED['bloom']}"
+    ]
