@@ -57,17 +57,13 @@ def test_random_sets_match_layer_and_change() -> None:
         assert sorted(layer for layer, _ in one) == [0, 2, 2, 2]
         assert len(set(one)) == 4
         assert not set(one) & set(chosen)
-        assert sum(changes[at] for at in one) == pytest.approx(
-            sum(changes[at] for at in chosen), rel=0.2
-        )
+        assert sum(changes[at] for at in one) == pytest.approx(sum(changes[at] for at in chosen), rel=0.2)
     assert len(set(map(tuple, drawn))) > 10
 
 
 def test_the_nearest_of_the_drawn_half_is_taken() -> None:
     changes = np.array([[1.0, 1.1, 9.0, 9.1, 9.2, 9.3, 9.4, 9.5, 9.6]])
-    found = [
-        sparse.matched([(0, 0)], changes, np.random.default_rng(seed))[0] for seed in range(60)
-    ]
+    found = [sparse.matched([(0, 0)], changes, np.random.default_rng(seed))[0] for seed in range(60)]
     assert 15 < found.count((0, 1)) < 45  # whenever it is in the half
     assert set(found) - {(0, 1)} <= {(0, 2), (0, 3), (0, 4), (0, 5), (0, 6)}
 
@@ -91,9 +87,7 @@ def test_a_component_is_read_by_a_probe_that_has_not_seen_it() -> None:
     rng = np.random.default_rng(1)
     features = rng.normal(size=(PAIRS, 2, 3, 16))
     features[:, 1, 1] += 3  # harm is written in one direction at place 1
-    signs = np.where(
-        np.arange(PAIRS) // 2 % 2, 1.0, -1.0
-    )  # and as a word of its component at place 2
+    signs = np.where(np.arange(PAIRS) // 2 % 2, 1.0, -1.0)  # and as a word of its component at place 2
     own = np.eye(16)[np.arange(PAIRS) // 2]
     features[:, :, 2] = own[:, None] * np.array([-1.0, 1.0])[None, :, None] * signs[:, None, None]
     found = understanding.leave_one_out(features, CLUSTERS)
@@ -154,8 +148,7 @@ def _interval(value: float) -> Interval:
 
 def _tables() -> tuple[pd.DataFrame, pd.DataFrame]:
     deciding = tuple(
-        Measure("W", name, "TE", _interval(0.9), _interval(0.2), 0.9, 0.2, _interval(0.7))
-        for name in ("nie", "tie")
+        Measure("W", name, "TE", _interval(0.9), _interval(0.2), 0.9, 0.2, _interval(0.7)) for name in ("nie", "tie")
     )
     beside = (Measure("A", "nie", "TE", _interval(0.5), _interval(0.4), 0.5, 0.4, _interval(0.1)),)
     claim = Claim(1, "it is late", "", "supported", False, "because", deciding, beside)
@@ -172,18 +165,14 @@ def test_the_small_table_has_harm_beside_placebo() -> None:
         "20% [10%, 30%], β 0.2; 20% [10%, 30%], β 0.2",
         "supported, of any edit",
     )
-    assert show.reasons_table(claims).rows == [
-        ("1. it is late", "supported, of any edit", "because")
-    ]
+    assert show.reasons_table(claims).rows == [("1. it is late", "supported, of any edit", "because")]
     assert [line[1] for line in show.measures_table(sets).rows] == ["W, NIE", "W, TIE", "A, NIE"]
     assert show.measures_table(sets).rows[0][-1] == "0.7 [0.6, 0.8]"
 
 
 def test_choices_are_shown() -> None:
     of = _compared(0.5)
-    found = specification(
-        {"discovery": of, "heldout": of, "all": of}, np.random.default_rng(0), 199
-    )
+    found = specification({"discovery": of, "heldout": of, "all": of}, np.random.default_rng(0), 199)
     table = show.specification_table(found)
     assert len(table.rows) == 8
     assert table.rows[3][-3:] == (str(2 * DIVISIONS), "0", "0")

@@ -17,9 +17,7 @@ TE = 6 + np.linspace(-0.5, 0.5, PAIRS)
 NOISE = 0.02 * np.cos(np.arange(PAIRS))  # sums to nearly 0, and is not in step with TE
 
 
-def bench(
-    te: np.ndarray = TE, placebo: np.ndarray | None = 0.1 * TE, layers: int = 12, pairs: int = PAIRS
-) -> Bench:
+def bench(te: np.ndarray = TE, placebo: np.ndarray | None = 0.1 * TE, layers: int = 12, pairs: int = PAIRS) -> Bench:
     none = np.full(PAIRS, np.nan)
     total = Both(te[:pairs], (none if placebo is None else placebo)[:pairs])
     return Bench(total, CLUSTERS[:pairs], layers, seed=0, resamples=199)
@@ -28,9 +26,7 @@ def bench(
 def both(harm: float, placebo: float = 0.0, on: Bench | None = None) -> Both:
     """Effects of these shares of TE, with a little noise."""
     total = (on or bench()).total
-    return Both(
-        *(share * te + NOISE[: len(te)] for share, te in zip((harm, placebo), total, strict=True))
-    )
+    return Both(*(share * te + NOISE[: len(te)] for share, te in zip((harm, placebo), total, strict=True)))
 
 
 def effect(nie: float, tie: float, placebo: float = 0.0, on: Bench | None = None) -> Effect:
@@ -90,9 +86,7 @@ def test_claims_are_about_the_refusal_where_harm_makes_the_model_refuse() -> Non
     assert found.name == "the outcome is decided in late layers"
 
 
-def _late(
-    nie: float, tie: float, arrived: float = 0.1, placebo: float = 0.0, **of: int
-) -> verdicts.Claim:
+def _late(nie: float, tie: float, arrived: float = 0.1, placebo: float = 0.0, **of: int) -> verdicts.Claim:
     on = bench(**of)
     decided, before = effect(nie, tie, placebo, on), effect(arrived, arrived, on=on)
     return verdicts.late(on, decided, before, reads_edit=False)
@@ -122,9 +116,7 @@ def test_late(nie: float, tie: float, verdict: str) -> None:
 def test_when_it_arrives_is_added(arrived: float, when: str) -> None:
     found = _late(0.9, 0.9, arrived)
     assert found.why.partition("; it ")[2] == when
-    assert [one.harm.value for one in found.measures[2:]] == pytest.approx(
-        [1 - arrived] * 2, abs=0.01
-    )
+    assert [one.harm.value for one in found.measures[2:]] == pytest.approx([1 - arrived] * 2, abs=0.01)
 
 
 def test_what_any_edit_does_is_not_specific_to_harm() -> None:
@@ -159,9 +151,7 @@ def _mlp(whole: float, parts: Sequence[tuple[float, float]]) -> verdicts.Claim:
         verdicts.ALL_LAYERS: effect(whole, whole),
         **{name: effect(*part) for name, part in zip(PARTS, parts, strict=True)},
     }
-    return verdicts.mlp_not_attention(
-        bench(), differences, {"late MLPs, joint": effect(0.8, 0.8)}, False
-    )
+    return verdicts.mlp_not_attention(bench(), differences, {"late MLPs, joint": effect(0.8, 0.8)}, False)
 
 
 @pytest.mark.parametrize(
@@ -183,10 +173,7 @@ def test_mlp_not_attention(whole: float, parts: list[tuple[float, float]], verdi
 
 
 def test_the_layers_that_disagree_are_named() -> None:
-    assert (
-        "below 0 for MLPs minus attention, layers 8-11, TIE"
-        in _mlp(0.5, [(0.5, 0.5), (0.4, 0.4), (0.3, -0.3)]).why
-    )
+    assert "below 0 for MLPs minus attention, layers 8-11, TIE" in _mlp(0.5, [(0.5, 0.5), (0.4, 0.4), (0.3, -0.3)]).why
 
 
 def _sparse(
@@ -249,9 +236,7 @@ def test_redundancy_and_overshoot_are_notes() -> None:
 
 
 def test_unmatched_random_sets_are_noted() -> None:
-    assert _sparse(10, (0.9, 0.8), (0.9, 0.8), likeness=0.79).why.endswith(
-        "change 0.79 times as much"
-    )
+    assert _sparse(10, (0.9, 0.8), (0.9, 0.8), likeness=0.79).why.endswith("change 0.79 times as much")
 
 
 def _read(by_layer: Sequence[float], embedding: float) -> Read:
@@ -259,11 +244,7 @@ def _read(by_layer: Sequence[float], embedding: float) -> Read:
     prompts = np.arange(2 * PAIRS)
 
     def right(accuracy: float) -> np.ndarray:
-        return (
-            (np.floor((prompts + 1) * accuracy) > np.floor(prompts * accuracy))
-            .astype(float)
-            .reshape(PAIRS, 2)
-        )
+        return (np.floor((prompts + 1) * accuracy) > np.floor(prompts * accuracy)).astype(float).reshape(PAIRS, 2)
 
     return Read(np.array([right(one) for one in by_layer]), right(embedding))
 
@@ -271,9 +252,7 @@ def _read(by_layer: Sequence[float], embedding: float) -> Read:
 NOTHING = Read(np.full((4, PAIRS, 2), np.nan), np.full((PAIRS, 2), np.nan))
 
 
-def _understood(
-    by_layer: Sequence[float], embedding: float, acting: Sequence[float], layer: int = 1
-) -> verdicts.Claim:
+def _understood(by_layer: Sequence[float], embedding: float, acting: Sequence[float], layer: int = 1) -> verdicts.Claim:
     shares = [both(share) for share in acting]
     return verdicts.understood(bench(), layer, _read(by_layer, embedding), NOTHING, shares)
 
@@ -289,9 +268,7 @@ def _understood(
         ([0.5, 0.6, 0.9, 0.9], 0.6, [0.0, 0.0, 0.5, 0.9], "not supported"),
     ],
 )
-def test_understood(
-    by_layer: list[float], embedding: float, acting: list[float], verdict: str
-) -> None:
+def test_understood(by_layer: list[float], embedding: float, acting: list[float], verdict: str) -> None:
     assert _understood(by_layer, embedding, acting).verdict == verdict
 
 
@@ -323,6 +300,4 @@ def test_handed_on(own: tuple[float, float], handed: float, middle: int, verdict
     beside = {"the late MLPs": both(0.3)}
     found = verdicts.handed_on(bench(), effect(*own), both(handed), beside, middle)
     assert found.verdict == verdict
-    assert [one.harm.value for one in found.measures] == pytest.approx(
-        [handed, *own, 0.3], abs=0.01
-    )
+    assert [one.harm.value for one in found.measures] == pytest.approx([handed, *own, 0.3], abs=0.01)

@@ -14,6 +14,7 @@ from remote_mediation.analyses.claims import ask, sparse, specification, underst
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.planted.gate import Organism, Pair, planted_gate, save
+from remote_mediation.report import write_report
 from remote_mediation.store import Store
 from remote_mediation.study import Result, reread, run_study
 
@@ -105,9 +106,7 @@ def test_the_shares_are_those_that_were_written(planted: Studied) -> None:
     assert curve.index[curve["chosen"]].item() <= 2 * len(gates)
     assert curve.loc[1, "nie"] < curve.loc[len(gates), "nie"]
     handed = planted.measures(5).loc[("of it through the middle MLPs", "both"), "harm"]
-    assert handed == pytest.approx(
-        0.55, abs=0.1
-    )  # what the gate hears of relays; the movers give it the rest
+    assert handed == pytest.approx(0.55, abs=0.1)  # what the gate hears of relays; the movers give it the rest
 
 
 def test_all_neurons_are_the_band_and_both_directions_agree_over_all_layers(
@@ -115,13 +114,9 @@ def test_all_neurons_are_the_band_and_both_directions_agree_over_all_layers(
 ) -> None:
     curve = planted.result.tables["gate_sets.csv"].iloc[-1]
     band = planted.measures(3).loc["late MLPs together"]["harm"]
-    assert curve[["nie", "tie"]].to_numpy(float) == pytest.approx(
-        band[["nie", "tie"]].to_numpy(), abs=1e-4
-    )
+    assert curve[["nie", "tie"]].to_numpy(float) == pytest.approx(band[["nie", "tie"]].to_numpy(), abs=1e-4)
     both = planted.measures(2).loc["MLPs minus attention, all layers"]["harm"]
-    assert both["nie"] == pytest.approx(
-        both["tie"], abs=1e-4
-    )  # a Shapley difference of two players
+    assert both["nie"] == pytest.approx(both["tie"], abs=1e-4)  # a Shapley difference of two players
 
 
 def test_the_placebo_stands_beside_it(planted: Studied) -> None:
@@ -151,6 +146,15 @@ def test_a_run_folder_gives_the_same_claims_without_a_model(planted: Studied) ->
     again = reread(planted.store)
     for name, table in planted.result.tables.items():
         pd.testing.assert_frame_equal(again.tables[name], table)
+
+
+def test_the_report_shows_the_claims(planted: Studied) -> None:
+    lines = write_report(planted.store, planted.result).read_text("utf-8").splitlines()
+    assert "## The five claims" in lines
+    (row,) = (line for line in lines if line.startswith("| 3. a sparse set") and "β" in line)
+    assert row.endswith("| supported |")
+    for name in planted.result.tables:
+        assert (planted.store.folder / name).exists()
 
 
 def test_without_a_gate_there_is_no_effect(study: Callable[..., Studied]) -> None:

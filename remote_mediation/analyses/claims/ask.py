@@ -78,14 +78,10 @@ def measure_claims(lab: Lab) -> Tested:
     layers = lab.study.info.layers
     direct = {"discovery": measure_direct(discovery), "heldout": measure_direct(heldout)}
     what = _mlp_not_attention(heldout, direct["heldout"].differences)
-    tables = {
-        "specification.csv": _specified(lab, direct, {"discovery": discovery, "heldout": heldout})
-    }
+    tables = {"specification.csv": _specified(lab, direct, {"discovery": discovery, "heldout": heldout})}
     if layers < FEWEST_LAYERS:
         shallow = f"{layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}"
-        where, which, early, handed = (
-            verdicts.untested(number, shallow) for number in (1, 3, 4, 5)
-        )
+        where, which, early, handed = (verdicts.untested(number, shallow) for number in (1, 3, 4, 5))
         return Tested((where, what, which, early, handed), tables)
     where = _late(heldout, direct["heldout"].late)
     which, curve = sparse.measure_gate(discovery, heldout)
@@ -93,18 +89,14 @@ def measure_claims(lab: Lab) -> Tested:
     if not edits.pairs:
         early, handed = (verdicts.untested(number, _NO_EDIT) for number in (4, 5))
         return Tested((where, what, which, early, handed), {**tables, **curve})
-    early, readable = understanding.measure_understanding(
-        Sample.of(lab, "discovery", "edit"), edits
-    )
+    early, readable = understanding.measure_understanding(Sample.of(lab, "discovery", "edit"), edits)
     return Tested((where, what, which, early, handed_on(edits)), {**tables, **curve, **readable})
 
 
 def layer_sets(layers: int) -> dict[str, range]:
     """All layers, all but the first (which re-embeds what was changed), those after the early third, and the late."""
     _, middle, late = thirds(layers)
-    first = {
-        start: range(start, layers) for start in (1, middle.start, late.start) if start < layers
-    }
+    first = {start: range(start, layers) for start in (1, middle.start, late.start) if start < layers}
     return {
         ALL_LAYERS: range(layers),
         **{f"layers {at} to {layers - 1}": part for at, part in first.items()},
@@ -151,9 +143,7 @@ def _mlp_not_attention(heldout: Sample, differences: Mapping[str, Effect]) -> Cl
     return verdicts.mlp_not_attention(heldout.bench(), differences, bands, heldout.reads_edit)
 
 
-def _specified(
-    lab: Lab, direct: Mapping[str, Direct], samples: Mapping[str, Sample]
-) -> pd.DataFrame:
+def _specified(lab: Lab, direct: Mapping[str, Direct], samples: Mapping[str, Sample]) -> pd.DataFrame:
     by_split = {
         name: Compared(direct[name].differences, sample.bench().total.harm, sample.clusters)
         for name, sample in samples.items()
@@ -167,19 +157,13 @@ def _specified(
 
 def _joined(parts: Sequence[Compared]) -> Compared:
     """Pairs of several splits as one."""
-    joined = {
-        name: Effect.joined([part.differences[name] for part in parts])
-        for name in parts[0].differences
-    }
+    joined = {name: Effect.joined([part.differences[name] for part in parts]) for name in parts[0].differences}
     totals = np.concatenate([part.total for part in parts])
     return Compared(joined, totals, np.concatenate([part.clusters for part in parts]))
 
 
 def _claim_row(claim: Claim) -> dict[str, Any]:
-    kept = {
-        name: getattr(claim, name)
-        for name in ("number", "said", "gate", "verdict", "specific", "why")
-    }
+    kept = {name: getattr(claim, name) for name in ("number", "said", "gate", "verdict", "specific", "why")}
     return {**kept, "claim": claim.name}
 
 

@@ -48,10 +48,7 @@ def random_sets(layers: int, size: int, rng: np.random.Generator) -> list[list[S
         *band("attention_output", late, _POSITION),
         *band("mlp_output", late, _POSITION),
     ]
-    return [
-        sorted(others[place] for place in rng.permutation(len(others))[:size])
-        for _ in range(RANDOM_SETS)
-    ]
+    return [sorted(others[place] for place in rng.permutation(len(others))[:size]) for _ in range(RANDOM_SETS)]
 
 
 def held(pair: TokenPair, side: int, frozen: Sequence[Site], info: ModelInfo) -> Row:

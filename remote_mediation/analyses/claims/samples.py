@@ -58,10 +58,7 @@ class Sample:
     def effects(self, ask: Ask, sets: Sequence[Sequence[Site]]) -> list[Effect]:
         """Effects of sets, by `Lab.joint` or `Lab.direct`."""
         found = ask(sets, (*self.pairs, *self.placebos))
-        return [
-            Effect(self._both(nie), self._both(tie))
-            for nie, tie in zip(found.nie, found.tie, strict=True)
-        ]
+        return [Effect(self._both(nie), self._both(tie)) for nie, tie in zip(found.nie, found.tie, strict=True)]
 
     def change(self, rows: Callable[[TokenPair], tuple[Row, Row]]) -> Both:
         """Y of the first row minus Y of the second, on every pair."""

@@ -42,9 +42,7 @@ def claims_table(claims: pd.DataFrame, sets: pd.DataFrame) -> Table:
 
 def reasons_table(claims: pd.DataFrame) -> Table:
     """Why each verdict is what it is. claims: `ask.CLAIM_COLUMNS`."""
-    rows = [
-        (f"{claim.number}. {claim.claim}", claim.said, claim.why) for claim in claims.itertuples()
-    ]
+    rows = [(f"{claim.number}. {claim.claim}", claim.said, claim.why) for claim in claims.itertuples()]
     return Table(("claim", "verdict", "why"), rows)
 
 
@@ -116,9 +114,7 @@ def curve_figure(gate_sets: pd.DataFrame, bands: pd.DataFrame) -> Figure:
     axis = figure.subplots()
     part = 100 * gate_sets["part"]
     for name, colour, marker in zip(DIRECTIONS, COLOURS, MARKERS, strict=False):
-        axis.plot(
-            part, gate_sets[name], color=colour, marker=marker, markersize=4, label=name.upper()
-        )
+        axis.plot(part, gate_sets[name], color=colour, marker=marker, markersize=4, label=name.upper())
         direct, label = gate_sets[f"direct_{name}"], f"direct, {name.upper()}"
         axis.plot(part, direct, "--", color=colour, linewidth=1, label=label)
         low, high = gate_sets[f"{name}_low"], gate_sets[f"{name}_high"]
@@ -126,16 +122,12 @@ def curve_figure(gate_sets: pd.DataFrame, bands: pd.DataFrame) -> Figure:
         whole = bands[bands["direction"] == name]["harm"]
         if len(whole):
             label = f"late MLPs together, {name.upper()}"
-            axis.axhline(
-                float(whole.iloc[0]), color=colour, linestyle=":", linewidth=1, label=label
-            )
+            axis.axhline(float(whole.iloc[0]), color=colour, linestyle=":", linewidth=1, label=label)
     axis.axhline(HALF, color="0.6", linewidth=0.8, zorder=0)
     axis.axvline(1, color="0.6", linewidth=0.8, zorder=0)
     axis.set(xscale="log", xlabel="late neurons, strongest first (%)", ylabel="joint effect / TE")
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.suptitle(
-        "The first late neurons together, held-out pairs; grey: 1% and half of TE", fontsize=11
-    )
+    figure.suptitle("The first late neurons together, held-out pairs; grey: 1% and half of TE", fontsize=11)
     legend(figure, axis)
     return figure
 
@@ -156,9 +148,7 @@ def _with_slope(row: pd.Series, side: str) -> str:
 
 def _label(row: pd.Series) -> str:
     direction = row["direction"]
-    return (
-        f"{row['measure']}, {direction.upper()}" if direction in DIRECTIONS else str(row["measure"])
-    )
+    return f"{row['measure']}, {direction.upper()}" if direction in DIRECTIONS else str(row["measure"])
 
 
 def _shares(axis: Axes, part: pd.DataFrame, names: list[str]) -> None:

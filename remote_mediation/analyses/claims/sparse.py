@@ -23,7 +23,7 @@ from remote_mediation.analyses.claims.verdicts import (
     Claim,
     Sparse,
 )
-from remote_mediation.engine.tasks import Reading, read_task, screen_tasks
+from remote_mediation.engine.tasks import Reading, Task, read_task, screen_tasks
 from remote_mediation.errors import JobError
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.shares import share
@@ -59,10 +59,10 @@ Neuron = tuple[int, int]
 def measure_gate(discovery: Sample, heldout: Sample) -> tuple[Claim, dict[str, pd.DataFrame]]:
     """Claim 3, and `gate_sets.csv` where the neurons could be ranked."""
     position = "all" if _has_all(discovery) and _has_all(heldout) else "last"
-    try:
-        search = Search.of(discovery, position)
-    except JobError as error:
-        return verdicts.untested(3, f"the late neurons could not be ranked: {error}"), {}
+    problem = discovery.lab.noted("claims-screen", lambda _: _screen_problem(discovery, position))
+    if problem:
+        return verdicts.untested(3, f"the late neurons could not be ranked: {problem}"), {}
+    search = Search.of(discovery, position)
     found = search.judged(heldout)
     return verdicts.sparse_gate(heldout.bench(), found), {"gate_sets.csv": search.curve(heldout)}
 
@@ -85,11 +85,7 @@ class Search(NamedTuple):
 
     @classmethod
     def of(cls, discovery: Sample, position: str) -> Search:
-        """Rank all late neurons and find how few of them do the late MLPs' work.
-
-        Raises:
-            JobError: the backend gives no gradients.
-        """
+        """Rank all late neurons and find how few of them do the late MLPs' work."""
         lab = discovery.lab
         late = thirds(lab.study.info.layers).late
         bench = discovery.bench()
@@ -99,8 +95,7 @@ class Search(NamedTuple):
         found = lab.joint([band("mlp_output", late, position), *sets], discovery.pairs)
         means = np.stack([np.nanmean(table, axis=1) for table in (found.nie, found.tie)], axis=1)
         whole = [
-            share(table[0], found.te, found.clusters, bench.rng(), bench.resamples)
-            for table in (found.nie, found.tie)
+            share(table[0], found.te, found.clusters, bench.rng(), bench.resamples) for table in (found.nie, found.tie)
         ]
         carried = means[1:] / means[0]
         works = all(one.low > 0 for one in whole)
@@ -129,9 +124,7 @@ class Search(NamedTuple):
         """`GATE_SET_COLUMNS` of every size: the joint effect, and what of it goes straight to the answer."""
         bench, lab = heldout.bench(), self.lab
         joint = lab.joint([self._first(size) for size in self.sizes], heldout.pairs)
-        direct = lab.direct(
-            [first(self.ranked, size, "last") for size in self.sizes], heldout.pairs
-        )
+        direct = lab.direct([first(self.ranked, size, "last") for size in self.sizes], heldout.pairs)
         curves = {
             "nie": joint.nie,
             "tie": joint.tie,
@@ -164,9 +157,7 @@ class Search(NamedTuple):
             drawn = [matched(chosen, self.changes, rng) for _ in range(count)]
             likeness += [_likeness(chosen, one, self.changes) for one in drawn]
             effects = self.lab.joint([sites_of(one, self.position) for one in drawn], heldout.pairs)
-            nie, tie = (
-                direction * np.nanmean(table, axis=1) for table in (effects.nie, effects.tie)
-            )
+            nie, tie = (direction * np.nanmean(table, axis=1) for table in (effects.nie, effects.tie))
             reaching += int(((nie >= bars[0]) | (tie >= bars[1])).sum())
             if reaching > MOST_REACHING:
                 break
@@ -231,10 +222,7 @@ def sites_of(neurons: Sequence[Neuron], position: str) -> list[Site]:
     layers: dict[int, list[int]] = {}
     for layer, unit in neurons:
         layers.setdefault(layer, []).append(unit)
-    return [
-        Site("mlp_neurons", layer, position, tuple(sorted(units)))
-        for layer, units in sorted(layers.items())
-    ]
+    return [Site("mlp_neurons", layer, position, tuple(sorted(units))) for layer, units in sorted(layers.items())]
 
 
 def _has_all(sample: Sample) -> bool:
@@ -247,19 +235,31 @@ def _likeness(chosen: Sequence[Neuron], drawn: Sequence[Neuron], changes: Floats
     return float(sizes[0] / sizes[1]) if sizes[1] else float("nan")
 
 
+def _screen(discovery: Sample, position: str) -> list[Task]:
+    setting = discovery.lab.study.setting
+    return screen_tasks(discovery.pairs, "mlp_neurons", position, setting)
+
+
+def _screen_problem(discovery: Sample, position: str) -> str:
+    """Why the backend gives no gradients; empty where it does. To be noted, as a failed task leaves no values."""
+    try:
+        discovery.lab.run(_screen(discovery, position))
+    except JobError as error:
+        return str(error)
+    return ""
+
+
 def _ranked(discovery: Sample, position: str, bench: Bench) -> list[Neuron]:
     """Late neurons by the larger of the screen's NIE and TIE in the direction of TE (attribution patching)."""
     study = discovery.lab.study
     late = thirds(study.info.layers).late
-    found = discovery.lab.run(screen_tasks(discovery.pairs, "mlp_neurons", position, study.setting))
+    found = discovery.lab.run(_screen(discovery, position))
     shape = (-1, 2, 2, study.info.layers, study.info.d_ff)
     nie, tie = np.array(found, dtype=np.float64).reshape(shape).sum(axis=0)[:, 0]
     direction = -1.0 if np.nanmean(bench.total.harm) < 0 else 1.0
     scores = np.maximum(direction * nie, direction * tie)[late.start :]
     order = np.argsort(-scores, axis=None, kind="stable")
-    return [
-        (late.start + int(flat // study.info.d_ff), int(flat % study.info.d_ff)) for flat in order
-    ]
+    return [(late.start + int(flat // study.info.d_ff), int(flat % study.info.d_ff)) for flat in order]
 
 
 def _changes(discovery: Sample, position: str) -> Floats:

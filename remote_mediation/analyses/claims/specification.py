@@ -42,9 +42,7 @@ class Compared(NamedTuple):
     clusters: npt.NDArray[np.str_]
 
 
-def specification(
-    by_split: Mapping[str, Compared], rng: np.random.Generator, resamples: int
-) -> pd.DataFrame:
+def specification(by_split: Mapping[str, Compared], rng: np.random.Generator, resamples: int) -> pd.DataFrame:
     """`SPECIFICATION_COLUMNS`, for the splits and for random halves of all pairs."""
     names = list(by_split["all"].differences)
     seed = int(rng.integers(2**63))
@@ -96,9 +94,7 @@ class _Half(NamedTuple):
     components: int
 
 
-def _halves(
-    clusters: npt.NDArray[np.str_], rng: np.random.Generator
-) -> list[npt.NDArray[np.bool_]]:
+def _halves(clusters: npt.NDArray[np.str_], rng: np.random.Generator) -> list[npt.NDArray[np.bool_]]:
     splits = [split_clusters(clusters, rng) for _ in range(DIVISIONS)]
     return [split == name for split in splits for name in ("discovery", "heldout")]
 

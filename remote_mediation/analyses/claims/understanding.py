@@ -52,9 +52,7 @@ class Features(NamedTuple):
     clusters: npt.NDArray[np.str_]
 
 
-def measure_understanding(
-    discovery: Sample, heldout: Sample
-) -> tuple[Claim, dict[str, pd.DataFrame]]:
+def measure_understanding(discovery: Sample, heldout: Sample) -> tuple[Claim, dict[str, pd.DataFrame]]:
     """Claim 4, and `readable.csv`; both samples have the edit on both sides."""
     lab = heldout.lab
     known, asked = _features(discovery), _features(heldout)
@@ -98,9 +96,7 @@ def _read(known: Floats, asked: Floats) -> Floats:
     if not len(known) or not len(asked):
         return right
     for place in range(asked.shape[2]):
-        features, others = (
-            part[:, :, place].reshape(-1, part.shape[-1]) for part in (known, asked)
-        )
+        features, others = (part[:, :, place].reshape(-1, part.shape[-1]) for part in (known, asked))
         (scores,) = fit_scores(features, labels, others)
         right[place] = (scores.reshape(-1, 2) > 0) == np.array(_LABELS, dtype=bool)
     return right
@@ -156,10 +152,6 @@ def _table(
         of_harm, of_placebo = (rate(right[place].ravel(), twice) for right in (harm, placebo))
         row = {"layer": place - 1, "discovery": discovery, "chosen": place - 1 == layer}
         row |= {**of_harm.columns("accuracy"), **of_placebo.columns("placebo")}
-        row |= (
-            shares[place - 1].columns("nie")
-            if place
-            else dict.fromkeys(("nie", "nie_low", "nie_high"), np.nan)
-        )
+        row |= shares[place - 1].columns("nie") if place else dict.fromkeys(("nie", "nie_low", "nie_high"), np.nan)
         rows.append(row | {"reason": of_harm.reason})
     return pd.DataFrame(rows, columns=list(READABLE_COLUMNS))

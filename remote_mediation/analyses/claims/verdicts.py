@@ -21,9 +21,7 @@ from remote_mediation.shares import Gate, gate, share, slope, slope_difference
 from remote_mediation.stats import estimate_means
 
 Verdict = Literal["supported", "not supported", "undecided", "not tested"]
-GateWord = Literal[
-    "no effect", "not about harm", "placebo not tested", "placebo not comparable", ""
-]
+GateWord = Literal["no effect", "not about harm", "placebo not tested", "placebo not comparable", ""]
 Direction = Literal["nie", "tie"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 ALL_LAYERS = "all layers"
@@ -118,9 +116,7 @@ class Measure:
     @property
     def label(self) -> str:
         """Name and direction."""
-        return (
-            f"{self.name}, {self.direction.upper()}" if self.direction in DIRECTIONS else self.name
-        )
+        return f"{self.name}, {self.direction.upper()}" if self.direction in DIRECTIONS else self.name
 
 
 class Ruling(NamedTuple):
@@ -283,9 +279,7 @@ class Bench:
         )
 
 
-READ_EDIT = Ruling(
-    "not tested", "the answer is read at a token of the edit, where the embedding itself differs"
-)
+READ_EDIT = Ruling("not tested", "the answer is read at a token of the edit, where the embedding itself differs")
 
 
 def untested(number: int, why: str) -> Claim:
@@ -386,9 +380,7 @@ def sparse_gate(bench: Bench, found: Sparse) -> Claim:
     return bench.claim(3, ruling, chosen or most, (*(most if chosen else ()), *band))
 
 
-def _sparse(
-    bench: Bench, found: Sparse, chosen: Sequence[Measure], most: Sequence[Measure]
-) -> Ruling:
+def _sparse(bench: Bench, found: Sparse, chosen: Sequence[Measure], most: Sequence[Measure]) -> Ruling:
     few_enough = found.size is not None and found.size <= found.few
     rivals = f"{found.reaching} of {found.drawn} matched random sets do as much"
     if few_enough and _all_above(chosen, HALF) and found.drawn and found.reaching <= MOST_REACHING:
@@ -396,10 +388,7 @@ def _sparse(
         return Ruling("supported", "; ".join([_text(chosen), rivals, *notes]))
     if any(measure.harm.high < HALF for measure in most):
         return Ruling("not supported", f"{_text(most)}: the first 1% stay below half of TE")
-    of_band = [
-        bench.share(effect.harm, whole.harm)
-        for effect, whole in zip(found.most, found.band, strict=True)
-    ]
+    of_band = [bench.share(effect.harm, whole.harm) for effect, whole in zip(found.most, found.band, strict=True)]
     if not few_enough and any(part.high < CARRIED for part in of_band):
         return Ruling(
             "not supported",
@@ -431,9 +420,7 @@ class Read(NamedTuple):
     """`[pair, side]`, the same before the first layer."""
 
 
-def understood(
-    bench: Bench, layer: int, harm: Read, placebo: Read, acting: Sequence[Both]
-) -> Claim:
+def understood(bench: Bench, layer: int, harm: Read, placebo: Read, acting: Sequence[Both]) -> Claim:
     """Claim 4. layer: the readable one, chosen on discovery. acting: NIE of the stream at `last`, by layer."""
     gain = _gain(bench, layer, harm, placebo)
     acts = bench.measure(f"stream at last after layer {layer}", "nie", acting[layer])
@@ -457,9 +444,7 @@ def _gain(bench: Bench, layer: int, harm: Read, placebo: Read) -> Measure:
     )
 
 
-def _understood(
-    bench: Bench, layer: int, harm: Read, gain: Measure, acting: Sequence[Both]
-) -> Ruling:
+def _understood(bench: Bench, layer: int, harm: Read, gain: Measure, acting: Sequence[Both]) -> Ruling:
     twice = np.repeat(bench.clusters, 2)
     words = rate(harm.embedding.ravel(), twice)
     if words.value >= GIVEN_AWAY:
@@ -474,9 +459,7 @@ def _understood(
         return Ruling("supported", f"{text}; it acts from {_layer(acts)} on")
     accuracies = [rate(one.ravel(), twice) for one in harm.layers[:acts]]
     if all(one.high < READABLE for one in accuracies):
-        return Ruling(
-            "not supported", f"accuracy is below 75% at all {len(accuracies)} layers before it acts"
-        )
+        return Ruling("not supported", f"accuracy is below 75% at all {len(accuracies)} layers before it acts")
     return Ruling("undecided", text)
 
 
@@ -490,18 +473,14 @@ def first_acting(shares: Sequence[Interval]) -> int | None:
     return acts
 
 
-def handed_on(
-    bench: Bench, own: Effect, handed: Both, beside: Mapping[str, Both], middle_layers: int
-) -> Claim:
+def handed_on(bench: Bench, own: Effect, handed: Both, beside: Mapping[str, Both], middle_layers: int) -> Claim:
     """Claim 5. own: the early site alone. handed: what of it needs the middle MLPs, the mean of both directions.
 
     beside: the same for other sets of modules. middle_layers: layers of the middle third.
     """
     alone = bench.measures("stream at the edit after the early third", own)
     through = bench.measure("of it through the middle MLPs", "both", handed)
-    others = [
-        bench.measure(f"of it through {name}", "both", effect) for name, effect in beside.items()
-    ]
+    others = [bench.measure(f"of it through {name}", "both", effect) for name, effect in beside.items()]
     ruling = bench.too_shallow or _handed_on(alone, through, middle_layers)
     return bench.claim(5, ruling, (through,), (*alone, *others))
 
