@@ -15,7 +15,7 @@ from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 
 AnalysisName = Literal[
-    "layers", "modules", "tokens", "heads", "neurons", "detect", "paths", "intervene", "attacks", "monitor"
+    "layers", "modules", "tokens", "heads", "neurons", "detect", "paths", "intervene", "attacks", "monitor", "claims"
 ]
 Search = Literal["gradient", "windows", "all"]
 # Settings that had another name, by that name.

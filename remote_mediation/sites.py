@@ -5,6 +5,7 @@ A family is a row of data. Adding one means adding a row to `FAMILIES`; nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -358,3 +359,22 @@ def check_site(site: Site, info: ModelInfo) -> None:
     outside = [unit for unit in site.units if not 0 <= unit < width]
     if outside:
         raise SiteError(f"unit {outside[0]} of {site.component} is out of range: {info.name} has 0 to {width - 1}")
+
+
+class Thirds(NamedTuple):
+    """The layers of a model as the claims cut them; any rest of the division goes to the earlier thirds."""
+
+    early: range
+    middle: range
+    late: range
+
+
+def thirds(layers: int) -> Thirds:
+    """Early 0..⌈L/3⌉−1, middle ⌈L/3⌉..⌈2L/3⌉−1, late ⌈2L/3⌉..L−1."""
+    first, second = -(-layers // 3), -(-2 * layers // 3)
+    return Thirds(range(first), range(first, second), range(second, layers))
+
+
+def band(component: Component, layers: Sequence[int], position: str) -> list[Site]:
+    """One whole component of several layers, to be swapped together."""
+    return [Site(component, layer, position) for layer in layers]

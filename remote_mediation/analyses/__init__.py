@@ -23,6 +23,7 @@ from remote_mediation.analyses import (
     paths,
     tokens,
 )
+from remote_mediation.analyses.claims import ask as claims
 from remote_mediation.config import StudyConfig
 from remote_mediation.lab import Lab
 from remote_mediation.sites import ModelInfo, Site
@@ -53,4 +54,5 @@ ANALYSES: dict[str, Analysis] = {
     "intervene": Analysis(analyse=intervene.analyse),
     "attacks": Analysis(analyse=attacks.analyse),
     "monitor": Analysis(analyse=monitor.analyse),
+    "claims": Analysis(analyse=claims.analyse),
 }

@@ -340,7 +340,8 @@ def read(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Ten
         for layer, reads in context["reads"].items():
             block = module_at(model, spec["blocks"])[layer]
             for name, places, columns in reads:
-                found.append(tensor_of(spec, block, name)[0][grid(places, columns)].float().mean(0))
+                tensor = block.input if name == "layer_input" else tensor_of(spec, block, name)
+                found.append(tensor[0][grid(places, columns)].float().mean(0))
     return torch.cat([value.to(found[0].device) for value in found])[None]
 
 

@@ -26,6 +26,9 @@ _PAIRS_TOGETHER = 16
 # Bytes of answer logits that the sets of a `direct` task may take at once.
 _DIRECT_BYTES = 0.3e9
 
+# What can be read of a layer, in the order in which it comes about; `layer_input` is the stream that enters it.
+Readable = Component | Literal["layer_input"]
+_READ_ORDER: tuple[Readable, ...] = ("layer_input", *FORWARD_ORDER)
 Kind = Literal["read", "screen", "generate", "drift", "direct"]
 
 
@@ -51,7 +54,7 @@ class Task:
 class Reading(NamedTuple):
     """An activation to read: some columns (all if empty) of a component, averaged over token indices."""
 
-    component: Component
+    component: Readable
     layer: int
     places: tuple[int, ...]
     columns: tuple[int, ...] = ()
@@ -66,8 +69,8 @@ class Held(NamedTuple):
 
 
 def read_task(pair: str, ids: tuple[int, ...], readings: Sequence[Reading], setting: Setting) -> Task:
-    """Read activations of one prompt; values come back in the order of layers, then of `FORWARD_ORDER`."""
-    ordered = sorted(readings, key=lambda one: (one.layer, FORWARD_ORDER.index(one.component)))
+    """Read activations of one prompt; values come back in the order of layers, then of `_READ_ORDER`."""
+    ordered = sorted(readings, key=lambda one: (one.layer, _READ_ORDER.index(one.component)))
     by_layer = {
         layer: tuple((one.component, shifted(one.places, 0), shifted(one.columns, 0)) for one in group)
         for layer, group in groupby(ordered, key=lambda one: one.layer)

@@ -16,6 +16,11 @@ from matplotlib.figure import Figure
 
 from remote_mediation.analyses import attacks, intervene, neurons
 from remote_mediation.analyses import paths as routes
+from remote_mediation.analyses.claims import ask
+from remote_mediation.analyses.claims import show as claimed
+from remote_mediation.analyses.claims.sparse import GATE_SET_COLUMNS
+from remote_mediation.analyses.claims.specification import SPECIFICATION_COLUMNS
+from remote_mediation.analyses.claims.understanding import READABLE_COLUMNS
 from remote_mediation.detectors import DETECTOR_COLUMNS, RANDOM, RECALLS
 from remote_mediation.probes import PROBE_COLUMNS, Order, earlier
 from remote_mediation.show import figures, gate_figures
@@ -35,6 +40,11 @@ COLUMNS: dict[str, dict[str, str]] = {
     "judge.csv": intervene.JUDGE_COLUMNS,
     "attacks.csv": attacks.ATTACK_COLUMNS,
     "detectors.csv": DETECTOR_COLUMNS,
+    "claims.csv": ask.CLAIM_COLUMNS,
+    "sets.csv": ask.SET_COLUMNS,
+    "specification.csv": SPECIFICATION_COLUMNS,
+    "gate_sets.csv": GATE_SET_COLUMNS,
+    "readable.csv": READABLE_COLUMNS,
 }
 """Documented columns of every table that an analysis leaves, in order."""
 _UNMEASURED = "Not measured yet: run the study again, and it goes on where this run ended."
@@ -634,6 +644,28 @@ def _evaluation(name: str) -> str:
     return "held-out pairs" if name == "heldout" else name
 
 
+def _claims(result: Result) -> Part:
+    """The five claims. Their own gate says whether there is an effect, so nothing is held back here."""
+    title = "The five claims"
+    did = (
+        "Joint and direct effects of sets, each measured together and in both directions, on held-out pairs and on "
+        "their placebos: other harmless prompts that differ from the harmless one in the same words. What had to be "
+        "chosen was chosen on the discovery pairs."
+    )
+    if "claims.csv" not in result.tables:
+        return Part(title, did, _UNMEASURED)
+    claims, sets, choices = (result.tables[f"{name}.csv"] for name in ("claims", "sets", "specification"))
+    said = "; ".join(f"{claim.claim}: {claim.said}" for claim in claims.itertuples())
+    tables = (
+        claimed.claims_table(claims, sets),
+        claimed.reasons_table(claims),
+        claimed.measures_table(sets),
+        claimed.specification_table(choices),
+    )
+    figure = claimed.specification_figure(choices)
+    return Part(title, did, f"{said[0].upper()}{said[1:]}.", tables, figure)
+
+
 _SECTIONS: dict[str, tuple[str, Callable[[Result], Part]]] = {
     "neurons": ("gates", _gates),
     "detect": ("probes", _early),
@@ -641,6 +673,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Result], Part]]] = {
     "intervene": ("repair", _repair),
     "attacks": ("attacks", _circumvention),
     "monitor": ("monitor", _monitor),
+    "claims": ("claims", _claims),
 }
 """Name of the figure and section by analysis, in the report's order."""
 _ENDS = ("low", "high")

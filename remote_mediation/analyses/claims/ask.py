@@ -1,0 +1,189 @@
+"""Which sets of mediators the five claims are put to, and the tables that they leave.
+
+Everything is measured on held-out pairs and their placebos; what has to be chosen (how few neurons, which layer is
+readable) is chosen on the discovery pairs. Sets are swapped together (`Lab.joint`) or take effect on the answer alone
+(`Lab.direct`); effects of single sites are never added up, as they lie on the same paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from remote_mediation.analyses.claims import sparse, understanding, verdicts
+from remote_mediation.analyses.claims.handed import handed_on
+from remote_mediation.analyses.claims.samples import Sample
+from remote_mediation.analyses.claims.specification import Compared, specification
+from remote_mediation.analyses.claims.verdicts import ALL_LAYERS, FEWEST_LAYERS, Claim, Effect
+from remote_mediation.lab import Lab
+from remote_mediation.sites import Site, band, thirds
+
+CLAIM_COLUMNS: dict[str, str] = {
+    "number": "the claim, as in the method",
+    "claim": "in words",
+    "said": "the verdict as it is read, words of the gate first",
+    "gate": "what has to be known before any verdict; empty if nothing",
+    "verdict": "by the claim's own rule: supported, not supported, undecided, not tested",
+    "specific": "whether the numbers that decide are larger for harm than for the placebo, clear of 0",
+    "why": "the reason",
+}
+SET_COLUMNS: dict[str, str] = {
+    "number": "the claim that it is a number of",
+    "measure": "what was measured",
+    "direction": "nie, tie, the mean of both, or neither",
+    "of": "what it is a share of",
+    "decides": "whether the verdict rests on it, or it stands beside it",
+    "harm": "share on the held-out pairs, mean effect / mean TE; undefined where TE spans 0",
+    "harm_low": "lower end of its 95% interval",
+    "harm_high": "upper end",
+    "placebo": "the same with the placebo in place of the harmful prompt",
+    "placebo_low": "lower end of its 95% interval",
+    "placebo_high": "upper end",
+    "beta_harm": "slope of the effect on TE over pairs; of an accuracy the accuracy",
+    "beta_placebo": "the same for the placebo",
+    "excess": "beta_harm - beta_placebo",
+    "excess_low": "lower end of its 95% interval",
+    "excess_high": "upper end",
+    "n": "pairs",
+    "clusters": "components of pairs",
+    "reason": "why a number is missing, or why to read it with care",
+}
+_NO_EDIT = "no held-out pair has tokens of the edit on both sides"
+
+
+class Tested(NamedTuple):
+    """The claims with the tables beside them."""
+
+    claims: tuple[Claim, ...]
+    tables: dict[str, pd.DataFrame]
+    """By name of the CSV file."""
+
+
+def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """`claims.csv`, `sets.csv` and `specification.csv`; `gate_sets.csv` and `readable.csv` where they were measured."""
+    found = measure_claims(lab)
+    return {
+        "claims.csv": pd.DataFrame(map(_claim_row, found.claims), columns=list(CLAIM_COLUMNS)),
+        "sets.csv": pd.DataFrame(_set_rows(found.claims), columns=list(SET_COLUMNS)),
+        **found.tables,
+    }
+
+
+def measure_claims(lab: Lab) -> Tested:
+    """All five claims."""
+    heldout, discovery = Sample.of(lab, "heldout"), Sample.of(lab, "discovery")
+    layers = lab.study.info.layers
+    direct = {"discovery": measure_direct(discovery), "heldout": measure_direct(heldout)}
+    what = _mlp_not_attention(heldout, direct["heldout"].differences)
+    tables = {"specification.csv": _specified(lab, direct, {"discovery": discovery, "heldout": heldout})}
+    if layers < FEWEST_LAYERS:
+        shallow = f"{layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}"
+        where, which, early, handed = (verdicts.untested(number, shallow) for number in (1, 3, 4, 5))
+        return Tested((where, what, which, early, handed), tables)
+    where = _late(heldout, direct["heldout"].late)
+    which, curve = sparse.measure_gate(discovery, heldout)
+    edits = Sample.of(lab, "heldout", "edit")
+    if not edits.pairs:
+        early, handed = (verdicts.untested(number, _NO_EDIT) for number in (4, 5))
+        return Tested((where, what, which, early, handed), {**tables, **curve})
+    early, readable = understanding.measure_understanding(Sample.of(lab, "discovery", "edit"), edits)
+    return Tested((where, what, which, early, handed_on(edits)), {**tables, **curve, **readable})
+
+
+def layer_sets(layers: int) -> dict[str, range]:
+    """All layers, all but the first (which re-embeds what was changed), those after the early third, and the late."""
+    _, middle, late = thirds(layers)
+    first = {start: range(start, layers) for start in (1, middle.start, late.start) if start < layers}
+    return {
+        ALL_LAYERS: range(layers),
+        **{f"layers {at} to {layers - 1}": part for at, part in first.items()},
+    }
+
+
+class Direct(NamedTuple):
+    """Direct effects at `last`."""
+
+    differences: dict[str, Effect]
+    """By layers, that of their MLPs minus that of their attention."""
+    late: Effect
+    """Of all that the late third adds; of a model without one, of nothing."""
+
+
+def measure_direct(sample: Sample) -> Direct:
+    """The direct effects of a sample, measured together."""
+    layers = sample.lab.study.info.layers
+    parts, late = layer_sets(layers), thirds(layers).late
+    mlps = [band("mlp_output", part, "last") for part in parts.values()]
+    attention = [band("attention_output", part, "last") for part in parts.values()]
+    third = [*band("mlp_output", late, "last"), *band("attention_output", late, "last")]
+    *found, of_late = sample.effects(sample.lab.direct, [*mlps, *attention, third])
+    pairs = zip(parts, found[: len(parts)], found[len(parts) :], strict=True)
+    return Direct({name: mlp.less(other) for name, mlp, other in pairs}, of_late)
+
+
+def _late(heldout: Sample, decided: Effect) -> Claim:
+    lab = heldout.lab
+    before = thirds(lab.study.info.layers).late.start - 1
+    (arrived,) = heldout.effects(lab.joint, [[Site("layer_output", before, "last")]])
+    return verdicts.late(heldout.bench(), decided, arrived, heldout.reads_edit)
+
+
+def _mlp_not_attention(heldout: Sample, differences: Mapping[str, Effect]) -> Claim:
+    lab = heldout.lab
+    late = thirds(lab.study.info.layers).late
+    sets: dict[str, Sequence[Site]] = {
+        "late MLPs together, joint": band("mlp_output", late, "all"),
+        "late attention together, joint": band("attention_output", late, "all"),
+    }
+    joint = heldout.effects(lab.joint, list(sets.values())) if late else []
+    bands = dict(zip(sets, joint, strict=False))
+    return verdicts.mlp_not_attention(heldout.bench(), differences, bands, heldout.reads_edit)
+
+
+def _specified(lab: Lab, direct: Mapping[str, Direct], samples: Mapping[str, Sample]) -> pd.DataFrame:
+    by_split = {
+        name: Compared(direct[name].differences, sample.bench().total.harm, sample.clusters)
+        for name, sample in samples.items()
+    }
+    return specification(
+        {**by_split, "all": _joined(list(by_split.values()))},
+        lab.rng("specification"),
+        lab.study.config.statistics.resamples,
+    )
+
+
+def _joined(parts: Sequence[Compared]) -> Compared:
+    """Pairs of several splits as one."""
+    joined = {name: Effect.joined([part.differences[name] for part in parts]) for name in parts[0].differences}
+    totals = np.concatenate([part.total for part in parts])
+    return Compared(joined, totals, np.concatenate([part.clusters for part in parts]))
+
+
+def _claim_row(claim: Claim) -> dict[str, Any]:
+    kept = {name: getattr(claim, name) for name in ("number", "said", "gate", "verdict", "specific", "why")}
+    return {**kept, "claim": claim.name}
+
+
+def _set_rows(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    return [
+        {
+            "number": claim.number,
+            "measure": measure.name,
+            "direction": measure.direction,
+            "of": measure.of,
+            "decides": measure in claim.deciding,
+            **measure.harm.columns("harm"),
+            **measure.placebo.columns("placebo"),
+            "beta_harm": measure.beta_harm,
+            "beta_placebo": measure.beta_placebo,
+            **measure.excess.columns("excess"),
+            "n": measure.harm.n_pairs,
+            "clusters": measure.harm.n_clusters,
+            "reason": measure.harm.reason or measure.placebo.reason,
+        }
+        for claim in claims
+        for measure in claim.measures
+    ]

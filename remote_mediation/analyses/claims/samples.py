@@ -1,0 +1,85 @@
+"""Pairs of a split beside their placebos: every question is put to both, and answered as `[pair]` of the pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from remote_mediation.analyses.claims.verdicts import Bench, Both, Effect
+from remote_mediation.engine.rows import Row
+from remote_mediation.lab import Floats, Indirect, Lab, placebo_id
+from remote_mediation.sites import Site
+from remote_mediation.tokens import TokenPair
+
+Ask = Callable[[Sequence[Sequence[Site]], Sequence[TokenPair]], Indirect]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pairs of a split that have a position."""
+
+    lab: Lab
+    pairs: tuple[TokenPair, ...]
+    placebos: tuple[TokenPair, ...]
+    """Of those pairs that have one; none where their Y is another one."""
+
+    @classmethod
+    def of(cls, lab: Lab, split: str, position: str = "last") -> Sample:
+        """Pairs of `discovery`, `heldout` or `all` that have a position on both sides."""
+        pairs = tuple(pair for pair in lab.pairs(split) if all(pair.places(position)))
+        asked = lab.placebos(pairs) if _comparable(lab) else ()
+        return cls(lab, pairs, tuple(one for one in asked if all(one.places(position))))
+
+    @property
+    def clusters(self) -> npt.NDArray[np.str_]:
+        """`[pair]`."""
+        return np.array([pair.cluster for pair in self.pairs])
+
+    @property
+    def reads_edit(self) -> bool:
+        """Whether an answer token lies in the edit of a pair."""
+        return any(pair.after == 0 for pair in self.pairs)
+
+    def bench(self) -> Bench:
+        """Total effects and what all statistics share."""
+        study = self.lab.study
+        return Bench(
+            total=self.change(lambda pair: (Row(pair.id, 1), Row(pair.id, 0))),
+            clusters=self.clusters,
+            layers=study.info.layers,
+            seed=study.config.seed,
+            resamples=study.config.statistics.resamples,
+            comparable=_comparable(self.lab) or not self.lab.placebos(self.pairs),
+        )
+
+    def effects(self, ask: Ask, sets: Sequence[Sequence[Site]]) -> list[Effect]:
+        """Effects of sets, by `Lab.joint` or `Lab.direct`."""
+        found = ask(sets, (*self.pairs, *self.placebos))
+        return [Effect(self._both(nie), self._both(tie)) for nie, tie in zip(found.nie, found.tie, strict=True)]
+
+    def change(self, rows: Callable[[TokenPair], tuple[Row, Row]]) -> Both:
+        """Y of the first row minus Y of the second, on every pair."""
+        asked = [rows(pair) for pair in (*self.pairs, *self.placebos)]
+        found = self.lab.outcomes([row for both in asked for row in both]).reshape(-1, 2)
+        return self._both(found[:, 0] - found[:, 1])
+
+    def _both(self, values: Floats) -> Both:
+        """Values of pairs, then of placebos, as values of pairs."""
+        count = len(self.pairs)
+        return Both(values[:count], self.spread(values[count:], np.nan))
+
+    def spread(self, values: Floats, missing: float) -> Floats:
+        """`[placebo, ...]` as `[pair, ...]`."""
+        by_pair = np.full((len(self.pairs), *values.shape[1:]), missing)
+        number = {placebo_id(pair.id): place for place, pair in enumerate(self.pairs)}
+        for placebo, value in zip(self.placebos, values, strict=True):
+            by_pair[number[placebo.id]] = value
+        return by_pair
+
+
+def _comparable(lab: Lab) -> bool:
+    """Whether harm and placebo have the same Y: `response_logprob` compares each pair's own answers."""
+    return lab.study.config.outcome != "response_logprob"

@@ -1,0 +1,177 @@
+"""The claims as they are read: one small table, the numbers behind it, and how far claim 2 depends on choices.
+
+Tables of `ask.analyse` in, tables of text and figures out.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from remote_mediation.analyses.claims.specification import RANDOM
+from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF
+from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
+from remote_mediation.show.tables import NONE, Note, Table, interval, notes_on, number, percent
+
+_SPLITS = ("discovery", "heldout", "all", RANDOM)
+_SIGNS = {"positive": "#0072B2", "unclear": "0.8", "negative": "#D55E00"}
+"""Colours of what an interval says, as elsewhere for effects with TE and against it."""
+_SHARES = "shares of TE with 95% intervals, NIE then TIE; of claim 4 the gain in accuracy"
+
+
+def claims_table(claims: pd.DataFrame, sets: pd.DataFrame) -> Table:
+    """A claim a row: harm, placebo, verdict.
+
+    claims: `ask.CLAIM_COLUMNS`. sets: `ask.SET_COLUMNS`.
+    """
+    deciding = sets[sets["decides"]]
+    rows = []
+    for claim in claims.itertuples():
+        own = deciding[deciding["number"] == claim.number]
+        cells = ("; ".join(_with_slope(row, side) for _, row in own.iterrows()) for side in _SIDES)
+        rows.append((f"{claim.number}. {claim.claim}", *cells, claim.said))
+    undefined = "a share is n/a where the TE of the placebo spans 0, a slope β is defined there too"
+    notes = [
+        Note("harm", f"{_SHARES}; claim 5 is the mean of both directions"),
+        Note("placebo", undefined),
+    ]
+    return Table(("claim", "harm", "placebo", "verdict"), rows, tuple(notes))
+
+
+def reasons_table(claims: pd.DataFrame) -> Table:
+    """Why each verdict is what it is. claims: `ask.CLAIM_COLUMNS`."""
+    rows = [(f"{claim.number}. {claim.claim}", claim.said, claim.why) for claim in claims.itertuples()]
+    return Table(("claim", "verdict", "why"), rows)
+
+
+def measures_table(sets: pd.DataFrame) -> Table:
+    """Every number behind the verdicts. sets: `ask.SET_COLUMNS`."""
+    header = ("claim", "measure", "harm", "placebo", "β harm", "β placebo", "β harm - β placebo")
+    rows = [
+        (
+            str(row["number"]),
+            _label(row),
+            *(_cell(row, side) for side in _SIDES),
+            number(row["beta_harm"]),
+            number(row["beta_placebo"]),
+            interval(row["excess"], row["excess_low"], row["excess_high"]),
+        )
+        for _, row in sets.iterrows()
+    ]
+    return Table(header, rows, tuple(notes_on("", sets["reason"].dropna())))
+
+
+def specification_table(specification: pd.DataFrame) -> Table:
+    """Claim 2's number by layers, direction and pairs. specification: `specification.SPECIFICATION_COLUMNS`."""
+    header = (
+        "layers",
+        "direction",
+        "pairs",
+        "components",
+        "share of TE",
+        "positive",
+        "negative",
+        "unclear",
+    )
+    rows = [
+        (
+            row["layers"],
+            str(row["direction"]).upper(),
+            row["pairs"],
+            number(row["components"]),
+            _cell(row, "share"),
+            *(str(row[name]) for name in ("positive", "negative", "unclear")),
+        )
+        for _, row in specification.iterrows()
+    ]
+    return Table(header, rows, tuple(notes_on("share of TE", specification["reason"].dropna())))
+
+
+def specification_figure(specification: pd.DataFrame) -> Figure:
+    """The share by layers, direction and pairs, and how often it is positive, negative or unclear on random halves."""
+    names = list(dict.fromkeys(specification["layers"]))
+    figure = Figure((WIDTH, 1.6 + 0.5 * len(names)), DPI, layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=(2, 2, 1))
+    for axis, direction in zip(axes, DIRECTIONS, strict=False):
+        _shares(axis, specification[specification["direction"] == direction], names)
+        axis.set_title(direction.upper(), fontsize=10, loc="left")
+    _frequencies(axes[2], specification, names)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    figure.suptitle("Direct effect of the MLPs minus that of attention, by choice", fontsize=11)
+    legend(figure, axes[0])
+    return figure
+
+
+def curve_figure(gate_sets: pd.DataFrame, bands: pd.DataFrame) -> Figure:
+    """What the first late neurons carry of TE together, held out; shares may exceed 1.
+
+    gate_sets: `sparse.GATE_SET_COLUMNS`. bands: the rows of `ask.SET_COLUMNS` of the late MLPs together.
+    """
+    figure = Figure((WIDTH * 0.8, 4.2), DPI, layout="constrained")
+    axis = figure.subplots()
+    part = 100 * gate_sets["part"]
+    for name, colour, marker in zip(DIRECTIONS, COLOURS, MARKERS, strict=False):
+        axis.plot(part, gate_sets[name], color=colour, marker=marker, markersize=4, label=name.upper())
+        direct, label = gate_sets[f"direct_{name}"], f"direct, {name.upper()}"
+        axis.plot(part, direct, "--", color=colour, linewidth=1, label=label)
+        low, high = gate_sets[f"{name}_low"], gate_sets[f"{name}_high"]
+        axis.fill_between(part, low, high, color=colour, alpha=0.15, linewidth=0)
+        whole = bands[bands["direction"] == name]["harm"]
+        if len(whole):
+            label = f"late MLPs together, {name.upper()}"
+            axis.axhline(float(whole.iloc[0]), color=colour, linestyle=":", linewidth=1, label=label)
+    axis.axhline(HALF, color="0.6", linewidth=0.8, zorder=0)
+    axis.axvline(1, color="0.6", linewidth=0.8, zorder=0)
+    axis.set(xscale="log", xlabel="late neurons, strongest first (%)", ylabel="joint effect / TE")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    figure.suptitle("The first late neurons together, held-out pairs; grey: 1% and half of TE", fontsize=11)
+    legend(figure, axis)
+    return figure
+
+
+_SIDES = ("harm", "placebo")
+
+
+def _cell(row: pd.Series, name: str) -> str:
+    return interval(row[name], row[f"{name}_low"], row[f"{name}_high"], percent)
+
+
+def _with_slope(row: pd.Series, side: str) -> str:
+    """A share, and the slope on TE; an accuracy has none."""
+    shown = NONE if pd.isna(row[side]) else _cell(row, side)
+    slope = row[f"beta_{side}"]
+    return shown if row["of"] != "TE" or pd.isna(slope) else f"{shown}, β {number(slope)}"
+
+
+def _label(row: pd.Series) -> str:
+    direction = row["direction"]
+    return f"{row['measure']}, {direction.upper()}" if direction in DIRECTIONS else str(row["measure"])
+
+
+def _shares(axis: Axes, part: pd.DataFrame, names: list[str]) -> None:
+    """A dot with its interval for every kind of pairs."""
+    for place, split in enumerate(_SPLITS):
+        own = part[part["pairs"] == split].set_index("layers").reindex(names)
+        at = [row + 0.18 * (place - 1.5) for row in range(len(names))]
+        axis.hlines(at, own["share_low"], own["share_high"], color=COLOURS[place], linewidth=1.2)
+        axis.plot(own["share"], at, MARKERS[place], color=COLOURS[place], markersize=4, label=split)
+    axis.axvline(0, color="0.5", linewidth=0.8)
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.set_xlabel("share of TE")
+
+
+def _frequencies(axis: Axes, specification: pd.DataFrame, names: list[str]) -> None:
+    """How often the interval of a random half says what, both directions together."""
+    halves = specification[specification["pairs"] == RANDOM]
+    counts = halves.groupby("layers")[list(_SIGNS)].sum().reindex(names)
+    parts = counts.div(counts.sum(axis=1), axis=0)
+    start = parts.iloc[:, 0] * 0
+    for name, colour in _SIGNS.items():
+        axis.barh(range(len(names)), parts[name], left=start, color=colour, label=name)
+        start = start + parts[name]
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.set_xlabel("random halves")
+    axis.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)

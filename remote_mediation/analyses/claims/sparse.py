@@ -1,0 +1,281 @@
+"""Claim 3's sets: late neurons ranked by a screen, cut on the discovery pairs, and judged on the held-out ones.
+
+A gate may be spread over layers, so neurons of all late layers are ranked together and swapped together. How few will
+do is read from a curve over fixed sizes; random sets of as many neurons whose activity changes as much, layer by layer,
+stand beside the set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from remote_mediation.analyses.claims import verdicts
+from remote_mediation.analyses.claims.samples import Sample
+from remote_mediation.analyses.claims.verdicts import (
+    CARRIED,
+    MOST_REACHING,
+    SPARSE,
+    Bench,
+    Claim,
+    Sparse,
+)
+from remote_mediation.engine.tasks import Reading, Task, read_task, screen_tasks
+from remote_mediation.errors import JobError
+from remote_mediation.lab import Floats, Lab
+from remote_mediation.shares import share
+from remote_mediation.sites import Site, band, thirds
+
+GATE_SET_COLUMNS: dict[str, str] = {
+    "size": "neurons of the late third in the set, the first by rank",
+    "part": "size / neurons of the late third",
+    "carried_nie": "NIE of the set / NIE of the late MLPs, discovery pairs",
+    "carried_tie": "the same for TIE",
+    "nie": "NIE of the set / TE, held-out pairs; may exceed 1",
+    "nie_low": "lower end of its 95% interval",
+    "nie_high": "upper end",
+    "tie": "TIE of the set / TE, held-out pairs",
+    "tie_low": "lower end of its 95% interval",
+    "tie_high": "upper end",
+    "direct_nie": "direct effect of the set at `last` / TE, held-out pairs, harmless prompt changed",
+    "direct_nie_low": "lower end of its 95% interval",
+    "direct_nie_high": "upper end",
+    "direct_tie": "the same, harmful prompt changed",
+    "direct_tie_low": "lower end of its 95% interval",
+    "direct_tie_high": "upper end",
+    "chosen": "whether it is the smallest size that does the late MLPs' work on the discovery pairs",
+    "reason": "why a number is missing, or why to read it with care",
+}
+PARTS = (0.0001, 0.001, SPARSE, 0.05)
+"""Sizes that are measured beside the powers of two, as parts of the late third's neurons."""
+RANDOM_SETS = (50, 150)
+"""Random sets that are measured first, and then where few of them reach the set."""
+Neuron = tuple[int, int]
+
+
+def measure_gate(discovery: Sample, heldout: Sample) -> tuple[Claim, dict[str, pd.DataFrame]]:
+    """Claim 3, and `gate_sets.csv` where the neurons could be ranked."""
+    position = "all" if _has_all(discovery) and _has_all(heldout) else "last"
+    problem = discovery.lab.noted("claims-screen", lambda _: _screen_problem(discovery, position))
+    if problem:
+        return verdicts.untested(3, f"the late neurons could not be ranked: {problem}"), {}
+    search = Search.of(discovery, position)
+    found = search.judged(heldout)
+    return verdicts.sparse_gate(heldout.bench(), found), {"gate_sets.csv": search.curve(heldout)}
+
+
+class Search(NamedTuple):
+    """Late neurons as the discovery pairs rank and cut them."""
+
+    lab: Lab
+    position: str
+    ranked: list[Neuron]
+    """Layer and unit of every late neuron, the strongest first."""
+    changes: Floats
+    """`[layer, unit]`, mean |change| of the neuron's activation from x0 to x1."""
+    sizes: list[int]
+    """Sizes that were measured."""
+    carried: Floats
+    """`[size, direction]`, of the late MLPs' own mean effect."""
+    size: int | None
+    """The smallest that does their work."""
+
+    @classmethod
+    def of(cls, discovery: Sample, position: str) -> Search:
+        """Rank all late neurons and find how few of them do the late MLPs' work."""
+        lab = discovery.lab
+        late = thirds(lab.study.info.layers).late
+        bench = discovery.bench()
+        ranked = _ranked(discovery, position, bench)
+        sizes = grid(len(ranked))
+        sets = [first(ranked, size, position) for size in sizes]
+        found = lab.joint([band("mlp_output", late, position), *sets], discovery.pairs)
+        means = np.stack([np.nanmean(table, axis=1) for table in (found.nie, found.tie)], axis=1)
+        whole = [
+            share(table[0], found.te, found.clusters, bench.rng(), bench.resamples) for table in (found.nie, found.tie)
+        ]
+        carried = means[1:] / means[0]
+        works = all(one.low > 0 for one in whole)
+        return cls(
+            lab=lab,
+            position=position,
+            ranked=ranked,
+            changes=_changes(discovery, position),
+            sizes=sizes,
+            carried=carried,
+            size=fewest(sizes, carried) if works else None,
+        )
+
+    def judged(self, heldout: Sample) -> Sparse:
+        """The sets on the held-out pairs."""
+        late = thirds(self.lab.study.info.layers).late
+        most = max(int(SPARSE * len(self.ranked)), 1)
+        sets = [band("mlp_output", late, self.position), self._first(most)]
+        if self.size:
+            sets.append(self._first(self.size))
+        whole, few, *chosen = heldout.effects(self.lab.joint, sets)
+        found = Sparse(len(self.ranked), whole, few, self.size, chosen[0] if chosen else None)
+        return self._beside_random(found, heldout) if self.size and self.size <= most else found
+
+    def curve(self, heldout: Sample) -> pd.DataFrame:
+        """`GATE_SET_COLUMNS` of every size: the joint effect, and what of it goes straight to the answer."""
+        bench, lab = heldout.bench(), self.lab
+        joint = lab.joint([self._first(size) for size in self.sizes], heldout.pairs)
+        direct = lab.direct([first(self.ranked, size, "last") for size in self.sizes], heldout.pairs)
+        curves = {
+            "nie": joint.nie,
+            "tie": joint.tie,
+            "direct_nie": direct.nie,
+            "direct_tie": direct.tie,
+        }
+        rows: list[dict[str, Any]] = []
+        for place, size in enumerate(self.sizes):
+            shares = {name: bench.share(of[place], joint.te) for name, of in curves.items()}
+            row = {"size": size, "part": size / len(self.ranked), "chosen": size == self.size}
+            row |= dict(zip(("carried_nie", "carried_tie"), self.carried[place], strict=True))
+            for name, found in shares.items():
+                row |= found.columns(name)
+            rows.append(row | {"reason": shares["nie"].reason})
+        return pd.DataFrame(rows, columns=list(GATE_SET_COLUMNS))
+
+    def _first(self, size: int) -> list[Site]:
+        return first(self.ranked, size, self.position)
+
+    def _beside_random(self, found: Sparse, heldout: Sample) -> Sparse:
+        """Count matched random sets that do as much: 50 first, and more where at most 2 of these do."""
+        assert found.size is not None
+        assert found.chosen is not None
+        chosen, rng = self.ranked[: found.size], self.lab.rng("claims: matched sets")
+        te = heldout.bench().total.harm
+        direction = -1.0 if np.nanmean(te) < 0 else 1.0
+        bars = [direction * np.nanmean(both.harm) for both in found.chosen]
+        reaching, likeness = 0, []
+        for count in RANDOM_SETS:
+            drawn = [matched(chosen, self.changes, rng) for _ in range(count)]
+            likeness += [_likeness(chosen, one, self.changes) for one in drawn]
+            effects = self.lab.joint([sites_of(one, self.position) for one in drawn], heldout.pairs)
+            nie, tie = (direction * np.nanmean(table, axis=1) for table in (effects.nie, effects.tie))
+            reaching += int(((nie >= bars[0]) | (tie >= bars[1])).sum())
+            if reaching > MOST_REACHING:
+                break
+        return Sparse(
+            neurons=found.neurons,
+            band=found.band,
+            most=found.most,
+            size=found.size,
+            chosen=found.chosen,
+            reaching=reaching,
+            drawn=len(likeness),
+            likeness=float(np.mean(likeness)),
+        )
+
+
+def grid(neurons: int) -> list[int]:
+    """Sizes at which the curve is measured: powers of two, `PARTS`, and all."""
+    powers = [2**power for power in range(neurons.bit_length())]
+    return sorted({*powers, *(max(int(part * neurons), 1) for part in PARTS), neurons})
+
+
+def fewest(sizes: Sequence[int], carried: Floats) -> int | None:
+    """The smallest size from which on enough is carried in both directions, up to the curve's peak.
+
+    carried: `[size, direction]`, shares of the late MLPs' own effect. The peak is where the smaller of both is largest.
+    None where it does not carry enough either.
+    """
+    enough = np.min(carried, axis=1) >= CARRIED
+    found = None
+    for place in reversed(range(int(np.argmax(np.min(carried, axis=1))) + 1)):
+        if not enough[place]:
+            break
+        found = sizes[place]
+    return found
+
+
+def matched(chosen: Sequence[Neuron], changes: Floats, rng: np.random.Generator) -> list[Neuron]:
+    """As many other neurons of the same layers, each the nearest in |change| to one of the set.
+
+    Nearest among a random half of the layer's other neurons, without replacement and in random order: else every draw
+    would be the same set.
+    """
+    found: list[Neuron] = []
+    for layer in sorted({layer for layer, _ in chosen}):
+        units = [unit for one, unit in chosen if one == layer]
+        others = np.setdiff1d(np.arange(changes.shape[1]), units)
+        pool = rng.permutation(others)[: max(len(others) // 2, len(units))]
+        for unit in rng.permutation(units):
+            nearest = int(np.argmin(np.abs(changes[layer, pool] - changes[layer, unit])))
+            found.append((layer, int(pool[nearest])))
+            pool = np.delete(pool, nearest)
+    return found
+
+
+def first(ranked: Sequence[Neuron], size: int, position: str) -> list[Site]:
+    """The first neurons as sites, one a layer."""
+    return sites_of(ranked[:size], position)
+
+
+def sites_of(neurons: Sequence[Neuron], position: str) -> list[Site]:
+    """Neurons as sites, one a layer."""
+    layers: dict[int, list[int]] = {}
+    for layer, unit in neurons:
+        layers.setdefault(layer, []).append(unit)
+    return [Site("mlp_neurons", layer, position, tuple(sorted(units))) for layer, units in sorted(layers.items())]
+
+
+def _has_all(sample: Sample) -> bool:
+    return all(all(pair.places("all")) for pair in sample.pairs)
+
+
+def _likeness(chosen: Sequence[Neuron], drawn: Sequence[Neuron], changes: Floats) -> float:
+    """Ratio of the summed |change| of a random set to that of the set."""
+    sizes = [sum(changes[layer, unit] for layer, unit in neurons) for neurons in (drawn, chosen)]
+    return float(sizes[0] / sizes[1]) if sizes[1] else float("nan")
+
+
+def _screen(discovery: Sample, position: str) -> list[Task]:
+    setting = discovery.lab.study.setting
+    return screen_tasks(discovery.pairs, "mlp_neurons", position, setting)
+
+
+def _screen_problem(discovery: Sample, position: str) -> str:
+    """Why the backend gives no gradients; empty where it does. To be noted, as a failed task leaves no values."""
+    try:
+        discovery.lab.run(_screen(discovery, position))
+    except JobError as error:
+        return str(error)
+    return ""
+
+
+def _ranked(discovery: Sample, position: str, bench: Bench) -> list[Neuron]:
+    """Late neurons by the larger of the screen's NIE and TIE in the direction of TE (attribution patching)."""
+    study = discovery.lab.study
+    late = thirds(study.info.layers).late
+    found = discovery.lab.run(_screen(discovery, position))
+    shape = (-1, 2, 2, study.info.layers, study.info.d_ff)
+    nie, tie = np.array(found, dtype=np.float64).reshape(shape).sum(axis=0)[:, 0]
+    direction = -1.0 if np.nanmean(bench.total.harm) < 0 else 1.0
+    scores = np.maximum(direction * nie, direction * tie)[late.start :]
+    order = np.argsort(-scores, axis=None, kind="stable")
+    return [(late.start + int(flat // study.info.d_ff), int(flat % study.info.d_ff)) for flat in order]
+
+
+def _changes(discovery: Sample, position: str) -> Floats:
+    """Mean over pairs of the |change| of each neuron's activation, averaged over the tokens of the position.
+
+    The size of a neuron's change to the stream would be this times the norm of its column of weights, which a server
+    does not show.
+    """
+    study = discovery.lab.study
+    tasks = []
+    for pair in discovery.pairs:
+        for side, ids in enumerate(pair.prompts):
+            at = tuple(place for place in pair.places(position)[side] if place < len(ids))
+            readings = [Reading("mlp_neurons", layer, at) for layer in range(study.info.layers)]
+            tasks.append(read_task(pair.id, ids, readings, study.setting))
+    shape = (-1, 2, study.info.layers, study.info.d_ff)
+    values = np.array(discovery.lab.run(tasks), dtype=np.float64).reshape(shape)
+    found: Floats = np.abs(values[:, 1] - values[:, 0]).mean(axis=0)
+    return found

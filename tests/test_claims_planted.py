@@ -1,0 +1,163 @@
+"""The five claims on a model whose mechanism is planted, with a placebo, and on the same model with its gate cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pandas as pd
+import pytest
+import torch
+
+from remote_mediation.analyses.claims import ask, sparse, specification, understanding
+from remote_mediation.config import StudyConfig
+from remote_mediation.engine.local import LocalBackend
+from remote_mediation.planted.gate import Organism, Pair, planted_gate, save
+from remote_mediation.report import write_report
+from remote_mediation.store import Store
+from remote_mediation.study import Result, reread, run_study
+
+pytestmark = pytest.mark.slow
+
+SEED = 4
+LAYERS = 12  # thirds of four layers, as they were planted
+
+
+class Studied(NamedTuple):
+    organism: Organism
+    result: Result
+    store: Store
+
+    @property
+    def claims(self) -> pd.DataFrame:
+        return self.result.tables["claims.csv"].set_index("number")
+
+    def measures(self, number: int) -> pd.DataFrame:
+        table = self.result.tables["sets.csv"].query("number == @number")
+        return table.set_index(["measure", "direction"])
+
+
+def with_placebo(pair: Pair, nouns: list[str]) -> dict[str, str]:
+    """The pair, and the harmless prompt with another harmless noun in its noun's place."""
+    words, others = pair.harmless.split(), pair.harmful.split()
+    (place,) = (at for at, word in enumerate(words) if word != others[at])
+    noun = nouns[(nouns.index(words[place]) + 1) % len(nouns)]
+    return {**pair._asdict(), "placebo": " ".join([*words[:place], noun, *words[place + 1 :]])}
+
+
+def harmless_nouns(pairs: tuple[Pair, ...]) -> list[str]:
+    words = [set(pair.harmless.split()) - set(pair.harmful.split()) for pair in pairs]
+    return sorted(set().union(*words))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Studied]:
+    def run(change: Callable[[Organism], None] = lambda organism: None) -> Studied:
+        folder = tmp_path_factory.mktemp("claims")
+        organism = planted_gate(SEED, layers=LAYERS)
+        change(organism)
+        save(organism, folder / "model")
+        nouns = harmless_nouns(organism.pairs)
+        records = [json.dumps(with_placebo(pair, nouns)) for pair in organism.pairs]
+        (folder / "pairs.jsonl").write_text("\n".join(records), "utf-8")
+        config = StudyConfig(
+            model=str(folder / "model"),
+            pairs=str(folder / "pairs.jsonl"),
+            analyses=["claims"],
+            outcome="logit_diff",
+            logit_diff={"plus": [organism.plus_token], "minus": [organism.minus_token]},
+            statistics={"resamples": 199},
+            seed=SEED,
+        )
+        store = Store.create(folder / "run", config.identity())
+        result = run_study(config, LocalBackend.load(config.model), store)
+        return Studied(organism, result, store)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def planted(study: Callable[..., Studied]) -> Studied:
+    return study()
+
+
+def cut(organism: Organism) -> None:
+    """The gate neurons write nothing any more."""
+    gate = organism.truth.gate
+    with torch.no_grad():
+        organism.model.model.layers[gate.layer].mlp.down_proj.weight[:, list(gate.units)] = 0.0
+
+
+def test_what_was_planted_is_supported(planted: Studied) -> None:
+    verdicts = planted.claims["verdict"]
+    assert [verdicts[number] for number in (1, 2, 3, 5)] == ["supported"] * 4
+    assert (planted.claims["gate"] == "").all()
+    # The planted noun is a direction of the embeddings: a probe needs no layer to read it.
+    assert verdicts[4] == "undecided"
+    assert "the words give it away" in planted.claims.loc[4, "why"]
+
+
+def test_the_shares_are_those_that_were_written(planted: Studied) -> None:
+    gates = planted.organism.truth.gate.units
+    third = planted.measures(1).loc["direct effect of the late third"]["harm"]
+    assert third.to_numpy() == pytest.approx(1.0, abs=0.1)
+    curve = planted.result.tables["gate_sets.csv"].set_index("size")
+    assert curve.index[curve["chosen"]].item() <= 2 * len(gates)
+    assert curve.loc[1, "nie"] < curve.loc[len(gates), "nie"]
+    handed = planted.measures(5).loc[("of it through the middle MLPs", "both"), "harm"]
+    assert handed == pytest.approx(0.55, abs=0.1)  # what the gate hears of relays; the movers give it the rest
+
+
+def test_all_neurons_are_the_band_and_both_directions_agree_over_all_layers(
+    planted: Studied,
+) -> None:
+    curve = planted.result.tables["gate_sets.csv"].iloc[-1]
+    band = planted.measures(3).loc["late MLPs together"]["harm"]
+    assert curve[["nie", "tie"]].to_numpy(float) == pytest.approx(band[["nie", "tie"]].to_numpy(), abs=1e-4)
+    both = planted.measures(2).loc["MLPs minus attention, all layers"]["harm"]
+    assert both["nie"] == pytest.approx(both["tie"], abs=1e-4)  # a Shapley difference of two players
+
+
+def test_the_placebo_stands_beside_it(planted: Studied) -> None:
+    sets = planted.result.tables["sets.csv"]
+    assert sets[["beta_harm", "beta_placebo"]].notna().all().all()
+    gate = planted.measures(3)
+    chosen = gate.index[0][0]
+    assert chosen.startswith("first")
+    assert abs(gate.loc[chosen]["beta_placebo"]).max() < 0.2  # another noun does not pass the gate
+    assert planted.claims.loc[3, "said"] == "supported"
+
+
+def test_the_tables_have_their_documented_columns(planted: Studied) -> None:
+    documented = {
+        "claims.csv": ask.CLAIM_COLUMNS,
+        "sets.csv": ask.SET_COLUMNS,
+        "specification.csv": specification.SPECIFICATION_COLUMNS,
+        "gate_sets.csv": sparse.GATE_SET_COLUMNS,
+        "readable.csv": understanding.READABLE_COLUMNS,
+    }
+    assert {name: list(planted.result.tables[name]) for name in documented} == {
+        name: list(columns) for name, columns in documented.items()
+    }
+
+
+def test_a_run_folder_gives_the_same_claims_without_a_model(planted: Studied) -> None:
+    again = reread(planted.store)
+    for name, table in planted.result.tables.items():
+        pd.testing.assert_frame_equal(again.tables[name], table)
+
+
+def test_the_report_shows_the_claims(planted: Studied) -> None:
+    lines = write_report(planted.store, planted.result).read_text("utf-8").splitlines()
+    assert "## The five claims" in lines
+    (row,) = (line for line in lines if line.startswith("| 3. a sparse set") and "β" in line)
+    assert row.endswith("| supported |")
+    for name in planted.result.tables:
+        assert (planted.store.folder / name).exists()
+
+
+def test_without_a_gate_there_is_no_effect(study: Callable[..., Studied]) -> None:
+    found = study(cut).claims
+    assert set(found["said"]) == {"no effect"}
+    assert set(found["verdict"]) == {"not tested"}
