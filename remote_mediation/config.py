@@ -130,7 +130,7 @@ class StudyConfig(_Strict):
     """`builtin`, or a JSONL or CSV file."""
     max_pairs: int | None = Field(default=None, ge=2)
     """Use at most so many pairs, spread evenly over the file."""
-    analyses: Distinct[AnalysisName] = ["layers", "modules", "neurons"]
+    analyses: Distinct[AnalysisName] = ["claims", "layers", "modules"]
     """Which kinds of sites to measure."""
     outcome: OutcomeName = "refusal"
     """What Y is."""

@@ -43,7 +43,7 @@ from remote_mediation.show.tables import (
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.store import Store
 from remote_mediation.study import Result
-from remote_mediation.summary import CHECKS, SUMMARY_COLUMNS, Claim, Identity, Summary, pivot
+from remote_mediation.summary import CHECKS, SUMMARY_COLUMNS, Identity, pivot
 from remote_mediation.tokens import Refusal
 
 TOLERANCE = 1e-4
@@ -64,12 +64,6 @@ _MOST_MEDIATORS = 20
 _UNRECORDED = "not recorded"
 _PROVENANCE = ("model", "config", "outcome", "versions", "git", "host", "started", "finished", "seconds")
 """Keys of `run.json` that every report shows, recorded or not."""
-_VERDICTS = {
-    "supported": "It supports",
-    "not supported": "It does not support",
-    "undecided": "It leaves open",
-    "not tested": "It did not test",
-}
 _SIGNS = {
     1: "The harmful prompts raise the outcome: the total effect (TE) is {size}.",
     0: "The total effect (TE) is {size}, not told apart from 0: without an effect there is no place of it to find.",
@@ -132,17 +126,17 @@ def write_report(store: Store, result: Result, texts: Sequence[PairText] = ()) -
 def terminal_summary(result: Result, report: Path) -> Group:
     """What a run found, for the terminal. report: path of `report.md`, named in the last line."""
     study, summary = result.study, result.summary
-    parts = sections(result).values()
+    parts = sections(result)
     columns = ("site", "effect", _mean_header(study), "q", "held-out mean", "held-out q")
     return Group(
-        Panel(Markdown(_answer(study, summary)), title=Text(study.info.name)),
+        Panel(Markdown(_answer(result)), title=Text(study.info.name)),
         _total_table(summary.total, study.outcome.unit).rich("Total effect"),
-        _claims_table(summary.claims).rich("The paper's claims"),
+        *([parts["claims"].tables[0].rich(parts["claims"].title)] if "claims.csv" in result.tables else []),
         *(
             _sites_table(result, name, _MOST_SITES_TERMINAL).only(*columns).rich(_kind(name).title)
             for name in _informative_analyses(result)
         ),
-        *([overview(parts).rich("Gates and further analyses")] if parts else []),
+        *([overview(parts.values()).rich("Gates and further analyses")] if parts else []),
         _identities_table(study, summary.identities).rich("Identities"),
         Text(f"Report: {report}", overflow="fold"),
     )
@@ -153,13 +147,13 @@ def _report(result: Result, parts: Mapping[str, Part], store: Store, drawn: set[
     study, summary, record = result.study, result.summary, store.record()
     every = {
         f"# Causal mediation of harmful text in {study.info.name}": _opening(result, record),
-        "## The paper's claims": _claims_table(summary.claims).markdown(),
+        **_shown_parts(parts, {"claims"}),
         "## What was measured": paragraphs(
             _setting_table(result).markdown(), _left_out(study.refusals, store.failures())
         ),
         "## Total effect": _total_table(summary.total, study.outcome.unit).markdown(),
         **{f"## {_kind(name).title}": _section(result, name, name in drawn) for name in _analyses(result)},
-        **{f"## {part.title}": part.markdown(_figure_path(name)) for name, part in parts.items()},
+        **_shown_parts(parts, set(parts) - {"claims"}),
         "## Identities": _identities_table(study, summary.identities).markdown(),
         "## How to read the numbers": bullets(_READING),
         "## Limits": bullets(_limits(study, summary.total)),
@@ -167,6 +161,10 @@ def _report(result: Result, parts: Mapping[str, Part], store: Store, drawn: set[
         "## Provenance": _provenance_table(record).markdown(),
     }
     return paragraphs(*(part for section in every.items() for part in section)) + "\n"
+
+
+def _shown_parts(parts: Mapping[str, Part], names: set[str]) -> dict[str, str]:
+    return {f"## {part.title}": part.markdown(_figure_path(name)) for name, part in parts.items() if name in names}
 
 
 def _csv_tables(result: Result) -> dict[str, pd.DataFrame]:
@@ -212,34 +210,33 @@ def _opening(result: Result, record: Mapping[str, Any]) -> str:
     ]
     if not record.get("finished"):
         warnings.append("**This run is not finished**: what follows is what has been measured so far.")
-    return paragraphs(*warnings, _answer(result.study, result.summary))
+    return paragraphs(*warnings, _answer(result))
 
 
-def _answer(study: Study, summary: Summary) -> str:
+def _answer(result: Result) -> str:
     """Where in this model harmful text is decided, as far as this run can say."""
-    total, unit = summary.total, study.outcome.unit
+    total, unit = result.summary.total, result.study.outcome.unit
     size = f"{estimate(total)} {unit}"
     care = f" To be read with care: {total.reason}." if total.reason else ""
-    claims = " ".join(f"{_VERDICTS[claim.verdict]} “{claim.name}”: {claim.finding}." for claim in summary.claims)
-    return f"{_headline(study, summary)} {_SIGNS[total.sign].format(size=size)}{care} {claims}"
+    return f"{_headline(result)} {_SIGNS[total.sign].format(size=size)}{care}"
 
 
-def _headline(study: Study, summary: Summary) -> str:
-    name = study.info.name
-    if summary.total.sign == 0:
+def _headline(result: Result) -> str:
+    """The verdicts in a sentence; where TE < 0 the claims are worded about the refusal (METHOD, section 2)."""
+    name, sign = result.study.info.name, result.summary.total.sign
+    decided = "the refusal" if sign < 0 else "harmful text"
+    if sign == 0:
         return f"**This run cannot say where in {name} harmful text is decided.**"
-    if summary.total.sign < 0:
-        return f"**In {name} these harmful prompts do not make the harmful answer more likely.**"
-    supported = [f"“{claim.name}”" for claim in summary.claims if claim.verdict == "supported"]
-    if supported:
-        return f"**Where in {name} is harmful text decided? This run supports {' and '.join(supported)}.**"
-    if any(claim.verdict == "not supported" for claim in summary.claims):
-        return f"**Where in {name} is harmful text decided? This run supports none of the paper's claims.**"
-    return f"**This run leaves open where in {name} harmful text is decided.**"
+    if "claims.csv" not in result.tables:
+        return f"**This run maps where {decided} acts in {name}; it tests no claim.**"
+    said = result.tables["claims.csv"].groupby("said", sort=False)["number"].agg(list)
+    verdicts = "; ".join(f"{_listed(numbers)} {verdict}" for verdict, numbers in said.items())
+    return f"**Where in {name} is {decided} decided? {verdicts}.**"
 
 
-def _claims_table(claims: Sequence[Claim]) -> Table:
-    return Table(("claim", "verdict", "finding"), [(claim.name, claim.verdict, claim.finding) for claim in claims])
+def _listed(numbers: Sequence[int]) -> str:
+    """Numbers of claims in words."""
+    return f"claim{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _total_table(total: Estimate, unit: str) -> Table:
@@ -319,20 +316,6 @@ def _map(draw: Callable[[pd.DataFrame, float], Figure]) -> Callable[[Result], Fi
     return lambda result: draw(_informative_sites(result), result.study.config.statistics.alpha)
 
 
-def _profiles(result: Result) -> str:
-    """Where in depth the NIE of both kinds of module lies, and their difference."""
-    summary = result.summary
-    profiles = {"MLP": summary.mlp, "attention": summary.attention}
-    defined = {name: profile for name, profile in profiles.items() if profile is not None}
-    rows = [
-        (name, estimate(profile.centre_of_mass), estimate(profile.last_third_share, percent))
-        for name, profile in defined.items()
-    ]
-    header = ("NIE of", "centre of mass (0 first layer, 1 last)", "share in the last third of layers")
-    notes = [Note(name, profile.last_third_share.reason) for name, profile in defined.items()]
-    return Table(header, rows, tuple(note for note in notes if note.text)).markdown()
-
-
 def _mediators(result: Result) -> str:
     """Neurons chosen on the discovery split, as the held-out split sees them."""
     by, found = result.study.config.statistics, result.summary.mediators
@@ -363,9 +346,7 @@ def _mediators_table(found: pd.DataFrame, unit: str) -> Table:
 
 _KINDS = {
     "layers": _Kind("Layers", "the residual stream after one layer, at one position", _depth),
-    "modules": _Kind(
-        "Modules", "what the MLP or the attention of one layer adds to the residual stream", _modules, _profiles
-    ),
+    "modules": _Kind("Modules", "what the MLP or the attention of one layer adds to the residual stream", _modules),
     "tokens": _Kind("Tokens", "the residual stream after one layer, at one token", _map(figures.tokens)),
     "heads": _Kind("Heads", "the output of one attention head", _map(figures.heads)),
     LAYERS: _Kind("Neurons of whole MLPs", "all neurons of one MLP together", _whole),

@@ -190,10 +190,7 @@ def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared
         PairsError: they cannot be read, or fewer than two can be run.
     """
     texts = select(load_pairs(config.pairs), config.max_pairs)
-    clusters = dict(zip((text.id for text in texts), components(texts), strict=True))
-    tokenised = tokenise(texts, tokenizer)
-    found = tuple(replace(pair, cluster=clusters[pair.id]) for pair in tokenised.pairs)
-    prepared = Prepared(found, tokenised.refusals)
+    prepared = tokenise(texts, tokenizer)
     if config.outcome == "response_logprob":
         given = {text.id: _given(text, tokenizer, config.response_logprob.tokens) for text in texts}
         answered = [
@@ -294,7 +291,7 @@ def analysed(lab: Lab) -> Result:
                 continue
             with contextlib.suppress(*unfinished):
                 tables.update(analysis.analyse(lab, tables))
-    return Result(study, lab.effects, tables, _summary(study, lab.effects, tables))
+    return Result(study, lab.effects, tables, _summary(study, lab.effects))
 
 
 def first_requests(study: Study) -> list[Request]:
@@ -316,10 +313,10 @@ def first_requests(study: Study) -> list[Request]:
     return requests
 
 
-def _summary(study: Study, effects: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> Summary:
+def _summary(study: Study, effects: pd.DataFrame) -> Summary:
     equal_length = {pair.id for pair in study.pairs if len(pair.x0) == len(pair.x1)}
     config = study.config
-    return summarise(effects, tables, equal_length, study.info.layers, config.seed, config.statistics)
+    return summarise(effects, equal_length, study.info.layers, config.seed, config.statistics)
 
 
 def _described(study: Study) -> dict[str, Any]:

@@ -17,10 +17,10 @@ def study(folder: Path, content: str) -> Path:
 
 def test_a_model_is_all_a_study_needs() -> None:
     config = load_config(None, {"model": "m"})
-    assert config.analyses == ["layers", "modules", "neurons"]
+    assert config.analyses == ["claims", "layers", "modules"]
     assert (config.pairs, config.outcome, config.backend, config.dtype) == (
         "builtin",
-        "response_logprob",
+        "refusal",
         "local",
         "float32",
     )

@@ -176,19 +176,12 @@ def test_watching_the_gates_tells_harmful_prompts(planted: Studied) -> None:
     assert gates["p"] < 0.05
 
 
-def test_the_claims_that_were_planted_are_supported(planted: Studied) -> None:
-    late, mlps, neurons, early, handed = (claim.verdict for claim in planted.result.summary.claims)
-    assert (late, mlps, neurons, handed) == ("supported",) * 4
-    assert early == "not supported"  # what the movers bring to the last token acts from the layer that brings it
-
-
 def test_the_run_folder_gives_the_same_result_without_a_model(planted: Studied) -> None:
     again = reread(planted.store)
     pd.testing.assert_frame_equal(again.effects, planted.result.effects)
     assert list(again.tables) == list(planted.result.tables)
     for name, table in planted.result.tables.items():
         pd.testing.assert_frame_equal(again.tables[name], table)
-    assert again.summary.claims == planted.result.summary.claims
 
 
 def test_the_report_has_a_section_for_every_analysis(planted: Studied) -> None:
@@ -204,7 +197,6 @@ def test_without_a_gate_nothing_is_claimed_or_repaired(study: Study) -> None:
     found = study(["layers", "modules", "neurons", "intervene"], cut)
     total = found.result.summary.total
     assert total.low < 0 < total.high
-    assert "supported" not in [claim.verdict for claim in found.result.summary.claims]
     for name in (intervene.MEAN, intervene.MLP):
         held = found.table("intervene", "held", "prompts").loc[(name, "harmful")]
         assert held["change_low"] < 0 < held["change_high"]

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from remote_mediation import report as report_module
 from remote_mediation.analyses.neurons import UNITS
 from remote_mediation.config import StatisticsSettings, StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS
@@ -131,7 +132,7 @@ def result(table: pd.DataFrame, refusals: Sequence[Refusal] = (), **settings: An
     ids = list(dict.fromkeys(table["pair_id"]))
     pairs = tuple(TokenPair(name, "c", "theft", (1, 2, 3), (1, 4, 3)[: 3 - (name == "p0")], 1, 1, 0) for name in ids)
     study = Study(config, INFO, Outcome(config.outcome, (1,), (2,)), pairs, tuple(refusals))
-    return Result(study, table, {}, summarise(table, {}, set(ids) - {"p0"}, LAYERS, config.seed, config.statistics))
+    return Result(study, table, {}, summarise(table, set(ids) - {"p0"}, LAYERS, config.seed, config.statistics))
 
 
 @pytest.fixture
@@ -163,19 +164,13 @@ def rows(text: str) -> list[list[str]]:
 def test_a_planted_late_mlp_is_the_answer(store: Store) -> None:
     report = written(store, result(effects(modules())))
     assert answer(report).startswith(
-        "**Where in planted is harmful text decided? This run supports “Harmful output is decided in late layers” and "
-        "“MLP blocks carry it, not attention”.** The harmful prompts raise the outcome: the total effect (TE) is 2 ["
+        "**This run maps where harmful text acts in planted; it tests no claim.** "
+        "The harmful prompts raise the outcome: the total effect (TE) is 2 ["
     )
-    assert "It did not test “A sparse set of neurons in the final layers gates it”" in answer(report)
-    assert [row[1] for row in rows(section(report, "The paper's claims"))[1:]] == [
-        "supported",
-        "supported",
-        *["not tested"] * 3,
-    ]
 
 
 def test_the_planted_site_comes_first_with_its_share_of_te(store: Store) -> None:
-    header, nie, tie, *_ = rows(section(written(store, result(effects(modules()))), "Modules"))[3:]
+    header, nie, tie, *_ = rows(section(written(store, result(effects(modules()))), "Modules"))
     assert header == [
         "site",
         "effect",
@@ -218,11 +213,6 @@ def test_an_absent_effect_is_said_first_and_leaves_every_share_undefined(store: 
         "**This run cannot say where in planted harmful text is decided.** The total effect (TE)"
     )
     assert "not told apart from 0" in answer(report)
-    assert [row[1] for row in rows(section(report, "The paper's claims"))[1:]] == [
-        "undecided",
-        "undecided",
-        *["not tested"] * 3,
-    ]
     modules_section = section(report, "Modules")
     assert {row[6] for row in rows(modules_section)[4:]} == {"n/a [n/a]"}
     assert re.search(r"^- share of TE: the interval of the denominator, -\S+ to \S+, spans 0$", modules_section, re.M)
@@ -230,25 +220,17 @@ def test_an_absent_effect_is_said_first_and_leaves_every_share_undefined(store: 
 
 def test_harmful_prompts_that_lower_the_outcome_are_not_called_harmful(store: Store) -> None:
     first = answer(written(store, result(effects(modules(), lambda pair: -strong(pair)))))
+    assert first.startswith("**This run maps where the refusal acts in planted; it tests no claim.** They lower")
+
+
+def test_verdicts_are_the_first_sentence() -> None:
+    said = ["supported", "not supported", "supported", "undecided", "supported, of any edit"]
+    claims = pd.DataFrame({"number": range(1, 6), "claim": "it", "said": said, "why": "so"})
+    first = report_module._answer(result(effects(modules()))._replace(tables={"claims.csv": claims}))
     assert first.startswith(
-        "**In planted these harmful prompts do not make the harmful answer more likely.** They lower"
+        "**Where in planted is harmful text decided? claims 1, 3 supported; claim 2 not supported; claim 4 undecided; "
+        "claim 5 supported, of any edit.**"
     )
-
-
-def test_no_claim_supported_is_said_so(store: Store) -> None:
-    early = [dataclasses.replace(site, layer=LAYERS - 1 - site.layer) for site in modules()]
-    swapped = {"attention_output": "mlp_output", "mlp_output": "attention_output"}
-    attention = [dataclasses.replace(site, component=swapped[site.component]) for site in early]
-    others = [site for site in attention if (site.component, site.layer) != ("mlp_output", 0)]
-    early_mlp = carries("modules", "mlp_output", 0, "all", 0.03)  # a flat profile is at 1/3 but for rounding
-    first = answer(written(store, result(effects([*others, early_mlp]))))
-    assert "This run supports none of the paper's claims.**" in first
-    assert "It does not support “MLP blocks carry it, not attention”" in first
-
-
-def test_nothing_tested_leaves_the_question_open(store: Store) -> None:
-    first = answer(written(store, result(effects(layers()))))
-    assert first.startswith("**This run leaves open where in planted harmful text is decided.**")
 
 
 def test_few_clusters_are_said_to_be_few_in_the_answer(store: Store) -> None:
@@ -452,7 +434,7 @@ def test_the_terminal_shows_the_answer_verdicts_sites_and_where_the_report_lies(
     path = Path("/some") / ("very-long-name" * 20) / "report.md"
     console.print(terminal_summary(found, path))
     text = console.export_text(clear=False)
-    assert "Where in planted is harmful text decided?" in text
+    assert "This run maps where harmful text acts in planted; it tests no claim." in " ".join(text.split())
     assert "MLP, layer 3 at 'all'" in text
     assert "residual stream, layer 1 at 'edit[-1]'" in text
     assert str(path) in text.replace("\n", "")

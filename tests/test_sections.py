@@ -229,7 +229,7 @@ def result(found: dict[str, pd.DataFrame], total: Estimate = TOTAL, spread: floa
         | settings
     )
     study = Study(config, INFO, Outcome("logit_diff", (1,), (2,)), (), ())
-    summary = Summary(acting(), total, None, None, None, pd.DataFrame(), (), ())
+    summary = Summary(acting(), total, None, None, None, pd.DataFrame(), ())
     return Result(study, effects(total.value, spread), found, summary)
 
 
@@ -358,7 +358,7 @@ def test_probes_stand_beside_the_layer_that_acts() -> None:
     assert "At 'last' harm is readable from layer 2 on and acts from layer 3 on" in found
     assert "(before)" in found
     bare = result(tables())
-    unmeasured = bare._replace(summary=Summary(acting().iloc[:0], TOTAL, None, None, None, pd.DataFrame(), (), ()))
+    unmeasured = bare._replace(summary=Summary(acting().iloc[:0], TOTAL, None, None, None, pd.DataFrame(), ()))
     assert "where it acts was not measured there (undecided)" in text("Early understanding", unmeasured)
 
 

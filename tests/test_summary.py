@@ -9,7 +9,7 @@ import pytest
 from remote_mediation.analyses.neurons import GATE_COLUMNS, SEARCH_COLUMNS, UNITS
 from remote_mediation.config import StatisticsSettings
 from remote_mediation.effects import EFFECT_COLUMNS
-from remote_mediation.summary import SUMMARY_COLUMNS, Claim, Summary, summarise
+from remote_mediation.summary import SUMMARY_COLUMNS, Summary, summarise
 
 LAYERS, PAIRS = 6, 16
 BY = StatisticsSettings(resamples=200)
@@ -99,33 +99,7 @@ class Made:
         return table.astype({"unit_start": "Int64", "unit_stop": "Int64"})
 
     def summary(self, seed: int = 0) -> Summary:
-        return summarise(self.table(), self._tables, {f"p{pair}" for pair in range(PAIRS)}, LAYERS, seed, BY)
-
-    def claim(self, number: int) -> Claim:
-        return self.summary().claims[number]
-
-
-@pytest.mark.parametrize(("mlp", "verdict"), [(LATE, "supported"), (EARLY, "not supported")])
-def test_where(mlp: Sequence[float], verdict: str) -> None:
-    claim = Made().modules(mlp, NONE).claim(WHERE)
-    assert claim.verdict == verdict
-    assert "of the MLPs' NIE" in claim.finding
-    share = float(claim.finding.split("holds ")[1].split("%")[0])
-    assert share > 95 if mlp is LATE else share < 5
-
-
-def test_where_depth_does_not_matter_nothing_is_decided() -> None:
-    assert Made().modules((0.2,) * 6, NONE).claim(WHERE).verdict == "undecided"
-
-
-@pytest.mark.parametrize(
-    ("mlp", "attention", "verdict"),
-    [(LATE, NONE, "supported"), (NONE, LATE, "not supported"), ((0.21, 0.0, 0.2, 0.2, 0.2, 0.2), LATE, "undecided")],
-)
-def test_what(mlp: Sequence[float], attention: Sequence[float], verdict: str) -> None:
-    claim = Made().modules(mlp, attention).claim(WHAT)
-    assert claim.verdict == verdict
-    assert claim.finding.startswith("MLP minus attention, NIE ")
+        return summarise(self.table(), {f"p{pair}" for pair in range(PAIRS)}, LAYERS, seed, BY)
 
 
 def test_mlp_minus_attention_is_paired_by_pair() -> None:
@@ -138,35 +112,10 @@ def test_mlp_minus_attention_is_paired_by_pair() -> None:
     assert summary.difference.n_pairs == PAIRS
 
 
-@pytest.mark.parametrize(("mlp", "attention", "what"), [(LATE, NONE, "supported"), (NONE, LATE, "not supported")])
-def test_a_negative_total_effect_has_its_place_too(mlp: Sequence[float], attention: Sequence[float], what: str) -> None:
-    claims = Made(te=-4.0).modules(mlp, attention).gates().summary().claims
-    assert [claim.verdict for claim in claims[1:3]] == [what, "supported"]
-    assert (claims[0].verdict == "supported") == (mlp is LATE)
-
-
-@pytest.mark.parametrize("number", [WHERE, WHAT, WHICH])
-def test_few_clusters_decide_nothing(number: int) -> None:
-    made = Made(clusters=4).modules(LATE, NONE).gates()
-    claim = made.claim(number)
-    assert claim.verdict == "undecided"
-    assert "4 clusters" in claim.finding
-
-
-@pytest.mark.parametrize("number", [WHERE, WHAT, WHICH])
-def test_without_a_total_effect_nothing_is_decided(number: int) -> None:
-    made = Made(te=0.0, spread=1.0).modules(LATE, NONE).gates()
-    claim = made.claim(number)
-    assert claim.verdict == "undecided"
-    assert "there is no total effect to mediate" in claim.finding
-    assert "spans 0" in claim.finding
-
-
 def test_what_was_not_measured_is_not_tested() -> None:
     made = Made()
     made.add("layers", "layer_output", 2, 0.5)
     summary = made.summary()
-    assert {claim.verdict for claim in summary.claims} == {"not tested"}
     assert summary.mlp is summary.attention is summary.difference is None
     assert summary.mediators.empty
 
@@ -195,7 +144,7 @@ def test_a_share_that_chance_explains_makes_no_mediator() -> None:
     table = Made().neurons({(5, 1): (0.5, 0.5), (5, 2): (0.4, 0.4)}).table()
     unsteady = (table["split"] == "heldout") & (table["unit_start"] == 2)
     table.loc[unsteady, ["nie", "tie"]] = np.tile([[3.0], [-2.0]], (PAIRS // 4, 2))
-    found = summarise(table, {}, set(), LAYERS, 0, BY).mediators.set_index("unit")
+    found = summarise(table, set(), LAYERS, 0, BY).mediators.set_index("unit")
     assert found.loc[2, ["nie_share", "tie_share"]].min() > BY.min_share
     assert found["mediates"].to_dict() == {1: True, 2: False}
 
@@ -204,69 +153,7 @@ def test_a_mediator_is_sufficient_and_necessary() -> None:
     made = Made().neurons({(5, 1): (0.5, 0.5)})
     for effect in ("nie", "tie"):
         table = made.table().assign(**{effect: 0.0})
-        assert summarise(table, {}, set(), LAYERS, 0, BY).mediators.empty
-
-
-def test_a_sparse_late_set_gates() -> None:
-    claim = Made().gates().claim(WHICH)
-    assert claim.verdict == "supported"
-    assert claim.finding == (
-        "3 of 40 neurons of layer 5 carry, held out, 70% of TE by NIE and 65% by TIE (their whole MLP 80% and 75%; "
-        "p = 0.048 against random sets)"
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "reasons"),
-    [
-        ({"layer": 3}, ["its layer is not in the last third"]),
-        ({"size": 5}, ["that is more than 10% of its MLP"]),
-        ({"nie_low": -0.1}, ["held out, it is not both sufficient and necessary"]),
-        ({"tie_low": 0.0}, ["held out, it is not both sufficient and necessary"]),
-        ({"nie_share": 0.49}, ["it carries less than 50% of TE"]),
-        ({"tie_share": -0.5}, ["it carries less than 50% of TE"]),
-        ({"layer": 0, "size": 40}, ["its layer is not in the last third", "that is more than 10% of its MLP"]),
-    ],
-)
-def test_each_condition_that_a_gate_set_fails_is_named(changes: Mapping[str, float], reasons: Sequence[str]) -> None:
-    claim = Made().gates(**changes).claim(WHICH)
-    assert claim.verdict == "not supported"
-    assert claim.finding.split("; ")[2:] == reasons
-
-
-@pytest.mark.parametrize("changes", [{"layer": 4}, {"size": 4}, {"nie_share": 0.5}, {"tie_share": 0.5}])
-def test_a_gate_set_may_just_meet_each_condition(changes: Mapping[str, float]) -> None:
-    assert Made().gates(**changes).claim(WHICH).verdict == "supported"
-
-
-@pytest.mark.parametrize(("better", "verdict"), [(0, "supported"), (1, "supported"), (2, "not supported")])
-def test_random_sets_that_do_as_much_count(better: int, verdict: str) -> None:
-    made = Made().gates(random=(*(2.8,) * better, *(0.1,) * (39 - better)))
-    claim = made.claim(WHICH)
-    assert claim.verdict == verdict
-    assert f"p = {(1 + better) / 40:.2g} against random sets" in claim.finding
-    assert claim.finding.endswith("random sets of its size do as much") == (better == 2)
-
-
-def test_too_few_random_sets_decide_nothing() -> None:
-    claim = Made().gates(random=(0.1,) * 18).claim(WHICH)
-    assert (claim.verdict, claim.finding) == ("undecided", "18 random sets are too few to compare the gate set with")
-
-
-@pytest.mark.parametrize("quantity", ["nie", "tie"])
-def test_a_gate_set_without_intervals_decides_nothing(quantity: str) -> None:
-    made = Made().gates(**{f"{quantity}_low": np.nan, f"{quantity}_high": np.nan, "reason": "all resamples agree"})
-    claim = made.claim(WHICH)
-    assert claim.verdict == "undecided"
-    assert claim.finding == "the held-out split cannot test the gate set: all resamples agree"
-
-
-def test_no_gate_set_is_no_gate() -> None:
-    claim = Made().neurons({(5, 1): (0.5, 0.5)}).searched().claim(WHICH)
-    assert (claim.verdict, claim.finding) == (
-        "not supported",
-        "no MLP moves the outcome by its neurons where they were swapped",
-    )
+        assert summarise(table, set(), LAYERS, 0, BY).mediators.empty
 
 
 def test_identities_look_at_the_whole_stream_of_equal_pairs() -> None:
@@ -281,10 +168,10 @@ def test_identities_look_at_the_whole_stream_of_equal_pairs() -> None:
     table.loc[whole & (table["pair_id"] == "p4"), "nde"] = -0.25
     table.loc[whole & (table["pair_id"] == "p5"), ["nie", "nde"]] = 99.0
     equal = {f"p{pair}" for pair in range(PAIRS)} - {"p5"}
-    nie, nde, *last = summarise(table, {}, equal, LAYERS, 0, BY).identities
+    nie, nde, *last = summarise(table, equal, LAYERS, 0, BY).identities
     assert (nie.n, nde.n) == (PAIRS - 1, PAIRS - 1)
     assert (nie.largest, nde.largest) == (pytest.approx(0.5), pytest.approx(0.25))
-    for nothing in (*last, summarise(table, {}, set(), LAYERS, 0, BY).identities[0]):
+    for nothing in (*last, summarise(table, set(), LAYERS, 0, BY).identities[0]):
         assert nothing.n == 0
         assert np.isnan(nothing.largest)
 
@@ -294,7 +181,7 @@ def test_identities_of_the_last_layer_hold_for_all_pairs() -> None:
     made.add("checks", "layer_output", LAYERS - 1, 0.5, position="last")
     table = made.table()
     table.loc[table["pair_id"] == "p5", ["nie", "nde"]] = 99.0
-    nie, nde = summarise(table, {}, set(), LAYERS, 0, BY).identities[2:]
+    nie, nde = summarise(table, set(), LAYERS, 0, BY).identities[2:]
     assert (nie.n, nde.n) == (PAIRS, PAIRS)
     assert (nie.largest, nde.largest) == (pytest.approx(99 - made.te[5]), pytest.approx(99.0))
 
@@ -325,7 +212,6 @@ def test_no_answer_depends_on_which_other_questions_were_asked() -> None:
     first, second = alone.summary(), both.summary()
     modules = second.sites[second.sites["analysis"] == "modules"].reset_index(drop=True)
     pd.testing.assert_frame_equal(first.sites, modules)
-    assert first.claims[:2] == second.claims[:2]
 
 
 def test_the_same_seed_gives_the_same_numbers() -> None:
