@@ -118,7 +118,8 @@ def intervene(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="refusal-openings unless the study says else; openings+embedding is better (fetch-model minilm). Also "
+            help="refusal-openings unless the study says else; openings+embedding (fetch-model minilm) sees more "
+            "evasions. Also "
             "embedding, refusal-phrases, model:NAME, classifier:MODEL[:LABEL], python:module:function."
         ),
     ] = None,

@@ -87,7 +87,7 @@ class InterveneSettings(_Strict):
     """`[intervene]`: what the gates are held at, and who judges what is then said."""
 
     judge: str = DEFAULT_JUDGE
-    """A judge's spec (`judges.load_judge`); `openings+embedding` is better, and takes `fetch-model minilm`."""
+    """A judge's spec (`judges.load_judge`); `openings+embedding` (`fetch-model minilm`) sees more evasions."""
     tokens: int = Field(default=24, ge=1)
     """Tokens of each generated answer."""
     factors: Distinct[float] = [0.0, 0.5, 2.0]

@@ -121,13 +121,13 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _sliding_layers(config: PreTrainedConfig, family: Family) -> tuple[tuple[int, ...], int | None]:
-    """Layers with sliding-window attention and their window; none where the configuration names no window."""
+    """Layers with sliding-window attention and their window; none where family or configuration have no window."""
     window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
+    if not window or not family.windows or getattr(config, "use_sliding_window", True) is False:
         return (), None
-    listed = None if family.one_mask else getattr(config, "layer_types", None)
-    kinds = listed or ["sliding_attention"] * config.num_hidden_layers
-    return tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"), window
+    if family.windows == "all":
+        return tuple(range(config.num_hidden_layers)), window
+    return tuple(layer for layer, kind in enumerate(config.layer_types) if kind == "sliding_attention"), window
 
 
 def _load(kind: Any, name: str, revision: str) -> Any:

@@ -28,7 +28,7 @@ from remote_mediation.intervals import (
 
 __all__ = ["Gate", "GateVerdict", "gate", "share", "share_exceeds", "slope", "slope_difference"]
 
-_ANGLES = 65
+_ANGLES = 33
 """Shares that are tried before the ends are searched for, as angles: all of -inf to inf."""
 _HALVINGS = 50
 
@@ -215,7 +215,7 @@ def _products(effects: ArrayLike, totals: ArrayLike) -> Floats:
     """total * effect and total^2, [2, pair]."""
     given, whole = np.asarray(effects, dtype=np.float64), np.asarray(totals, dtype=np.float64)
     _check_shapes(given, whole)
-    return np.stack([whole * given, np.where(np.isfinite(given), whole**2, np.nan)])
+    return np.stack([whole * given, whole**2])
 
 
 def _check_shapes(first: Floats, second: Floats) -> None:

@@ -76,8 +76,9 @@ class Family:
     """Which item of what a block returns is the stream; None where it returns nothing else."""
     gated: bool = True
     """Whether the MLP has a gate projection beside the up-projection."""
-    one_mask: bool = False
-    """Whether all layers slide when one does: transformers gives the model one mask and reads no `layer_types`."""
+    windows: Literal["", "listed", "all"] = ""
+    """Layers that attend in a sliding window where the configuration names one: none, those that its `layer_types`
+    lists, or all of them (transformers gives the model one mask). What else a configuration says is not read."""
     multiplier: str = ""
     """Setting that both contributions are multiplied by after their modules; empty for none."""
     d_ff: str = "intermediate_size"
@@ -128,25 +129,25 @@ _DEEPSEEK = replace(
 )
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
-    "mistral": replace(_LLAMA, one_mask=True),
-    "ministral": _LLAMA,
-    "ministral3": replace(_LLAMA, one_mask=True),
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "phi3": replace(_LLAMA, one_mask=True),
+    "mistral": replace(_LLAMA, windows="all"),
+    "ministral": replace(_LLAMA, windows="listed"),
+    "ministral3": replace(_LLAMA, windows="all"),
+    "qwen2": replace(_LLAMA, windows="listed"),
+    "qwen3": replace(_LLAMA, windows="listed"),
+    "phi3": replace(_LLAMA, windows="all"),
     "gemma": _LLAMA,
-    "gemma2": _POST_NORM,
-    "gemma3_text": _POST_NORM,
-    "gemma3": replace(_POST_NORM, blocks="model.language_model.layers", tower="text_config"),
-    "smollm3": _LLAMA,
+    "gemma2": replace(_POST_NORM, windows="listed"),
+    "gemma3_text": replace(_POST_NORM, windows="listed"),
+    "gemma3": replace(_POST_NORM, blocks="model.language_model.layers", tower="text_config", windows="listed"),
+    "smollm3": replace(_LLAMA, windows="listed"),
     "olmo": _LLAMA,
     "olmo2": _POST_NORM,
-    "olmo3": _POST_NORM,
+    "olmo3": replace(_POST_NORM, windows="listed"),
     "seed_oss": _LLAMA,
     "helium": _LLAMA,
     "ernie4_5": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
-    "exaone4": _POST_NORM,
+    "exaone4": replace(_POST_NORM, windows="listed"),
     "glm": _LLAMA,
     "glm4": replace(
         _LLAMA,
@@ -155,7 +156,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "granite": replace(_LLAMA, multiplier="residual_multiplier"),
     "cohere": _LLAMA,
-    "cohere2": _LLAMA,
+    "cohere2": replace(_LLAMA, windows="listed"),
     "stablelm": _LLAMA,
     "arcee": _UNGATED_LLAMA,
     "nemotron": _UNGATED_LLAMA,
@@ -204,15 +205,16 @@ FAMILIES: dict[str, Family] = {
         kv_heads="num_kv_heads",
         refused=(Refusal("alibi", True, _ALIBI),),
     ),
-    "mixtral": replace(_MIXTRAL, one_mask=True),
-    "phimoe": replace(_MIXTRAL, one_mask=True),
-    "gpt_oss": replace(_MIXTRAL, mlp_output=Hook("mlp", "output", 0)),
+    "mixtral": replace(_MIXTRAL, windows="all"),
+    "phimoe": replace(_MIXTRAL, windows="all"),
+    "gpt_oss": replace(_MIXTRAL, windows="listed", mlp_output=Hook("mlp", "output", 0)),
     "olmoe": replace(_MIXTRAL, mixture=Mixture("num_experts", "intermediate_size")),
     "qwen2_moe": replace(
         _MIXTRAL,
+        windows="listed",
         mixture=Mixture("num_experts", "moe_intermediate_size", shared_width="shared_expert_intermediate_size"),
     ),
-    "qwen3_moe": replace(_MIXTRAL, mixture=Mixture("num_experts", "moe_intermediate_size")),
+    "qwen3_moe": replace(_MIXTRAL, windows="all", mixture=Mixture("num_experts", "moe_intermediate_size")),
     "granitemoe": replace(_MIXTRAL, mlp_output=Hook("block_sparse_moe"), multiplier="residual_multiplier"),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,

@@ -255,8 +255,9 @@ def split_clusters(clusters: ArrayLike, rng: np.random.Generator) -> NDArray[np.
 def spread(components: ArrayLike, most: int) -> NDArray[np.intp]:
     """Which pairs to keep of too many: at most so many indices, rising, with one of each component first.
 
-    components: [pair]. The first pair of every component comes before the second of any, and so on; within a round the
-    order is that of the pairs. Raises ValueError if most < 0.
+    components: [pair]. The first pair of every component comes before the second of any, and so on; of a round that is
+    cut short those taken are spread evenly over the pairs, so that categories stay mixed.
+    Raises ValueError if most < 0.
     """
     if most < 0:
         raise ValueError(f"most must be at least 0; got {most}")
@@ -266,7 +267,13 @@ def spread(components: ArrayLike, most: int) -> NDArray[np.intp]:
     starts = np.cumsum(groups.sizes) - groups.sizes
     turn = np.empty(labels.size, dtype=np.intp)
     turn[by_component] = np.arange(labels.size) - np.repeat(starts, groups.sizes)
-    return np.sort(np.argsort(turn, kind="stable")[:most])
+    order = np.argsort(turn, kind="stable")
+    if most >= len(order):
+        return np.sort(order)
+    whole = order[turn[order] < turn[order[most]]]
+    last = order[turn[order] == turn[order[most]]]
+    wanted = most - len(whole)
+    return np.sort(np.concatenate([whole, last[np.arange(wanted) * len(last) // max(wanted, 1)]]))
 
 
 def sparsity(values: ArrayLike, share: float = 0.8) -> Sparsity:

@@ -27,13 +27,15 @@ from remote_mediation.effects import Request
 from remote_mediation.engine.backend import Backend
 from remote_mediation.errors import PairsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
-from remote_mediation.judges import refuses
+from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
 from remote_mediation.lab import Lab, Study, UnmeasuredError, Watch, placebo_id
 from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings, openings_of
 from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
 from remote_mediation.pairs import PromptPair, load_pairs
+from remote_mediation.placebo import components
 from remote_mediation.provenance import now, provenance
 from remote_mediation.sites import ModelInfo
+from remote_mediation.stats import spread
 from remote_mediation.store import Store
 from remote_mediation.summary import CHECKS, Summary, summarise
 from remote_mediation.tokens import Prepared, Refusal, TokenPair, encode_response, tokenise, with_answers
@@ -131,8 +133,11 @@ def chosen_openings(lab: Lab) -> Outcome:
         else:
             prompts = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
             answers = lab.continued(prompts, JUDGED_TOKENS)
-            said = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-            outcome = openings_of(answers, [refuses(text) for text in said], tokenizer)
+            asked, said = (
+                [tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in (prompts, answers)
+            )
+            complied = load_judge(REFUSAL_OPENINGS)(asked, said)
+            outcome = openings_of(answers, [not yes for yes in complied], tokenizer)
         return outcome.compliant, outcome.refusing
 
     compliant, refusing = (tuple(map(tuple, side)) for side in lab.noted("openings", chosen))
@@ -185,14 +190,17 @@ def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared
         PairsError: they cannot be read, or fewer than two can be run.
     """
     texts = select(load_pairs(config.pairs), config.max_pairs)
-    prepared = tokenise(texts, tokenizer)
+    clusters = dict(zip((text.id for text in texts), components(texts), strict=True))
+    tokenised = tokenise(texts, tokenizer)
+    found = tuple(replace(pair, cluster=clusters[pair.id]) for pair in tokenised.pairs)
+    prepared = Prepared(found, tokenised.refusals)
     if config.outcome == "response_logprob":
         given = {text.id: _given(text, tokenizer, config.response_logprob.tokens) for text in texts}
-        found = [
+        answered = [
             with_answers(pair, given[pair.id]) if all(given[pair.id]) else replace(pair, answers=given[pair.id])
             for pair in prepared.pairs
         ]
-        prepared = _sorted_out(found, prepared.refusals)
+        prepared = _sorted_out(answered, prepared.refusals)
     check_enough(prepared)
     return prepared
 
@@ -260,10 +268,10 @@ def texts_digest(config: StudyConfig) -> str:
 
 
 def select(pairs: Sequence[PromptPair], most: int | None) -> tuple[PromptPair, ...]:
-    """At most so many pairs, spread evenly over the file so that categories stay mixed."""
+    """At most so many pairs, one of each component first, spread evenly over the file (METHOD, section 9)."""
     if most is None or most >= len(pairs):
         return tuple(pairs)
-    return tuple(pairs[i * len(pairs) // most] for i in range(most))
+    return tuple(pairs[i] for i in spread(components(pairs), most))
 
 
 def outcome_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Outcome:

@@ -106,6 +106,7 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("mixtral", {**_WIDE_HEADS, **_ROUTED, "num_local_experts": 4}),
+    "mixtral_chat": ("mixtral", {**_WIDE_HEADS, **_ROUTED, "num_local_experts": 4}),
     "phimoe": ("phimoe", {**_GQA, **_ROUTED, "num_local_experts": 4}),
     "gpt_oss": ("gpt_oss", {**_WIDE_HEADS, **_ROUTED, "num_local_experts": 4, "sliding_window": WINDOW}),
     "olmoe": ("olmoe", {**_GQA, **_ROUTED, "num_experts": 4}),
@@ -117,6 +118,21 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("granitemoe", {**_GQA, **_ROUTED, "num_local_experts": 4, "residual_multiplier": 0.22}),
     "deepseek_v2": ("deepseek_v2", {**_LATENT, "topk_method": "greedy"}),
     "deepseek_v3": ("deepseek_v3", _LATENT),
+    "ministral3_window": ("ministral3", {**_WIDE_HEADS, "sliding_window": WINDOW}),
+    "smollm3_window": (
+        "smollm3",
+        {**_WIDE_HEADS, "use_sliding_window": True, "sliding_window": WINDOW, "no_rope_layer_interval": 2},
+    ),
+    "mixtral_window": ("mixtral", {**_WIDE_HEADS, **_ROUTED, "num_local_experts": 4, "sliding_window": WINDOW}),
+    "phimoe_window": ("phimoe", {**_GQA, **_ROUTED, "num_local_experts": 4, "sliding_window": WINDOW}),
+    "qwen2_moe_window": (
+        "qwen2_moe",
+        {**_GQA, **_ROUTED, **_QWEN_WINDOW, "num_experts": 4, "moe_intermediate_size": 24, "max_window_layers": 3},
+    ),
+    "qwen3_moe_window": (
+        "qwen3_moe",
+        {**_WIDE_HEADS, **_ROUTED, **_QWEN_WINDOW, "num_experts": 4, "moe_intermediate_size": 24},
+    ),
 }
 
 
@@ -132,10 +148,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject
 
     def get(name: str) -> Subject:
         if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            _tiny_model(*SUBJECTS[name], seed=list(SUBJECTS).index(name)).save_pretrained(folder)
-            _tiny_tokenizer(chat=name.endswith("chat")).save_pretrained(folder)
-            made[name] = _load(folder)
+            made[name] = make_subject(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return get
@@ -149,6 +162,13 @@ def smollm2() -> Subject:
         pytest.skip(
             "run `remote-mediation fetch-model smollm2`, or name the model's folder in REMOTE_MEDIATION_SMOLLM2"
         )
+    return _load(folder)
+
+
+def make_subject(name: str, folder: Path) -> Subject:
+    """A subject by name (a key of `SUBJECTS`), its files in an empty folder."""
+    _tiny_model(*SUBJECTS[name], seed=list(SUBJECTS).index(name)).save_pretrained(folder)
+    _tiny_tokenizer(chat=name.endswith("chat")).save_pretrained(folder)
     return _load(folder)
 
 

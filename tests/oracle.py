@@ -28,6 +28,8 @@ from remote_mediation.tokens import TokenPair
 # Names of tiny models beside those of the families themselves (conftest.py): windows shorter than the sequence, and
 # other variants.
 WINDOWED = ("mistral_window", "qwen2_window", "qwen3_window", "phi3_window", "gemma2_window", "gemma3_text_window")
+WINDOWED += ("ministral3_window", "exaone4_window", "smollm3_window", "mixtral_window", "phimoe_window")
+WINDOWED += ("qwen2_moe_window", "qwen3_moe_window")
 OTHERS = ("llama_chat", "gpt2_narrow", "gpt_neox_sequential")
 # One of each kind of block: plain, sandwich norms with a window, positions added to the stream, parallel, one whose
 # contributions are multiplied, one that returns a tuple.

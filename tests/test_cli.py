@@ -202,6 +202,15 @@ def test_models(call: Run, tmp_path: Path, model: str) -> None:
     refused(call("models", "check", "./nowhere"), "'./nowhere'", "give a local folder")
 
 
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_neurons_of_a_mixture_of_experts(
+    call: Run, tmp_path: Path, subject: Callable[[str], Subject], command: str
+) -> None:
+    file = study(tmp_path, subject("mixtral_chat").info.name)
+    refused(call(command, file, "--analyses", "neurons"), "has no mlp_neurons", "mixture of experts (mixtral)")
+    assert call("plan", file, "--analyses", "layers,modules,heads").code == 0
+
+
 def test_an_unknown_family(call: Run, tmp_path: Path, model: str) -> None:
     file = study(tmp_path, model)
     (tmp_path / "model").mkdir()
@@ -431,7 +440,8 @@ def test_judge_check(call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (ran.code, ran.err) == (0, "")
     assert all(f" {share} [" in ran.out for share in ("60%", "50%", "66.7%"))
     both = call("judge", "check", "mine.csv", "--judge", "refusal-openings", "--judge", "refusal-phrases")
-    assert (both.code, both.err, both.out.count("refusal-")) == (0, "", 2)
+    assert (both.code, both.err) == (0, "")
+    assert both.out.index("refusal-openi") < both.out.index("refusal-phras")  # a table of 80 letters breaks names
     assert "no sample" not in ran.out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, TOLERANCE, Subject, token_pair
+from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, TOLERANCE, WINDOWED, Subject, token_pair
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -23,6 +23,8 @@ from remote_mediation.tokens import SPANS, TokenPair
 
 Subjects = Callable[[str], Subject]
 
+# Variants whose blocks are wired in another way; the others differ in what the engine gives them.
+WIRED = ("gpt_neox_sequential", "falcon_sequential", "falcon_new", "stablelm_parallel")
 VARIANTS = (
     "llama_chat",
     "gpt2_narrow",
@@ -67,7 +69,7 @@ def grid(pair: TokenPair, subject: Subject) -> list[Row]:
 @pytest.mark.parametrize(
     ("outcome", "answers"), [(LOGIT_DIFF, (0, 0)), (RESPONSE_LOGPROB, (4, 1))], ids=["logit_diff", "response_logprob"]
 )
-@pytest.mark.parametrize("family", [*FAMILIES, "falcon_sequential", "falcon_new", "stablelm_parallel"])
+@pytest.mark.parametrize("family", [*FAMILIES, *WIRED])
 def test_every_site_is_measured_as_the_oracle_does(
     subject: Subjects, family: str, outcome: Outcome, answers: tuple[int, int], edits: tuple[int, int]
 ) -> None:
@@ -130,10 +132,7 @@ def test_attention_and_mlp_add_up_to_the_layer(subject: Subjects, name: str) -> 
     """Stream in, plus what attention and MLP add to it, is stream out: the table's components are whole."""
     model = subject(name).plain
     for block in module_at(model, FAMILIES[model.config.model_type].blocks):
-        seen = seen_in(model, block)
-        added = (seen["attention_output"] + seen["mlp_output"]) * subject(name).info.multiplier
-        total, stream = seen["layer_input"] + added, seen["layer_output"]
-        assert (total - stream).abs().max() < 1e-5 * stream.abs().max()
+        assert missing_share(seen_in(model, block), subject(name).info.multiplier) < 1e-5
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
@@ -178,6 +177,13 @@ def test_a_mixture_has_no_neurons_and_says_so(subject: Subjects, name: str) -> N
             ask()
 
 
+def missing_share(seen: dict[str, Tensor], multiplier: float) -> float:
+    """How far a block's output is from its input and contributions, relative to the output's largest entry."""
+    added = (seen["attention_output"] + seen["mlp_output"]) * multiplier
+    missing = seen["layer_input"] + added - seen["layer_output"]
+    return float(missing.abs().max() / seen["layer_output"].abs().max())
+
+
 def seen_in(model: PreTrainedModel, block: nn.Module) -> dict[str, Tensor]:
     """Every component of one block by the package's table, and the block's input, on a plain run."""
     family, seen = FAMILIES[model.config.model_type], {}
@@ -205,7 +211,16 @@ def test_sliding_layers_are_those_of_the_configuration(subject: Subjects) -> Non
     assert found["gemma2"] == ((0, 2), 4096)
     assert found["qwen2_window"] == ((1, 2), 6)
     assert found["phi3_window"] == ((0, 1, 2), 6)
+    windowed = {name: subject(name).info.sliding for name in WINDOWED}
+    assert windowed["smollm3_window"] == (1,)
+    assert windowed["qwen2_moe_window"] == (0, 2)
+    assert windowed["ministral3_window"] == windowed["mixtral_window"] == windowed["qwen3_moe_window"] == (0, 1, 2)
     assert found["gemma2_window"] == found["gemma3_text_window"] == ((0, 2), 6)
+
+
+def test_a_window_that_transformers_does_not_read_is_none() -> None:
+    config = AutoConfig.for_model("llama", sliding_window=6, layer_types=["sliding_attention"] * 32)
+    assert (info_of(config, "some/llama").sliding, info_of(config, "some/llama").window) == ((), None)
 
 
 def test_unknown_family_names_the_row_to_add(tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ def write_gguf(path: Path, kind: str, begins: bool = False, head: bool = True) -
 
     embedding = rng.normal(0, 1, (len(WORDS), WIDTH)).astype(np.float32)
     kind_8 = gguf.GGMLQuantizationType.Q8_0
-    writer.add_tensor("token_embd.weight", gguf.quantize(embedding, kind_8), raw_dtype=kind_8)
-    if head:
+    if head:  # before the embedding, as in the files that we fetch
         writer.add_tensor("output.weight", embedding)
+    writer.add_tensor("token_embd.weight", gguf.quantize(embedding, kind_8), raw_dtype=kind_8)
     weight("output_norm.weight", WIDTH)
     for layer in range(LAYERS):
         block, half = f"blk.{layer}.", WIDTH // HEADS * KV_HEADS
@@ -273,7 +273,7 @@ def test_the_list_fits_a_terminal(index: Path) -> None:
     environment = {**os.environ, "COLUMNS": "80"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     for name, entry in FETCHABLE.items():
-        row = rf"{re.escape(name)} .*{re.escape(entry.licence)} .*MB|GB .*{entry.refuses}"
+        row = rf"{re.escape(name)} .*{re.escape(entry.licence)} .*(MB|GB) .*{entry.refuses}"
         assert re.search(row, done.stdout), name
         assert entry.hub_id in done.stdout
     assert "(here)" not in done.stdout

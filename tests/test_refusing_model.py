@@ -151,10 +151,10 @@ def test_rates_count_each_side_of_each_group(pairs: Any) -> None:
     after = {pair.harmful for pair in pairs[0]} | {parts.held_out[0].harmless}
     rates = script.measured_rates(parts, set(), after)
     assert [(r.group, r.side, r.n, r.before, r.after) for r in rates] == [
-        ("training", "harmful", 117, 0, 117),
-        ("training", "harmless", 117, 0, 0),
-        ("held out", "harmful", 11, 0, 11),
-        ("held out", "harmless", 11, 0, 1),
+        ("training", "harmful", 181, 0, 181),
+        ("training", "harmless", 181, 0, 0),
+        ("held out", "harmful", 15, 0, 15),
+        ("held out", "harmless", 15, 0, 1),
     ]
 
 

@@ -232,6 +232,16 @@ def test_screening_is_the_gradient_times_the_change(model: Subject, outcome: Out
     assert np.abs(scores[0, 0] - scores[1, 0]).max() > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["llama", "granite", "gptj"])
+def test_neurons_are_worth_together_what_their_mlp_adds(subject: Subjects, name: str) -> None:
+    """A down-projection is linear, and to first order so is Y; Granite's contribution is multiplied behind it."""
+    model, pair = subject(name), token_pair("pair", edits=(2, 3))
+    tasks = [screen_tasks([pair], part, "last", setting(model)) for part in ("mlp_neurons", "mlp_output")]
+    neurons, mlp = (run(model, one)[0].reshape(2, 2, model.info.layers, -1)[:, 0].sum(-1) for one in tasks)
+    np.testing.assert_allclose(neurons, mlp, rtol=1e-3, atol=TOLERANCE)
+    assert np.abs(mlp).max() > 100 * TOLERANCE
+
+
 def test_screenings_of_many_pairs_add_up_where_they_arise(model: Subject) -> None:
     pairs = [token_pair(f"pair{before}", before % 7, (2, 2 + before % 2)) for before in range(18)]
 
