@@ -18,18 +18,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from remote_mediation.analyses import attacks, intervene, paths
+from remote_mediation.analyses.claims import handed, sparse
+from remote_mediation.analyses.claims.ask import layer_sets
+from remote_mediation.analyses.claims.verdicts import FEWEST_LAYERS
 from remote_mediation.analyses.detect import POSITIONS
 from remote_mediation.analyses.neurons import BRANCHES
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.budget import LIBRARIES, Budget, base_flops, batch_budget, row_flops, weight_bytes
 from remote_mediation.engine.jobs import Job, Keys, batch_sizes, plan_jobs
 from remote_mediation.engine.rows import swap
-from remote_mediation.engine.tasks import Task, drift_task, generate_task, read_task, screen_tasks
-from remote_mediation.lab import FIRST_RATE, Study
+from remote_mediation.engine.tasks import Task, direct_task, drift_task, generate_task, read_task, screen_tasks
+from remote_mediation.lab import FIRST_RATE, Study, placebo_id
 from remote_mediation.models import load_info, load_tokenizer
 from remote_mediation.pairs import load_pairs
-from remote_mediation.sites import Site
-from remote_mediation.study import first_requests, outcome_of, prepare, unanswered
+from remote_mediation.sites import Site, band, thirds
+from remote_mediation.study import first_requests, outcome_of, prepare, prepare_placebos, unanswered
 from remote_mediation.tokens import TokenPair
 
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
@@ -126,7 +129,8 @@ def estimate(config: StudyConfig) -> Estimate:
     info, tokenizer = load_info(config.model, config.revision), load_tokenizer(config.model, config.revision)
     prepared = prepare(config, tokenizer)
     outcome = outcome_of(config, tokenizer)
-    asked = Study(config, info, outcome, prepared.pairs, prepared.refusals)
+    placebos = prepare_placebos(config, prepared.pairs, tokenizer).pairs
+    asked = Study(config, info, outcome, *prepared, placebos)
     pairs = tuple(_guessed(config, pair) for pair in prepared.pairs)
     study = replace(asked, pairs=pairs)
     rows = [row for request in first_requests(study) for row in request.rows(info)]
@@ -251,6 +255,57 @@ def _monitor(study: Study) -> Later:
     return _read(study, _pairs(study), study.info.d_ff + study.info.d_model).times(1 + more)
 
 
+def _claims(study: Study) -> Later:
+    """Direct effects of every pair; where there are thirds, the joint ones of all five claims."""
+    discovery, heldout, info = _pairs(study, "discovery"), _pairs(study, "heldout"), study.info
+    beside = {pair.id: pair for pair in study.placebos}
+    ids = map(placebo_id, (pair.id for pair in study.pairs))
+    every = [*study.pairs, *(beside[name] for name in ids if name in beside)]
+    both = [*heldout, *(beside[name] for pair in heldout if (name := placebo_id(pair.id)) in beside)]
+    sets = [band("mlp_output", range(info.layers), "last")] * (2 * len(layer_sets(info.layers)) + 1)
+    direct = _tasks([direct_task(pair, sets, study.setting) for pair in every], 2 * len(sets) * _reads(study))
+    bands = _rows(study, both, _late_site(study, "all")).times(2)
+    found = _bases(study, every).times(2).plus(direct, bands)
+    return found if info.layers < FEWEST_LAYERS else found.plus(_claims_of_place(study, discovery, both, heldout))
+
+
+def _claims_of_place(
+    study: Study, discovery: Sequence[TokenPair], both: Sequence[TokenPair], heldout: Sequence[TokenPair]
+) -> Later:
+    """both: held-out pairs and their placebos."""
+    info = study.info
+    sizes = len(sparse.grid(len(thirds(info.layers).late) * info.d_ff))
+    late = _late_site(study, "all")
+    stream = [Site("layer_output", layer, "last") for layer in range(info.layers)]
+    frozen = 1 + 1 + 2 + handed.RANDOM_SETS  # the early site alone, twice named; middle and late MLPs; others
+    screened = screen_tasks(discovery, "mlp_neurons", "all", study.setting)
+    return (
+        _bases(study, [*discovery, *both])
+        .times(8)
+        .plus(
+            *(_rows(study, pairs, site) for pairs in (discovery, both) for site in stream),
+            _rows(study, discovery, late).times(1 + sizes),
+            _rows(study, both, late).times(3),
+            _rows(study, heldout, late).times(sizes + sum(sparse.RANDOM_SETS)),
+            _rows(study, heldout, Site("mlp_output", 0, "last")).times(sizes),
+            _rows(study, both, handed.early_site(info.layers)).times(frozen),
+            _tasks(screened, 4 * info.layers * info.d_ff),
+            _read(study, discovery, info.layers * info.d_ff),
+            _read(study, [*discovery, *both], (1 + info.layers) * info.d_model).times(2),
+        )
+    )
+
+
+def _late_site(study: Study, position: str) -> Site:
+    """The first module of the late third; of a model without one, of its last layer."""
+    late = thirds(study.info.layers).late
+    return Site("mlp_output", min(late.start, study.info.layers - 1), position)
+
+
+def _reads(study: Study) -> int:
+    return max(len(study.outcome.reads(pair)) for pair in study.pairs)
+
+
 _LATER: dict[str, Callable[[Study], Later]] = {
     "neurons": _neurons,
     "detect": _detect,
@@ -258,6 +313,7 @@ _LATER: dict[str, Callable[[Study], Later]] = {
     "intervene": _intervene,
     "attacks": _attacks,
     "monitor": _monitor,
+    "claims": _claims,
 }
 
 

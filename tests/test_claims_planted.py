@@ -12,6 +12,8 @@ import torch
 
 from remote_mediation.analyses.claims import ask, sparse, specification, understanding
 from remote_mediation.config import StudyConfig
+from remote_mediation.cost import estimate
+from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.planted.gate import Organism, Pair, planted_gate, save
 from remote_mediation.report import write_report
@@ -24,10 +26,27 @@ SEED = 4
 LAYERS = 12  # thirds of four layers, as they were planted
 
 
+class Counting:
+    """A backend that counts what it measures."""
+
+    def __init__(self, backend: LocalBackend) -> None:
+        self.backend, self.rows, self.flops = backend, 0, 0.0
+        self.info, self.tokenizer = backend.info, backend.tokenizer
+
+    def submit(self, job: Job) -> str:
+        self.rows += job.rows if job.task == "measure" else 0
+        self.flops += job.flops
+        return str(self.backend.submit(job))
+
+    def collect(self, ticket: str) -> Readout:
+        return self.backend.collect(ticket)
+
+
 class Studied(NamedTuple):
     organism: Organism
     result: Result
     store: Store
+    backend: Counting
 
     @property
     def claims(self) -> pd.DataFrame:
@@ -71,8 +90,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Studied]:
             seed=SEED,
         )
         store = Store.create(folder / "run", config.identity())
-        result = run_study(config, LocalBackend.load(config.model), store)
-        return Studied(organism, result, store)
+        backend = Counting(LocalBackend.load(config.model))
+        result = run_study(config, backend, store)
+        return Studied(organism, result, store, backend)
 
     return run
 
@@ -146,6 +166,14 @@ def test_a_run_folder_gives_the_same_claims_without_a_model(planted: Studied) ->
     again = reread(planted.store)
     for name, table in planted.result.tables.items():
         pd.testing.assert_frame_equal(again.tables[name], table)
+
+
+def test_it_costs_no_more_than_planned(planted: Studied) -> None:
+    planned, measured = estimate(planted.result.study.config), planted.backend
+    assert (
+        measured.rows <= planned.rows + planned.later["claims"].rows < 3 * measured.rows
+    )  # sets drawn twice are measured once
+    assert measured.flops <= planned.flops < 4 * measured.flops
 
 
 def test_the_report_shows_the_claims(planted: Studied) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from remote_mediation.analyses.claims.verdicts import DIRECTIONS, Effect
+from remote_mediation.analyses.claims.verdicts import DIRECTIONS, Direction, Effect
 from remote_mediation.intervals import Floats, complete_pairs, draw_weights, mean_intervals
 from remote_mediation.shares import share
 from remote_mediation.stats import split_clusters
@@ -44,19 +44,21 @@ class Compared(NamedTuple):
 
 def specification(by_split: Mapping[str, Compared], rng: np.random.Generator, resamples: int) -> pd.DataFrame:
     """`SPECIFICATION_COLUMNS`, for the splits and for random halves of all pairs."""
-    names = list(by_split["all"].differences)
-    seed = int(rng.integers(2**63))
+    whole, seed = by_split["all"], int(rng.integers(2**63))
+    choices = [(layers, direction) for layers in whole.differences for direction in DIRECTIONS]
+    often = _often(np.stack([_effect(whole, *choice) for choice in choices]), whole, seed, resamples)
     rows: list[dict[str, Any]] = []
-    for layers in names:
-        for direction in DIRECTIONS:
-            place = {"layers": layers, "direction": direction}
-            for split, found in by_split.items():
-                effect = getattr(found.differences[layers], direction).harm
-                rows.append({**place, "pairs": split, **_once(effect, found, seed, resamples)})
-            whole = by_split["all"]
-            effect = getattr(whole.differences[layers], direction).harm
-            rows.append({**place, "pairs": RANDOM, **_often(effect, whole, seed, resamples)})
+    for choice, halves in zip(choices, often, strict=True):
+        place = dict(zip(("layers", "direction"), choice, strict=True))
+        for split, found in by_split.items():
+            rows.append({**place, "pairs": split, **_once(_effect(found, *choice), found, seed, resamples)})
+        rows.append({**place, "pairs": RANDOM, **halves})
     return pd.DataFrame(rows, columns=list(SPECIFICATION_COLUMNS))
+
+
+def _effect(of: Compared, layers: str, direction: Direction) -> Floats:
+    difference = of.differences[layers]
+    return (difference.nie if direction == "nie" else difference.tie).harm
 
 
 def _once(effect: Floats, of: Compared, seed: int, resamples: int) -> dict[str, Any]:
@@ -65,52 +67,54 @@ def _once(effect: Floats, of: Compared, seed: int, resamples: int) -> dict[str, 
     return {
         "components": found.n_clusters,
         **found.columns("share"),
-        **{"positive": int(sign > 0), "negative": int(sign < 0), "unclear": int(sign == 0)},
+        **{name: int(sign == meant) for name, meant in _SIGNS.items()},
         "reason": found.reason,
     }
 
 
-def _often(effect: Floats, of: Compared, seed: int, resamples: int) -> dict[str, Any]:
-    """The same on halves of the components: they overlap, so this shows how far the choice matters, no test."""
+def _often(effects: Floats, of: Compared, seed: int, resamples: int) -> list[dict[str, Any]]:
+    """The same of effects `[choice, pair]` on halves of the components: they overlap, so this is no test."""
     rng = np.random.default_rng(seed)
-    halves = [_half(effect, of, part, rng, resamples) for part in _halves(of.clusters, rng)]
-    shares = np.array([half.share for half in halves])
-    signs = np.array([half.sign for half in halves])
-    low, high = np.quantile(shares, [0.025, 0.975])
-    return {
-        "components": float(np.mean([half.components for half in halves])),
-        **{"share": float(shares.mean()), "share_low": float(low), "share_high": float(high)},
-        **{name: int((signs == sign).sum()) for name, sign in _SIGNS.items()},
-        "reason": "halves overlap: how far the choice matters, not a test",
-    }
+    splits = [split_clusters(of.clusters, rng) for _ in range(DIVISIONS)]
+    halves = [
+        _half(effects, of, split == name, rng, resamples) for split in splits for name in ("discovery", "heldout")
+    ]
+    shares, signs = (
+        np.stack(parts, axis=1) for parts in zip(*((one.shares, one.signs) for one in halves), strict=True)
+    )
+    components = float(np.mean([one.components for one in halves]))
+    return [
+        {
+            "components": components,
+            "share": float(own.mean()),
+            **dict(zip(("share_low", "share_high"), np.quantile(own, [0.025, 0.975]), strict=True)),
+            **{name: int((said == meant).sum()) for name, meant in _SIGNS.items()},
+            "reason": "halves overlap: how far the choice matters, not a test",
+        }
+        for own, said in zip(shares, signs, strict=True)
+    ]
 
 
 _SIGNS = {"positive": 1, "negative": -1, "unclear": 0}
 
 
 class _Half(NamedTuple):
-    share: float
-    sign: int
+    shares: Floats
+    """`[choice]`"""
+    signs: npt.NDArray[np.intp]
+    """`[choice]`, 0 where the interval spans 0."""
     components: int
 
 
-def _halves(clusters: npt.NDArray[np.str_], rng: np.random.Generator) -> list[npt.NDArray[np.bool_]]:
-    splits = [split_clusters(clusters, rng) for _ in range(DIVISIONS)]
-    return [split == name for split in splits for name in ("discovery", "heldout")]
-
-
 def _half(
-    effect: Floats,
-    of: Compared,
-    part: npt.NDArray[np.bool_],
-    rng: np.random.Generator,
-    resamples: int,
+    effects: Floats, of: Compared, part: npt.NDArray[np.bool_], rng: np.random.Generator, resamples: int
 ) -> _Half:
-    """Sign of the mean effect in the direction of TE; TE is taken as clear of 0, as on all pairs."""
-    total = of.total[part]
+    """Signs of mean effects in the direction of TE; that of TE is taken from all pairs."""
     direction = -1.0 if np.nansum(of.total) < 0 else 1.0
-    pairs = complete_pairs(np.stack([direction * effect[part], total]), of.clusters[part])
+    rows = direction * np.vstack([effects, of.total])[:, part]
+    pairs = complete_pairs(rows, of.clusters[part])
     weights = draw_weights(len(pairs.sizes), rng, resamples)
-    found = mean_intervals(pairs.sums[:1], pairs.sizes[None].astype(float), weights)
-    ratio = float(pairs.sums[0].sum() / (direction * pairs.sums[1].sum()))
-    return _Half(ratio, found.interval(0, pairs.n_pairs, "").sign, len(pairs.sizes))
+    found = mean_intervals(pairs.sums[:-1], pairs.sizes[None].astype(np.float64), weights)
+    sums = pairs.sums.sum(axis=1)
+    signs = (found.low > 0).astype(np.intp) - (found.high < 0)
+    return _Half(sums[:-1] / sums[-1], signs, len(pairs.sizes))
