@@ -119,8 +119,7 @@ def intervene(
         str | None,
         typer.Option(
             help="refusal-openings unless the study says else; openings+embedding (fetch-model minilm) sees more "
-            "evasions. Also "
-            "embedding, refusal-phrases, model:NAME, classifier:MODEL[:LABEL], python:module:function."
+            "evasions. Also embedding, refusal-phrases, model:NAME, classifier:MODEL[:LABEL] or python:module:function."
         ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each generated answer.")] = None,
