@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -30,10 +30,14 @@ from remote_mediation.engine.rows import swap
 from remote_mediation.engine.tasks import Task, direct_task, drift_task, generate_task, read_task, screen_tasks
 from remote_mediation.lab import FIRST_RATE, Study, placebo_id
 from remote_mediation.models import load_info, load_tokenizer
+from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings
 from remote_mediation.pairs import load_pairs
 from remote_mediation.sites import Site, band, thirds
 from remote_mediation.study import first_requests, outcome_of, prepare, prepare_placebos, unanswered
 from remote_mediation.tokens import TokenPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
 _GPU_FLOPS = 0.3 * 312e12
@@ -128,11 +132,10 @@ def estimate(config: StudyConfig) -> Estimate:
     """
     info, tokenizer = load_info(config.model, config.revision), load_tokenizer(config.model, config.revision)
     prepared = prepare(config, tokenizer)
-    outcome = outcome_of(config, tokenizer)
     placebos = prepare_placebos(config, prepared.pairs, tokenizer).pairs
-    asked = Study(config, info, outcome, *prepared, placebos)
-    pairs = tuple(_guessed(config, pair) for pair in prepared.pairs)
-    study = replace(asked, pairs=pairs)
+    asked = Study(config, info, outcome_of(config, tokenizer), *prepared, placebos)
+    study = _guessed(asked, tokenizer)
+    pairs = study.pairs
     rows = [row for request in first_requests(study) for row in request.rows(info)]
     by_id = {pair.id: pair for pair in pairs}
     room = batch_budget(study.setting, config.max_memory, config.backend == "local")
@@ -180,17 +183,27 @@ def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
     return 2.0 * size**3 / best
 
 
-def _guessed(config: StudyConfig, pair: TokenPair) -> TokenPair:
-    """The pair with answers as long as may be, where the outcome compares answers and the file has none."""
-    if config.outcome != "response_logprob":
-        return pair
-    harmful, harmless = pair.answers
-    tokens = config.response_logprob.tokens
-    return replace(pair, answers=(harmful or (0,) * tokens, harmless or (1,) * tokens))
+def _guessed(study: Study, tokenizer: PreTrainedTokenizerBase) -> Study:
+    """The study with what its outcome compares: answers as long as may be, openings as many as the package lists."""
+    settings = study.config
+    if study.outcome.name == "refusal":
+        compliant, refusing = settings.refusal.compliant or COMPLIANT, settings.refusal.refusing or REFUSING
+        return study.with_outcome(given_openings(compliant, refusing, tokenizer))
+    if study.outcome.name != "response_logprob":
+        return study
+    tokens, pairs = settings.response_logprob.tokens, []
+    for pair in study.pairs:
+        harmful, harmless = pair.answers
+        pairs.append(replace(pair, answers=(harmful or (0,) * tokens, harmless or (1,) * tokens)))
+    return replace(study, pairs=tuple(pairs))
 
 
 def _answers(study: Study) -> Later:
-    """The model's own answers, before anything is measured."""
+    """The model's own answers, or those of which its openings are cut, before anything is measured."""
+    settings = study.config.refusal
+    if study.outcome.name == "refusal" and settings.openings == "own" and not settings.compliant:
+        asked = [ids for pair in _pairs(study, "discovery") for ids in pair.prompts]
+        return _continued(study, asked, JUDGED_TOKENS)
     if study.outcome.name != "response_logprob":
         return Later()
     prompts = [ids for pair in study.pairs for ids in unanswered(pair)]

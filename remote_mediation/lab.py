@@ -94,6 +94,13 @@ class Study:
         """What all rows share."""
         return Setting(self.info, self.config.dtype, self.outcome)
 
+    def with_outcome(self, outcome: Outcome) -> Study:
+        """The study with an outcome of openings, which stand behind every prompt."""
+        pairs, placebos = (
+            tuple(replace(pair, openings=outcome.openings) for pair in group) for group in (self.pairs, self.placebos)
+        )
+        return replace(self, outcome=outcome, pairs=pairs, placebos=placebos)
+
     def splits(self) -> dict[str, str]:
         """Discovery or heldout, by pair id; whole clusters."""
         clusters = np.array([pair.cluster for pair in self.pairs])

@@ -114,11 +114,7 @@ def completed(lab: Lab) -> Study:
         return replace(study, pairs=prepared.pairs, refusals=prepared.refusals)
     if study.outcome.name != "refusal":
         return study
-    outcome = chosen_openings(lab)
-    pairs, placebos = (
-        tuple(replace(pair, openings=outcome.openings) for pair in group) for group in (study.pairs, study.placebos)
-    )
-    return replace(study, outcome=outcome, pairs=pairs, placebos=placebos)
+    return study.with_outcome(chosen_openings(lab))
 
 
 def chosen_openings(lab: Lab) -> Outcome:

@@ -239,15 +239,18 @@ def test_pairs_that_cannot_be_studied(
 ) -> None:
     write_pairs(tmp_path / "mine.jsonl", content)
     before = tree(tmp_path)
-    refused(call("run", "--model", model, "--pairs", "mine.jsonl", "--analyses", "layers"), *mentioned)
+    refused(
+        call("run", "--model", model, "--pairs", "mine.jsonl", "--analyses", "layers", "--outcome", "response_logprob"),
+        *mentioned,
+    )
     assert tree(tmp_path) == before
 
 
 def test_too_few_pairs(call: Run, tmp_path: Path, model: str) -> None:
     file = study(tmp_path, model)
+    write_pairs(tmp_path / "pairs.jsonl", records(**ANSWERS)[::3])  # two of the six, both from one template
     before = tree(tmp_path)
-    # Two of the six, both from one template.
-    refused(call("run", file, "--max-pairs", 2), "two templates or more; these 2 come from 1", "Add pairs")
+    refused(call("run", file), "two templates or more; these 2 come from 1", "Add pairs")
     assert tree(tmp_path) == before
 
 
@@ -562,7 +565,7 @@ FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "analysis", "titles"),
+    ("arguments", "analyses", "titles"),
     [
         (("detect",), ["layers", "detect"], ["Early understanding"]),
         (("paths",), ["layers", "neurons", "paths"], ["Gate neurons", "Paths"]),
@@ -577,7 +580,7 @@ FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
     ids=["detect", "paths", "intervene", "attacks", "monitor"],
 )
 def test_more_is_asked_of_a_run(
-    call: Run, tmp_path: Path, model: str, arguments: tuple[object, ...], analysis: list[str], titles: list[str]
+    call: Run, tmp_path: Path, model: str, arguments: tuple[object, ...], analyses: list[str], titles: list[str]
 ) -> None:
     file, folder = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS + FEW), tmp_path / "runs/study"
     assert call("run", file).code == 0
@@ -586,7 +589,7 @@ def test_more_is_asked_of_a_run(
     ran = call(command, folder, *options)
     assert (ran.code, ran.err) == (0, "")
     config = json.loads((folder / "run.json").read_text("utf-8"))["config"]
-    assert config["analysis"] == analysis
+    assert config["analyses"] == analyses
     assert config["neurons"]["random_sets"] == 4  # settings of the run stay
     assert measured(folder).items() > before.items()
     assert set(effects.splitlines()) <= set((folder / "effects.csv").read_text("utf-8").splitlines())

@@ -263,7 +263,7 @@ def test_responses_are_taken_from_the_file_or_from_the_model(tmp_path: Path) -> 
     ("settings", "kept", "error", "message"),
     [
         ({}, slice(0, 1), PairsError, r"1 of 1 pairs can be run, a study needs two \(none was refused\); add pairs"),
-        ({"max_pairs": 2}, slice(0, 6), PairsError, r"need pairs from two templates or more; these 2 come from 1"),
+        ({}, slice(0, 6, 3), PairsError, r"need pairs from two templates or more; these 2 come from 1"),
         ({"positions": {"layers": ["nowhere"]}}, slice(0, 6), SiteError, "unknown position 'nowhere'"),
         ({"analyses": ["heads"], "positions": {"heads": ["after_edit[9]"]}}, slice(0, 6), SiteError, "no pair has"),
         ({"neurons": {"layers": [6]}}, slice(0, 6), SiteError, "layer 6 is out of range"),
