@@ -9,36 +9,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from remote_mediation.config import StudyConfig, load_config
+    from remote_mediation.analyses import Analysis
+    from remote_mediation.config import StudyConfig
+    from remote_mediation.door import open_lab, open_run
     from remote_mediation.engine.local import LocalBackend
+    from remote_mediation.engine.remote import NdifBackend
     from remote_mediation.errors import MediationError
-    from remote_mediation.report import write_report
-    from remote_mediation.sites import Site
-    from remote_mediation.store import Store
-    from remote_mediation.study import reread, run_study
+    from remote_mediation.outcomes import Outcome
+    from remote_mediation.sites import Site, band
+    from remote_mediation.study import run_study
 
 __all__ = [
+    "Analysis",
     "LocalBackend",
     "MediationError",
+    "NdifBackend",
+    "Outcome",
     "Site",
-    "Store",
     "StudyConfig",
-    "load_config",
-    "reread",
+    "band",
+    "open_lab",
+    "open_run",
     "run_study",
-    "write_report",
 ]
 
 _HOMES = {
+    "Analysis": "analyses",
     "LocalBackend": "engine.local",
     "MediationError": "errors",
+    "NdifBackend": "engine.remote",
+    "Outcome": "outcomes",
     "Site": "sites",
-    "Store": "store",
     "StudyConfig": "config",
-    "load_config": "config",
-    "reread": "study",
+    "band": "sites",
+    "open_lab": "door",
+    "open_run": "door",
     "run_study": "study",
-    "write_report": "report",
 }
 
 

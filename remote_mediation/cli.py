@@ -12,13 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from remote_mediation.errors import InputError, MediationError, SettingsError
+from remote_mediation.errors import InputError, MediationError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from remote_mediation.config import StudyConfig
-    from remote_mediation.engine.backend import Backend
     from remote_mediation.report import PairText
     from remote_mediation.study import Result
 
@@ -393,17 +392,17 @@ def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None
     """Run a study in its folder and write the report; Ctrl-C leaves what is finished."""
     from remote_mediation.pairs import load_pairs
     from remote_mediation.store import Store
-    from remote_mediation.study import measure_precision, run_study
 
     load_pairs(config.pairs)  # a bad file is refused before a model is loaded
     store = Store.create(folder, config.identity())
+    from remote_mediation.door import open_lab
+
+    _quiet_libraries()
     try:
         with _progress() as progress:
             watch = _Watch(progress)
-            result = run_study(config, _backend(config, watch), store, watch, _variants(config, watch))
-            if config.dtype != "float32" and config.backend == "local":
-                reference = _backend(config.model_copy(update={"dtype": "float32"}), watch)
-                measure_precision(store, reference, watch)
+            with open_lab(config, out=folder, watch=watch, note=watch.note) as lab:
+                result = lab.run()
     except KeyboardInterrupt:
         note = "stopped; everything finished so far is kept, and the same command goes on from there"
         errors.print(note, soft_wrap=True)
@@ -475,44 +474,6 @@ def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
     if overrides["analyses"] is not None:
         overrides["analyses"] = [name.strip() for name in overrides["analyses"].split(",")]
     return load_config(study, overrides)
-
-
-def _backend(config: StudyConfig, progress: _Watch) -> Backend:
-    from remote_mediation.engine.remote import NdifBackend
-    from remote_mediation.engine.server import server_from_environment
-
-    _quiet_libraries()
-    if config.backend == "ndif":
-        server = server_from_environment()
-        return NdifBackend(config.model, config.revision, server, progress.note, dtype=config.dtype)
-    progress.note(f"loading {config.model}")
-    return _local(config, config.model, config.revision)
-
-
-def _local(config: StudyConfig, name: str, revision: str) -> Backend:
-    """A model on this machine as the study has its own: precision, device, and whether memory is limited."""
-    from remote_mediation.engine.local import LocalBackend
-
-    limited = config.max_memory is not None
-    return LocalBackend.load(name, revision, config.dtype, config.device, limited=limited)
-
-
-def _variants(config: StudyConfig, progress: _Watch) -> dict[str, Backend]:
-    """The checkpoints that a study repeats its repair on.
-
-    Raises:
-        SettingsError: it runs on a server, which has no such model.
-    """
-    from remote_mediation.fetch import checkpoint
-
-    wanted = config.attacks.checkpoints if "attacks" in config.analyses else []
-    if wanted and config.backend == "ndif":
-        raise SettingsError("attacks.checkpoints run locally only; deploy the checkpoint and study it as a model")
-    found: dict[str, Backend] = {}
-    for name in wanted:
-        progress.note(f"loading {name}")
-        found[name] = _local(config, checkpoint(name, config.model), "")
-    return found
 
 
 def _quiet_libraries() -> None:

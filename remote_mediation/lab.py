@@ -187,15 +187,19 @@ class Lab:
         Raises:
             UnmeasuredError: some were not measured; those that were have become part of the study's effects.
         """
-        study = self.study
-        rows = [row for request in requests for row in request.rows(study.info)]
-        self._measure(rows)
-        found = effects_table(requests, self._values, self._keys, study.outcome, study.info, self._splits)
+        rows = [row for request in requests for row in request.rows(self.study.info)]
+        found = self.measured(requests)
         self._effects.append(found)
         pairs = {pair.id for pair in self.pairs()}
         if any(self._keys(row) not in self._values for row in rows if row.pair in pairs):
             raise UnmeasuredError
         return found
+
+    def measured(self, requests: Sequence[Request]) -> pd.DataFrame:
+        """Effects of sites on pairs, which do not become part of the study's (columns: `EFFECT_COLUMNS`)."""
+        study = self.study
+        self._measure(row for request in requests for row in request.rows(study.info))
+        return effects_table(requests, self._values, self._keys, study.outcome, study.info, self._splits)
 
     def measure_sites(self, analysis: str, sites: Iterable[Site], split: str = "all") -> pd.DataFrame:
         """Effects of the same sites on every pair of a split that has their positions."""

@@ -25,7 +25,7 @@ from remote_mediation.analyses import ANALYSES
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import Request
 from remote_mediation.engine.backend import Backend
-from remote_mediation.errors import PairsError, SiteError, StoreError
+from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
 from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
 from remote_mediation.lab import Lab, Study, UnmeasuredError, Watch, placebo_id
@@ -74,9 +74,30 @@ def run_study(
         PairsError: fewer than two pairs can be run.
         SiteError: the study names a layer, unit or position that the model does not have.
         BackendError: a job could not be run.
+        SettingsError: the backend runs another model, revision or precision, or a checkpoint has no backend.
         StoreError: the run folder cannot be written, or holds a run on other pairs.
     """
     started = time.monotonic()
+    missing = set(config.attacks.checkpoints) - set(variants or {}) if "attacks" in config.analyses else set()
+    if missing:
+        raise SettingsError(f"attacks.checkpoints names {min(missing)!r}, and no backend of it is among the variants")
+    lab = prepared_lab(config, backend, store, watch, variants)
+    record = store.record()
+    result = analysed(lab)
+    spent = record["seconds"] + time.monotonic() - started
+    store.save_record({**record, "finished": now(), "seconds": round(spent, 1)})
+    return result
+
+
+def prepared_lab(
+    config: StudyConfig,
+    backend: Backend,
+    store: Store,
+    watch: Watch | None = None,
+    variants: Mapping[str, Backend] | None = None,
+) -> Lab:
+    """Steps 1 and 2, noted in the run folder: a lab that can be asked. Raises: as `run_study`."""
+    check_backend(config, backend)
     begun = store.record()
     texts = texts_digest(config)
     if begun.get("texts", texts) != texts:
@@ -87,19 +108,29 @@ def run_study(
     study = Study(config, backend.info, outcome, *prepared, placebos.pairs)
     first_requests(study)  # refuses sites that are not there, and the lab pairs that cannot be split
     lab = Lab(study, store, backend, watch, variants)
-    record = {**provenance(), **begun, **_described(study), "texts": texts}
-    spent = record.get("seconds", 0.0)
-    store.save_record({**record, "seconds": spent})
+    record = {**provenance(), **begun, **_described(study), "texts": texts, "seconds": begun.get("seconds", 0.0)}
+    store.save_record(record)
     store.save_prepared(prepared)
     study = completed(lab)
     store.save_prepared(Prepared(study.pairs, study.refusals))
     store.save_prepared(Prepared(study.placebos, placebos.refusals), PLACEBOS)
-    record |= _described(study)
-    store.save_record({**record, "seconds": spent})
-    result = analysed(Lab(study, store, backend, watch, variants))
-    spent += time.monotonic() - started
-    store.save_record({**record, "finished": now(), "seconds": round(spent, 1)})
-    return result
+    store.save_record({**record, **_described(study)})
+    return Lab(study, store, backend, watch, variants)
+
+
+def check_backend(config: StudyConfig, backend: Backend) -> None:
+    """Refuse a backend that does not run what the study says.
+
+    Raises:
+        SettingsError: another model, revision or precision, with both.
+    """
+    asked = {"model": config.model, "revision": config.revision, "dtype": config.dtype}
+    given = {"model": backend.info.name, "revision": backend.info.revision, "dtype": backend.dtype}
+    for name, value in asked.items():
+        if given[name] != value:
+            raise SettingsError(
+                f"the study's {name} is {value!r}, the backend's is {given[name]!r}; make them the same"
+            )
 
 
 def completed(lab: Lab) -> Study:

@@ -92,6 +92,9 @@ def write_pairs(path: Path, content: Sequence[dict[str, str]]) -> Path:
 class CannedBackend:
     """Answers a job with values drawn from its row keys."""
 
+    dtype = "float32"
+    model = None
+
     def __init__(
         self,
         shelf: dict[str, Job],

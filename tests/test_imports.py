@@ -38,7 +38,7 @@ ORDER = (
     ("analyses.claims.show", "show.gate_figures"),
     ("show.sections",),
     ("cost", "engine.local", "engine.remote", "report"),
-    ("compare", "planted.selfcheck"),
+    ("compare", "door", "planted.selfcheck"),
     ("cli",),
     ("__main__",),
 )

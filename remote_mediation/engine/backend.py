@@ -23,6 +23,16 @@ class Backend(Protocol):
         ...
 
     @property
+    def dtype(self) -> str:
+        """Precision in which it holds the model, as torch names it."""
+        ...
+
+    @property
+    def model(self) -> Any:
+        """The nnsight model that it traces."""
+        ...
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of its model."""
         ...

@@ -66,6 +66,16 @@ class LocalBackend:
         return cls(model, info, limited=limited)
 
     @property
+    def dtype(self) -> str:
+        """Precision of the loaded weights."""
+        return str(self._model.dtype).removeprefix("torch.")
+
+    @property
+    def model(self) -> Any:
+        """The dispatched nnsight model."""
+        return self._model
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of the model."""
         return self._model.tokenizer

@@ -104,6 +104,11 @@ class NdifBackend:
             )
 
     @property
+    def model(self) -> Any:
+        """The nnsight model of shapes without weights."""
+        return self._model
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of the model."""
         return self._model.tokenizer
