@@ -15,6 +15,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.cost import estimate
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.engine.local import LocalBackend
+from remote_mediation.errors import JobError
 from remote_mediation.planted.gate import Organism, Pair, planted_gate, save
 from remote_mediation.report import write_report
 from remote_mediation.store import Store
@@ -209,3 +210,21 @@ def test_without_a_gate_there_is_no_effect(study: Callable[..., Studied]) -> Non
     found = study(cut).claims
     assert set(found["said"]) == {"no effect"}
     assert set(found["verdict"]) == {"not tested"}
+
+
+def test_what_a_backend_cannot_do_is_not_tested(study: Callable[..., Studied], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server that shows neither weights nor gradients."""
+
+    def refuse(self: Counting, job: Job) -> str:
+        if job.task in ("direct", "screen"):
+            raise JobError(f"this server does no {job.task}")
+        return str(self.backend.submit(job))
+
+    monkeypatch.setattr(Counting, "submit", refuse)
+    found = study()
+    assert [found.claims.loc[number, "verdict"] for number in (1, 2, 3)] == ["not tested"] * 3
+    assert "does no direct" in found.claims.loc[1, "why"]
+    assert "does no screen" in found.claims.loc[3, "why"]
+    assert found.claims.loc[5, "verdict"] == "supported"
+    assert "## The five claims" in write_report(found.store, found.result).read_text("utf-8")
+    pd.testing.assert_frame_equal(reread(found.store).tables["claims.csv"], found.result.tables["claims.csv"])
