@@ -179,7 +179,9 @@ def _load(folder: Path) -> Subject:
 
 def _tiny_model(family: str, settings: dict[str, Any], seed: int) -> PreTrainedModel:
     """Matrices have standard deviation 0.3; biases and norms are moved as far off the 0 and 1 they start from."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_TOKENS, **settings)).float()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # gpt_oss draws its attention sinks, to which noise is added below
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_TOKENS, **settings)).float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():

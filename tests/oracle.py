@@ -262,6 +262,8 @@ class Subject:
     """The package's, through nnsight."""
     plain: PreTrainedModel
     """The oracle's; attention written out (`eager`), so that the fused kernels are compared with it too."""
+    dtype: str = "float32"
+    """The type of the backend's weights; the oracle's are float32."""
 
     @property
     def info(self) -> ModelInfo:
@@ -277,12 +279,12 @@ class Subject:
         batch_bytes: float = PLENTY,
     ) -> list[Job]:
         """The package's jobs for these rows."""
-        setting, budget = Setting(self.info, "float32", outcome), Budget(lambda: job_flops, batch_bytes)
+        setting, budget = Setting(self.info, self.dtype, outcome), Budget(lambda: job_flops, batch_bytes)
         return list(plan_jobs(rows, {pair.id: pair for pair in pairs}, setting, budget, self.keys(pairs, outcome)))
 
     def keys(self, pairs: Sequence[TokenPair], outcome: Outcome) -> Keys:
         """How the package names rows."""
-        return Keys(Setting(self.info, "float32", outcome), pairs)
+        return Keys(Setting(self.info, self.dtype, outcome), pairs)
 
     def run(self, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
         """The values of jobs, by key."""

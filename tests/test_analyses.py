@@ -26,6 +26,7 @@ def test_every_granularity_has_an_analysis() -> None:
         "intervene",
         "attacks",
         "monitor",
+        "claims",
     ]
 
 

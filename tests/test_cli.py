@@ -68,8 +68,10 @@ def study(folder: Path, model: str, settings: str = "", name: str = "study.toml"
     """A study file beside its six pairs, for which the file has answers."""
     write_pairs(folder / "pairs.jsonl", records(**ANSWERS))
     top = f'model = "{model}"\npairs = "pairs.jsonl"\n'
-    if "analysis" not in settings:
+    if "analyses" not in settings:
         top += 'analyses = ["layers", "modules"]\n'
+    if "outcome" not in settings:
+        top += 'outcome = "response_logprob"\n'
     (folder / name).write_text(f"{top}{settings}\n[statistics]\nresamples = 100\n", "utf-8")
     return folder / name
 

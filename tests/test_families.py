@@ -13,6 +13,7 @@ from oracle import LOGIT_DIFF, RESPONSE_LOGPROB, TOLERANCE, WINDOWED, Subject, t
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.program import module_at
 from remote_mediation.engine.rows import Constant, Row, Write, swap
 from remote_mediation.errors import SiteError
@@ -79,6 +80,21 @@ def test_every_site_is_measured_as_the_oracle_does(
     assert largest >= 0.1
     assert measured.deviation < TOLERANCE * largest
     assert measured.felt() > 0.75
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *WIRED])
+def test_effects_in_bfloat16_are_those_of_float32(subject: Subjects, family: str) -> None:
+    assert bfloat16_correlation(subject(family)) > 0.97
+
+
+def bfloat16_correlation(model: Subject) -> float:
+    """Correlation over all sites of the engine's effects in bfloat16 with the oracle's in float32."""
+    low = Subject(LocalBackend.load(model.info.name, dtype="bfloat16"), model.plain, "bfloat16")
+    pair = token_pair("pair", edits=(2, 4), answers=(4, 1))
+    rows = grid(pair, model)
+    measured = low.compare([pair], [Row("pair", 0), Row("pair", 1), *rows], RESPONSE_LOGPROB)
+    effects = measured.engine[2:] - measured.engine[[row.base for row in rows]]
+    return float(np.corrcoef(effects, measured.effects[2:])[0, 1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -438,9 +438,6 @@ def test_the_terminal_shows_the_answer_verdicts_sites_and_where_the_report_lies(
     assert "MLP, layer 3 at 'all'" in text
     assert "residual stream, layer 1 at 'edit[-1]'" in text
     assert str(path) in text.replace("\n", "")
-    styled = console.export_text(styles=True)
-    assert "\x1b[32msupported" in styled
-    assert "\x1b[2mnot tested" in styled
 
 
 def test_markdown_cells_keep_bars_and_line_breaks_inside() -> None:

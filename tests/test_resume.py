@@ -37,6 +37,7 @@ def config(pairs: Path, **settings: Any) -> StudyConfig:
         "model": "tiny",
         "pairs": str(pairs),
         "analyses": ["layers", "neurons"],
+        "outcome": "response_logprob",
         "neurons": {"search": ["windows"], **SMALL},
         "statistics": {"resamples": 100},
     }
