@@ -15,6 +15,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.cost import estimate
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.engine.local import LocalBackend
+from remote_mediation.errors import JobError
 from remote_mediation.planted.gate import Organism, Pair, planted_gate, save
 from remote_mediation.report import write_report
 from remote_mediation.store import Store
@@ -57,17 +58,39 @@ class Studied(NamedTuple):
         return table.set_index(["measure", "direction"])
 
 
-def with_placebo(pair: Pair, nouns: list[str]) -> dict[str, str]:
-    """The pair, and the harmless prompt with another harmless noun in its noun's place."""
+def apart(pairs: tuple[Pair, ...]) -> list[Pair]:
+    """Pairs no two of which share a frame or a noun: each is a component."""
+    kept: list[Pair] = []
+    used: set[str] = set()
+    for pair in pairs:
+        own = {pair.template, *(set(pair.harmless.split()) ^ set(pair.harmful.split()))}
+        if not own & used:
+            kept.append(pair)
+            used |= own
+    return kept
+
+
+def with_placebo(pair: Pair, word: str) -> dict[str, str]:
+    """The pair, and the harmless prompt with another word in its noun's place."""
     words, others = pair.harmless.split(), pair.harmful.split()
-    (place,) = (at for at, word in enumerate(words) if word != others[at])
-    noun = nouns[(nouns.index(words[place]) + 1) % len(nouns)]
-    return {**pair._asdict(), "placebo": " ".join([*words[:place], noun, *words[place + 1 :]])}
+    (place,) = (at for at, one in enumerate(words) if one != others[at])
+    return {**pair._asdict(), "placebo": " ".join([*words[:place], word, *words[place + 1 :]])}
 
 
-def harmless_nouns(pairs: tuple[Pair, ...]) -> list[str]:
-    words = [set(pair.harmless.split()) - set(pair.harmful.split()) for pair in pairs]
-    return sorted(set().union(*words))
+def records(pairs: list[Pair]) -> list[dict[str, str]]:
+    """Pairs with placebos, a word of its own for each."""
+    fillers = sorted(_words(pairs))
+    made = []
+    for pair in pairs:
+        word = next(one for one in fillers if one not in pair.harmless.split())
+        fillers.remove(word)
+        made.append(with_placebo(pair, word))
+    return made
+
+
+def _words(pairs: list[Pair]) -> set[str]:
+    """Words that are no noun of a pair."""
+    return set.union(*(set(pair.harmless.split()) & set(pair.harmful.split()) for pair in pairs))
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +100,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Studied]:
         organism = planted_gate(SEED, layers=LAYERS)
         change(organism)
         save(organism, folder / "model")
-        nouns = harmless_nouns(organism.pairs)
-        records = [json.dumps(with_placebo(pair, nouns)) for pair in organism.pairs]
-        (folder / "pairs.jsonl").write_text("\n".join(records), "utf-8")
+        lines = [json.dumps(record) for record in records(apart(organism.pairs))]
+        (folder / "pairs.jsonl").write_text("\n".join(lines), "utf-8")
         config = StudyConfig(
             model=str(folder / "model"),
             pairs=str(folder / "pairs.jsonl"),
@@ -113,9 +135,8 @@ def test_what_was_planted_is_supported(planted: Studied) -> None:
     verdicts = planted.claims["verdict"]
     assert [verdicts[number] for number in (1, 2, 3, 5)] == ["supported"] * 4
     assert (planted.claims["gate"] == "").all()
-    # The planted noun is a direction of the embeddings: a probe needs no layer to read it.
+    # The planted noun is a direction of the embeddings: no layer reads it better, and 8 components prove no absence.
     assert verdicts[4] == "undecided"
-    assert "the words give it away" in planted.claims.loc[4, "why"]
 
 
 def test_the_shares_are_those_that_were_written(planted: Studied) -> None:
@@ -189,3 +210,21 @@ def test_without_a_gate_there_is_no_effect(study: Callable[..., Studied]) -> Non
     found = study(cut).claims
     assert set(found["said"]) == {"no effect"}
     assert set(found["verdict"]) == {"not tested"}
+
+
+def test_what_a_backend_cannot_do_is_not_tested(study: Callable[..., Studied], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server that shows neither weights nor gradients."""
+
+    def refuse(self: Counting, job: Job) -> str:
+        if job.task in ("direct", "screen"):
+            raise JobError(f"this server does no {job.task}")
+        return str(self.backend.submit(job))
+
+    monkeypatch.setattr(Counting, "submit", refuse)
+    found = study()
+    assert [found.claims.loc[number, "verdict"] for number in (1, 2, 3)] == ["not tested"] * 3
+    assert "does no direct" in found.claims.loc[1, "why"]
+    assert "does no screen" in found.claims.loc[3, "why"]
+    assert found.claims.loc[5, "verdict"] == "supported"
+    assert "## The five claims" in write_report(found.store, found.result).read_text("utf-8")
+    pd.testing.assert_frame_equal(reread(found.store).tables["claims.csv"], found.result.tables["claims.csv"])

@@ -129,6 +129,25 @@ def test_read_gives_activations_averaged_over_places(model: Subject) -> None:
     np.testing.assert_allclose(found, torch.cat(expected), rtol=0, atol=TOLERANCE)
 
 
+def test_the_first_layer_s_input_is_what_its_block_gets(model: Subject) -> None:
+    readings = [Reading("layer_output", 0, (1, 3)), Reading("layer_input", 0, (1, 3))]
+    (found,) = run(model, [read_task("a", PROMPTS[0], readings, setting(model))])
+    caught: list[torch.Tensor] = []
+    block = model.plain.get_submodule(MODULES[model.plain.config.model_type]["layer_output"].format(0))
+    handles = [
+        block.register_forward_pre_hook(lambda module, args: caught.append(args[0])),
+        block.register_forward_hook(
+            lambda module, args, output: caught.append(output[0] if isinstance(output, tuple) else output)
+        ),
+    ]
+    with torch.no_grad():
+        model.plain(input_ids=torch.tensor([PROMPTS[0]]))
+    for handle in handles:
+        handle.remove()
+    expected = torch.cat([one[0][[1, 3]].mean(0) for one in caught])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
 def test_generate_holds_neurons_at_every_step(model: Subject) -> None:
     plain, held = run(model, [generate_task(PROMPTS, 6, held, setting(model)) for held in ((), HELD)])
     for values, holding in ((plain, False), (held, True)):

@@ -654,16 +654,15 @@ def _claims(result: Result) -> Part:
     )
     if "claims.csv" not in result.tables:
         return Part(title, did, _UNMEASURED)
-    claims, sets, choices = (result.tables[f"{name}.csv"] for name in ("claims", "sets", "specification"))
+    claims, sets = result.tables["claims.csv"], result.tables["sets.csv"]
     said = "; ".join(f"{claim.claim}: {claim.said}" for claim in claims.itertuples())
-    tables = (
-        claimed.claims_table(claims, sets),
-        claimed.reasons_table(claims),
-        claimed.measures_table(sets),
-        claimed.specification_table(choices),
-    )
+    finding = f"{said[0].upper()}{said[1:]}."
+    tables = (claimed.claims_table(claims, sets), claimed.reasons_table(claims), claimed.measures_table(sets))
+    choices = result.tables.get("specification.csv")
+    if choices is None:
+        return Part(title, did, finding, tables)
     figure = claimed.specification_figure(choices)
-    return Part(title, did, f"{said[0].upper()}{said[1:]}.", tables, figure)
+    return Part(title, did, finding, (*tables, claimed.specification_table(choices)), figure)
 
 
 _SECTIONS: dict[str, tuple[str, Callable[[Result], Part]]] = {

@@ -15,7 +15,7 @@ import pandas as pd
 
 from remote_mediation.analyses.claims import sparse, understanding, verdicts
 from remote_mediation.analyses.claims.handed import handed_on
-from remote_mediation.analyses.claims.samples import Sample
+from remote_mediation.analyses.claims.samples import Sample, failing
 from remote_mediation.analyses.claims.specification import Compared, specification
 from remote_mediation.analyses.claims.verdicts import ALL_LAYERS, FEWEST_LAYERS, Claim, Effect
 from remote_mediation.lab import Lab
@@ -75,15 +75,12 @@ def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFr
 def measure_claims(lab: Lab) -> Tested:
     """All five claims."""
     heldout, discovery = Sample.of(lab, "heldout"), Sample.of(lab, "discovery")
+    where, what, tables = _measure_direct_claims(discovery, heldout)
     layers = lab.study.info.layers
-    direct = {"discovery": measure_direct(discovery), "heldout": measure_direct(heldout)}
-    what = _mlp_not_attention(heldout, direct["heldout"].differences)
-    tables = {"specification.csv": _specified(lab, direct, {"discovery": discovery, "heldout": heldout})}
     if layers < FEWEST_LAYERS:
         shallow = f"{layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}"
-        where, which, early, handed = (verdicts.untested(number, shallow) for number in (1, 3, 4, 5))
+        which, early, handed = (verdicts.untested(number, shallow) for number in (3, 4, 5))
         return Tested((where, what, which, early, handed), tables)
-    where = _late(heldout, direct["heldout"].late)
     which, curve = sparse.measure_gate(discovery, heldout)
     edits = Sample.of(lab, "heldout", "edit")
     if not edits.pairs:
@@ -91,6 +88,25 @@ def measure_claims(lab: Lab) -> Tested:
         return Tested((where, what, which, early, handed), {**tables, **curve})
     early, readable = understanding.measure_understanding(Sample.of(lab, "discovery", "edit"), edits)
     return Tested((where, what, which, early, handed_on(edits)), {**tables, **curve, **readable})
+
+
+class _DirectClaims(NamedTuple):
+    where: Claim
+    what: Claim
+    tables: dict[str, pd.DataFrame]
+
+
+def _measure_direct_claims(discovery: Sample, heldout: Sample) -> _DirectClaims:
+    """Claims 1 and 2, and `specification.csv` where the backend gives direct effects."""
+    samples = {"discovery": discovery, "heldout": heldout}
+    problem = failing(heldout.lab, "claims-direct", lambda: list(map(measure_direct, samples.values())))
+    if problem:
+        where, what = (verdicts.untested(number, f"no direct effects could be had: {problem}") for number in (1, 2))
+        return _DirectClaims(where, what, {})
+    direct = {name: measure_direct(sample) for name, sample in samples.items()}
+    tables = {"specification.csv": _specified(heldout.lab, direct, samples)}
+    what = _mlp_not_attention(heldout, direct["heldout"].differences)
+    return _DirectClaims(_late(heldout, direct["heldout"].late), what, tables)
 
 
 def layer_sets(layers: int) -> dict[str, range]:
@@ -126,7 +142,7 @@ def measure_direct(sample: Sample) -> Direct:
 
 def _late(heldout: Sample, decided: Effect) -> Claim:
     lab = heldout.lab
-    before = thirds(lab.study.info.layers).late.start - 1
+    before = max(thirds(lab.study.info.layers).late.start - 1, 0)
     (arrived,) = heldout.effects(lab.joint, [[Site("layer_output", before, "last")]])
     return verdicts.late(heldout.bench(), decided, arrived, heldout.reads_edit)
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from remote_mediation.analyses.claims.verdicts import Bench, Both, Effect
 from remote_mediation.engine.rows import Row
+from remote_mediation.errors import JobError
 from remote_mediation.lab import Floats, Indirect, Lab, placebo_id
 from remote_mediation.sites import Site
 from remote_mediation.tokens import TokenPair
@@ -78,6 +79,22 @@ class Sample:
         for placebo, value in zip(self.placebos, values, strict=True):
             by_pair[number[placebo.id]] = value
         return by_pair
+
+
+def failing(lab: Lab, name: str, run: Callable[[], object]) -> str:
+    """Why a backend cannot do something; empty where it can. Noted in the run folder, as a failure leaves no values.
+
+    name: of the note. run: asks for it.
+    """
+
+    def attempt(_: object) -> str:
+        try:
+            run()
+        except JobError as error:
+            return str(error)
+        return ""
+
+    return str(lab.noted(name, attempt))
 
 
 def _comparable(lab: Lab) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from remote_mediation.analyses.claims import verdicts
-from remote_mediation.analyses.claims.samples import Sample
+from remote_mediation.analyses.claims.samples import Sample, failing
 from remote_mediation.analyses.claims.verdicts import (
     CARRIED,
     MOST_REACHING,
@@ -24,7 +24,6 @@ from remote_mediation.analyses.claims.verdicts import (
     Sparse,
 )
 from remote_mediation.engine.tasks import Reading, Task, read_task, screen_tasks
-from remote_mediation.errors import JobError
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.shares import share
 from remote_mediation.sites import Site, band, thirds
@@ -59,7 +58,8 @@ Neuron = tuple[int, int]
 def measure_gate(discovery: Sample, heldout: Sample) -> tuple[Claim, dict[str, pd.DataFrame]]:
     """Claim 3, and `gate_sets.csv` where the neurons could be ranked."""
     position = "all" if _has_all(discovery) and _has_all(heldout) else "last"
-    problem = discovery.lab.noted("claims-screen", lambda _: _screen_problem(discovery, position))
+    lab = discovery.lab
+    problem = failing(lab, "claims-screen", lambda: lab.run(_screen(discovery, position)))
     if problem:
         return verdicts.untested(3, f"the late neurons could not be ranked: {problem}"), {}
     search = Search.of(discovery, position)
@@ -97,7 +97,8 @@ class Search(NamedTuple):
         whole = [
             share(table[0], found.te, found.clusters, bench.rng(), bench.resamples) for table in (found.nie, found.tie)
         ]
-        carried = means[1:] / means[0]
+        with np.errstate(divide="ignore", invalid="ignore"):  # late MLPs that do nothing have no size
+            carried = means[1:] / means[0]
         works = all(one.low > 0 for one in whole)
         return cls(
             lab=lab,
@@ -238,15 +239,6 @@ def _likeness(chosen: Sequence[Neuron], drawn: Sequence[Neuron], changes: Floats
 def _screen(discovery: Sample, position: str) -> list[Task]:
     setting = discovery.lab.study.setting
     return screen_tasks(discovery.pairs, "mlp_neurons", position, setting)
-
-
-def _screen_problem(discovery: Sample, position: str) -> str:
-    """Why the backend gives no gradients; empty where it does. To be noted, as a failed task leaves no values."""
-    try:
-        discovery.lab.run(_screen(discovery, position))
-    except JobError as error:
-        return str(error)
-    return ""
 
 
 def _ranked(discovery: Sample, position: str, bench: Bench) -> list[Neuron]:
