@@ -560,7 +560,7 @@ def test_exit_codes_of_a_process(tmp_path: Path) -> None:
 
 # --- what is added to a run -------------------------------------------------------------------------------------------
 
-# The tiny model refuses the harmful prompts of these pairs, so its gates, held, remove refusal.
+# Of three clusters: TE is not told apart from 0, so nothing is called a refusal.
 FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
 
 
@@ -569,11 +569,11 @@ FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
     [
         (("detect",), ["layers", "detect"], ["Early understanding"]),
         (("paths",), ["layers", "neurons", "paths"], ["Gate neurons", "Paths"]),
-        (("intervene", "--tokens", 2), ["layers", "neurons", "intervene"], ["Gate neurons", "Removing refusal"]),
+        (("intervene", "--tokens", 2), ["layers", "neurons", "intervene"], ["Gate neurons", "Repair"]),
         (
             ("intervene", "--tokens", 2, "--attacks"),
             ["layers", "neurons", "intervene", "attacks"],
-            ["Removing refusal", "Circumvention"],
+            ["Repair", "Circumvention"],
         ),
         (("monitor",), ["layers", "neurons", "monitor"], ["Gate neurons", "Monitor"]),
     ],
