@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from remote_mediation.engine.answers import lengths_of
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.errors import StoreError
 from remote_mediation.tokens import Prepared, Refusal, from_record, to_record
@@ -31,6 +32,8 @@ class Submitted(NamedTuple):
     keys: list[str]
     rows: int
     flops: float
+    lengths: Sequence[int | None] = ()
+    """As of `lengths_of`; empty where an older version handed it over."""
 
 
 class Store:
@@ -114,7 +117,13 @@ class Store:
 
     def save_ticket(self, ticket: str, job: Job) -> None:
         """Remember that a job was handed over, before anyone waits for it."""
-        content = {"ticket": ticket, "keys": job.keys, "rows": job.rows, "flops": job.flops}
+        content = {
+            "ticket": ticket,
+            "keys": job.keys,
+            "rows": job.rows,
+            "flops": job.flops,
+            "lengths": lengths_of(job),
+        }
         self.write(f"submitted/{job.id}.json", json.dumps(content))
 
     def submitted(self) -> list[Submitted]:

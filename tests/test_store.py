@@ -20,7 +20,10 @@ ROW = Row("p", 0, (Write("mlp_output", 0, (0,), (), Scale(0.0)),))
 
 
 def job(*keys: str) -> Job:
-    return Job("measure", {}, (Part(("p",), keys, {}, 10.0, (ROW, replace(ROW, writes=()), replace(ROW, writes=()))),))
+    stacks = {"stacks": ({"queries": (0,)},)}
+    return Job(
+        "measure", {}, (Part(("p",), keys, stacks, 10.0, (ROW, replace(ROW, writes=()), replace(ROW, writes=()))),)
+    )
 
 
 def readout(*values: list[float]) -> Readout:
@@ -119,7 +122,7 @@ def test_tickets_are_kept_until_the_values_are_here(tmp_path: Path) -> None:
     store.save_ticket("t2", second)
     waiting = {entry.ticket: entry for entry in Store.open(tmp_path / "run").submitted()}
     assert waiting.keys() == {"t1", "t2"}
-    assert waiting["t1"] == (first.id, "t1", ["k1", "k2", "k3"], 1, 10.0)
+    assert waiting["t1"] == (first.id, "t1", ["k1", "k2", "k3"], 1, 10.0, [1, 1, 1])
     store.save_readout(waiting["t1"], readout([1.0], [2.0], [3.0]))
     assert [entry.ticket for entry in store.submitted()] == ["t2"]
     store.forget(second.id)
