@@ -21,6 +21,7 @@ import numpy.typing as npt
 from remote_mediation.engine.answers import lengths_of
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.errors import StoreError
+from remote_mediation.lock import LOCK_FILE, Lock, hold
 from remote_mediation.tokens import Prepared, Refusal, from_record, to_record
 
 
@@ -42,6 +43,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         """Use `create` or `open`."""
         self.folder = folder
+        self._lock: Lock | None = None
 
     @classmethod
     def create(cls, folder: Path, identity: dict[str, Any]) -> Store:
@@ -54,7 +56,7 @@ class Store:
         try:
             if (folder / "run.json").exists():
                 store._check_same(identity)
-            elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            elif folder.exists() and (not folder.is_dir() or _in_use(folder)):
                 raise StoreError(f"{folder} is in use and is no run folder; choose another with --out")
             parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         except OSError as error:
@@ -97,7 +99,7 @@ class Store:
 
     def save_record(self, record: dict[str, Any]) -> None:
         """Write `run.json`."""
-        self.write("run.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+        self._keep("run.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
 
     def prepared(self, name: str = "pairs") -> Prepared | None:
         """The tokenised pairs of this run, or others by name, once they are known."""
@@ -113,7 +115,7 @@ class Store:
     def save_prepared(self, prepared: Prepared, name: str = "pairs") -> None:
         """Write the tokenised pairs and the refused ones."""
         records = [*map(to_record, prepared.pairs), *map(asdict, prepared.refusals)]
-        self.write(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        self._keep(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
     def save_ticket(self, ticket: str, job: Job) -> None:
         """Remember that a job was handed over, before anyone waits for it."""
@@ -124,7 +126,7 @@ class Store:
             "flops": job.flops,
             "lengths": lengths_of(job),
         }
-        self.write(f"submitted/{job.id}.json", json.dumps(content))
+        self._keep(f"submitted/{job.id}.json", json.dumps(content))
 
     def submitted(self) -> list[Submitted]:
         """Jobs that were handed over and whose values are not here yet."""
@@ -142,7 +144,7 @@ class Store:
             seconds=readout.seconds,
             flops=job.flops,
         )
-        self.write(f"readouts/{job.id}.npz", buffer.getvalue())
+        self._keep(f"readouts/{job.id}.npz", buffer.getvalue())
         self.forget(job.id)
 
     def forget(self, job_id: str) -> None:
@@ -151,7 +153,7 @@ class Store:
 
     def save_failure(self, pair_id: str, message: str) -> None:
         """Note that a pair's job failed, with the reason."""
-        self.write("failures.json", json.dumps({**self.failures(), pair_id: message}, indent=2) + "\n")
+        self._keep("failures.json", json.dumps({**self.failures(), pair_id: message}, indent=2) + "\n")
 
     def failures(self) -> dict[str, str]:
         """Pairs whose jobs failed, with the reason."""
@@ -165,7 +167,7 @@ class Store:
 
     def save_note(self, name: str, content: Any) -> None:
         """Keep JSON data, such as the verdicts of a judge."""
-        self.write(f"notes/{name}.json", json.dumps(content))
+        self._keep(f"notes/{name}.json", json.dumps(content))
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
         """All values measured so far, by row key."""
@@ -175,6 +177,20 @@ class Store:
                 parts: Sequence[npt.NDArray[np.float32]] = np.split(data["values"], np.cumsum(data["lengths"])[:-1])
                 found.update(zip(data["keys"].tolist(), parts, strict=True))
         return found
+
+    def _keep(self, name: str, content: str | bytes) -> None:
+        """Write what is measured. The folder is this process's alone from the first such file on.
+
+        Raises:
+            StoreError: another process measures into the folder, no permission, or no space.
+        """
+        if self._lock is None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = hold(self.folder)
+            except OSError as error:
+                raise StoreError(f"cannot write {self.folder}: {error.strerror}; choose another --out") from error
+        self.write(name, content)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the run folder, whole or not at all.
@@ -202,6 +218,11 @@ class Store:
                     f"{self.folder} holds another study: its {name} is {known.get(name)!r}, not "
                     f"{identity.get(name)!r}; choose another folder with --out"
                 )
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a folder has files, other than what a run leaves that ended before its first file."""
+    return any(path.name != LOCK_FILE for path in folder.iterdir())
 
 
 def _remove(partial: Path) -> None:

@@ -2,6 +2,12 @@
 
 import errno
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,7 +161,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         store.save_readout(job("k"), readout([1.0]))
     with pytest.raises(StoreError, match="No space left on device"):
         Store.create(tmp_path / "new", {}).save_record({"study": {}})
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/run.json"]
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(files) == ["new/.lock", "run/.lock", "run/run.json"]
+    Store.create(tmp_path / "new", {})  # can still be used
     assert (tmp_path / "run/run.json").read_bytes() == before
 
 
@@ -173,3 +181,81 @@ def test_the_record_is_readable_json(tmp_path: Path) -> None:
     assert json.loads(text) == {"study": {"b": 1, "a": "tiny"}, "outcome": [5, 6]}
     assert text.endswith("}\n")
     assert text.index('"a"') < text.index('"b"')
+
+
+# --- one process per folder -------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys
+from pathlib import Path
+from remote_mediation.store import Store
+store = Store.create(Path(sys.argv[1]), {"model": "m"})
+store.save_record({"study": {"model": "m"}})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that measures into `run`."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_is_told_who_measures(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    store = Store.create(tmp_path / "run", {"model": "m"})
+    assert (store.record(), store.values(), store.failures()) == ({"study": {"model": "m"}}, {}, {})
+    store.write("report.md", "so far")  # a report needs no lock
+    who = rf"run is being measured by process {holder.pid} on {re.escape(os.uname().nodename)} since 20\d\d-.*; wait"
+    for use in (
+        lambda: store.save_record({"study": {}}),
+        lambda: store.save_ticket("t", job("k")),
+        lambda: store.save_readout(job("k"), readout([1.0])),
+        lambda: store.save_failure("p", "why"),
+        lambda: store.save_note("n", 1),
+        lambda: store.save_prepared(Prepared((), ())),
+    ):
+        with pytest.raises(StoreError, match=who):
+            use()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "run.json", "report.md"}
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_ended_holds_nothing(tmp_path: Path, holder: subprocess.Popen[str], end: int) -> None:
+    holder.send_signal(end)
+    holder.wait(10)
+    Store.create(tmp_path / "run", {"model": "m"}).save_failure("p", "why")
+
+
+def test_a_folder_is_free_once_its_store_is_gone(tmp_path: Path) -> None:
+    store = begun(tmp_path / "run", model="m")
+    begun(tmp_path / "run", model="m")  # the same process may
+    use = "Store.open(Path(sys.argv[1])).save_failure('p', 'why')"
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; from pathlib import Path; from remote_mediation.store import *; {use}",
+    ]
+    refused = subprocess.run([*command, str(tmp_path / "run")], capture_output=True, text=True, check=False)
+    assert f"is being measured by process {os.getpid()} on" in refused.stderr
+    del store
+    subprocess.run([*command, str(tmp_path / "run")], check=True)
+
+
+def test_where_there_are_no_locks_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(file: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    store = begun(tmp_path / "run", model="m")
+    store.save_failure("p", "why")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'run'} cannot be locked ([Errno 37] No locks available): let no other process measure into it"
+    ]
