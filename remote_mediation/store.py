@@ -7,9 +7,14 @@ same command goes on from there. Values are found by row key, never by the order
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
+import logging
 import os
+import struct
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +28,23 @@ from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.errors import StoreError
 from remote_mediation.lock import LOCK_FILE, Lock, hold
 from remote_mediation.tokens import Prepared, Refusal, from_record, to_record
+
+# What numpy and zipfile raise over damaged bytes.
+_DAMAGE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+_log = logging.getLogger(__name__)
 
 
 class Submitted(NamedTuple):
@@ -136,13 +158,16 @@ class Store:
     def save_readout(self, job: Job | Submitted, readout: Readout) -> None:
         """Write what a job brought back, and forget its ticket."""
         buffer = io.BytesIO()
+        keys, lengths = np.array(job.keys), np.array([len(values) for values in readout.values])
+        values = np.concatenate(readout.values)
         np.savez(
             buffer,
-            keys=np.array(job.keys),
-            lengths=np.array([len(values) for values in readout.values]),
-            values=np.concatenate(readout.values),
+            keys=keys,
+            lengths=lengths,
+            values=values,
             seconds=readout.seconds,
             flops=job.flops,
+            checksum=_checksum(keys, lengths, values),
         )
         self._keep(f"readouts/{job.id}.npz", buffer.getvalue())
         self.forget(job.id)
@@ -170,12 +195,19 @@ class Store:
         self._keep(f"notes/{name}.json", json.dumps(content))
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
-        """All values measured so far, by row key."""
+        """All values measured so far, by row key; a damaged readout is set aside, so that it is measured anew.
+
+        Raises:
+            StoreError: a file of them cannot be opened.
+        """
         found: dict[str, npt.NDArray[np.float32]] = {}
         for path in sorted((self.folder / "readouts").glob("*.npz")):
-            with np.load(path, allow_pickle=False) as data:
-                parts: Sequence[npt.NDArray[np.float32]] = np.split(data["values"], np.cumsum(data["lengths"])[:-1])
-                found.update(zip(data["keys"].tolist(), parts, strict=True))
+            try:
+                found.update(_read(path))
+            except OSError as error:
+                raise StoreError(f"cannot read {path}: {error.strerror or error}; give back access to it") from error
+            except _DAMAGE as error:
+                _set_aside(path, error)
         return found
 
     def _keep(self, name: str, content: str | bytes) -> None:
@@ -202,7 +234,10 @@ class Store:
         partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            with partial.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(path)
         except OSError as error:
             _remove(partial)
@@ -218,6 +253,35 @@ class Store:
                     f"{self.folder} holds another study: its {name} is {known.get(name)!r}, not "
                     f"{identity.get(name)!r}; choose another folder with --out"
                 )
+
+
+def _read(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """Values of one readout, by key. One without a checksum is of an older version.
+
+    Raises:
+        ValueError: they are not those that were written, or one of `_DAMAGE`.
+    """
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as data:
+        keys, lengths, values = data["keys"], data["lengths"], data["values"]
+        if "checksum" in data and str(data["checksum"]) != _checksum(keys, lengths, values):
+            raise ValueError("its checksum is another one")
+    if values.dtype != np.float32 or len(keys) != len(lengths) or lengths.sum() != len(values):
+        raise ValueError("its values do not belong to its keys")
+    parts: Sequence[npt.NDArray[np.float32]] = np.split(values, np.cumsum(lengths)[:-1])
+    return dict(zip(keys.tolist(), parts, strict=True))
+
+
+def _checksum(keys: npt.NDArray[np.str_], lengths: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> str:
+    """Hash of what a readout says."""
+    return hashlib.sha256(b"".join(array.tobytes() for array in (keys, lengths, values))).hexdigest()
+
+
+def _set_aside(path: Path, error: Exception) -> None:
+    """Rename a damaged readout, where the folder can be written; it is not read in either case."""
+    aside = path.with_name(f"{path.name}.bad")
+    with contextlib.suppress(OSError):
+        path.replace(aside)
+    _log.warning("%s is damaged (%s): set aside as %s, to be measured anew", path, error or type(error).__name__, aside)
 
 
 def _in_use(folder: Path) -> bool:

@@ -149,12 +149,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     store = begun(tmp_path / "run", model="m")
     before = (tmp_path / "run/run.json").read_bytes()
 
-    def full(path: Path, content: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(content[:3])
+    def full(file: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StoreError, match=r"cannot write .*run.json: No space left on device; free some space"):
         store.save_record({"study": {}})
     with pytest.raises(StoreError, match="No space left on device"):
@@ -259,3 +257,78 @@ def test_where_there_are_no_locks_that_is_said(
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path / 'run'} cannot be locked ([Errno 37] No locks available): let no other process measure into it"
     ]
+
+
+# --- readouts are doubted ---------------------------------------------------------------------------------------------
+
+
+def damaged(path: Path, caplog: pytest.LogCaptureFixture) -> Store:
+    """A folder of which this readout must be found to be damaged and the other must not."""
+    store = Store.open(path.parents[1])
+    assert store.values().keys() == {"k3"}
+    assert caplog.records[0].getMessage().startswith(f"{path} is damaged (")
+    assert (path.exists(), path.with_name(f"{path.name}.bad").exists()) == (False, True)
+    caplog.clear()
+    assert store.values().keys() == {"k3"}
+    assert not caplog.records
+    return store
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A readout of two, in which values of two keys are."""
+    store = begun(tmp_path / "run")
+    store.save_readout(job("k1", "k2"), readout([1.5, 2.5], [3.5]))
+    store.save_readout(job("k3"), readout([4.5]))
+    return tmp_path / f"run/readouts/{job('k1', 'k2').id}.npz"
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04", b"\x93NUMPY", b"\x80\x04N.", b"0" * 5000])
+def test_garbage_is_set_aside_and_measured_anew(file: Path, caplog: pytest.LogCaptureFixture, content: bytes) -> None:
+    file.write_bytes(content)
+    store = damaged(file, caplog)
+    store.save_readout(job("k1", "k2"), readout([1.5, 2.5], [3.5]))
+    assert store.values().keys() == {"k1", "k2", "k3"}
+
+
+def test_a_cut_readout_is_set_aside(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = file.read_bytes()
+    for length in range(0, len(whole), 37):
+        file.write_bytes(whole[:length])
+        damaged(file, caplog)
+
+
+def test_no_flipped_bit_changes_a_value(file: Path) -> None:
+    whole, before = file.read_bytes(), Store.open(file.parents[1]).values()
+    for place in range(0, len(whole), 5):
+        changed = bytearray(whole)
+        changed[place] ^= 0x40
+        file.write_bytes(changed)
+        for key, value in Store.open(file.parents[1]).values().items():
+            np.testing.assert_array_equal(value, before[key], err_msg=f"byte {place}")
+
+
+@pytest.mark.parametrize("change", ["values", "lengths", "keys"])
+def test_an_edited_readout_is_set_aside(file: Path, caplog: pytest.LogCaptureFixture, change: str) -> None:
+    with np.load(file) as data:
+        content = dict(data)
+    edited = {"values": content["values"] * 2, "lengths": content["lengths"][::-1], "keys": content["keys"][::-1]}
+    np.savez(file, **{**content, change: edited[change]})
+    damaged(file, caplog)
+
+
+def test_a_readout_of_an_older_version_is_read(file: Path) -> None:
+    store = Store.open(file.parents[1])
+    before = store.values()
+    with np.load(file) as data:
+        content = {name: data[name] for name in data.files if name != "checksum"}
+    np.savez(file, **content)
+    after = store.values()
+    assert {key: value.tolist() for key, value in after.items()} == {k: v.tolist() for k, v in before.items()}
+
+
+def test_a_readout_is_never_unpickled(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with np.load(file) as data:
+        content = {**data, "keys": data["keys"].astype(object)}
+    np.savez(file, **content)
+    damaged(file, caplog)
