@@ -19,6 +19,7 @@ import pandas as pd
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
+from remote_mediation.engine.answers import NOT_FINITE, check_shape, lengths_of, not_finite, rows_of
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Budget, Setting, batch_budget
 from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs
@@ -379,6 +380,7 @@ class Lab:
         self._store.save_ticket(ticket, job)
         try:
             readout = backend.collect(ticket)
+            check_shape(job.keys, lengths_of(job), readout)
         except LostJobError:
             self._store.forget(job.id)
             if tries == 1:
@@ -392,8 +394,33 @@ class Lab:
                 self._store.save_failure(job.pairs[0], str(error))
                 return 0.0
             return sum(self._run(one, backend) for one in self._apart(job))
-        self._keep(job, readout)
+        bad = not_finite(job, readout)
+        if bad:
+            self._keep_finite(job, readout, bad)
+        else:
+            self._keep(job, readout)
         return readout.seconds
+
+    def _keep_finite(self, job: Job, readout: Readout, bad: set[str]) -> None:
+        """Keep what a job brought back of its other pairs, and let those fail whose values are no numbers.
+
+        Raises:
+            JobError: no pair of this study has had an outcome so far, or the job is of a task other than `measure`.
+        """
+        self._store.forget(job.id)
+        if job.task != "measure":
+            raise JobError(f"{job.task} brought back values that are not finite; try bfloat16")
+        rows = rows_of(job)
+        good = [index for index, row in enumerate(rows) if row.pair not in bad]
+        if good:
+            keys, values = [job.keys[index] for index in good], [readout.values[index] for index in good]
+            written = sum(bool(rows[index].writes) for index in good)
+            self._keep(Submitted(job.id, "", keys, written, job.flops), Readout(values, readout.seconds))
+        for pair in sorted(bad):
+            self._store.save_failure(pair, NOT_FINITE)
+        failed = list(self._store.failures().values()).count(NOT_FINITE)
+        if failed > 1 and not any(self._keys(Row(pair, 0)) in self._values for pair in self._runnable()):
+            raise JobError(f"{NOT_FINITE} (the first {failed} pairs have none)")
 
     def _apart(self, job: Job) -> Iterator[Job]:
         """The rows of a job as one job per pair, so that one pair's failure is its own."""
@@ -406,10 +433,14 @@ class Lab:
         for job in self._store.submitted():
             try:
                 readout = backend.collect(job.ticket)
+                check_shape(job.keys, job.lengths or [None] * len(job.keys), readout)
             except (JobError, LostJobError):
                 self._store.forget(job.id)
                 continue
-            self._keep(job, readout)
+            if all(np.isfinite(value).all() for value in readout.values):
+                self._keep(job, readout)
+            else:
+                self._store.forget(job.id)
 
     def _keep(self, job: Job | Submitted, readout: Readout) -> None:
         """A job's values, first in the run folder, then at hand."""

@@ -7,9 +7,14 @@ same command goes on from there. Values are found by row key, never by the order
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
+import logging
 import os
+import struct
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +23,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from remote_mediation.engine.answers import lengths_of
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.errors import StoreError
+from remote_mediation.lock import LOCK_FILE, Lock, hold
 from remote_mediation.tokens import Prepared, Refusal, from_record, to_record
+
+# What numpy and zipfile raise over damaged bytes.
+_DAMAGE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+_log = logging.getLogger(__name__)
 
 
 class Submitted(NamedTuple):
@@ -31,6 +55,8 @@ class Submitted(NamedTuple):
     keys: list[str]
     rows: int
     flops: float
+    lengths: Sequence[int | None] = ()
+    """As of `lengths_of`; empty where an older version handed it over."""
 
 
 class Store:
@@ -39,6 +65,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         """Use `create` or `open`."""
         self.folder = folder
+        self._lock: Lock | None = None
 
     @classmethod
     def create(cls, folder: Path, identity: dict[str, Any]) -> Store:
@@ -51,7 +78,7 @@ class Store:
         try:
             if (folder / "run.json").exists():
                 store._check_same(identity)
-            elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            elif folder.exists() and (not folder.is_dir() or _in_use(folder)):
                 raise StoreError(f"{folder} is in use and is no run folder; choose another with --out")
             parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         except OSError as error:
@@ -94,7 +121,7 @@ class Store:
 
     def save_record(self, record: dict[str, Any]) -> None:
         """Write `run.json`."""
-        self.write("run.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+        self._keep("run.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
 
     def prepared(self, name: str = "pairs") -> Prepared | None:
         """The tokenised pairs of this run, or others by name, once they are known."""
@@ -110,12 +137,18 @@ class Store:
     def save_prepared(self, prepared: Prepared, name: str = "pairs") -> None:
         """Write the tokenised pairs and the refused ones."""
         records = [*map(to_record, prepared.pairs), *map(asdict, prepared.refusals)]
-        self.write(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        self._keep(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
     def save_ticket(self, ticket: str, job: Job) -> None:
         """Remember that a job was handed over, before anyone waits for it."""
-        content = {"ticket": ticket, "keys": job.keys, "rows": job.rows, "flops": job.flops}
-        self.write(f"submitted/{job.id}.json", json.dumps(content))
+        content = {
+            "ticket": ticket,
+            "keys": job.keys,
+            "rows": job.rows,
+            "flops": job.flops,
+            "lengths": lengths_of(job),
+        }
+        self._keep(f"submitted/{job.id}.json", json.dumps(content))
 
     def submitted(self) -> list[Submitted]:
         """Jobs that were handed over and whose values are not here yet."""
@@ -125,15 +158,18 @@ class Store:
     def save_readout(self, job: Job | Submitted, readout: Readout) -> None:
         """Write what a job brought back, and forget its ticket."""
         buffer = io.BytesIO()
+        keys, lengths = np.array(job.keys), np.array([len(values) for values in readout.values])
+        values = np.concatenate(readout.values)
         np.savez(
             buffer,
-            keys=np.array(job.keys),
-            lengths=np.array([len(values) for values in readout.values]),
-            values=np.concatenate(readout.values),
+            keys=keys,
+            lengths=lengths,
+            values=values,
             seconds=readout.seconds,
             flops=job.flops,
+            checksum=_checksum(keys, lengths, values),
         )
-        self.write(f"readouts/{job.id}.npz", buffer.getvalue())
+        self._keep(f"readouts/{job.id}.npz", buffer.getvalue())
         self.forget(job.id)
 
     def forget(self, job_id: str) -> None:
@@ -142,7 +178,7 @@ class Store:
 
     def save_failure(self, pair_id: str, message: str) -> None:
         """Note that a pair's job failed, with the reason."""
-        self.write("failures.json", json.dumps({**self.failures(), pair_id: message}, indent=2) + "\n")
+        self._keep("failures.json", json.dumps({**self.failures(), pair_id: message}, indent=2) + "\n")
 
     def failures(self) -> dict[str, str]:
         """Pairs whose jobs failed, with the reason."""
@@ -156,16 +192,37 @@ class Store:
 
     def save_note(self, name: str, content: Any) -> None:
         """Keep JSON data, such as the verdicts of a judge."""
-        self.write(f"notes/{name}.json", json.dumps(content))
+        self._keep(f"notes/{name}.json", json.dumps(content))
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
-        """All values measured so far, by row key."""
+        """All values measured so far, by row key; a damaged readout is set aside, so that it is measured anew.
+
+        Raises:
+            StoreError: a file of them cannot be opened.
+        """
         found: dict[str, npt.NDArray[np.float32]] = {}
         for path in sorted((self.folder / "readouts").glob("*.npz")):
-            with np.load(path, allow_pickle=False) as data:
-                parts: Sequence[npt.NDArray[np.float32]] = np.split(data["values"], np.cumsum(data["lengths"])[:-1])
-                found.update(zip(data["keys"].tolist(), parts, strict=True))
+            try:
+                found.update(_read(path))
+            except OSError as error:
+                raise StoreError(f"cannot read {path}: {error.strerror or error}; give back access to it") from error
+            except _DAMAGE as error:
+                _set_aside(path, error)
         return found
+
+    def _keep(self, name: str, content: str | bytes) -> None:
+        """Write what is measured. The folder is this process's alone from the first such file on.
+
+        Raises:
+            StoreError: another process measures into the folder, no permission, or no space.
+        """
+        if self._lock is None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = hold(self.folder)
+            except OSError as error:
+                raise StoreError(f"cannot write {self.folder}: {error.strerror}; choose another --out") from error
+        self.write(name, content)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the run folder, whole or not at all.
@@ -177,7 +234,10 @@ class Store:
         partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            with partial.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(path)
         except OSError as error:
             _remove(partial)
@@ -193,6 +253,40 @@ class Store:
                     f"{self.folder} holds another study: its {name} is {known.get(name)!r}, not "
                     f"{identity.get(name)!r}; choose another folder with --out"
                 )
+
+
+def _read(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """Values of one readout, by key. One without a checksum is of an older version.
+
+    Raises:
+        ValueError: they are not those that were written, or one of `_DAMAGE`.
+    """
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as data:
+        keys, lengths, values = data["keys"], data["lengths"], data["values"]
+        if "checksum" in data and str(data["checksum"]) != _checksum(keys, lengths, values):
+            raise ValueError("its checksum is another one")
+    if values.dtype != np.float32 or len(keys) != len(lengths) or lengths.sum() != len(values):
+        raise ValueError("its values do not belong to its keys")
+    parts: Sequence[npt.NDArray[np.float32]] = np.split(values, np.cumsum(lengths)[:-1])
+    return dict(zip(keys.tolist(), parts, strict=True))
+
+
+def _checksum(keys: npt.NDArray[np.str_], lengths: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> str:
+    """Hash of what a readout says."""
+    return hashlib.sha256(b"".join(array.tobytes() for array in (keys, lengths, values))).hexdigest()
+
+
+def _set_aside(path: Path, error: Exception) -> None:
+    """Rename a damaged readout, where the folder can be written; it is not read in either case."""
+    aside = path.with_name(f"{path.name}.bad")
+    with contextlib.suppress(OSError):
+        path.replace(aside)
+    _log.warning("%s is damaged (%s): set aside as %s, to be measured anew", path, error or type(error).__name__, aside)
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a folder has files, other than what a run leaves that ended before its first file."""
+    return any(path.name != LOCK_FILE for path in folder.iterdir())
 
 
 def _remove(partial: Path) -> None:

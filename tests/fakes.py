@@ -7,7 +7,7 @@ over outlives it on a `shelf`, as jobs on a server outlive the process that sent
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,16 @@ class CannedBackend:
         refuses_tasks: Sequence[str] = (),
         loses: int = 0,
         dies_after: float = np.inf,
+        spoils: Callable[[Job, list[np.ndarray]], list[np.ndarray]] = lambda job, values: values,
     ) -> None:
-        """Pairs and tasks whose jobs fail, how many jobs are lost first, and after how many its process is killed."""
+        """Pairs and tasks whose jobs fail, how many jobs are lost first, and after how many its process is killed.
+
+        spoils: what becomes of a job's values on their way.
+        """
         self.info, self.tokenizer = info, words_tokenizer(chat=True)
         self.collected: list[Job] = []
         self._shelf, self._refuses, self._loses, self._dies_after = shelf, refuses, loses, dies_after
-        self._refuses_tasks = refuses_tasks
+        self._refuses_tasks, self._spoils = refuses_tasks, spoils
 
     def submit(self, job: Job) -> str:
         ticket = f"ticket {len(self._shelf)}"
@@ -131,7 +135,8 @@ class CannedBackend:
         if job.task in self._refuses_tasks:
             raise JobError(f"{job.task} is not allowed")
         self.collected.append(job)
-        return Readout([value for part in job.parts for value in self._values(job.task, part)], seconds=1.0)
+        values = [value for part in job.parts for value in self._values(job.task, part)]
+        return Readout(self._spoils(job, values), seconds=1.0)
 
     def _values(self, task: str, part: Part) -> list[np.ndarray]:
         """One array per key of a context."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from fakes import INFO, LOGITS, CannedBackend, canned, records, token_pair
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import Request
-from remote_mediation.engine.jobs import Keys
+from remote_mediation.engine.jobs import Job, Keys
 from remote_mediation.engine.rows import Row, swap
 from remote_mediation.engine.tasks import Task, screen_tasks
-from remote_mediation.errors import JobError
-from remote_mediation.lab import Lab, Study, UnmeasuredError
+from remote_mediation.errors import JobError, LostJobError
+from remote_mediation.lab import MOST_TRIES, Lab, Study, UnmeasuredError
 from remote_mediation.pairs import PromptPair
 from remote_mediation.sites import Site
 from remote_mediation.store import Store
@@ -225,3 +226,100 @@ def test_another_model_beside_the_study_is_measured_by_its_own_backend(tmp_path:
     assert set(plain).isdisjoint(found)
     with pytest.raises(UnmeasuredError):  # a checkpoint without a backend is not asked of the model
         here.beside(info=replace(INFO, name="third")).outcomes(swaps())
+
+
+# --- answers that are not those to the job --------------------------------------------------------------------------
+
+SPOILT: dict[str, Callable[[list[np.ndarray]], list[np.ndarray]]] = {
+    "one too few": lambda values: values[:-1],
+    "one too many": lambda values: [*values, values[0]],
+    "none": lambda values: [],
+    "one is longer": lambda values: [*values[:-1], np.append(values[-1], values[-1])],
+    "one is shorter": lambda values: [values[0][:-1], *values[1:]],
+    "all are shorter": lambda values: [value[:-1] for value in values],
+    "one is empty": lambda values: [values[0][:0], *values[1:]],
+    "float64": lambda values: [value.astype(np.float64) for value in values],
+    "integers": lambda values: [value.astype(np.int32) for value in values],
+    "nested": lambda values: [value[None] for value in values],
+}
+
+
+@pytest.mark.parametrize("fault", list(SPOILT))
+def test_a_wrong_answer_is_asked_for_again(tmp_path: Path, fault: str) -> None:
+    jobs: list[Job] = []
+
+    def spoil(job: Job, values: list[np.ndarray]) -> list[np.ndarray]:
+        jobs.append(job)
+        return SPOILT[fault](values) if len(jobs) == 1 else values
+
+    found = lab(tmp_path / "spoilt", CannedBackend({}, spoils=spoil)).outcomes(swaps())
+    np.testing.assert_array_equal(found, lab(tmp_path / "whole", CannedBackend({})).outcomes(swaps()))
+    assert [job.id for job in jobs] == [jobs[0].id] * 2
+    assert Store(tmp_path / "spoilt").failures() == {}
+
+
+@pytest.mark.parametrize("fault", list(SPOILT))
+def test_an_answer_that_stays_wrong_ends_in_one_line_and_is_not_kept(tmp_path: Path, fault: str) -> None:
+    backend = CannedBackend({}, spoils=lambda job, values: SPOILT[fault](values))
+    with pytest.raises(LostJobError, match=r"^a job (of \d+ keys )?brought back [^\n]*$"):
+        lab(tmp_path, backend).outcomes(swaps())
+    assert len(backend.collected) == MOST_TRIES
+    store = Store(tmp_path)
+    assert (store.values(), store.submitted(), store.failures()) == ({}, [], {})
+    undisturbed = lab(tmp_path / "whole", CannedBackend({})).outcomes(swaps())
+    np.testing.assert_array_equal(lab(tmp_path, CannedBackend({})).outcomes(swaps()), undisturbed)
+
+
+@pytest.mark.parametrize("fault", [*SPOILT, "not finite"])
+def test_a_wrong_answer_to_an_earlier_process_is_measured_anew(tmp_path: Path, fault: str) -> None:
+    shelf: dict[str, Job] = {}
+    with pytest.raises(KeyboardInterrupt):
+        lab(tmp_path, CannedBackend(shelf, dies_after=0)).outcomes(swaps())
+    seen: list[Job] = []
+
+    def spoil(job: Job, values: list[np.ndarray]) -> list[np.ndarray]:
+        seen.append(job)
+        spoilt = SPOILT.get(fault, lambda values: [value * np.float32(np.nan) for value in values])
+        return spoilt(values) if len(seen) == 1 else values
+
+    found = lab(tmp_path, CannedBackend(shelf, spoils=spoil)).outcomes(swaps())
+    np.testing.assert_array_equal(found, lab(tmp_path / "whole", CannedBackend({})).outcomes(swaps()))
+    assert len(seen) == 2
+
+
+def not_finite_of(*pairs: str) -> Callable[[Job, list[np.ndarray]], list[np.ndarray]]:
+    def spoil(job: Job, values: list[np.ndarray]) -> list[np.ndarray]:
+        rows = [row for part in job.parts for row in part.rows]
+        return [
+            np.full_like(value, np.inf) if row.pair in pairs and row.writes else value
+            for row, value in zip(rows, values, strict=True)
+        ]
+
+    return spoil
+
+
+def test_pairs_whose_outcomes_are_no_numbers_fail_and_the_others_do_not(tmp_path: Path) -> None:
+    found = lab(tmp_path, CannedBackend({}, spoils=not_finite_of("p1", "p4"))).outcomes(swaps())
+    whole = lab(tmp_path / "whole", CannedBackend({})).outcomes(swaps())
+    assert np.isnan(found).tolist() == [pair.id in ("p1", "p4") for pair in PAIRS]
+    np.testing.assert_array_equal(np.delete(found, [1, 4]), np.delete(whole, [1, 4]))
+    assert Store(tmp_path).failures() == dict.fromkeys(("p1", "p4"), "no finite outcome; try bfloat16")
+    again = CannedBackend({})
+    np.testing.assert_array_equal(lab(tmp_path, again).outcomes(swaps()), found)
+    assert again.collected == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"job_seconds": 1e-9}], ids=["one job", "a job per pair"])
+def test_a_study_without_any_finite_outcome_stops_at_once(tmp_path: Path, settings: dict[str, Any]) -> None:
+    backend = CannedBackend({}, spoils=lambda job, values: [value * np.float32(np.nan) for value in values])
+    with pytest.raises(JobError, match="no finite outcome; try bfloat16"):
+        lab(tmp_path, backend, **settings).outcomes(swaps())
+    assert len(backend.collected) == (2 if settings else 1)
+    assert Store(tmp_path).values() == {}
+
+
+def test_a_task_without_finite_values_fails(tmp_path: Path) -> None:
+    here = lab(tmp_path, CannedBackend({}, spoils=lambda job, values: [value / np.float32(0) for value in values]))
+    with np.errstate(divide="ignore"), pytest.raises(JobError, match="screen brought back values that are not finite"):
+        here.run(screenings(here))
+    assert (Store(tmp_path).values(), Store(tmp_path).submitted()) == ({}, [])

@@ -5,21 +5,26 @@ A real HTTP server on loopback, fed with answers. The same against a real NDIF s
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import torch
+import zstandard
 from nnsight.intervention.backends.remote import RemoteError
 from typer.testing import CliRunner
 
 from remote_mediation.cli import app
 from remote_mediation.engine import server as server_module
 from remote_mediation.engine.local import LocalBackend
-from remote_mediation.engine.remote import NdifBackend, _CrashError, _translated
+from remote_mediation.engine.remote import NdifBackend, Traffic, _CrashError, _Remote, _translated
 from remote_mediation.engine.server import Server, plain, preflight, refuse_bad
 from remote_mediation.errors import BackendError, JobError, LostJobError, PreflightError, TransportError
 
@@ -259,3 +264,65 @@ def test_foreign_errors(foreign: Exception, ours: type[BackendError]) -> None:
     assert type(caught.value) is ours
     assert KEY not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# --- what comes back is read and not run ----------------------------------------------------------------------------
+
+
+class Hostile:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self._path, "ran")
+
+
+def packed(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return zstandard.ZstdCompressor().compress(buffer.getvalue())
+
+
+def remote() -> _Remote:
+    return _Remote("key", Server("http://host", KEY), {}, "t1", lambda line: None, Traffic())
+
+
+def test_a_result_comes_back_as_it_was_sent() -> None:
+    values = [torch.tensor([[1.5, -2.5]]), torch.empty(0, dtype=torch.bfloat16)]
+    (first, second) = remote().finalize(packed({"values": values}))["values"]
+    np.testing.assert_array_equal(first.numpy(), values[0].numpy())
+    assert second.dtype == torch.bfloat16
+
+
+def test_a_hostile_result_runs_nothing(tmp_path: Path) -> None:
+    blob = packed({"values": [torch.zeros(1, 1)], "more": Hostile(tmp_path / "file")})
+    with pytest.raises(LostJobError, match="the result of job t1 cannot be read as tensors alone"):
+        remote().finalize(blob)
+    assert list(tmp_path.iterdir()) == []
+
+
+WHOLE = packed({"values": [torch.zeros(4, 4)]})
+
+
+@pytest.mark.parametrize(
+    "blob",
+    [
+        b"",
+        b"<html>sorry</html>",
+        WHOLE[: len(WHOLE) // 2],
+        zstandard.ZstdCompressor().compress(b"no tensors"),
+        zstandard.ZstdCompressor().compress(zstandard.ZstdDecompressor().decompress(WHOLE)[:-40]),
+        packed([torch.zeros(1)]),
+        packed({"values": None}),
+        packed({"values": torch.zeros(2, 2)}),
+        packed({"values": ["text"]}),
+        packed({}),
+        packed(None),
+    ],
+    ids=["empty", "page", "cut", "text", "cut inside", "list", "null", "tensor", "strings", "nothing", "none"],
+)
+def test_a_damaged_result_is_a_lost_job(blob: bytes) -> None:
+    with pytest.raises(LostJobError, match=r"^the result of job t1 "), _translated(Server("http://host", KEY)):
+        remote().finalize(blob)

@@ -2,6 +2,12 @@
 
 import errno
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +26,10 @@ ROW = Row("p", 0, (Write("mlp_output", 0, (0,), (), Scale(0.0)),))
 
 
 def job(*keys: str) -> Job:
-    return Job("measure", {}, (Part(("p",), keys, {}, 10.0, (ROW, replace(ROW, writes=()), replace(ROW, writes=()))),))
+    stacks = {"stacks": ({"queries": (0,)},)}
+    return Job(
+        "measure", {}, (Part(("p",), keys, stacks, 10.0, (ROW, replace(ROW, writes=()), replace(ROW, writes=()))),)
+    )
 
 
 def readout(*values: list[float]) -> Readout:
@@ -119,7 +128,7 @@ def test_tickets_are_kept_until_the_values_are_here(tmp_path: Path) -> None:
     store.save_ticket("t2", second)
     waiting = {entry.ticket: entry for entry in Store.open(tmp_path / "run").submitted()}
     assert waiting.keys() == {"t1", "t2"}
-    assert waiting["t1"] == (first.id, "t1", ["k1", "k2", "k3"], 1, 10.0)
+    assert waiting["t1"] == (first.id, "t1", ["k1", "k2", "k3"], 1, 10.0, [1, 1, 1])
     store.save_readout(waiting["t1"], readout([1.0], [2.0], [3.0]))
     assert [entry.ticket for entry in store.submitted()] == ["t2"]
     store.forget(second.id)
@@ -140,19 +149,19 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     store = begun(tmp_path / "run", model="m")
     before = (tmp_path / "run/run.json").read_bytes()
 
-    def full(path: Path, content: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(content[:3])
+    def full(file: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StoreError, match=r"cannot write .*run.json: No space left on device; free some space"):
         store.save_record({"study": {}})
     with pytest.raises(StoreError, match="No space left on device"):
         store.save_readout(job("k"), readout([1.0]))
     with pytest.raises(StoreError, match="No space left on device"):
         Store.create(tmp_path / "new", {}).save_record({"study": {}})
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/run.json"]
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(files) == ["new/.lock", "run/.lock", "run/run.json"]
+    Store.create(tmp_path / "new", {})  # can still be used
     assert (tmp_path / "run/run.json").read_bytes() == before
 
 
@@ -170,3 +179,156 @@ def test_the_record_is_readable_json(tmp_path: Path) -> None:
     assert json.loads(text) == {"study": {"b": 1, "a": "tiny"}, "outcome": [5, 6]}
     assert text.endswith("}\n")
     assert text.index('"a"') < text.index('"b"')
+
+
+# --- one process per folder -------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys
+from pathlib import Path
+from remote_mediation.store import Store
+store = Store.create(Path(sys.argv[1]), {"model": "m"})
+store.save_record({"study": {"model": "m"}})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that measures into `run`."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_is_told_who_measures(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    store = Store.create(tmp_path / "run", {"model": "m"})
+    assert (store.record(), store.values(), store.failures()) == ({"study": {"model": "m"}}, {}, {})
+    store.write("report.md", "so far")  # a report needs no lock
+    who = rf"run is being measured by process {holder.pid} on {re.escape(os.uname().nodename)} since 20\d\d-.*; wait"
+    for use in (
+        lambda: store.save_record({"study": {}}),
+        lambda: store.save_ticket("t", job("k")),
+        lambda: store.save_readout(job("k"), readout([1.0])),
+        lambda: store.save_failure("p", "why"),
+        lambda: store.save_note("n", 1),
+        lambda: store.save_prepared(Prepared((), ())),
+    ):
+        with pytest.raises(StoreError, match=who):
+            use()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "run.json", "report.md"}
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_ended_holds_nothing(tmp_path: Path, holder: subprocess.Popen[str], end: int) -> None:
+    holder.send_signal(end)
+    holder.wait(10)
+    Store.create(tmp_path / "run", {"model": "m"}).save_failure("p", "why")
+
+
+def test_a_folder_is_free_once_its_store_is_gone(tmp_path: Path) -> None:
+    store = begun(tmp_path / "run", model="m")
+    begun(tmp_path / "run", model="m")  # the same process may
+    use = "Store.open(Path(sys.argv[1])).save_failure('p', 'why')"
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; from pathlib import Path; from remote_mediation.store import *; {use}",
+    ]
+    refused = subprocess.run([*command, str(tmp_path / "run")], capture_output=True, text=True, check=False)
+    assert f"is being measured by process {os.getpid()} on" in refused.stderr
+    del store
+    subprocess.run([*command, str(tmp_path / "run")], check=True)
+
+
+def test_where_there_are_no_locks_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(file: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    store = begun(tmp_path / "run", model="m")
+    store.save_failure("p", "why")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'run'} cannot be locked ([Errno 37] No locks available): let no other process measure into it"
+    ]
+
+
+# --- readouts are doubted ---------------------------------------------------------------------------------------------
+
+
+def damaged(path: Path, caplog: pytest.LogCaptureFixture) -> Store:
+    """A folder of which this readout must be found to be damaged and the other must not."""
+    store = Store.open(path.parents[1])
+    assert store.values().keys() == {"k3"}
+    assert caplog.records[0].getMessage().startswith(f"{path} is damaged (")
+    assert (path.exists(), path.with_name(f"{path.name}.bad").exists()) == (False, True)
+    caplog.clear()
+    assert store.values().keys() == {"k3"}
+    assert not caplog.records
+    return store
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A readout of two, in which values of two keys are."""
+    store = begun(tmp_path / "run")
+    store.save_readout(job("k1", "k2"), readout([1.5, 2.5], [3.5]))
+    store.save_readout(job("k3"), readout([4.5]))
+    return tmp_path / f"run/readouts/{job('k1', 'k2').id}.npz"
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04", b"\x93NUMPY", b"\x80\x04N.", b"0" * 5000])
+def test_garbage_is_set_aside_and_measured_anew(file: Path, caplog: pytest.LogCaptureFixture, content: bytes) -> None:
+    file.write_bytes(content)
+    store = damaged(file, caplog)
+    store.save_readout(job("k1", "k2"), readout([1.5, 2.5], [3.5]))
+    assert store.values().keys() == {"k1", "k2", "k3"}
+
+
+def test_a_cut_readout_is_set_aside(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = file.read_bytes()
+    for length in range(0, len(whole), 37):
+        file.write_bytes(whole[:length])
+        damaged(file, caplog)
+
+
+def test_no_flipped_bit_changes_a_value(file: Path) -> None:
+    whole, before = file.read_bytes(), Store.open(file.parents[1]).values()
+    for place in range(0, len(whole), 5):
+        changed = bytearray(whole)
+        changed[place] ^= 0x40
+        file.write_bytes(changed)
+        for key, value in Store.open(file.parents[1]).values().items():
+            np.testing.assert_array_equal(value, before[key], err_msg=f"byte {place}")
+
+
+@pytest.mark.parametrize("change", ["values", "lengths", "keys"])
+def test_an_edited_readout_is_set_aside(file: Path, caplog: pytest.LogCaptureFixture, change: str) -> None:
+    with np.load(file) as data:
+        content = dict(data)
+    edited = {"values": content["values"] * 2, "lengths": content["lengths"][::-1], "keys": content["keys"][::-1]}
+    np.savez(file, **{**content, change: edited[change]})
+    damaged(file, caplog)
+
+
+def test_a_readout_of_an_older_version_is_read(file: Path) -> None:
+    store = Store.open(file.parents[1])
+    before = store.values()
+    with np.load(file) as data:
+        content = {name: data[name] for name in data.files if name != "checksum"}
+    np.savez(file, **content)
+    after = store.values()
+    assert {key: value.tolist() for key, value in after.items()} == {k: v.tolist() for k, v in before.items()}
+
+
+def test_a_readout_is_never_unpickled(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with np.load(file) as data:
+        content = {**data, "keys": data["keys"].astype(object)}
+    np.savez(file, **content)
+    damaged(file, caplog)

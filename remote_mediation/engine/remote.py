@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import torch
+import zstandard
 from nnsight import TransformersModel
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.ndif import register
@@ -37,6 +40,8 @@ _CRASH_PAUSE = 5.0
 _UNKNOWN_FOR = 120.0
 # HTTP statuses below 500 that pass by themselves.
 _TRANSIENT = (408, 425, 429)
+# What torch raises over bytes that are no file of its own, or a damaged one.
+_DAMAGE = (RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, OSError, MemoryError)
 
 
 @dataclass
@@ -134,6 +139,9 @@ class NdifBackend:
             if self._crashes[job] > _MOST_CRASHES:
                 raise JobError(f"the model's process ended {self._crashes[job]} times in it ({error})") from error
             raise LostJobError(str(error)) from error
+        if any(value.dtype != torch.float32 or value.ndim != 2 for value in values):
+            kinds = ", ".join(sorted({f"{value.dtype} of {value.ndim} dimensions" for value in values}))
+            raise LostJobError(f"job {ticket} brought back {kinds}, not tables of float32")
         return Readout(split_values(values), seconds)
 
     def _ask_dtype(self) -> str:
@@ -237,8 +245,22 @@ class _Remote(RemoteBackend):  # type: ignore[misc]  # nnsight is untyped
         return blob
 
     def finalize(self, content: bytes) -> Any:
+        """A result's dict of tensors, read without running what else it may hold, unlike nnsight's own reading.
+
+        Raises:
+            LostJobError: it is damaged, or holds more than tensors.
+        """
         self._traffic.down += len(content)
-        return super().finalize(content)
+        try:
+            if self.compress:
+                content = zstandard.ZstdDecompressor().decompress(content)
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (zstandard.ZstdError, pickle.UnpicklingError, *_DAMAGE) as error:
+            raise LostJobError(f"the result of job {self.job_id} cannot be read as tensors alone") from error
+        values = found.get("values") if isinstance(found, dict) else None
+        if not isinstance(values, list) or not all(isinstance(value, torch.Tensor) for value in values):
+            raise LostJobError(f"the result of job {self.job_id} is no list of tensors")
+        return found
 
     def note(self, response: Any) -> bool:
         line = f"{response.status.value.lower()}: {plain(response.description or '', self.api_key)}".rstrip(": ")
