@@ -27,6 +27,7 @@ def main(model: str, folder: str) -> None:
         max_pairs=2,
         analyses=["layers"],
         positions={"layers": ["last"]},
+        outcome="response_logprob",
         response_logprob={"tokens": 3},
         statistics={"resamples": 100},
     )

@@ -99,6 +99,7 @@ def tiny(pairs: Path) -> StudyConfig:
         backend="ndif",
         analyses=["layers", "neurons"],
         neurons={"search": ["windows"], "max_windows": 2},
+        outcome="response_logprob",
         response_logprob={"tokens": 3},
         statistics={"resamples": 100, "min_share": 0.0, "alpha": 0.49},
         job_seconds=1e-9,
