@@ -16,7 +16,7 @@ ROOT = Path(remote_mediation.__file__).parent
 ORDER = (
     ("analyses.claims", "dequantise", "engine", "engine.program", "errors", "meter"),
     ("planted", "planted.gate", "provenance", "show"),
-    ("wheels",),
+    ("lock", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
     ("rates", "shares", "stats"),
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
@@ -27,7 +27,7 @@ ORDER = (
     ("engine.budget",),
     ("engine.payload",),
     ("engine.jobs",),
-    ("engine.backend", "engine.tasks"),
+    ("engine.answers", "engine.backend", "engine.tasks"),
     ("effects", "store"),
     ("lab",),
     ("analyses.claims.samples", "analyses.claims.specification", "analyses.neurons"),
