@@ -388,7 +388,14 @@ def test_ctrl_c(call: Run, tmp_path: Path, model: str) -> None:
     settings = 'analyses = ["neurons"]\n{}\n[neurons]\nsearch = ["all"]\nrandom_sets = 5\n'
     slow = study(tmp_path, model, settings.format("job_seconds = 1e-9"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([*PYTHON, "run", slow], stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+    process = subprocess.Popen(
+        [*PYTHON, "run", slow],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored where tests run
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/study/readouts/*.npz")) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import httpx
 import numpy as np
@@ -25,7 +26,7 @@ from remote_mediation.cli import app
 from remote_mediation.engine import server as server_module
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.remote import NdifBackend, Traffic, _CrashError, _Remote, _translated
-from remote_mediation.engine.server import Server, plain, preflight, refuse_bad
+from remote_mediation.engine.server import Server, ask, plain, preflight, refuse_bad, server_from_environment
 from remote_mediation.errors import BackendError, JobError, LostJobError, PreflightError, TransportError
 
 KEY = "11111111-2222-3333-4444-555555555555"
@@ -326,3 +327,40 @@ WHOLE = packed({"values": [torch.zeros(4, 4)]})
 def test_a_damaged_result_is_a_lost_job(blob: bytes) -> None:
     with pytest.raises(LostJobError, match=r"^the result of job t1 "), _translated(Server("http://host", KEY)):
         remote().finalize(blob)
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("around", ["{}\n", "  {}", "\t{}\r\n"])
+def test_a_key_is_stripped(monkeypatch: pytest.MonkeyPatch, around: str) -> None:
+    monkeypatch.setenv("NDIF_API_KEY", around.format(KEY))
+    assert server_from_environment().key == KEY
+
+
+@pytest.mark.parametrize("inside", ["\n", " ", "\t", "\x1b[2J", "\x7f", "\u200b", "é"])
+def test_a_key_that_is_none_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
+    monkeypatch.setenv("NDIF_API_KEY", KEY[:18] + inside + KEY[18:])
+    with pytest.raises(PreflightError, match=r"NDIF_API_KEY has .*; copy the key again") as caught:
+        server_from_environment()
+    assert not any(part in str(caught.value) for part in KEY.split("-"))
+
+
+@pytest.mark.parametrize(
+    "host", ["http://me:{}@host", "https://host/?key={}", "https://host/{}", "https://host/#{}", "https://host/ {}"]
+)
+def test_a_key_in_the_host_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setenv("NDIF_API_KEY", KEY)
+    monkeypatch.setenv("NDIF_HOST", host.format(KEY))
+    with pytest.raises(PreflightError, match="NDIF_HOST holds more than an address") as caught:
+        server_from_environment()
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["1111\n2222", "a key/+&", "11\r\nHost: x"])
+def test_a_malformed_key_is_in_no_message(key: str) -> None:
+    with pytest.raises(PreflightError) as caught:
+        ask(Server("http://127.0.0.1:9", key), "/connected")
+    assert not {key, repr(key)[1:-1]} & set(str(caught.value).split("'"))
+    for written in (key, repr(key)[1:-1], quote(key, safe=""), quote_plus(key)):
+        assert plain(f"GET http://host/?key={written} failed", key) == "GET http://host/?key=<key> failed"

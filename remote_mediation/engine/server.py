@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import quote, quote_plus
 
 import httpx
 
@@ -75,11 +76,23 @@ class Finding:
 
 
 def server_from_environment() -> Server:
-    """Host and key from `NDIF_HOST` and `NDIF_API_KEY`, else from nnsight's configuration."""
+    """Host and key from `NDIF_HOST` and `NDIF_API_KEY`, else from nnsight's configuration.
+
+    Raises:
+        PreflightError: the key cannot be one, or the host is no bare address; neither is shown, as it may hold a key.
+    """
     from nnsight import CONFIG
 
-    host = os.environ.get("NDIF_HOST") or CONFIG.API.HOST or PUBLIC_HOST
-    return Server(host.rstrip("/"), os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY or "")
+    host = (os.environ.get("NDIF_HOST") or CONFIG.API.HOST or PUBLIC_HOST).strip().rstrip("/")
+    key = (os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY or "").strip()
+    if not all("!" <= letter <= "~" for letter in key):
+        raise PreflightError("NDIF_API_KEY has spaces, control characters or letters beyond ASCII; copy the key again")
+    if re.search(r"[@?#\s\x00-\x1f\x7f]", host) or (key and key in host):
+        raise PreflightError(
+            "NDIF_HOST holds more than an address (user, password, query or spaces); set it to https://HOST and the "
+            "key as NDIF_API_KEY"
+        )
+    return Server(host, key)
 
 
 class SilentError(PreflightError):
@@ -88,10 +101,17 @@ class SilentError(PreflightError):
 
 def plain(message: str, key: str) -> str:
     """A server's message in one line, fit for a user and a run folder: no traceback, no key, no paths of a machine."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    lines = [line.strip() for line in _without(key, message).splitlines() if line.strip()]
     text = (lines[-1] if "Traceback" in message else " ".join(lines)) if lines else ""
-    text = _PATH.sub("<path>", text.replace(key, "<key>") if key else text)
+    text = _PATH.sub("<path>", text)
     return text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + " ..."
+
+
+def _without(key: str, message: str) -> str:
+    """A message without the key, as it is or as URLs and Python write it."""
+    for written in (key, key.strip(), repr(key)[1:-1], quote(key, safe=""), quote_plus(key)):
+        message = message.replace(written, "<key>") if written else message
+    return message
 
 
 def ask(server: Server, path: str) -> Any:
@@ -112,7 +132,7 @@ def ask(server: Server, path: str) -> Any:
     except httpx.ReadTimeout as error:
         raise SilentError(f"{server.host} does not answer {path} within {_TIMEOUT.read:.0f} s") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        reason = str(error) or type(error).__name__
+        reason = plain(str(error), server.key) or type(error).__name__
         raise PreflightError(f"cannot reach {server.host} ({reason}); check NDIF_HOST and the network") from error
     except json.JSONDecodeError as error:
         raise PreflightError(f"{server.host} does not answer as an NDIF server does; check NDIF_HOST") from error
