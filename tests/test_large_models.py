@@ -57,7 +57,11 @@ def large(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, float]:
 
 def study(folder: Path, **settings: Any) -> StudyConfig:
     pairs = write_pairs(folder / "pairs.jsonl", records())
-    defaults = {"analyses": ["layers", "modules", "neurons"], "neurons": {"exact": 256}}
+    defaults = {
+        "analyses": ["layers", "modules", "neurons"],
+        "outcome": "response_logprob",
+        "neurons": {"exact": 256},
+    }
     return StudyConfig(
         model=str(folder), pairs=str(pairs), backend="ndif", dtype="bfloat16", **{**defaults, **settings}
     )

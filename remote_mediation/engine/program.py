@@ -171,8 +171,7 @@ def climb(
     blocks, base, low = module_at(model, spec["blocks"]), bases[batch["stack"]], batch["low"]
     stream, offset = base["captured"]["stream"], batch["start"] - stack["first"]
     entering = stream[low][torch.tensor(batch["joining"][0]), offset:]
-    for layer in range(low):
-        blocks[layer].skip(entering if spec["components"]["layer_output"][2] is None else (entering, None))
+    skip_layers(spec, blocks, low, entering)
     show_prefix(past, low, base["keyvalues"], rows_at(batch, low), batch["start"])
     for layer in range(low, spec["layers"]):
         joining = batch["joining"][layer - low]
@@ -322,15 +321,15 @@ def answer_of(
     past, arguments = prefix_cache(keyvalues, start), forward_arguments(spec, stack, start)
     entering = streams.to(getattr(torch, spec["dtype"]))
     with model.trace(input_ids=torch.tensor([stack["ids"][0][start:]]), past_key_values=past, **arguments):
-        skip_all(blocks, spec["layers"], entering)
+        skip_layers(spec, blocks, spec["layers"], entering)
         values = answer_values(model, spec, stack, (0,) * len(streams))
     return values
 
 
-def skip_all(blocks: Any, layers: int, stream: torch.Tensor) -> None:
-    """Run no layer; the stream is what the last one hands on."""
+def skip_layers(spec: dict[str, Any], blocks: Any, layers: int, stream: torch.Tensor) -> None:
+    """Run none of the first layers; the stream is what the last of them hands on."""
     for layer in range(layers):
-        blocks[layer].skip(stream)
+        blocks[layer].skip(stream if spec["components"]["layer_output"][2] is None else (stream, None))
 
 
 def read(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
