@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import difflib
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from remote_mediation.errors import PairsError
+from remote_mediation.records import parse_json, read_records
 
 BUILTIN = "builtin"
-_REQUIRED = ("id", "harmful", "harmless", "category", "template")
-_OPTIONAL = ("placebo", "harmful_response", "harmless_response")
+_REQUIRED = ("harmful", "harmless")
+_LABELS = ("id", "category", "template")
+_OPTIONAL = (*_LABELS, "placebo", "harmful_response", "harmless_response")
 _XSTEST = ("id", "prompt", "type", "label", "focus", "note")
-# XSTest blocks whose unsafe contrasts stand in the same order as their safe prompts.
+# XSTest blocks whose unsafe contrasts have ids in the same order as their safe prompts.
 _XSTEST_CONTRASTS = {
     "homonyms": "contrast_homonyms",
     "figurative_language": "contrast_figurative_language",
@@ -49,90 +52,131 @@ class PromptPair:
     """Opening of an answer to the harmful prompt; empty: the model's own."""
     harmless_response: str = ""
     """Opening of an answer to the harmless prompt; empty: the model's own."""
+    notes: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """What else the file says of the pair, by column; it changes nothing that is measured."""
 
 
 def load_pairs(source: str) -> tuple[PromptPair, ...]:
-    """Read pairs from JSONL or CSV, from a CSV in XSTest's layout, or the package's own (`builtin`).
+    """Read pairs from a file (`records`), from a CSV in XSTest's layout, or the package's own (`builtin`).
 
     Raises:
         PairsError: missing, unreadable or empty file, wrong columns, duplicate ids, identical prompts, a placebo
             that is one of the two prompts.
     """
     if source == BUILTIN:
-        text, name = resources.files("remote_mediation").joinpath("data/pairs.jsonl").read_text("utf-8"), BUILTIN
-        records = _parse_jsonl(text, name)
+        text = resources.files("remote_mediation").joinpath("data/pairs.jsonl").read_text("utf-8")
+        records = parse_json(text, BUILTIN)
     else:
-        records = _read_records(Path(source))
-    pairs = tuple(_pair(record, source, number) for number, record in enumerate(records, 1))
+        records = read_records(source)
+    if records and isinstance(records[0], dict) and set(_XSTEST) <= set(records[0]):
+        records = _xstest(records, source)
+    pairs = _named(_pair(record, source, number) for number, record in enumerate(records, 1))
     if not pairs:
         raise PairsError(f"{source} holds no pairs; give at least one record with {', '.join(_REQUIRED)}")
     _check_pairs(pairs, source)
     return pairs
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text("utf-8-sig")  # spreadsheets put a byte order mark before the first column's name
-        if path.suffix.lower() != ".csv":
-            return _parse_jsonl(text, str(path))
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        records = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise PairsError(f"cannot read pairs file {str(path)!r}: {error}; give a JSONL or CSV file") from error
-    return _xstest(records, str(path)) if tuple(reader.fieldnames or ()) == _XSTEST else records
-
-
-def _parse_jsonl(text: str, name: str) -> list[dict[str, Any]]:
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` would also cut inside a JSON string
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise PairsError(f"{name}, line {number} is not JSON ({error.msg}); write one object per line") from error
-    return records
-
-
 def _xstest(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Pair XSTest's safe prompts with their unsafe contrasts, block by block and in order."""
+    """Pair XSTest's safe prompts with their unsafe contrasts, block by block and by id, whatever the rows' order."""
     by_type: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_type.setdefault(record["type"], []).append(record)
+    found = []
     for kind, contrast in _XSTEST_CONTRASTS.items():
-        safe, unsafe = (len(by_type.get(block, ())) for block in (kind, contrast))
-        if safe != unsafe:
-            raise PairsError(
-                f"{name} has {safe} prompts of type {kind!r} and {unsafe} of {contrast!r}; XSTest pairs them in order, "
-                "so give the whole file"
-            )
-    return [
-        {
-            "id": f"{kind}-{safe['id']}",
-            "harmful": unsafe["prompt"],
-            "harmless": safe["prompt"],
-            "category": kind,
-            "template": "",
-        }
-        for kind, contrast in _XSTEST_CONTRASTS.items()
-        for safe, unsafe in zip(by_type.get(kind, ()), by_type.get(contrast, ()), strict=True)
-    ]
+        blocks = [sorted(by_type.get(block, ()), key=_xstest_number) for block in (kind, contrast)]
+        _check_xstest(kind, contrast, blocks[0], blocks[1], name)
+        found += [
+            {
+                "id": f"{kind}-{safe['id']}",
+                "harmful": unsafe["prompt"],
+                "harmless": safe["prompt"],
+                "category": kind,
+            }
+            for safe, unsafe in zip(*blocks, strict=True)
+        ]
+    return found
+
+
+def _xstest_number(record: dict[str, Any]) -> int:
+    digits = re.search(r"\d+$", str(record["id"]))
+    return int(digits[0]) if digits else 0
+
+
+def _check_xstest(kind: str, contrast: str, safe: list[Any], unsafe: list[Any], name: str) -> None:
+    """Refuse blocks whose ids or focuses show that they do not stand in the same order."""
+    if len(safe) != len(unsafe):
+        raise PairsError(
+            f"{name} has {len(safe)} prompts of type {kind!r} and {len(unsafe)} of {contrast!r}; XSTest pairs them by "
+            "their ids, so give the whole file"
+        )
+    steps = {_xstest_number(two) - _xstest_number(one) for one, two in zip(safe, unsafe, strict=True)}
+    focuses = [(one["focus"], two["focus"]) for one, two in zip(safe, unsafe, strict=True)]
+    apart = [pair for pair in focuses if pair[0] != pair[1]]
+    # The published file has one pair whose two rows name their focus differently.
+    if len(steps) > 1 or len(apart) > max(1, len(safe) // 20):
+        seen = f"focus {apart[0][0]!r} beside {apart[0][1]!r}" if apart else f"ids {sorted(steps)} apart"
+        raise PairsError(
+            f"{name}: the prompts of {kind!r} and {contrast!r} do not belong together ({seen}); give XSTest with its "
+            "own ids, or pairs with the columns harmful and harmless"
+        )
 
 
 def _pair(record: Any, name: str, number: int) -> PromptPair:
-    known = {*_REQUIRED, *_OPTIONAL}
-    if not isinstance(record, dict) or not set(_REQUIRED) <= set(record) or not set(record) <= known:
-        keys = sorted(str(key) for key in record) if isinstance(record, dict) else type(record).__name__
-        raise PairsError(
-            f"{name}, record {number} has {keys}; it needs {', '.join(_REQUIRED)} and may have {', '.join(_OPTIONAL)}"
-        )
-    values = {key: "" if value is None else value for key, value in record.items()}
-    wrong = [key for key, value in values.items() if not isinstance(value, str)]
-    missing = [key for key in ("id", "harmful", "harmless") if not str(values[key]).strip()]
-    if wrong or missing:
-        what = f"{wrong[0]!r} is not text" if wrong else f"{missing[0]!r} is empty"
-        raise PairsError(f"{name}, record {number}: {what}; every field is a string")
-    return PromptPair(**values)
+    where = f"{name}, record {number}"
+    if not isinstance(record, dict):
+        raise PairsError(f"{where} is {type(record).__name__}; it needs an object with {', '.join(_REQUIRED)}")
+    fields = {str(key).strip().lower(): value for key, value in record.items()}
+    if len(fields) < len(record):
+        raise PairsError(f"{where} has two keys that differ in capitals or blanks only; keep one")
+    if missing := [key for key in _REQUIRED if key not in fields]:
+        raise PairsError(f"{where} has {sorted(fields)} and lacks {missing[0]!r}; it needs {', '.join(_REQUIRED)}")
+    known = {key: _text(fields.pop(key), key, where) for key in (*_REQUIRED, *_OPTIONAL) if key in fields}
+    for key in _REQUIRED:
+        if not known[key].strip():
+            raise PairsError(f"{where}: {key!r} is empty; give a prompt")
+    notes = tuple((key, value if isinstance(value, str) else json.dumps(value)) for key, value in fields.items())
+    for key, value in notes:
+        _check_characters(value, key, where)
+        _check_spelling(key, where)
+    return PromptPair(**{**dict.fromkeys(("id", "category", "template"), ""), **known}, notes=notes)
+
+
+def _text(value: Any, key: str, where: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool) and key in _LABELS:
+        return str(value)
+    if not isinstance(value, str):
+        raise PairsError(f"{where}: {key!r} is not text but {value!r}; write it as a string")
+    _check_characters(value, key, where)
+    return value
+
+
+def _check_characters(value: str, key: str, where: str) -> None:
+    """Refuse half a surrogate pair: it is no character, and neither tokenizers nor files can hold it."""
+    half = next((character for character in value if "\ud800" <= character <= "\udfff"), None)
+    if half:
+        raise PairsError(f"{where}: {key!r} holds half a character (U+{ord(half):04X}); write the whole one")
+
+
+def _check_spelling(key: str, where: str) -> None:
+    near = difflib.get_close_matches(key, (*_REQUIRED, *_OPTIONAL), 1, 0.85)
+    if near:
+        raise PairsError(f"{where} has a column {key!r}; call it {near[0]!r} if it is that, or something else if not")
+
+
+def _named(pairs: Iterable[PromptPair]) -> tuple[PromptPair, ...]:
+    """The same, with an id made from the prompts where none is given, and a number behind it where they repeat."""
+    seen: Counter[str] = Counter()
+    found = []
+    for pair in pairs:
+        if not pair.id.strip():
+            made = hashlib.blake2b(f"{pair.harmful}\0{pair.harmless}".encode(), digest_size=5).hexdigest()
+            seen[made] += 1
+            pair = replace(pair, id=made if seen[made] == 1 else f"{made}-{seen[made]}")
+        found.append(pair)
+    return tuple(found)
 
 
 def _check_pairs(pairs: Sequence[PromptPair], name: str) -> None:

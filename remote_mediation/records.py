@@ -1,0 +1,160 @@
+"""Records of the files that people have: JSON lines, JSON lists and tables with any usual delimiter.
+
+What is unambiguous is read, however a spreadsheet or pandas wrote it; anything else is refused in one line that
+names the record. Line ends inside a text become line feeds in every format, so that one prompt gives the same
+tokens from each.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from remote_mediation.errors import PairsError
+
+STANDARD_INPUT = "-"
+_TABLES = (".csv", ".tsv", ".tab")
+_DELIMITERS = ",;\t|"
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # begins with the mark of UTF-16
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def read_records(source: str) -> list[Any]:
+    """The records of a file, or of standard input (`-`); tables give a dict of texts each, by lower-case column.
+
+    Raises:
+        PairsError: unreadable, in no encoding that can be told, or not in the format its name says.
+    """
+    path = Path(source).expanduser()
+    try:
+        if path.suffix.lower() == ".parquet":
+            return _parquet(path)
+        raw = sys.stdin.buffer.read() if source == STANDARD_INPUT else path.read_bytes()
+    except OSError as error:
+        raise PairsError(
+            f"cannot read pairs file {source!r}: {error}; give a JSON, JSONL, CSV, TSV or Parquet file"
+        ) from error
+    text = _decoded(raw, source)
+    if path.suffix.lower() in _TABLES or (source == STANDARD_INPUT and text.lstrip()[:1] not in ("{", "[", "")):
+        return _table(text, source)
+    return parse_json(text, source)
+
+
+def parse_json(text: str, name: str) -> list[Any]:
+    """The items of a JSON list, or one JSON value a line.
+
+    Raises:
+        PairsError: not JSON, a key that stands twice in an object, or an infinite number.
+    """
+    if text.lstrip().startswith("["):
+        try:
+            return [_one_line_end(item) for item in _json(text, name)]
+        except json.JSONDecodeError as error:
+            raise PairsError(
+                f"{name}, line {error.lineno} is not JSON ({error.msg}); mend the list, or write one object per line"
+            ) from error
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` would also cut inside a JSON string
+        if not line.strip():
+            continue
+        try:
+            records.append(_one_line_end(_json(line, f"{name}, line {number}")))
+        except json.JSONDecodeError as error:
+            raise PairsError(
+                f"{name}, line {number} is not JSON ({error.msg}); write one object per line, or one list"
+            ) from error
+    return records
+
+
+def _json(text: str, where: str) -> Any:
+    def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            names = [key for key, _ in items]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise PairsError(f"{where} has the key {twice!r} twice in one object; keep one")
+        return found
+
+    def constant(name: str) -> None:
+        if name != "NaN":  # as pandas writes a missing value
+            raise PairsError(f"{where} has the number {name}; write a text, or null")
+
+    return json.loads(text, object_pairs_hook=once, parse_constant=constant)
+
+
+def _decoded(raw: bytes, name: str) -> str:
+    encoding = next((found for mark, found in _MARKS.items() if raw.startswith(mark)), "utf-8")
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        what = f"a broken {encoding.upper()} file"
+        if encoding == "utf-8":
+            what = "probably UTF-16" if b"\0" in raw[:100] else "probably Latin-1 or Windows-1252"
+        raise PairsError(
+            f"cannot read pairs file {name!r}: byte {raw[error.start]:#04x} at {error.start} is not UTF-8, "
+            f"it is {what}; save it as UTF-8"
+        ) from error
+
+
+def _table(text: str, name: str) -> list[dict[str, str]]:
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    first, _, rest = text.partition("\n")
+    if first.strip().strip('"').lower().startswith("sep=") and len(first.strip().strip('"')) <= len("sep=?"):
+        delimiter, text = first.strip("\n").strip('"')[len("sep=") :] or "\t", rest
+        first = rest.partition("\n")[0]
+    else:
+        delimiter = max(_DELIMITERS, key=first.count)
+    spaced = f"{delimiter} " in first
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced)
+    try:
+        filled = [row for row in rows if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise PairsError(f"cannot read pairs file {name!r}: line {rows.line_num}: {error}; mend its quotes") from error
+    if not filled:
+        return []
+    header = [column.strip().lower() for column in filled[0]]
+    named = [column for column in header if column]
+    if twice := [column for column in named if named.count(column) > 1]:
+        raise PairsError(f"{name} has two columns called {twice[0]!r}; rename one")
+    return [_row(header, row, name, number) for number, row in enumerate(filled[1:], 1)]
+
+
+def _row(header: list[str], row: list[str], name: str, number: int) -> dict[str, str]:
+    if any(cell.strip() for cell in row[len(header) :]) or len(row) < len(header) - 1:
+        raise PairsError(
+            f"{name}, record {number} has {len(row)} cells under {len(header)} columns; put quotes around a text that "
+            "holds the delimiter"
+        )
+    # Columns without a name are the index that pandas writes, or the end of a trailing delimiter.
+    return {column: cell for column, cell in zip(header, row, strict=False) if column}
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    import pandas as pd
+
+    try:
+        frame = pd.read_parquet(path)
+    except ImportError as error:
+        raise PairsError(f"cannot read {str(path)!r}: Parquet needs pyarrow; `pip install pyarrow`") from error
+    except (OSError, ValueError) as error:
+        raise PairsError(f"cannot read {str(path)!r} as Parquet: {error}; write it anew") from error
+    return parse_json(frame.to_json(orient="records", lines=True, force_ascii=True), str(path))
+
+
+def _one_line_end(value: Any) -> Any:
+    """The same with a line feed for every line end in the texts of a record."""
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n").replace("\r", "\n")
+    if isinstance(value, dict):
+        return {key: _one_line_end(item) for key, item in value.items()}
+    return value
