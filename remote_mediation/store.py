@@ -221,7 +221,9 @@ class Store:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock = hold(self.folder)
             except OSError as error:
-                raise StoreError(f"cannot write {self.folder}: {error.strerror}; choose another --out") from error
+                raise StoreError(
+                    f"cannot write {self.folder}: {error.strerror}; free some space or choose another --out"
+                ) from error
         self.write(name, content)
 
     def write(self, name: str, content: str | bytes) -> None:

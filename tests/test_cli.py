@@ -94,11 +94,11 @@ def refused(ran: Ran, *mentioned: str) -> None:
 
 FIRST = json.dumps(records()[0])
 PAIRS_FILES: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
-    "missing.jsonl": (None, ("missing.jsonl", "No such file", "give a JSONL or CSV file")),
-    "missing.csv": (None, ("missing.csv", "No such file", "give a JSONL or CSV file")),
-    "binary.jsonl": (b"\xff\xfe\x00\x01", ("binary.jsonl", "can't decode", "give a JSONL or CSV file")),
-    "columns.csv": (b"id,clean,corrupted\n1,a,b\n", ("columns.csv", "'clean'", "it needs id, harmful, harmless")),
-    "columns.jsonl": (b'{"id": "1", "prompt": "a"}', ("columns.jsonl", "'prompt'", "it needs id, harmful, harmless")),
+    "missing.jsonl": (None, ("missing.jsonl", "No such file", "give a JSON, JSONL, CSV")),
+    "missing.csv": (None, ("missing.csv", "No such file", "give a JSON, JSONL, CSV")),
+    "binary.jsonl": (b"\xff\xfe\x00\x01", ("binary.jsonl", "line 1 is not JSON", "write one object per line")),
+    "columns.csv": (b"id,clean,corrupted\n1,a,b\n", ("columns.csv", "'clean'", "harmful, harmless")),
+    "columns.jsonl": (b'{"id": "1", "prompt": "a"}', ("columns.jsonl", "'prompt'", "harmful, harmless")),
     "empty.jsonl": (b"", ("empty.jsonl", "holds no pairs; give at least one record")),
     "empty.csv": (b"", ("empty.csv", "holds no pairs; give at least one record")),
     "twice.jsonl": (f"{FIRST}\n{FIRST}\n".encode(), ("twice.jsonl", "'steal-car' twice", "ids must be unique")),
@@ -107,8 +107,8 @@ PAIRS_FILES: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
         ("same.jsonl", "'steal-car'", "two identical prompts; they must differ"),
     ),
     "text.jsonl": (f"{FIRST}\nhow do i\n".encode(), ("text.jsonl, line 2", "not JSON", "write one object per line")),
-    "list.jsonl": (b"[1]\n", ("list.jsonl, record 1", "it needs id, harmful, harmless")),
-    "number.jsonl": (json.dumps({**records()[0], "id": 7}).encode(), ("number.jsonl", "'id' is not text")),
+    "list.jsonl": (b"[1]\n", ("list.jsonl, record 1", "harmful, harmless")),
+    "number.jsonl": (json.dumps({**records()[0], "harmful": 7}).encode(), ("number.jsonl", "harmful")),
 }
 
 
@@ -126,14 +126,14 @@ def test_bad_pairs_files(call: Run, tmp_path: Path, model: str, name: str, comma
 
 def test_a_folder_is_no_pairs_file(call: Run, tmp_path: Path, model: str) -> None:
     (tmp_path / "folder.jsonl").mkdir()
-    refused(call("run", "--model", model, "--pairs", "folder.jsonl"), "folder.jsonl", "Is a directory", "give a JSONL")
+    refused(
+        call("run", "--model", model, "--pairs", "folder.jsonl"), "folder.jsonl", "Is a directory", "give a JSON, JSONL"
+    )
     assert set(tree(tmp_path)) == {str(tmp_path / "folder.jsonl")}
 
 
 def test_pairs_are_looked_at_before_the_model(call: Run) -> None:
-    refused(
-        call("run", "--model", "./nowhere", "--pairs", "missing.jsonl"), "missing.jsonl", "give a JSONL or CSV file"
-    )
+    refused(call("run", "--model", "./nowhere", "--pairs", "missing.jsonl"), "missing.jsonl", "give a JSON, JSONL, CSV")
 
 
 SETTINGS = {
@@ -561,7 +561,7 @@ def test_an_untrained_classifier_costs_one_line(model: str) -> None:
 def test_exit_codes_of_a_process(tmp_path: Path) -> None:
     command = [*PYTHON, "run", "--model", "m", "--pairs", "no[such]file.csv", "--out", "run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    refused(Ran(done.returncode, done.stdout, done.stderr), "'no[such]file.csv'", "give a JSONL or CSV file")
+    refused(Ran(done.returncode, done.stdout, done.stderr), "'no[such]file.csv'", "give a JSON, JSONL, CSV")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -24,6 +24,7 @@ class Counting:
     def __init__(self, backend: Any) -> None:
         self.backend, self.rows, self.flops, self.numbers = backend, 0, 0.0, 0
         self.info, self.tokenizer = backend.info, backend.tokenizer
+        self.dtype, self.model = backend.dtype, backend.model
 
     def submit(self, job: Job) -> str:
         self.rows += job.rows if job.task == "measure" else 0
