@@ -221,6 +221,7 @@ class Store:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock = hold(self.folder)
             except OSError as error:
+                _remove(self.folder / LOCK_FILE)
                 raise StoreError(
                     f"cannot write {self.folder}: {error.strerror}; free some space or choose another --out"
                 ) from error
@@ -243,6 +244,8 @@ class Store:
             partial.replace(path)
         except OSError as error:
             _remove(partial)
+            if not self.folder.exists():
+                self._lock = None  # it went with the folder
             raise StoreError(
                 f"cannot write {path}: {error.strerror}; free some space or choose another --out"
             ) from error
@@ -292,7 +295,9 @@ def _in_use(folder: Path) -> bool:
 
 
 def _remove(partial: Path) -> None:
-    """Take away an unfinished file, and its folder where it was to be the first file in it."""
+    """Take away an unfinished file, and its folder where it was to be the first file in it beside the lock."""
     with contextlib.suppress(OSError):
         partial.unlink(missing_ok=True)
+        if [path.name for path in partial.parent.iterdir()] == [LOCK_FILE]:
+            (partial.parent / LOCK_FILE).unlink()
         partial.parent.rmdir()

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import pandas as pd
 import pytest
 import torch
+from fakes import Counting
 
 from remote_mediation.analyses.claims import ask, sparse, specification, understanding
 from remote_mediation.config import StudyConfig
 from remote_mediation.cost import estimate
-from remote_mediation.engine.jobs import Job, Readout
+from remote_mediation.engine.jobs import Job
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.errors import JobError
 from remote_mediation.planted.gate import Organism, Pair, planted_gate, save
@@ -25,23 +26,6 @@ pytestmark = pytest.mark.slow
 
 SEED = 4
 LAYERS = 12  # thirds of four layers, as they were planted
-
-
-class Counting:
-    """A backend that counts what it measures."""
-
-    def __init__(self, backend: LocalBackend) -> None:
-        self.backend, self.rows, self.flops = backend, 0, 0.0
-        self.info, self.tokenizer = backend.info, backend.tokenizer
-        self.dtype, self.model = backend.dtype, backend.model
-
-    def submit(self, job: Job) -> str:
-        self.rows += job.rows if job.task == "measure" else 0
-        self.flops += job.flops
-        return str(self.backend.submit(job))
-
-    def collect(self, ticket: str) -> Readout:
-        return self.backend.collect(ticket)
 
 
 class Studied(NamedTuple):

@@ -7,34 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import records, write_pairs
+from fakes import Counting, records, write_pairs
 from oracle import Subject
 
 from remote_mediation import cost as module
 from remote_mediation.config import StudyConfig
 from remote_mediation.cost import estimate
-from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
-
-
-class Counting:
-    """A backend that counts what it measures."""
-
-    def __init__(self, backend: Any) -> None:
-        self.backend, self.rows, self.flops, self.numbers = backend, 0, 0.0, 0
-        self.info, self.tokenizer = backend.info, backend.tokenizer
-        self.dtype, self.model = backend.dtype, backend.model
-
-    def submit(self, job: Job) -> str:
-        self.rows += job.rows if job.task == "measure" else 0
-        self.flops += job.flops
-        return str(self.backend.submit(job))
-
-    def collect(self, ticket: str) -> Readout:
-        readout: Readout = self.backend.collect(ticket)
-        self.numbers += sum(len(values) for values in readout.values)
-        return readout
 
 
 @pytest.fixture(autouse=True)
