@@ -16,7 +16,7 @@ ROOT = Path(remote_mediation.__file__).parent
 ORDER = (
     ("analyses.claims", "dequantise", "engine", "engine.program", "errors", "meter"),
     ("planted", "planted.gate", "provenance", "records", "show"),
-    ("lock", "wheels"),
+    ("engine.exchange", "lock", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
     ("rates", "shares", "stats"),
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
