@@ -183,11 +183,18 @@ def prepare_placebos(config: StudyConfig, pairs: Sequence[TokenPair], tokenizer:
 
 
 def reread(store: Store) -> Result:
-    """A study as its run folder has it, finished or not; no model is needed."""
+    """A study as its run folder has it, finished or not; no model is needed.
+
+    Raises:
+        StoreError: `run.json` or the pairs are not as the run wrote them.
+    """
     return analysed(Lab(_reread_study(store), store))
 
 
 def _reread_study(store: Store) -> Study:
+    if store.missing():
+        name = store.missing()[0]
+        raise StoreError(f"{store.folder / name} is gone; run the study again, which makes it anew")
     record, prepared = store.record(), store.prepared() or Prepared((), ())
     placebos = store.prepared(PLACEBOS) or Prepared((), ())
     config = StudyConfig(**record["config"])
