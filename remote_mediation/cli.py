@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from remote_mediation.config import StudyConfig
     from remote_mediation.report import PairText
-    from remote_mediation.study import Result
+    from remote_mediation.result import Result
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -14,9 +14,6 @@ from remote_mediation.judges import DEFAULT_JUDGE
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 
-AnalysisName = Literal[
-    "layers", "modules", "tokens", "heads", "neurons", "detect", "paths", "intervene", "attacks", "monitor", "claims"
-]
 Search = Literal["gradient", "windows", "all"]
 # Settings that had another name, by that name.
 RENAMED = {"granularity": "analyses"}
@@ -130,8 +127,8 @@ class StudyConfig(_Strict):
     """`builtin`, or a JSONL or CSV file."""
     max_pairs: int | None = Field(default=None, ge=2)
     """Use at most so many pairs, spread evenly over the file."""
-    analyses: Distinct[AnalysisName] = ["claims", "layers", "modules"]
-    """Which kinds of sites to measure."""
+    analyses: Distinct[str] = ["claims", "layers", "modules"]
+    """Names of analyses (`analyses.EVERY`), or of those handed over from Python."""
     outcome: OutcomeName = "refusal"
     """What Y is."""
     backend: Literal["local", "ndif"] = "local"

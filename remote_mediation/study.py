@@ -2,8 +2,8 @@
 
     1. load the prompt pairs, tokenise and align them, refuse what cannot be aligned
     2. fix the outcome, and take the answers it compares from the file or from the model
-    3. let every analysis name its sites, compile them to rows, measure what is not yet in the run folder, subtract
-    4. let each analysis go on from there: search, probe, freeze paths, hold neurons
+    3. let an analysis name its sites, compile them to rows, measure what is not yet in the run folder, subtract
+    4. let it go on from there (search, probe, freeze paths, hold neurons); then the next one
     5. summarise
 
 Steps 3 to 5 run again from the run folder alone when a report is rebuilt; nothing is measured then.
@@ -16,12 +16,12 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from remote_mediation.analyses import ANALYSES
+from remote_mediation.analyses import EVERY, chosen, stranger
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import Request
 from remote_mediation.engine.backend import Backend
@@ -33,10 +33,11 @@ from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_
 from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
 from remote_mediation.pairs import PromptPair, load_pairs
 from remote_mediation.provenance import now, provenance
+from remote_mediation.result import Analysis, Finding, Result
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import spread
 from remote_mediation.store import Store
-from remote_mediation.summary import CHECKS, Summary, summarise
+from remote_mediation.summary import Summary, summarise
 from remote_mediation.tokens import Prepared, Refusal, TokenPair, encode_response, tokenise, with_answers
 
 if TYPE_CHECKING:
@@ -49,25 +50,17 @@ PRECISION_SAMPLE = 32
 PLACEBOS = "placebos"
 
 
-class Result(NamedTuple):
-    """A measured study."""
-
-    study: Study
-    effects: pd.DataFrame
-    """`EFFECT_COLUMNS`."""
-    tables: dict[str, pd.DataFrame]
-    """What analyses found beyond effects, by name of the CSV file."""
-    summary: Summary
-
-
 def run_study(
     config: StudyConfig,
     backend: Backend,
     store: Store,
     watch: Watch | None = None,
     variants: Mapping[str, Backend] | None = None,
+    more: Sequence[Analysis] = (),
 ) -> Result:
-    """Measure a study, going on from what its run folder holds. variants: backends of the checkpoints to attack with.
+    """Measure a study, going on from what its run folder holds.
+
+    variants: backends of the checkpoints to attack with. more: analyses from outside the package that it names.
 
     Raises:
         PairsError: fewer than two pairs can be run.
@@ -80,9 +73,9 @@ def run_study(
     missing = set(config.attacks.checkpoints) - set(variants or {}) if "attacks" in config.analyses else set()
     if missing:
         raise SettingsError(f"attacks.checkpoints names {min(missing)!r}, and no backend of it is among the variants")
-    lab = prepared_lab(config, backend, store, watch, variants)
+    lab = prepared_lab(config, backend, store, watch, variants, more)
     record = store.record()
-    result = analysed(lab)
+    result = analysed(lab, chosen(config.analyses, more))
     spent = record["seconds"] + time.monotonic() - started
     store.save_record({**record, "finished": now(), "seconds": round(spent, 1)})
     return result
@@ -94,6 +87,7 @@ def prepared_lab(
     store: Store,
     watch: Watch | None = None,
     variants: Mapping[str, Backend] | None = None,
+    more: Sequence[Analysis] = (),
 ) -> Lab:
     """Steps 1 and 2, noted in the run folder: a lab that can be asked. Raises: as `run_study`."""
     check_backend(config, backend)
@@ -105,7 +99,9 @@ def prepared_lab(
     placebos = store.prepared(PLACEBOS) or prepare_placebos(config, prepared.pairs, backend.tokenizer)
     outcome = outcome_of(config, backend.tokenizer)
     study = Study(config, backend.info, outcome, *prepared, placebos.pairs)
-    first_requests(study)  # refuses sites that are not there, and the lab pairs that cannot be split
+    first_requests(
+        study, chosen(config.analyses, more)
+    )  # refuses sites that are not there, and the lab pairs that cannot be split
     lab = Lab(study, store, backend, watch, variants)
     record = {**provenance(), **begun, **_described(study), "texts": texts, "seconds": begun.get("seconds", 0.0)}
     store.save_record(record)
@@ -182,9 +178,16 @@ def prepare_placebos(config: StudyConfig, pairs: Sequence[TokenPair], tokenizer:
     return Prepared(tuple(replace(pair, cluster=clusters[pair.id]) for pair in prepared.pairs), prepared.refusals)
 
 
-def reread(store: Store) -> Result:
-    """A study as its run folder has it, finished or not; no model is needed."""
-    return analysed(Lab(_reread_study(store), store))
+def reread(store: Store, more: Sequence[Analysis] = ()) -> Result:
+    """A study as its run folder has it, finished or not; no model is needed.
+
+    more: analyses from outside the package; one that is named and not given has a section that says so.
+    """
+    study = _reread_study(store)
+    names = study.config.analyses
+    known = {one.name for one in (*EVERY, *more)}
+    strangers = [stranger(name) for name in names if name not in known]
+    return analysed(Lab(study, store), chosen(names, [*more, *strangers]))
 
 
 def _reread_study(store: Store) -> Study:
@@ -196,10 +199,12 @@ def _reread_study(store: Store) -> Study:
     return Study(config, info, outcome, *prepared, placebos.pairs)
 
 
-def measure_precision(store: Store, reference: Backend, watch: Watch | None = None) -> None:
+def measure_precision(
+    store: Store, reference: Backend, watch: Watch | None = None, more: Sequence[Analysis] = ()
+) -> None:
     """Note in `run.json` how far a sample of a run's outcomes lies from what float32 gives. reference: in float32."""
     record, study = store.record(), _reread_study(store)
-    requests = first_requests(study)
+    requests = first_requests(study, chosen(study.config.analyses, more))
     sample = requests[:: -(-len(requests) // PRECISION_SAMPLE)]
     rows = [row for request in sample for row in request.rows(study.info)]
     found = Lab(study, store).outcomes(rows)
@@ -304,38 +309,41 @@ def outcome_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Outco
     return Outcome(config.outcome)
 
 
-def analysed(lab: Lab) -> Result:
-    """Steps 3 to 5: the sites that analyses name at once, together, and then what each goes on to ask."""
+def analysed(lab: Lab, analyses: tuple[Analysis, ...]) -> Result:
+    """Steps 3 to 5: analysis by analysis its sites, and what it goes on to ask; then all are summarised."""
     study = lab.study
-    tables: dict[str, pd.DataFrame] = {}
+    findings: dict[str, Finding] = {}
     # The report of an unfinished run shows what is there; while measuring, nothing may be missing.
     unfinished = () if lab.can_measure else (UnmeasuredError,)
-    with contextlib.suppress(*unfinished):
-        lab.measure(first_requests(study))
-        for name, analysis in ANALYSES.items():
-            if name not in study.config.analyses or not analysis.analyse:
-                continue
-            with contextlib.suppress(*unfinished):
-                tables.update(analysis.analyse(lab, tables))
-    return Result(study, lab.effects, tables, _summary(study, lab.effects))
+    for one in analyses:
+        with contextlib.suppress(*unfinished):
+            lab.measure(requests_of(study, one))
+            if one.analyse:
+                findings[one.name] = one.analyse(lab, findings)
+    tables = {name: table for found in findings.values() for name, table in found.tables.items()}
+    return Result(study, lab.effects, tables, _summary(study, lab.effects), analyses)
 
 
-def first_requests(study: Study) -> list[Request]:
-    """All sites that every analysis asks for, on every pair.
+def first_requests(study: Study, analyses: Sequence[Analysis]) -> list[Request]:
+    """All sites that analyses name, on every pair. Raises: as `requests_of`."""
+    return [request for one in analyses for request in requests_of(study, one)]
+
+
+def requests_of(study: Study, analysis: Analysis) -> list[Request]:
+    """The sites that an analysis names, on every pair.
 
     Raises:
         SiteError: a site that the model does not have, or no site at all.
     """
-    asked = {name: analysis for name, analysis in ANALYSES.items() if name in (CHECKS, *study.config.analyses)}
+    if not analysis.sites:
+        return []
     requests = [
-        Request(name, pair, site)
+        Request(analysis.name, pair, site)
         for pair in study.pairs
-        for name, analysis in asked.items()
-        for site in (analysis.sites(study.config, study.info, pair) if analysis.sites else ())
+        for site in analysis.sites(study.config, study.info, pair)
     ]
-    idle = {name for name, analysis in asked.items() if analysis.sites} - {request.analysis for request in requests}
-    if study.pairs and idle:
-        raise SiteError(f"no pair has tokens at the positions of {min(idle)!r}; give it others under [positions]")
+    if study.pairs and not requests:
+        raise SiteError(f"no pair has tokens at the positions of {analysis.name!r}; give it others under [positions]")
     return requests
 
 
