@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -184,8 +185,10 @@ class StudyConfig(_Strict):
         return self.model_dump(mode="json", include={*kept, "refusal"} if self.outcome == "refusal" else kept)
 
 
-def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:
+def load_config(study: Path | None, overrides: dict[str, Any], assigned: Sequence[str] = ()) -> StudyConfig:
     """Settings of a study file with flags on top; flags alone where there is no file.
+
+    assigned: more of them as `section.key=value`, which go over all others; a value that is not TOML is a string.
 
     Raises:
         SettingsError: unreadable file, unknown key or a value that is not allowed.
@@ -194,6 +197,8 @@ def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:
     for old in sorted(set(RENAMED) & set(data)):
         _log.warning("%s: the setting %r is now called %r; both are read", study, old, RENAMED[old])
     data.update({key: value for key, value in overrides.items() if value is not None})
+    for assignment in assigned:
+        _assign(data, assignment)
     pairs = data.get("pairs", BUILTIN)
     if study and isinstance(pairs, str) and pairs != BUILTIN and not overrides.get("pairs"):
         # A study file names its pairs from where it lies; a flag names them from where it is typed.
@@ -202,6 +207,27 @@ def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:
         return StudyConfig(**data)
     except ValidationError as error:
         raise SettingsError(_one_line(error, study)) from error
+
+
+def _assign(data: dict[str, Any], assignment: str) -> None:
+    """Put `section.key=value` into settings.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    name, given, value = assignment.partition("=")
+    keys = name.strip().split(".")
+    if not given or not all(keys):
+        raise SettingsError(f"cannot read the setting {assignment!r}; write it as section.key=value")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for key in keys[:-1]:
+        inner = data.get(key)
+        data[key] = dict(inner) if isinstance(inner, dict) else {}
+        data = data[key]
+    data[keys[-1]] = parsed
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

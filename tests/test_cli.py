@@ -20,7 +20,7 @@ import pytest
 from fakes import records, write_pairs
 from oracle import Subject
 
-from remote_mediation import cli
+from remote_mediation import cli, progress
 from remote_mediation.engine import budget
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.models import load_info
@@ -369,7 +369,7 @@ def test_an_interrupted_run_goes_on(call: Run, tmp_path: Path, model: str, monke
 
     assert call("run", file, "--out", "undisturbed").code == 0
     with monkeypatch.context() as patched:
-        patched.setattr(cli._Watch, "advance", interrupt)
+        patched.setattr(progress.Lines, "advance", interrupt)
         stopped = call("run", file)
     assert (stopped.code, len(jobs)) == (130, 1)
     assert stopped.err == "stopped; everything finished so far is kept, and the same command goes on from there\n"
@@ -512,7 +512,7 @@ def test_another_precision_is_compared_with_float32(call: Run, tmp_path: Path, m
 
 PROBE = """
 import contextlib, io, json, sys
-from remote_mediation import cli
+from remote_mediation import cli, progress
 loaded = {}
 for command in json.loads(sys.argv[1]):
     sys.argv = ["remote-mediation", *command]
@@ -572,32 +572,29 @@ FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "analyses", "titles"),
+    ("more", "analyses", "titles"),
     [
-        (("detect",), ["layers", "detect"], ["Early understanding"]),
-        (("paths",), ["layers", "neurons", "paths"], ["Gate neurons", "Paths"]),
-        (("intervene", "--tokens", 2), ["layers", "neurons", "intervene"], ["Gate neurons", "Repair"]),
-        (
-            ("intervene", "--tokens", 2, "--attacks"),
-            ["layers", "neurons", "intervene", "attacks"],
-            ["Repair", "Circumvention"],
-        ),
-        (("monitor",), ["layers", "neurons", "monitor"], ["Gate neurons", "Monitor"]),
+        ("detect", ["layers", "detect"], ["Early understanding"]),
+        ("paths", ["layers", "neurons", "paths"], ["Gate neurons", "Paths"]),
+        ("intervene", ["layers", "neurons", "intervene"], ["Gate neurons", "Repair"]),
+        ("intervene,attacks", ["layers", "neurons", "intervene", "attacks"], ["Repair", "Circumvention"]),
+        ("monitor", ["layers", "neurons", "monitor"], ["Gate neurons", "Monitor"]),
     ],
     ids=["detect", "paths", "intervene", "attacks", "monitor"],
 )
 def test_more_is_asked_of_a_run(
-    call: Run, tmp_path: Path, model: str, arguments: tuple[object, ...], analyses: list[str], titles: list[str]
+    call: Run, tmp_path: Path, model: str, more: str, analyses: list[str], titles: list[str]
 ) -> None:
     file, folder = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS + FEW), tmp_path / "runs/study"
     assert call("run", file).code == 0
     before, effects = measured(folder), (folder / "effects.csv").read_text("utf-8")
-    command, *options = arguments
-    ran = call(command, folder, *options)
+    extend = ("extend", folder, more, "--set", "intervene.tokens=2")
+    ran = call(*extend)
     assert (ran.code, ran.err) == (0, "")
     config = json.loads((folder / "run.json").read_text("utf-8"))["config"]
     assert config["analyses"] == analyses
     assert config["neurons"]["random_sets"] == 4  # settings of the run stay
+    assert config["intervene"]["tokens"] == 2
     assert measured(folder).items() > before.items()
     assert set(effects.splitlines()) <= set((folder / "effects.csv").read_text("utf-8").splitlines())
     report = (folder / "report.md").read_text("utf-8")
@@ -605,15 +602,38 @@ def test_more_is_asked_of_a_run(
         assert f"\n## {title}\n" in report
 
     after, jobs = tables(folder), measured(folder)
-    assert call(command, folder, *options).code == 0  # the same again changes nothing
+    assert call(*extend).code == 0  # the same again changes nothing
     assert call("report", folder).code == 0
     assert (tables(folder), measured(folder)) == (after, jobs)
 
 
-@pytest.mark.parametrize("command", ["detect", "paths", "intervene", "monitor"])
-def test_nothing_is_added_to_what_is_no_run(call: Run, tmp_path: Path, command: str) -> None:
-    refused(call(command, "nowhere"), "nowhere is no run folder", "give the folder of")
+def test_nothing_is_added_to_what_is_no_run(call: Run, tmp_path: Path) -> None:
+    refused(call("extend", "nowhere", "detect"), "nowhere is no run folder", "give the folder of")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_any_setting_can_be_set(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS)
+    chosen = ("--set", "positions.layers=['last']", "--set", "statistics.resamples=150", "--set", "max_pairs=4")
+    assert call("run", file, *chosen).code == 0
+    config = json.loads((tmp_path / "runs/study/run.json").read_text("utf-8"))["config"]
+    assert (config["positions"]["layers"], config["max_pairs"]) == (["last"], 4)
+    assert config["statistics"]["resamples"] == 150
+    refused(call("run", file, "--set", "positions.layer=last"), "unknown setting 'positions.layer'")
+    refused(
+        call("run", file, "--set", "positions"), "cannot read the setting 'positions'; write it as section.key=value"
+    )
+
+
+def test_a_section_of_the_report_can_be_shown(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS)
+    assert call("run", file).code == 0
+    summary = call("show", "runs/study")
+    assert summary.code == 0
+    assert "Sections" in summary.out
+    shown = call("show", "runs/study", "layers")
+    assert "residual stream" in " ".join(shown.out.split())
+    refused(call("show", "runs/study", "heads"), "this run has no section 'heads'; it has layers")
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])

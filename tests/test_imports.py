@@ -15,7 +15,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("dequantise", "engine", "engine.program", "errors", "meter"),
+    ("dequantise", "engine", "engine.program", "errors", "meter", "progress"),
     ("planted", "planted.gate", "provenance", "records", "show"),
     ("lock", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),

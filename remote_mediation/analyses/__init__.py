@@ -39,6 +39,18 @@ def chosen(names: Sequence[str], more: Sequence[Analysis] = ()) -> tuple[Analysi
     return (CHECKS, *(one for name, one in known.items() if name in names))
 
 
+def with_needed(names: Sequence[str]) -> list[str]:
+    """Names of analyses, each after those that it builds on, once.
+
+    Raises:
+        SettingsError: a name that is not known.
+    """
+    found: list[str] = []
+    for one in chosen(names)[1:]:
+        found += [*one.needs, one.name]
+    return list(dict.fromkeys(found))
+
+
 def stranger(name: str) -> Analysis:
     """Stands for an analysis from outside the package where it was not given: its report says so."""
     said = f"This analysis is not part of the package; `open_run(folder, analyses=[{name}])` shows what it found."
