@@ -45,7 +45,7 @@ class PromptPair:
     category: str
     """Kind of harm; for tables only."""
     template: str
-    """Sentence frame; pairs of one template are one cluster. Empty: the pair is its own cluster."""
+    """Sentence frame; pairs of one template belong together (`placebo.components`). Empty: shared with nobody."""
     placebo: str = ""
     """Another harmless prompt, xp, that differs from `harmless` in the same words as `harmful` does; empty: none."""
     harmful_response: str = ""

@@ -32,6 +32,7 @@ from remote_mediation.lab import Lab, Study, UnmeasuredError, Watch, placebo_id
 from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings, openings_of
 from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
 from remote_mediation.pairs import PromptPair, load_pairs
+from remote_mediation.placebo import components
 from remote_mediation.provenance import now, provenance
 from remote_mediation.result import Analysis, Finding, Result
 from remote_mediation.sites import ModelInfo
@@ -296,10 +297,10 @@ def texts_digest(config: StudyConfig) -> str:
 
 
 def select(pairs: Sequence[PromptPair], most: int | None) -> tuple[PromptPair, ...]:
-    """At most so many pairs, one of each template first, spread evenly over the file."""
+    """At most so many pairs, one of each component first, spread evenly over the file."""
     if most is None or most >= len(pairs):
         return tuple(pairs)
-    return tuple(pairs[i] for i in spread([pair.template or pair.id for pair in pairs], most))
+    return tuple(pairs[i] for i in spread(components(pairs), most))
 
 
 def outcome_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Outcome:

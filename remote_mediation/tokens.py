@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remote_mediation.errors import PairsError, SiteError
 from remote_mediation.pairs import PromptPair
+from remote_mediation.placebo import components
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +72,7 @@ class TokenPair:
     id: str
     """Of the `PromptPair`."""
     cluster: str
-    """What statistics resample: the template, or the pair itself."""
+    """What statistics resample: the component of pairs that share a template, a prompt or an edit word."""
     category: str
     """Of the `PromptPair`."""
     x0: tuple[int, ...]
@@ -162,13 +163,22 @@ class Prepared(NamedTuple):
 
 
 def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Tokenise and align pairs, with the tokenizer's chat template when it has one."""
+    """Tokenise and align pairs, with the tokenizer's chat template when it has one.
+
+    A pair that is refused links no others: clusters are the components of the pairs that can be run.
+    """
     done: list[TokenPair] = []
+    used: list[PromptPair] = []
     refused: list[Refusal] = []
     for pair in pairs:
         outcome = _align(pair, tokenizer)
-        (done if isinstance(outcome, TokenPair) else refused).append(outcome)  # type: ignore[arg-type]
-    return Prepared(tuple(done), tuple(refused))
+        if isinstance(outcome, Refusal):
+            refused.append(outcome)
+            continue
+        done.append(outcome)
+        used.append(pair)
+    clustered = [replace(pair, cluster=name) for pair, name in zip(done, components(used), strict=True)]
+    return Prepared(tuple(clustered), tuple(refused))
 
 
 def with_answers(pair: TokenPair, answers: tuple[tuple[int, ...], tuple[int, ...]]) -> TokenPair | Refusal:
@@ -218,8 +228,7 @@ def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair | 
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens differ by more than {MAX_EDIT_DIFFERENCE}")
     if edits[0] != edits[1] and after == 0:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens reach the last token: nothing to align by")
-    cluster = pair.template or pair.id
-    return TokenPair(pair.id, cluster, pair.category, x0, x1, first, after, min(post0, post1, after))
+    return TokenPair(pair.id, pair.id, pair.category, x0, x1, first, after, min(post0, post1, after))
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int]:

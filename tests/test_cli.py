@@ -332,7 +332,7 @@ def test_a_study_from_start_to_report(call: Run, tmp_path: Path, model: str, set
     assert "runs/study/report.md" in ran.out
     assert {path.name for path in folder.iterdir()} >= {"run.json", "pairs.jsonl", "effects.csv", "report.md"}
     first, jobs = tables(folder), measured(folder)
-    assert b"burn-house" in first["effects.csv"]
+    assert b"flood-house" in first["effects.csv"]
     assert ("mediators.csv" in first) == ("neurons" in settings)
 
     again = call("run", file)
@@ -428,12 +428,12 @@ def test_plan_loads_no_weights(call: Run, tmp_path: Path, model: str) -> None:
 def test_pairs_check(call: Run, tmp_path: Path, model: str) -> None:
     unknown = {**records()[1], "id": "[/b]", "harmful": "how do i xx", "harmless": "how do i yy"}
     longer = {**records()[2], "id": "longer", "harmless": "how do i please wash a house at night"}
-    write_pairs(tmp_path / "mine.jsonl", [records()[0], unknown, longer])
+    write_pairs(tmp_path / "mine.jsonl", [{**records()[0], "id": "one"}, unknown, longer])
     ran = call("pairs", "check", "mine.jsonl", "--model", model)
     assert (ran.code, ran.err) == (0, "")
     lines = [" ".join(line.replace("│", " ").split()) for line in ran.out.splitlines()]
-    assert "steal-car car 11 11 4 6 2" in lines
-    assert "longer house 12 11 4 6 2" in lines
+    assert "one one 11 11 4 6 2" in lines
+    assert "longer longer 12 11 4 6 2" in lines
     assert "refused [/b]: both prompts have the same tokens" in lines
     assert "3 pairs: 2 usable (1 of equal length), 1 refused" in lines
 

@@ -115,7 +115,9 @@ def _rewrapped(lab: Lab, name: str, wrapper: str) -> _Variant:
         ]
 
     prepared = lab.tokenised(f"rewrapped-{digest([name, wrapper, sorted(known)])}", texts)
-    pairs = tuple(replace(pair, answers=known[pair.id].answers) for pair in prepared.pairs)
+    pairs = tuple(
+        replace(pair, answers=known[pair.id].answers, cluster=known[pair.id].cluster) for pair in prepared.pairs
+    )
     return _Variant(name, lab.beside(pairs=pairs), pairs)
 
 
