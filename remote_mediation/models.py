@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,9 @@ from remote_mediation.sites import Family, ModelInfo, family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+# Files of a model that may say which tokens end an answer.
+_DECLARING = ("generation_config.json", "config.json")
+
 
 def load_info(name: str, revision: str = "") -> ModelInfo:
     """Read a model's configuration from a local folder or the hub.
@@ -23,7 +28,17 @@ def load_info(name: str, revision: str = "") -> ModelInfo:
         SiteError: the model's family is not in the table.
     """
     info = info_of(load_configuration(name, revision), name, revision)
+    _bring_generation_config(name, revision)
     return replace(info, weights=_fingerprint(Path(located(name))))
+
+
+def _bring_generation_config(name: str, revision: str) -> None:
+    """Have what a hub's model declares of generation in the cache; many have no such file."""
+    from transformers import GenerationConfig
+
+    if not Path(located(name)).is_dir():
+        with contextlib.suppress(OSError, ValueError):
+            GenerationConfig.from_pretrained(name, revision=revision or "main")
 
 
 def load_configuration(name: str, revision: str = "") -> PreTrainedConfig:
@@ -47,6 +62,44 @@ def load_tokenizer(name: str, revision: str = "") -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return _load(AutoTokenizer, name, revision)
+
+
+def ends_of_answers(name: str, revision: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's special ones, and what the model's files at hand declare.
+
+    No hub is asked: `load_info` has brought the files here, where the model comes from one.
+    """
+    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    declared = {end for file in _DECLARING for end in _declared_ends(name, revision, file)}
+    return sorted({*tokenizer.all_special_ids, *marked, *declared})
+
+
+def _declared_ends(name: str, revision: str, file: str) -> list[int]:
+    """`eos_token_id` of a configuration file; none where there is no such file."""
+    path = _at_hand(name, revision, file)
+    if path is None:
+        return []
+    try:
+        declared = json.loads(path.read_text("utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"cannot read {path}: {error}; mend it or take it away") from error
+    if declared is None:
+        return []
+    return [declared] if isinstance(declared, int) else list(declared)
+
+
+def _at_hand(name: str, revision: str, file: str) -> Path | None:
+    """A file of a model in its folder or in the hub's cache on this machine; None where it is in neither."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(located(name))
+    if folder.is_dir():
+        return folder / file if (folder / file).is_file() else None
+    try:
+        found = try_to_load_from_cache(name, file, revision=revision or "main")
+    except ValueError:  # no name that a hub could have
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInfo:
