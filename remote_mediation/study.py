@@ -23,6 +23,7 @@ import pandas as pd
 
 from remote_mediation.analyses import ANALYSES
 from remote_mediation.config import StudyConfig
+from remote_mediation.contents import as_begun, unchanged_files
 from remote_mediation.effects import Request
 from remote_mediation.engine.backend import Backend
 from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreError
@@ -74,7 +75,7 @@ def run_study(
         SiteError: the study names a layer, unit or position that the model does not have.
         BackendError: a job could not be run.
         SettingsError: the backend runs another model, revision or precision, or a checkpoint has no backend.
-        StoreError: the run folder cannot be written, or holds a run on other pairs.
+        StoreError: the run folder cannot be written, or holds a run on other pairs or another model.
     """
     started = time.monotonic()
     missing = set(config.attacks.checkpoints) - set(variants or {}) if "attacks" in config.analyses else set()
@@ -101,13 +102,16 @@ def prepared_lab(
     texts = texts_digest(config)
     if begun.get("texts", texts) != texts:
         raise StoreError(f"{store.folder} holds a run on other pairs, {config.pairs} has changed; choose another --out")
+    info = as_begun(backend.info, begun, store.folder)
+    files = unchanged_files(config, begun, store.folder)
     prepared = store.prepared() or prepare(config, backend.tokenizer)
     placebos = store.prepared(PLACEBOS) or prepare_placebos(config, prepared.pairs, backend.tokenizer)
     outcome = outcome_of(config, backend.tokenizer)
-    study = Study(config, backend.info, outcome, *prepared, placebos.pairs)
+    study = Study(config, info, outcome, *prepared, placebos.pairs)
     first_requests(study)  # refuses sites that are not there, and the lab pairs that cannot be split
     lab = Lab(study, store, backend, watch, variants)
-    record = {**provenance(), **begun, **_described(study), "texts": texts, "seconds": begun.get("seconds", 0.0)}
+    known = {"texts": texts, "content": backend.info.weights, "files": files}
+    record = {**provenance(), **begun, **_described(study), **known, "seconds": begun.get("seconds", 0.0)}
     store.save_record(record)
     store.save_prepared(prepared)
     study = completed(lab)

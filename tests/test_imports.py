@@ -24,7 +24,7 @@ ORDER = (
     ("analyses.claims.verdicts", "detectors", "judges", "models", "placebo", "probes", "show.tables", "tokens"),
     ("outcomes",),
     ("config", "engine.coverage", "engine.rows", "openings"),
-    ("engine.budget",),
+    ("contents", "engine.budget"),
     ("engine.payload",),
     ("engine.jobs",),
     ("engine.answers", "engine.backend", "engine.tasks"),
@@ -47,7 +47,7 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 HEAVY = ("nnsight", "torch", "transformers")
 AT_ONCE = {
     "engine.program": {"nnsight", "torch", "transformers"},
-    "engine.local": {"nnsight", "torch"},
+    "engine.local": {"nnsight", "torch", "transformers"},
     "engine.remote": {"nnsight", "torch"},
     "planted.gate": {"torch", "transformers"},
 }
