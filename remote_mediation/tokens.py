@@ -193,6 +193,24 @@ def encode_response(text: str, pair_id: str, tokenizer: PreTrainedTokenizerBase,
     return ids
 
 
+def encode_after(prompt: str, continuation: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of a text as they are behind a prompt, both as the model is given them (the prompt rendered).
+
+    Encoded alone a text may begin otherwise: SentencePiece puts a blank before it.
+
+    Raises:
+        PairsError: the text changes the prompt's own tokens, or has none.
+    """
+    before, whole = (
+        tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, prompt + continuation)
+    )
+    if whole[: len(before)] != before:
+        raise PairsError(f"{continuation!r} merges with the end of the prompt; begin it with another character")
+    if len(whole) == len(before):
+        raise PairsError(f"{continuation!r} has no tokens behind the prompt; give text")
+    return whole[len(before) :]
+
+
 def to_record(pair: TokenPair) -> dict[str, Any]:
     """A token pair as JSON data."""
     return asdict(pair)
