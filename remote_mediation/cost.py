@@ -33,7 +33,7 @@ from remote_mediation.models import load_info, load_tokenizer
 from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings
 from remote_mediation.pairs import load_pairs
 from remote_mediation.sites import Site, band, thirds
-from remote_mediation.study import first_requests, outcome_of, prepare, prepare_placebos, unanswered
+from remote_mediation.study import first_requests, outcome_of, prepare, prepare_placebos, prompts_of, unanswered
 from remote_mediation.tokens import TokenPair
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _guessed(study: Study, tokenizer: PreTrainedTokenizerBase) -> Study:
     settings = study.config
     if study.outcome.name == "refusal":
         compliant, refusing = settings.refusal.compliant or COMPLIANT, settings.refusal.refusing or REFUSING
-        return study.with_outcome(given_openings(compliant, refusing, tokenizer))
+        return study.with_outcome(given_openings(compliant, refusing, tokenizer, prompts_of(settings, tokenizer)))
     if study.outcome.name != "response_logprob":
         return study
     tokens, pairs = settings.response_logprob.tokens, []

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remote_mediation.errors import PairsError, SiteError
 from remote_mediation.pairs import PromptPair
+from remote_mediation.prompts import PLAIN, PromptForm, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,12 +162,16 @@ class Prepared(NamedTuple):
     refusals: tuple[Refusal, ...]
 
 
-def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Tokenise and align pairs, with the tokenizer's chat template when it has one."""
+def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> Prepared:
+    """Tokenise and align pairs, with the tokenizer's chat template when it has one. form: what else is around them.
+
+    Raises:
+        ModelError: the tokenizer does not say where in a text its tokens lie.
+    """
     done: list[TokenPair] = []
     refused: list[Refusal] = []
     for pair in pairs:
-        outcome = _align(pair, tokenizer)
+        outcome = _align(pair, tokenizer, form)
         (done if isinstance(outcome, TokenPair) else refused).append(outcome)  # type: ignore[arg-type]
     return Prepared(tuple(done), tuple(refused))
 
@@ -179,36 +184,6 @@ def with_answers(pair: TokenPair, answers: tuple[tuple[int, ...], tuple[int, ...
     if answers[0] == answers[1]:
         return Refusal(pair.id, "both prompts have the same answer, so the outcome is 0 by definition")
     return replace(pair, answers=answers)
-
-
-def encode_response(text: str, pair_id: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[int, ...]:
-    """The first tokens of a response text.
-
-    Raises:
-        PairsError: the text has no tokens.
-    """
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
-    if not ids:
-        raise PairsError(f"pair {pair_id!r}: the response {text!r} has no tokens; give text, or leave the field empty")
-    return ids
-
-
-def encode_after(prompt: str, continuation: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids of a text as they are behind a prompt, both as the model is given them (the prompt rendered).
-
-    Encoded alone a text may begin otherwise: SentencePiece puts a blank before it.
-
-    Raises:
-        PairsError: the text changes the prompt's own tokens, or has none.
-    """
-    before, whole = (
-        tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, prompt + continuation)
-    )
-    if whole[: len(before)] != before:
-        raise PairsError(f"{continuation!r} merges with the end of the prompt; begin it with another character")
-    if len(whole) == len(before):
-        raise PairsError(f"{continuation!r} has no tokens behind the prompt; give text")
-    return whole[len(before) :]
 
 
 def to_record(pair: TokenPair) -> dict[str, Any]:
@@ -224,8 +199,13 @@ def from_record(record: dict[str, Any]) -> TokenPair:
     return TokenPair(**{**record, **ids, "answers": answers, "openings": openings})
 
 
-def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair | Refusal:
-    (x0, post0), (x1, post1) = (_encode(text, tokenizer) for text in (pair.harmless, pair.harmful))
+def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> TokenPair | Refusal:
+    try:
+        (x0, post0, _), (x1, post1, _) = (
+            encode_prompt(text, tokenizer, form) for text in (pair.harmless, pair.harmful)
+        )
+    except PairsError as error:
+        return Refusal(pair.id, str(error))
     if x0 == x1:
         return Refusal(pair.id, "both prompts have the same tokens")
     shorter = min(len(x0), len(x1))
@@ -238,14 +218,3 @@ def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair | 
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens reach the last token: nothing to align by")
     cluster = pair.template or pair.id
     return TokenPair(pair.id, cluster, pair.category, x0, x1, first, after, min(post0, post1, after))
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int]:
-    """Token ids of a prompt, and how many of them lie wholly after the user's text."""
-    if not tokenizer.chat_template:
-        return tuple(tokenizer(text)["input_ids"]), 0
-    messages = [{"role": "user", "content": text}]
-    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    encoding = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    end = rendered.rfind(text.strip()) + len(text.strip())
-    return tuple(encoding["input_ids"]), sum(1 for start, _ in encoding["offset_mapping"] if start >= end)

@@ -15,7 +15,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # `analyses.*` stands for every analysis that no other builds on. A new module needs a place here.
 ORDER = (
     ("analyses.claims", "dequantise", "engine", "engine.program", "errors", "meter"),
-    ("planted", "planted.gate", "provenance", "records", "show"),
+    ("planted", "planted.gate", "prompts", "provenance", "records", "show"),
     ("lock", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
     ("rates", "shares", "stats"),
