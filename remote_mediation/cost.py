@@ -25,7 +25,7 @@ from remote_mediation.later import Later, of_answers, pairs_of
 from remote_mediation.models import load_info, load_tokenizer
 from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings
 from remote_mediation.result import Analysis
-from remote_mediation.study import first_requests, outcome_of, prepare, prepare_placebos, unanswered
+from remote_mediation.study import first_requests, outcome_of, prepare, prepare_placebos, prompts_of, unanswered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,7 +159,7 @@ def _guessed(study: Study, tokenizer: PreTrainedTokenizerBase) -> Study:
     settings = study.config
     if study.outcome.name == "refusal":
         compliant, refusing = settings.refusal.compliant or COMPLIANT, settings.refusal.refusing or REFUSING
-        return study.with_outcome(given_openings(compliant, refusing, tokenizer))
+        return study.with_outcome(given_openings(compliant, refusing, tokenizer, prompts_of(settings, tokenizer)))
     if study.outcome.name != "response_logprob":
         return study
     tokens, pairs = settings.response_logprob.tokens, []

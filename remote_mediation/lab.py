@@ -26,6 +26,7 @@ from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs
 from remote_mediation.engine.rows import Row, direct_row, swap_all
 from remote_mediation.engine.tasks import Held, Task, direct_task, generate_task, plan_tasks
 from remote_mediation.errors import JobError, LostJobError
+from remote_mediation.models import ends_of_answers
 from remote_mediation.outcomes import Outcome
 from remote_mediation.pairs import PromptPair
 from remote_mediation.sites import ModelInfo, Site
@@ -291,7 +292,7 @@ class Lab:
     def continued(
         self, prompts: Sequence[tuple[int, ...]], tokens: int, held: Sequence[Held] = ()
     ) -> list[tuple[int, ...]]:
-        """Greedy answers of at most so many tokens, up to the special token that ends them, while neurons are held.
+        """Greedy answers of at most so many tokens, up to the token that ends them, while neurons are held.
 
         Raises:
             JobError: some could not be generated.
@@ -299,7 +300,8 @@ class Lab:
         """
         parts = [prompts[start : start + _TOGETHER] for start in range(0, len(prompts), _TOGETHER)]
         found = self.run([generate_task(part, tokens, held, self.study.setting) for part in parts])
-        ends = set(self.noted("special-tokens", lambda tokenizer: sorted(tokenizer.all_special_ids)))
+        info = self.study.info
+        ends = set(self.noted("special-tokens", lambda tokenizer: ends_of_answers(info.name, info.revision, tokenizer)))
         answers = [answer for values in found for answer in values.astype(int).reshape(-1, tokens).tolist()]
         return [tuple(takewhile(lambda token: token not in ends, answer)) for answer in answers]
 

@@ -23,6 +23,7 @@ import pandas as pd
 
 from remote_mediation.analyses import EVERY, chosen, stranger
 from remote_mediation.config import StudyConfig
+from remote_mediation.contents import as_begun, unchanged_files
 from remote_mediation.effects import Request
 from remote_mediation.engine.backend import Backend
 from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreError
@@ -33,13 +34,14 @@ from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_
 from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
 from remote_mediation.pairs import PromptPair, load_pairs
 from remote_mediation.placebo import components
+from remote_mediation.prompts import encode_after, render
 from remote_mediation.provenance import now, provenance
 from remote_mediation.result import Analysis, Finding, Result
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import spread
 from remote_mediation.store import Store
 from remote_mediation.summary import Summary, summarise
-from remote_mediation.tokens import Prepared, Refusal, TokenPair, encode_response, tokenise, with_answers
+from remote_mediation.tokens import Prepared, Refusal, TokenPair, tokenise, with_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 # Sites that are also measured in float32 when a study runs in another precision.
 PRECISION_SAMPLE = 32
+# Characters at the end of a prompt that may merge with what follows.
+_END = 24
 # Name of the placebo pairs in the run folder.
 PLACEBOS = "placebos"
 
@@ -68,7 +72,7 @@ def run_study(
         SiteError: the study names a layer, unit or position that the model does not have.
         BackendError: a job could not be run.
         SettingsError: the backend runs another model, revision or precision, or a checkpoint has no backend.
-        StoreError: the run folder cannot be written, or holds a run on other pairs.
+        StoreError: the run folder cannot be written, or holds a run on other pairs or another model.
     """
     started = time.monotonic()
     missing = set(config.attacks.checkpoints) - set(variants or {}) if "attacks" in config.analyses else set()
@@ -96,15 +100,17 @@ def prepared_lab(
     texts = texts_digest(config)
     if begun.get("texts", texts) != texts:
         raise StoreError(f"{store.folder} holds a run on other pairs, {config.pairs} has changed; choose another --out")
+    info = as_begun(backend.info, begun, store.folder)
+    files = unchanged_files(config, begun, store.folder)
     prepared = store.prepared() or prepare(config, backend.tokenizer)
     placebos = store.prepared(PLACEBOS) or prepare_placebos(config, prepared.pairs, backend.tokenizer)
     outcome = outcome_of(config, backend.tokenizer)
-    study = Study(config, backend.info, outcome, *prepared, placebos.pairs)
-    first_requests(
-        study, chosen(config.analyses, more)
-    )  # refuses sites that are not there, and the lab pairs that cannot be split
+    study = Study(config, info, outcome, *prepared, placebos.pairs)
+    # Refuses sites that are not there, and the lab pairs that cannot be split.
+    first_requests(study, chosen(config.analyses, more))
     lab = Lab(study, store, backend, watch, variants)
-    record = {**provenance(), **begun, **_described(study), "texts": texts, "seconds": begun.get("seconds", 0.0)}
+    known = {"texts": texts, "content": backend.info.weights, "files": files}
+    record = {**provenance(), **begun, **_described(study), **known, "seconds": begun.get("seconds", 0.0)}
     store.save_record(record)
     store.save_prepared(prepared)
     study = completed(lab)
@@ -149,10 +155,11 @@ def chosen_openings(lab: Lab) -> Outcome:
     settings = lab.study.config.refusal
 
     def chosen(tokenizer: PreTrainedTokenizerBase) -> tuple[Openings, Openings]:
+        behind = prompts_of(lab.study.config, tokenizer)
         if settings.compliant:
-            outcome = given_openings(settings.compliant, settings.refusing, tokenizer)
+            outcome = given_openings(settings.compliant, settings.refusing, tokenizer, behind)
         elif settings.openings == "builtin":
-            outcome = given_openings(COMPLIANT, REFUSING, tokenizer)
+            outcome = given_openings(COMPLIANT, REFUSING, tokenizer, behind)
         else:
             prompts = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
             answers = lab.continued(prompts, JUDGED_TOKENS)
@@ -160,7 +167,7 @@ def chosen_openings(lab: Lab) -> Outcome:
                 [tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in (prompts, answers)
             )
             complied = load_judge(REFUSAL_OPENINGS)(asked, said)
-            outcome = openings_of(answers, [not yes for yes in complied], tokenizer)
+            outcome = openings_of(answers, [not yes for yes in complied], tokenizer, behind)
         return outcome.compliant, outcome.refusing
 
     compliant, refusing = (tuple(map(tuple, side)) for side in lab.noted("openings", chosen))
@@ -224,11 +231,9 @@ def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared
     texts = select(load_pairs(config.pairs), config.max_pairs)
     prepared = tokenise(texts, tokenizer)
     if config.outcome == "response_logprob":
-        given = {text.id: _given(text, tokenizer, config.response_logprob.tokens) for text in texts}
-        answered = [
-            with_answers(pair, given[pair.id]) if all(given[pair.id]) else replace(pair, answers=given[pair.id])
-            for pair in prepared.pairs
-        ]
+        given = {text.id: text for text in texts}
+        tokens = config.response_logprob.tokens
+        answered = [_given(pair, given[pair.id], tokenizer, tokens) for pair in prepared.pairs]
         prepared = _sorted_out(answered, prepared.refusals)
     check_enough(prepared)
     return prepared
@@ -257,15 +262,19 @@ def unanswered(pair: TokenPair) -> list[tuple[int, ...]]:
     return [ids for ids, answer in zip((pair.x1, pair.x0), pair.answers, strict=True) if not answer]
 
 
-def _given(
-    text: PromptPair, tokenizer: PreTrainedTokenizerBase, tokens: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Answers of a pair as its file gives them; empty where it gives none."""
-    harmful, harmless = (
-        encode_response(response, text.id, tokenizer, tokens) if response else ()
-        for response in (text.harmful_response, text.harmless_response)
-    )
-    return harmful, harmless
+def _given(pair: TokenPair, text: PromptPair, tokenizer: PreTrainedTokenizerBase, tokens: int) -> TokenPair | Refusal:
+    """A pair with the answers that its file gives, behind their own prompts; empty where it gives none."""
+    responses = ((text.harmful, text.harmful_response), (text.harmless, text.harmless_response))
+    try:
+        harmful, harmless = (
+            encode_after([render(request, tokenizer).text], response, tokenizer)[:tokens] if response else ()
+            for request, response in responses
+        )
+    except PairsError as error:
+        return Refusal(pair.id, f"its response: {error}")
+    if harmful and harmless:
+        return with_answers(pair, (harmful, harmless))
+    return replace(pair, answers=(harmful, harmless))
 
 
 def _sorted_out(found: Iterable[TokenPair | Refusal], refusals: Iterable[Refusal]) -> Prepared:
@@ -306,8 +315,19 @@ def select(pairs: Sequence[PromptPair], most: int | None) -> tuple[PromptPair, .
 def outcome_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Outcome:
     """The outcome that the settings name; of `refusal` the openings are chosen later (`completed`)."""
     if config.outcome == "logit_diff":
-        return logit_diff(config.logit_diff.plus, config.logit_diff.minus, tokenizer)
+        return logit_diff(config.logit_diff.plus, config.logit_diff.minus, tokenizer, prompts_of(config, tokenizer))
     return Outcome(config.outcome)
+
+
+def prompts_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Rendered prompts that stand for all of a study's: one of each end that they have."""
+    found: dict[str, str] = {}
+    for pair in select(load_pairs(config.pairs), config.max_pairs):
+        for request in filter(None, (pair.harmless, pair.harmful, pair.placebo)):
+            with contextlib.suppress(PairsError):  # its pair is refused
+                text = render(request, tokenizer).text
+                found.setdefault(text[-_END:], text)
+    return list(found.values())
 
 
 def analysed(lab: Lab, analyses: tuple[Analysis, ...]) -> Result:

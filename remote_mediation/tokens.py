@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from remote_mediation.errors import PairsError, SiteError
 from remote_mediation.pairs import PromptPair
 from remote_mediation.placebo import components
+from remote_mediation.prompts import PLAIN, PromptForm, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,16 +163,19 @@ class Prepared(NamedTuple):
     refusals: tuple[Refusal, ...]
 
 
-def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Tokenise and align pairs, with the tokenizer's chat template when it has one.
+def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> Prepared:
+    """Tokenise and align pairs, with the tokenizer's chat template when it has one. form: what else is around them.
 
     A pair that is refused links no others: clusters are the components of the pairs that can be run.
+
+    Raises:
+        ModelError: the tokenizer does not say where in a text its tokens lie.
     """
     done: list[TokenPair] = []
     used: list[PromptPair] = []
     refused: list[Refusal] = []
     for pair in pairs:
-        outcome = _align(pair, tokenizer)
+        outcome = _align(pair, tokenizer, form)
         if isinstance(outcome, Refusal):
             refused.append(outcome)
             continue
@@ -191,18 +195,6 @@ def with_answers(pair: TokenPair, answers: tuple[tuple[int, ...], tuple[int, ...
     return replace(pair, answers=answers)
 
 
-def encode_response(text: str, pair_id: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[int, ...]:
-    """The first tokens of a response text.
-
-    Raises:
-        PairsError: the text has no tokens.
-    """
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
-    if not ids:
-        raise PairsError(f"pair {pair_id!r}: the response {text!r} has no tokens; give text, or leave the field empty")
-    return ids
-
-
 def to_record(pair: TokenPair) -> dict[str, Any]:
     """A token pair as JSON data."""
     return asdict(pair)
@@ -216,8 +208,13 @@ def from_record(record: dict[str, Any]) -> TokenPair:
     return TokenPair(**{**record, **ids, "answers": answers, "openings": openings})
 
 
-def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair | Refusal:
-    (x0, post0), (x1, post1) = (_encode(text, tokenizer) for text in (pair.harmless, pair.harmful))
+def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> TokenPair | Refusal:
+    try:
+        (x0, post0, _), (x1, post1, _) = (
+            encode_prompt(text, tokenizer, form) for text in (pair.harmless, pair.harmful)
+        )
+    except PairsError as error:
+        return Refusal(pair.id, str(error))
     if x0 == x1:
         return Refusal(pair.id, "both prompts have the same tokens")
     shorter = min(len(x0), len(x1))
@@ -229,14 +226,3 @@ def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair | 
     if edits[0] != edits[1] and after == 0:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens reach the last token: nothing to align by")
     return TokenPair(pair.id, pair.id, pair.category, x0, x1, first, after, min(post0, post1, after))
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int]:
-    """Token ids of a prompt, and how many of them lie wholly after the user's text."""
-    if not tokenizer.chat_template:
-        return tuple(tokenizer(text)["input_ids"]), 0
-    messages = [{"role": "user", "content": text}]
-    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    encoding = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    end = rendered.rfind(text.strip()) + len(text.strip())
-    return tuple(encoding["input_ids"]), sum(1 for start, _ in encoding["offset_mapping"] if start >= end)

@@ -228,7 +228,10 @@ def test_an_unknown_family(call: Run, tmp_path: Path, model: str) -> None:
 @pytest.mark.parametrize(
     ("content", "mentioned"),
     [
-        (records(harmful_response=" ", harmless_response="no"), ("pair 'steal-car'", "' ' has no tokens", "give text")),
+        (
+            records(harmful_response=" ", harmless_response="no"),
+            ("0 of 6 pairs can be run", "' ' has no tokens", "give text"),
+        ),
         (records(**ANSWERS)[:1], ("1 of 1 pairs can be run, a study needs two", "add pairs")),
         (records(harmful_response="yes", harmless_response="yes"), ("0 of 6 pairs", "the same answer")),
         ([{**record, "template": "t"} for record in records(**ANSWERS)], ("come from 1", "Add pairs")),

@@ -16,7 +16,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
     ("dequantise", "engine", "engine.program", "errors", "meter", "progress"),
-    ("planted", "planted.gate", "provenance", "records", "show"),
+    ("planted", "planted.gate", "prompts", "provenance", "records", "show"),
     ("lock", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
     ("placebo", "rates", "shares", "stats"),
@@ -25,7 +25,7 @@ ORDER = (
     ("judges", "models", "probes", "show.tables", "tokens"),
     ("outcomes", "show.section"),
     ("config", "engine.coverage", "engine.rows", "openings"),
-    ("engine.budget",),
+    ("contents", "engine.budget"),
     ("engine.payload",),
     ("engine.jobs",),
     ("engine.answers", "engine.backend", "engine.tasks"),
@@ -50,7 +50,7 @@ GROUND = ("analyses.neurons", "analyses.intervene")
 HEAVY = ("nnsight", "torch", "transformers")
 AT_ONCE = {
     "engine.program": {"nnsight", "torch", "transformers"},
-    "engine.local": {"nnsight", "torch"},
+    "engine.local": {"nnsight", "torch", "transformers"},
     "engine.remote": {"nnsight", "torch"},
     "planted.gate": {"torch", "transformers"},
 }

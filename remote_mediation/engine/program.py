@@ -25,7 +25,7 @@ from typing import Any
 
 import nnsight
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 
 def execute(model: Any, payload: dict[str, Any], backend: Any = None) -> list[torch.Tensor]:
@@ -436,15 +436,25 @@ def generate(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch
     width, tokens = max(len(ids) for ids in context["prompts"]), context["tokens"]
     ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in context["prompts"]])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in context["prompts"]])
-    never = spec["vocab"]  # no token ends an answer, so that every step runs
-    with model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=never, pad_token_id=0
-    ) as tracer:
+    decoding = {**greedy(), "max_new_tokens": tokens, "eos_token_id": spec["vocab"]}  # so that every step runs
+    with model.generate(input_ids=ids, attention_mask=mask, **decoding) as tracer:
         for _ in tracer.iter[:tokens]:
             hold(model, spec, context["held"], 1)
         found = tracer.result
     new: torch.Tensor = found[:, width:].float().reshape(1, -1)
     return new
+
+
+def greedy() -> dict[str, Any]:
+    """Every setting of generation, so that none is left to the checkpoint's own generation_config.
+
+    What is not given as an argument, transformers takes from there; `None` counts as given.
+    """
+    neutral = {**dict.fromkeys(vars(GenerationConfig())), **GenerationConfig._get_default_generation_params()}
+    for name in ("max_length", "transformers_version", "_from_model_config", "_commit_hash", "_original_object_hash"):
+        neutral.pop(name, None)
+    ours = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True, "pad_token_id": 0}
+    return {**neutral, **ours}
 
 
 def drift(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
