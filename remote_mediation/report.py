@@ -25,6 +25,7 @@ from remote_mediation.judges import JudgeQuality
 from remote_mediation.lab import Study
 from remote_mediation.outcomes import MEANINGS, OutcomeName
 from remote_mediation.show import figures
+from remote_mediation.show.coverage import coverage_section, coverage_words, covered, hardly_defined, total_table
 from remote_mediation.show.sections import Part, csv_tables, overview, sections
 from remote_mediation.show.tables import (
     Note,
@@ -129,8 +130,9 @@ def terminal_summary(result: Result, report: Path) -> Group:
     parts = sections(result)
     columns = ("site", "effect", _mean_header(study), "q", "held-out mean", "held-out q")
     return Group(
-        Panel(Markdown(_answer(result)), title=Text(study.info.name)),
-        _total_table(summary.total, study.outcome.unit).rich("Total effect"),
+        Panel(Markdown(paragraphs(hardly_defined(covered(result)), _answer(result))), title=Text(study.info.name)),
+        total_table(result).rich("Total effect"),
+        *(Text(line) for line in [coverage_words(covered(result))] if line),
         *([parts["claims"].tables[0].rich(parts["claims"].title)] if "claims.csv" in result.tables else []),
         *(
             _sites_table(result, name, _MOST_SITES_TERMINAL).only(*columns).rich(_kind(name).title)
@@ -151,7 +153,7 @@ def _report(result: Result, parts: Mapping[str, Part], store: Store, drawn: set[
         "## What was measured": paragraphs(
             _setting_table(result).markdown(), _left_out(study.refusals, store.failures())
         ),
-        "## Total effect": _total_table(summary.total, study.outcome.unit).markdown(),
+        "## Total effect": paragraphs(total_table(result).markdown(), coverage_section(result)),
         **{f"## {_kind(name).title}": _section(result, name, name in drawn) for name in _analyses(result)},
         **_shown_parts(parts, set(parts) - {"claims"}),
         "## Identities": _identities_table(study, summary.identities).markdown(),
@@ -210,7 +212,7 @@ def _opening(result: Result, record: Mapping[str, Any]) -> str:
     ]
     if not record.get("finished"):
         warnings.append("**This run is not finished**: what follows is what has been measured so far.")
-    return paragraphs(*warnings, _answer(result))
+    return paragraphs(*warnings, hardly_defined(covered(result)), _answer(result))
 
 
 def _answer(result: Result) -> str:
@@ -237,12 +239,6 @@ def _headline(result: Result) -> str:
 def _listed(numbers: Sequence[int]) -> str:
     """Numbers of claims in words."""
     return f"claim{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-
-
-def _total_table(total: Estimate, unit: str) -> Table:
-    row = (estimate(total), number(total.p), str(total.n_pairs), str(total.n_clusters))
-    notes = (Note("", total.reason),) if total.reason else ()
-    return Table((f"mean TE [95% interval], {unit}", "p", "pairs", "clusters"), [row], notes)
 
 
 def _setting_table(result: Result) -> Table:

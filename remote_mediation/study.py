@@ -23,15 +23,16 @@ import pandas as pd
 
 from remote_mediation.analyses import ANALYSES
 from remote_mediation.config import StudyConfig
+from remote_mediation.covered import coverage_table, openings_table
 from remote_mediation.effects import Request
 from remote_mediation.engine.backend import Backend
 from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
 from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
 from remote_mediation.lab import Lab, Study, UnmeasuredError, Watch, placebo_id
-from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings, openings_of
+from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_openings, openings_of
 from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
-from remote_mediation.pairs import PromptPair, load_pairs
+from remote_mediation.pairs import PromptPair, load_openings, load_pairs
 from remote_mediation.provenance import now, provenance
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import spread
@@ -148,14 +149,12 @@ def completed(lab: Lab) -> Study:
 
 
 def chosen_openings(lab: Lab) -> Outcome:
-    """The `refusal` outcome of the study's openings, the package's, or the model's own on the discovery split."""
-    settings = lab.study.config.refusal
+    """The `refusal` outcome of the openings that are listed, or of the model's own on the discovery split."""
 
     def chosen(tokenizer: PreTrainedTokenizerBase) -> tuple[Openings, Openings]:
-        if settings.compliant:
-            outcome = given_openings(settings.compliant, settings.refusing, tokenizer)
-        elif settings.openings == "builtin":
-            outcome = given_openings(COMPLIANT, REFUSING, tokenizer)
+        listed = listed_openings(lab.study.config)
+        if listed:
+            outcome = given_openings(*listed, tokenizer)
         else:
             prompts = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
             answers = lab.continued(prompts, JUDGED_TOKENS)
@@ -287,7 +286,9 @@ def check_enough(prepared: Prepared) -> None:
 
 def texts_digest(config: StudyConfig) -> str:
     """Hash of the pairs as text: what a path alone does not tell when a run is continued."""
-    return hashlib.sha256(repr(select(load_pairs(config.pairs), config.max_pairs)).encode()).hexdigest()[:16]
+    texts = repr(select(load_pairs(config.pairs), config.max_pairs))
+    openings = load_openings(config.pairs) if config.outcome == "refusal" else None
+    return hashlib.sha256(f"{texts}{openings or ''}".encode()).hexdigest()[:16]
 
 
 def select(pairs: Sequence[PromptPair], most: int | None) -> tuple[PromptPair, ...]:
@@ -317,6 +318,9 @@ def analysed(lab: Lab) -> Result:
                 continue
             with contextlib.suppress(*unfinished):
                 tables.update(analysis.analyse(lab, tables))
+        if study.outcome.name == "refusal":
+            tables["coverage.csv"] = coverage_table(lab)
+            tables["openings.csv"] = openings_table(lab)
     return Result(study, lab.effects, tables, _summary(study, lab.effects))
 
 

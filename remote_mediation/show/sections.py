@@ -21,6 +21,7 @@ from remote_mediation.analyses.claims import show as claimed
 from remote_mediation.analyses.claims.sparse import GATE_SET_COLUMNS
 from remote_mediation.analyses.claims.specification import SPECIFICATION_COLUMNS
 from remote_mediation.analyses.claims.understanding import READABLE_COLUMNS
+from remote_mediation.covered import COVERAGE_COLUMNS, OPENING_COLUMNS
 from remote_mediation.detectors import DETECTOR_COLUMNS, RANDOM, RECALLS
 from remote_mediation.probes import PROBE_COLUMNS, Order, earlier
 from remote_mediation.show import figures, gate_figures
@@ -30,6 +31,8 @@ from remote_mediation.study import Result
 from remote_mediation.summary import stream_nie
 
 COLUMNS: dict[str, dict[str, str]] = {
+    "coverage.csv": COVERAGE_COLUMNS,
+    "openings.csv": OPENING_COLUMNS,
     "search.csv": neurons.SEARCH_COLUMNS,
     "sparsity.csv": neurons.SPARSITY_COLUMNS,
     "gates.csv": neurons.GATE_COLUMNS,
