@@ -32,7 +32,7 @@ class RefusalSettings(_Strict):
     """`[refusal]`: the openings whose probabilities are compared, the same after every prompt."""
 
     openings: Literal["own", "builtin"] = "own"
-    """Those of the model's own answers to discovery prompts, or the package's own list."""
+    """Those of the pairs file, or else of the model's own answers to discovery prompts; or the package's own list."""
     compliant: list[str] = []
     """Compliant openings, such as "Sure"; given, they are taken in place of `openings`."""
     refusing: list[str] = []

@@ -23,7 +23,8 @@ from remote_mediation.engine.jobs import Job, Keys, batch_sizes, plan_jobs
 from remote_mediation.lab import FIRST_RATE, Study
 from remote_mediation.later import Later, of_answers, pairs_of
 from remote_mediation.models import load_info, load_tokenizer
-from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings
+from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings, listed_openings
+from remote_mediation.pairs import GivenOpenings
 from remote_mediation.result import Analysis
 from remote_mediation.study import first_requests, outcome_of, prepare, prepare_placebos, prompts_of, unanswered
 
@@ -158,8 +159,8 @@ def _guessed(study: Study, tokenizer: PreTrainedTokenizerBase) -> Study:
     """The study with what its outcome compares: answers as long as may be, openings as many as the package lists."""
     settings = study.config
     if study.outcome.name == "refusal":
-        compliant, refusing = settings.refusal.compliant or COMPLIANT, settings.refusal.refusing or REFUSING
-        return study.with_outcome(given_openings(compliant, refusing, tokenizer, prompts_of(settings, tokenizer)))
+        listed = listed_openings(settings) or GivenOpenings(COMPLIANT, REFUSING)
+        return study.with_outcome(given_openings(*listed, tokenizer, prompts_of(settings, tokenizer)))
     if study.outcome.name != "response_logprob":
         return study
     tokens, pairs = settings.response_logprob.tokens, []
@@ -171,8 +172,7 @@ def _guessed(study: Study, tokenizer: PreTrainedTokenizerBase) -> Study:
 
 def _answers(study: Study) -> Later:
     """The model's own answers, or those of which its openings are cut, before anything is measured."""
-    settings = study.config.refusal
-    if study.outcome.name == "refusal" and settings.openings == "own" and not settings.compliant:
+    if study.outcome.name == "refusal" and listed_openings(study.config) is None:
         asked = [ids for pair in pairs_of(study, "discovery") for ids in pair.prompts]
         return of_answers(study, asked, JUDGED_TOKENS)
     if study.outcome.name != "response_logprob":

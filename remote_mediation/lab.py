@@ -220,6 +220,17 @@ class Lab:
         pairs = self._runnable()
         return np.array([self._outcome(row, pairs) if row.pair in pairs else np.nan for row in rows])
 
+    def readouts(self, rows: Sequence[Row]) -> list[npt.NDArray[np.float32]]:
+        """What was read of each row, of pairs whose jobs have not failed; the outcome makes Y of it.
+
+        Raises:
+            UnmeasuredError: a row was not measured.
+        """
+        self._measure(rows)
+        if any(self._keys(row) not in self._values for row in rows):
+            raise UnmeasuredError
+        return [self._values[self._keys(row)] for row in rows]
+
     def indirect(self, sites: Sequence[Site], pairs: Sequence[TokenPair]) -> Indirect:
         """Effects of single sites, which may be any sets of units, on pairs; not part of the study's effects.
 

@@ -16,6 +16,7 @@ from rich.markdown import Markdown
 from rich.panel import Panel
 from rich.text import Text
 
+from remote_mediation.analyses.total.show import covered, hardly_defined
 from remote_mediation.effects import EFFECT_COLUMNS
 from remote_mediation.errors import SettingsError
 from remote_mediation.judges import JudgeQuality
@@ -112,7 +113,9 @@ def terminal_summary(result: Result, report: Path) -> Group:
     """What a run found, for the terminal. report: path of `report.md`, named in the last line."""
     verdicts = result.verdicts()
     return Group(
-        Panel(Markdown(_answer(result)), title=Text(result.study.info.name)),
+        Panel(
+            Markdown(paragraphs(hardly_defined(covered(result)), _answer(result))), title=Text(result.study.info.name)
+        ),
         *([_verdict_table(verdicts).rich("Claims")] if verdicts else []),
         overview(sections(result)).rich("Sections"),
         _identities_table(result.study, result.summary.identities).rich("Identities"),
@@ -153,7 +156,6 @@ def _report(result: Result, parts: Sequence[Section], store: Store, texts: Seque
         "## What was measured": paragraphs(
             _setting_table(result).markdown(), _left_out(study.refusals, store.failures())
         ),
-        "## Total effect": _total_table(summary.total, study.outcome.unit).markdown(),
         **{f"## {section.title}": section.markdown() for section in parts if not section.appendix},
         "## Identities": _identities_table(study, summary.identities).markdown(),
         "## How to read the numbers": bullets(_READING),
@@ -200,7 +202,7 @@ def _opening(result: Result, record: Mapping[str, Any]) -> str:
     ]
     if not record.get("finished"):
         warnings.append("**This run is not finished**: what follows is what has been measured so far.")
-    return paragraphs(*warnings, _answer(result))
+    return paragraphs(*warnings, hardly_defined(covered(result)), _answer(result))
 
 
 def _answer(result: Result) -> str:
@@ -224,12 +226,6 @@ def _headline(result: Result) -> str:
         return f"**This run maps where {decided} acts in {name}; it tests no claim.**"
     verdicts = "; ".join(f"{', '.join(labels)}: {said}" for said, labels in by_said.items())
     return f"**Where in {name} is {decided} decided? {verdicts}.**"
-
-
-def _total_table(total: Estimate, unit: str) -> Table:
-    row = (estimate(total), number(total.p), str(total.n_pairs), str(total.n_clusters))
-    notes = (Note("", total.reason),) if total.reason else ()
-    return Table((f"mean TE [95% interval], {unit}", "p", "pairs", "clusters"), [row], notes)
 
 
 def _setting_table(result: Result) -> Table:

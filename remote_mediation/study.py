@@ -30,9 +30,9 @@ from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreE
 from remote_mediation.fetch import source_of
 from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
 from remote_mediation.lab import Lab, Study, UnmeasuredError, Watch, placebo_id
-from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings, openings_of
+from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_openings, openings_of
 from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
-from remote_mediation.pairs import PromptPair, load_pairs
+from remote_mediation.pairs import PromptPair, load_openings, load_pairs
 from remote_mediation.placebo import components
 from remote_mediation.prompts import encode_after, render
 from remote_mediation.provenance import now, provenance
@@ -151,15 +151,12 @@ def completed(lab: Lab) -> Study:
 
 
 def chosen_openings(lab: Lab) -> Outcome:
-    """The `refusal` outcome of the study's openings, the package's, or the model's own on the discovery split."""
-    settings = lab.study.config.refusal
+    """The `refusal` outcome of the openings that are listed, or of the model's own on the discovery split."""
 
     def chosen(tokenizer: PreTrainedTokenizerBase) -> tuple[Openings, Openings]:
-        behind = prompts_of(lab.study.config, tokenizer)
-        if settings.compliant:
-            outcome = given_openings(settings.compliant, settings.refusing, tokenizer, behind)
-        elif settings.openings == "builtin":
-            outcome = given_openings(COMPLIANT, REFUSING, tokenizer, behind)
+        listed, behind = listed_openings(lab.study.config), prompts_of(lab.study.config, tokenizer)
+        if listed:
+            outcome = given_openings(*listed, tokenizer, behind)
         else:
             prompts = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
             answers = lab.continued(prompts, JUDGED_TOKENS)
@@ -302,7 +299,9 @@ def check_enough(prepared: Prepared) -> None:
 
 def texts_digest(config: StudyConfig) -> str:
     """Hash of the pairs as text: what a path alone does not tell when a run is continued."""
-    return hashlib.sha256(repr(select(load_pairs(config.pairs), config.max_pairs)).encode()).hexdigest()[:16]
+    texts = repr(select(load_pairs(config.pairs), config.max_pairs))
+    openings = load_openings(config.pairs) if config.outcome == "refusal" else None
+    return hashlib.sha256(f"{texts}{openings or ''}".encode()).hexdigest()[:16]
 
 
 def select(pairs: Sequence[PromptPair], most: int | None) -> tuple[PromptPair, ...]:

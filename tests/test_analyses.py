@@ -21,9 +21,9 @@ def sites(name: str, **settings: Any) -> list[Site]:
 
 def test_analyses_run_checks_first_and_each_after_those_it_builds_on() -> None:
     ran = [one.name for one in chosen([one.name for one in reversed(EVERY)])]
-    assert ran[:2] == ["checks", "claims"]
+    assert ran[:3] == ["checks", "total", "claims"]
     assert all(ran.index(needed) < ran.index(one.name) for one in EVERY for needed in one.needs)
-    assert [one.name for one in chosen(["paths", "layers"])] == ["checks", "layers", "paths"]
+    assert [one.name for one in chosen(["paths", "layers"])] == ["checks", "total", "layers", "paths"]
 
 
 def test_an_unknown_analysis_is_refused_with_those_there_are() -> None:

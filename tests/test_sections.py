@@ -253,9 +253,9 @@ def rows(markdown: str) -> dict[str, list[str]]:
 
 
 def test_sections_come_in_order_and_only_where_asked_for() -> None:
-    assert [one.title for one in sections(result(tables()))] == TITLES
-    assert [one.title for one in sections(result(tables(), analyses=["paths", "detect"]))] == TITLES[1:3]
-    assert all(one.figure and "![" in one.markdown() for one in sections(result(tables())))
+    assert [one.title for one in sections(result(tables()))] == ["Total effect", *TITLES]
+    assert [one.title for one in sections(result(tables(), analyses=["paths", "detect"]))] == ["Total effect", *TITLES[1:3]]
+    assert all(one.figure and "![" in one.markdown() for one in sections(result(tables()))[1:])
 
 
 @pytest.mark.parametrize("title", [title for title in TITLES if title != "Early understanding"])
@@ -431,7 +431,7 @@ def test_where_te_is_negative_the_gates_carry_refusal_and_nothing_is_repaired() 
     found = result(tables(gates=gates(-1), intervene=held(0.1, 0.8, sign=-1)), LOWERS)
     made = {one.name: one for one in sections(found)}
     titles = [one.title for one in made.values()]
-    assert titles == ["Removing refusal" if title == "Repair" else title for title in TITLES]
+    assert titles == ["Total effect", *("Removing refusal" if title == "Repair" else title for title in TITLES)]
     for name in ("gates", "repair", "attacks"):
         assert "holding them at their harmless mean removes refusal" in made[name].finding
         assert "That is how safety training is circumvented" in made[name].finding
@@ -440,7 +440,7 @@ def test_where_te_is_negative_the_gates_carry_refusal_and_nothing_is_repaired() 
     assert "its NIE (sufficient) and its TIE (necessary) lie clear of 0" in made["gates"].finding
     assert "0 reach its NIE (p = 0.2)" in made["gates"].finding
     assert "changes by 1.7 [1.6, 1.8] logits, which undoes 85% of TE" in made["repair"].finding
-    assert "refusal" not in "".join(one.markdown() for one in sections(result(tables()))).replace("refusal-phrases", "")
+    assert "refusal" not in "".join(one.markdown() for one in sections(result(tables()))[1:]).replace("refusal-phrases", "")
 
 
 def test_attacks_are_counted_by_their_intervals() -> None:
@@ -478,7 +478,7 @@ def test_csv_tables_have_every_documented_column_in_order() -> None:
 
 def test_the_terminal_has_a_line_for_every_section() -> None:
     found = overview(sections(result(tables())))
-    assert [row[0] for row in found.rows] == ["gates", "probes", "paths", "repair", "attacks", "monitor"]
-    assert found.rows[0][1] == "2 of 16 neurons of layer 5; held out NIE 1.6 [1.5, 1.7] and TIE 1.4 [1.3, 1.5] logits"
+    assert [row[0] for row in found.rows] == ["total", "gates", "probes", "paths", "repair", "attacks", "monitor"]
+    assert found.rows[1][1] == "2 of 16 neurons of layer 5; held out NIE 1.6 [1.5, 1.7] and TIE 1.4 [1.3, 1.5] logits"
     stopped = overview(sections(result(tables(), FLAT)))
     assert "no total effect" in stopped.rows[-1][1]

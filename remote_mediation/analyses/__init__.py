@@ -13,10 +13,13 @@ from remote_mediation.analyses.maps import HEADS, LAYERS, MODULES, TOKENS
 from remote_mediation.analyses.monitor import MONITOR
 from remote_mediation.analyses.neurons import NEURONS
 from remote_mediation.analyses.paths import PATHS
+from remote_mediation.analyses.total import TOTAL
 from remote_mediation.errors import SettingsError
 from remote_mediation.result import Analysis
 from remote_mediation.show.section import Section
 
+ALWAYS = (CHECKS, TOTAL)
+"""What every study runs first."""
 EVERY: tuple[Analysis, ...] = (
     *(CLAIMS, LAYERS, MODULES, TOKENS, HEADS),
     *(NEURONS, DETECT, PATHS, INTERVENE, ATTACKS, MONITOR),
@@ -25,7 +28,7 @@ EVERY: tuple[Analysis, ...] = (
 
 
 def chosen(names: Sequence[str], more: Sequence[Analysis] = ()) -> tuple[Analysis, ...]:
-    """The analyses of a study: its checks first, then those named, in the order in which they run.
+    """The analyses of a study: those of every study first, then those named, in the order in which they run.
 
     more: analyses from outside the package; one of a name that is known takes the place of that one.
 
@@ -36,7 +39,7 @@ def chosen(names: Sequence[str], more: Sequence[Analysis] = ()) -> tuple[Analysi
     unknown = [name for name in names if name not in known]
     if unknown:
         raise SettingsError(f"unknown analysis {unknown[0]!r}; known: {', '.join(known)}")
-    return (CHECKS, *(one for name, one in known.items() if name in names))
+    return (*ALWAYS, *(one for name, one in known.items() if name in names))
 
 
 def with_needed(names: Sequence[str]) -> list[str]:
@@ -46,7 +49,7 @@ def with_needed(names: Sequence[str]) -> list[str]:
         SettingsError: a name that is not known.
     """
     found: list[str] = []
-    for one in chosen(names)[1:]:
+    for one in chosen(names)[len(ALWAYS) :]:
         found += [*one.needs, one.name]
     return list(dict.fromkeys(found))
 
