@@ -254,7 +254,10 @@ def rows(markdown: str) -> dict[str, list[str]]:
 
 def test_sections_come_in_order_and_only_where_asked_for() -> None:
     assert [one.title for one in sections(result(tables()))] == ["Total effect", *TITLES]
-    assert [one.title for one in sections(result(tables(), analyses=["paths", "detect"]))] == ["Total effect", *TITLES[1:3]]
+    assert [one.title for one in sections(result(tables(), analyses=["paths", "detect"]))] == [
+        "Total effect",
+        *TITLES[1:3],
+    ]
     assert all(one.figure and "![" in one.markdown() for one in sections(result(tables()))[1:])
 
 
@@ -440,7 +443,9 @@ def test_where_te_is_negative_the_gates_carry_refusal_and_nothing_is_repaired() 
     assert "its NIE (sufficient) and its TIE (necessary) lie clear of 0" in made["gates"].finding
     assert "0 reach its NIE (p = 0.2)" in made["gates"].finding
     assert "changes by 1.7 [1.6, 1.8] logits, which undoes 85% of TE" in made["repair"].finding
-    assert "refusal" not in "".join(one.markdown() for one in sections(result(tables()))[1:]).replace("refusal-phrases", "")
+    assert "refusal" not in "".join(one.markdown() for one in sections(result(tables()))[1:]).replace(
+        "refusal-phrases", ""
+    )
 
 
 def test_attacks_are_counted_by_their_intervals() -> None:
