@@ -20,12 +20,13 @@ from remote_mediation.analyses import chosen
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.budget import LIBRARIES, Budget, batch_budget, weight_bytes
 from remote_mediation.engine.jobs import Job, Keys, batch_sizes, plan_jobs
-from remote_mediation.lab import FIRST_RATE, Study
+from remote_mediation.lab import Study
 from remote_mediation.later import Later, of_answers, pairs_of
 from remote_mediation.models import load_info, load_tokenizer
 from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings, listed_openings
 from remote_mediation.pairs import GivenOpenings
 from remote_mediation.result import Analysis
+from remote_mediation.runner import FIRST_RATE
 from remote_mediation.study import first_requests, outcome_of, prepare, prepare_placebos, prompts_of, unanswered
 
 if TYPE_CHECKING:

@@ -25,9 +25,10 @@ from remote_mediation.effects import Request
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.rows import Row
 from remote_mediation.errors import SettingsError
-from remote_mediation.lab import Indirect, Lab, Watch
+from remote_mediation.lab import Indirect, Lab
 from remote_mediation.report import PairText, write_report
 from remote_mediation.result import Analysis, Result
+from remote_mediation.runner import Watch
 from remote_mediation.sites import Site, check_site, family_of
 from remote_mediation.store import Store
 from remote_mediation.study import check_backend, measure_precision, prepared_lab, reread, run_study

@@ -19,23 +19,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from remote_mediation.runner import Watch
+
 SECONDS = 20.0
 """Between two lines."""
 
 
-class Reporter(Protocol):
-    """Sees how far a study is, and what its backend is doing (`lab.Watch`)."""
+class Reporter(Watch, Protocol):
+    """Sees how far a study is, and what its backend is doing."""
 
     def note(self, line: str) -> None:
         """What the backend is doing."""
-        ...
-
-    def total(self, rows: int) -> None:
-        """A new wave of rows begins."""
-        ...
-
-    def advance(self, rows: int) -> None:
-        """Some of them are done."""
         ...
 
 

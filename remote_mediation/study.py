@@ -29,7 +29,7 @@ from remote_mediation.engine.backend import Backend
 from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
 from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
-from remote_mediation.lab import Lab, Study, UnmeasuredError, Watch, placebo_id
+from remote_mediation.lab import Lab, Study, UnmeasuredError, placebo_id
 from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_openings, openings_of
 from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
 from remote_mediation.pairs import PromptPair, load_openings, load_pairs
@@ -37,6 +37,7 @@ from remote_mediation.placebo import components
 from remote_mediation.prompts import encode_after, render
 from remote_mediation.provenance import now, provenance
 from remote_mediation.result import Analysis, Finding, Result
+from remote_mediation.runner import Watch
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import spread
 from remote_mediation.store import Store

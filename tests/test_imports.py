@@ -15,7 +15,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("dequantise", "engine", "engine.program", "errors", "meter", "progress"),
+    ("dequantise", "engine", "engine.program", "errors", "meter"),
     ("planted", "planted.gate", "prompts", "provenance", "records", "show"),
     ("lock", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
@@ -30,7 +30,8 @@ ORDER = (
     ("engine.jobs",),
     ("engine.answers", "engine.backend", "engine.tasks"),
     ("effects", "store"),
-    ("lab", "summary"),
+    ("runner", "summary"),
+    ("lab", "progress"),
     ("later", "show.figures"),
     ("result",),
     ("show.words",),

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from remote_mediation.config import LogitSettings, NeuronSettings, Search, StudyConfig
 from remote_mediation.engine.local import LocalBackend
-from remote_mediation.lab import Watch
 from remote_mediation.planted.gate import Organism, planted_gate, save
 from remote_mediation.result import Result
+from remote_mediation.runner import Watch
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 
