@@ -93,7 +93,9 @@ def run(
 ) -> None:
     """Measure a study and write its report. The same command continues a run that was stopped."""
     config = _config(study, locals())
-    _measure(config, config.out or Path("runs") / (study.stem if study else "study"), show_text)
+    from remote_mediation.door import study_name
+
+    _measure(config, config.out or Path("runs") / (study_name(study) if study else "study"), show_text)
 
 
 @app.command(

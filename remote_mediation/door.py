@@ -76,13 +76,18 @@ def open_lab(
     if isinstance(study, StudyConfig):
         config, name = StudyConfig(**{**study.model_dump(), **settings}), "study"
     else:
-        config, name = load_config(Path(study), settings), Path(study).stem
+        config, name = load_config(Path(study), settings), study_name(Path(study))
     chosen(config.analyses, more)  # refuses unknown ones before a model is loaded
     folder = Path(out) if out else config.out or Path("runs") / name
     store = Store.create(folder, config.identity())
     if backend is not None:
         check_backend(config, backend)
     return OpenLab(config, store, backend or load_backend(config, note), watch, note, more)
+
+
+def study_name(file: Path) -> str:
+    """What a study file names its run folder: itself, or the folder of a `study.toml`."""
+    return file.resolve().parent.name if file.name == "study.toml" else file.stem
 
 
 def open_run(folder: str | Path, *, analyses: Sequence[Analysis] = ()) -> OpenRun:

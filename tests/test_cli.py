@@ -64,7 +64,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return run
 
 
-def study(folder: Path, model: str, settings: str = "", name: str = "study.toml") -> Path:
+def study(folder: Path, model: str, settings: str = "", name: str = "tiny.toml") -> Path:
     """A study file beside its six pairs, for which the file has answers."""
     write_pairs(folder / "pairs.jsonl", records(**ANSWERS))
     top = f'model = "{model}"\npairs = "pairs.jsonl"\n'
@@ -137,7 +137,7 @@ def test_pairs_are_looked_at_before_the_model(call: Run) -> None:
 
 
 SETTINGS = {
-    "colour = 1": ("study.toml", "unknown setting 'colour'", "--help"),
+    "colour = 1": ("tiny.toml", "unknown setting 'colour'", "--help"),
     "[neurons]\nwidth = 1": ("unknown setting 'neurons.width'", "--help"),
     'analyses = ["layer"]': ("analyses.0", "(got 'layer')", "'layers', 'modules'"),
     'outcome = "logits"': ("outcome", "(got 'logits')", "'response_logprob' or 'logit_diff'"),
@@ -145,7 +145,7 @@ SETTINGS = {
     'dtype = "float8"': ("dtype", "(got 'float8')", "'float32', 'bfloat16' or 'float16'"),
     "max_pairs = 1": ("max_pairs", "(got 1)", "greater than or equal to 2"),
     'outcome = "logit_diff"': ("logit_diff needs [logit_diff] with `plus` and `minus`",),
-    "model = ": ("study.toml", "is not TOML"),
+    "model = ": ("tiny.toml", "is not TOML"),
     'analyses = ["layers"]\n[positions]\nlayers = ["midle[0]"]': ("unknown position 'midle[0]'", "use one of edit,"),
     'analyses = ["heads"]\n[positions]\nheads = ["edit[x]"]': ("position 'edit[x]'", "no token number"),
     'analyses = ["heads"]\n[positions]\nheads = ["edit[7]"]': ("no pair has tokens", "'heads'", "[positions]"),
@@ -328,11 +328,11 @@ def tables(folder: Path) -> dict[str, bytes]:
     ids=["response_logprob", "logit_diff"],
 )
 def test_a_study_from_start_to_report(call: Run, tmp_path: Path, model: str, settings: str) -> None:
-    file, folder = study(tmp_path, model, settings), tmp_path / "runs/study"
+    file, folder = study(tmp_path, model, settings), tmp_path / "runs/tiny"
     ran = call("run", file)
     assert (ran.code, ran.err) == (0, "")
     assert "Total effect" in ran.out
-    assert "runs/study/report.md" in ran.out
+    assert "runs/tiny/report.md" in ran.out
     assert {path.name for path in folder.iterdir()} >= {"run.json", "pairs.jsonl", "effects.csv", "report.md"}
     first, jobs = tables(folder), measured(folder)
     assert b"flood-house" in first["effects.csv"]
@@ -355,10 +355,10 @@ def test_a_study_from_start_to_report(call: Run, tmp_path: Path, model: str, set
 
 
 def test_answers_are_shown_only_when_asked_for(call: Run, tmp_path: Path, model: str) -> None:
-    file, report = study(tmp_path, model), tmp_path / "runs/study/report.md"
+    file, report = study(tmp_path, model), tmp_path / "runs/tiny/report.md"
     call("run", file, "--analyses", "layers")
     assert "steal a car at night" not in report.read_text("utf-8")
-    assert call("report", "runs/study", "--show-text").code == 0
+    assert call("report", "runs/tiny", "--show-text").code == 0
     assert "steal a car at night" in report.read_text("utf-8")
     assert "sure here is a way" in report.read_text("utf-8")
 
@@ -376,14 +376,14 @@ def test_an_interrupted_run_goes_on(call: Run, tmp_path: Path, model: str, monke
         stopped = call("run", file)
     assert (stopped.code, len(jobs)) == (130, 1)
     assert stopped.err == "stopped; everything finished so far is kept, and the same command goes on from there\n"
-    assert len(measured(tmp_path / "runs/study")) == 1
+    assert len(measured(tmp_path / "runs/tiny")) == 1
 
-    partial = call("report", "runs/study")
+    partial = call("report", "runs/tiny")
     assert partial.code == 0
-    assert "not finished" in (tmp_path / "runs/study/report.md").read_text("utf-8")
+    assert "not finished" in (tmp_path / "runs/tiny/report.md").read_text("utf-8")
     assert call("run", file).code == 0
-    assert tables(tmp_path / "runs/study") == tables(tmp_path / "undisturbed")
-    assert "not finished" not in (tmp_path / "runs/study/report.md").read_text("utf-8")
+    assert tables(tmp_path / "runs/tiny") == tables(tmp_path / "undisturbed")
+    assert "not finished" not in (tmp_path / "runs/tiny/report.md").read_text("utf-8")
 
 
 @pytest.mark.slow
@@ -400,18 +400,18 @@ def test_ctrl_c(call: Run, tmp_path: Path, model: str) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored where tests run
     )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/study/readouts/*.npz")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("runs/tiny/readouts/*.npz")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "stopped; everything finished so far is kept, and the same command goes on from there\n"
-    assert measured(tmp_path / "runs/study")
+    assert measured(tmp_path / "runs/tiny")
 
     fast = study(tmp_path, model, settings.format(""))  # where and how it is cut up may change
     assert call("run", fast).code == 0
     assert call("run", fast, "--out", "undisturbed").code == 0
-    effects, undisturbed = (tmp_path / folder / "effects.csv" for folder in ("runs/study", "undisturbed"))
+    effects, undisturbed = (tmp_path / folder / "effects.csv" for folder in ("runs/tiny", "undisturbed"))
     assert len(effects.read_text("utf-8").splitlines()) == len(undisturbed.read_text("utf-8").splitlines()) > 300
 
 
@@ -588,7 +588,7 @@ FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
 def test_more_is_asked_of_a_run(
     call: Run, tmp_path: Path, model: str, more: str, analyses: list[str], titles: list[str]
 ) -> None:
-    file, folder = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS + FEW), tmp_path / "runs/study"
+    file, folder = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS + FEW), tmp_path / "runs/tiny"
     assert call("run", file).code == 0
     before, effects = measured(folder), (folder / "effects.csv").read_text("utf-8")
     extend = ("extend", folder, more, "--set", "intervene.tokens=2")
@@ -619,7 +619,7 @@ def test_any_setting_can_be_set(call: Run, tmp_path: Path, model: str) -> None:
     file = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS)
     chosen = ("--set", "positions.layers=['last']", "--set", "statistics.resamples=150", "--set", "max_pairs=4")
     assert call("run", file, *chosen).code == 0
-    config = json.loads((tmp_path / "runs/study/run.json").read_text("utf-8"))["config"]
+    config = json.loads((tmp_path / "runs/tiny/run.json").read_text("utf-8"))["config"]
     assert (config["positions"]["layers"], config["max_pairs"]) == (["last"], 4)
     assert config["statistics"]["resamples"] == 150
     refused(call("run", file, "--set", "positions.layer=last"), "unknown setting 'positions.layer'")
@@ -631,12 +631,12 @@ def test_any_setting_can_be_set(call: Run, tmp_path: Path, model: str) -> None:
 def test_a_section_of_the_report_can_be_shown(call: Run, tmp_path: Path, model: str) -> None:
     file = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS)
     assert call("run", file).code == 0
-    summary = call("show", "runs/study")
+    summary = call("show", "runs/tiny")
     assert summary.code == 0
     assert "Sections" in summary.out
-    shown = call("show", "runs/study", "layers")
+    shown = call("show", "runs/tiny", "layers")
     assert "residual stream" in " ".join(shown.out.split())
-    refused(call("show", "runs/study", "heads"), "this run has no section 'heads'; it has layers")
+    refused(call("show", "runs/tiny", "heads"), "this run has no section 'heads'; it has layers")
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
