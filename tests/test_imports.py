@@ -17,7 +17,7 @@ ROOT = Path(remote_mediation.__file__).parent
 ORDER = (
     ("dequantise", "engine", "engine.program", "errors", "meter"),
     ("planted", "planted.gate", "prompts", "provenance", "records", "show"),
-    ("lock", "wheels"),
+    ("engine.exchange", "lock", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
     ("placebo", "rates", "shares", "stats"),
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
