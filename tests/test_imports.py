@@ -14,7 +14,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for every analysis that no other builds on. A new module needs a place here.
 ORDER = (
-    ("analyses.claims", "dequantise", "engine", "engine.program", "errors", "meter"),
+    ("analyses.claims", "dequantise", "engine", "engine.program", "errors", "meter", "paths"),
     ("planted", "planted.gate", "prompts", "provenance", "records", "show"),
     ("lock", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
@@ -22,7 +22,7 @@ ORDER = (
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
     ("analyses.claims.verdicts", "detectors", "judges", "models", "placebo", "probes", "show.tables", "tokens"),
-    ("outcomes",),
+    ("outcomes", "shown"),
     ("config", "engine.coverage", "engine.rows", "openings"),
     ("contents", "engine.budget"),
     ("engine.payload",),
