@@ -184,20 +184,30 @@ def plan(
 @pairs_app.command(
     epilog="Examples:\n\n"
     "  remote-mediation pairs check builtin --model HuggingFaceTB/SmolLM2-135M-Instruct\n\n"
-    "  remote-mediation pairs check xstest_prompts.csv --model ./my-model"
+    "  remote-mediation pairs check study.toml --show theft-01"
 )
 def check(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="'builtin', or a JSONL or CSV file.")],
-    model: Annotated[str, typer.Option(help="Hub id or local folder whose tokenizer is used.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="'builtin', a file of pairs, '-', or a study file.")],
+    model: Annotated[str | None, typer.Option(help="Hub id or local folder whose tokenizer is used.")] = None,
+    show: Annotated[str | None, typer.Option(metavar="ID", help="Show a pair as the model gets it.")] = None,
 ) -> None:
-    """Tokenise and align pairs: token counts, edits, and what would be refused, with the reason."""
+    """Tokenise and align pairs: token counts, edits, what would be refused and why, and whether placebos are alike."""
+    from remote_mediation.config import load_config
     from remote_mediation.models import load_tokenizer
-    from remote_mediation.pairs import load_pairs
+    from remote_mediation.pairs import find_pair, load_pairs
+    from remote_mediation.shown import balanced, shown
     from remote_mediation.tokens import tokenise
 
     _quiet_libraries()
-    texts = load_pairs(file)
-    prepared = tokenise(texts, load_tokenizer(model))
+    study = Path(file) if file.endswith(".toml") else None
+    config = load_config(study, {"model": model, "pairs": None if study else file})
+    texts, form = load_pairs(config.pairs), config.prompt.form()
+    tokenizer = load_tokenizer(config.model, config.revision)
+    if show is not None:
+        for line in shown(find_pair(texts, show), tokenizer, form):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        return
+    prepared = tokenise(texts, tokenizer, form)
     table = Table("pair", "cluster", "tokens x0", "tokens x1", "edit from", "after edit", "template after")
     for pair in prepared.pairs:
         counts = (len(pair.x0), len(pair.x1), pair.first, pair.after, pair.post)
@@ -205,6 +215,8 @@ def check(
     console.print(table)
     for refusal in prepared.refusals:
         console.print(f"refused {refusal.id}: {refusal.reason}", highlight=False, markup=False, soft_wrap=True)
+    for line in balanced(texts, tokenizer):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
     console.print(
         f"{len(texts)} pairs: {len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"

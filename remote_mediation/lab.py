@@ -286,7 +286,7 @@ class Lab:
         """
         prepared = self._store.prepared(name)
         if prepared is None:
-            prepared = tokenise(texts(), self._present().tokenizer)
+            prepared = tokenise(texts(), self._present().tokenizer, self.study.config.prompt.form())
             self._store.save_prepared(prepared, name)
         return prepared
 

@@ -121,6 +121,19 @@ def load_pairs(source: str) -> tuple[PromptPair, ...]:
     return pairs
 
 
+def find_pair(pairs: Sequence[PromptPair], name: str) -> PromptPair:
+    """The pair of an id.
+
+    Raises:
+        PairsError: there is none; names near ones.
+    """
+    known = {pair.id: pair for pair in pairs}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3, 0.3) or list(known)[:3]
+        raise PairsError(f"no pair has the id {name!r}; there are {', '.join(map(repr, near))}")
+    return known[name]
+
+
 def _xstest(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """Pair XSTest's safe prompts with their unsafe contrasts, block by block and by id, whatever the rows' order."""
     by_type: dict[str, list[dict[str, Any]]] = {}

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from remote_mediation.errors import ModelError, PairsError, innermost
@@ -25,6 +25,8 @@ DATE = datetime(2024, 7, 26)
 NO_TEMPLATE = "none"
 ALONE = ("",)
 """Prompts of a continuation that stands behind none."""
+_DIRECTIVES = "aAbBdeHIjmMpSuUVwWyYZ"
+"""Letters of strftime that a template may use."""
 _MARKER = "qzmarkzq"
 # Added tokens that are not marked special and still look like parts of a template.
 _CONTROL = re.compile(r"[<\[|].*[>\]|]")
@@ -78,6 +80,8 @@ class Encoded(NamedTuple):
     post: int
     """Tokens that lie wholly after the user's text."""
     rendered: Rendered
+    offsets: tuple[tuple[int, int], ...]
+    """Where each token begins and ends in the rendered text."""
 
 
 def encode_prompt(
@@ -94,7 +98,7 @@ def encode_prompt(
             _refuse_control(text, tokenizer)
     rendered = render(request, tokenizer, form, turns)
     encoding = _encoded(rendered, tokenizer)
-    ids, offsets = tuple(encoding["input_ids"]), encoding["offset_mapping"]
+    ids, offsets = tuple(encoding["input_ids"]), tuple(map(tuple, encoding["offset_mapping"]))
     if not rendered.templated:  # what a tokenizer adds behind a text would end it before the answer
         added = encoding["special_tokens_mask"]
         ids = ids[: len(ids) - next((i for i, special in enumerate(reversed(added)) if not special), len(ids))]
@@ -103,8 +107,8 @@ def encode_prompt(
         i for i, (start, stop) in enumerate(offsets[: len(ids)]) if stop > rendered.begin and start < rendered.end
     ]
     _check_round_trip(rendered.text, [(ids[i], *offsets[i]) for i in inside], tokenizer)
-    behind = sum(start >= rendered.end for start, _ in offsets[: len(ids)])
-    return Encoded(ids, behind if rendered.templated or form.prefill else 0, rendered)
+    behind = sum(start >= rendered.end for start, _ in offsets)
+    return Encoded(ids, behind if rendered.templated or form.prefill else 0, rendered, offsets)
 
 
 def render(
@@ -148,17 +152,11 @@ def encode_after(prompts: Sequence[str], continuation: str, tokenizer: PreTraine
 
 def template_reads_date(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> bool:
     """Whether the prompts depend on what day it is taken to be."""
-    asked: list[str] = []
-
-    def noting(pattern: str) -> str:
-        asked.append(pattern)
-        return DATE.strftime(pattern)
-
     try:
-        _template(_MARKER, tokenizer, form, (), noting)
+        one, other = (_template(_MARKER, tokenizer, form, (), day) for day in (DATE, DATE + timedelta(days=400)))
     except PairsError:
         return False
-    return bool(asked)
+    return one != other
 
 
 def _template(
@@ -166,26 +164,35 @@ def _template(
     tokenizer: PreTrainedTokenizerBase,
     form: PromptForm,
     turns: Sequence[Turn],
-    strftime_now: Callable[[str], str] = DATE.strftime,
+    day: datetime = DATE,
 ) -> str:
+    """What a template makes of messages, on a day.
+
+    Raises:
+        PairsError: it fails, or there is no such template.
+    """
     variants = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if form.template and "{" not in form.template and form.template not in variants:
         raise PairsError(f"the tokenizer has no chat template {form.template!r}; it has {sorted(variants) or 'one'}")
     system = [Turn("system", form.system)] if form.system else []
     messages = [turn._asdict() for turn in (*system, *turns, Turn("user", request))]
-    arguments = {"strftime_now": strftime_now, **dict(form.arguments)}
     try:
+        template = _dated(tokenizer.get_chat_template(form.template or None), day)
         return str(
             tokenizer.apply_chat_template(
-                messages,
-                chat_template=form.template or None,
-                tokenize=False,
-                add_generation_prompt=True,
-                **arguments,
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True, **dict(form.arguments)
             )
         )
     except Exception as error:  # whatever a template's code raises
         raise PairsError(f"the chat template fails: {innermost(error)}; see [prompt] in the README") from error
+
+
+def _dated(template: str, day: datetime) -> str:
+    """A template whose `strftime_now` formats a day, in place of the function of this name that transformers gives."""
+    if "strftime_now" not in template:
+        return template
+    written = "".join(f" | replace('%{letter}', '{day.strftime(f'%{letter}')}')" for letter in _DIRECTIVES)
+    return "{%- macro strftime_now(format) -%}{{ format" + written + " }}{%- endmacro %}{{ '' }}" + template
 
 
 def _marker(request: str) -> str:

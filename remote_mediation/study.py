@@ -38,6 +38,7 @@ from remote_mediation.prompts import encode_after, render
 from remote_mediation.provenance import now, provenance
 from remote_mediation.result import Analysis, Finding, Result
 from remote_mediation.runner import Watch
+from remote_mediation.shown import described
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import spread
 from remote_mediation.store import Store
@@ -103,6 +104,12 @@ def prepared_lab(
         raise StoreError(f"{store.folder} holds a run on other pairs, {config.pairs} has changed; choose another --out")
     info = as_begun(backend.info, begun, store.folder)
     files = unchanged_files(config, begun, store.folder)
+    prompts = described(select(load_pairs(config.pairs), config.max_pairs), backend.tokenizer, config.prompt.form())
+    if begun.get("prompts", prompts) != prompts:
+        raise StoreError(
+            f"{store.folder} holds a run whose prompts are rendered otherwise: the chat template has changed since; "
+            "choose another --out"
+        )
     prepared = store.prepared() or prepare(config, backend.tokenizer)
     placebos = store.prepared(PLACEBOS) or prepare_placebos(config, prepared.pairs, backend.tokenizer)
     outcome = outcome_of(config, backend.tokenizer)
@@ -110,7 +117,7 @@ def prepared_lab(
     # Refuses sites that are not there, and the lab pairs that cannot be split.
     first_requests(study, chosen(config.analyses, more))
     lab = Lab(study, store, backend, watch, variants)
-    known = {"texts": texts, "content": backend.info.weights, "files": files}
+    known = {"texts": texts, "content": backend.info.weights, "files": files, "prompts": prompts}
     record = {**provenance(), **begun, **_described(study), **known, "seconds": begun.get("seconds", 0.0)}
     store.save_record(record)
     store.save_prepared(prepared)
@@ -180,7 +187,7 @@ def prepare_placebos(config: StudyConfig, pairs: Sequence[TokenPair], tokenizer:
         for text in select(load_pairs(config.pairs), config.max_pairs)
         if text.placebo and placebo_id(text.id) in clusters
     ]
-    prepared = tokenise(texts, tokenizer)
+    prepared = tokenise(texts, tokenizer, config.prompt.form())
     return Prepared(tuple(replace(pair, cluster=clusters[pair.id]) for pair in prepared.pairs), prepared.refusals)
 
 
@@ -227,11 +234,10 @@ def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared
         PairsError: they cannot be read, or fewer than two can be run.
     """
     texts = select(load_pairs(config.pairs), config.max_pairs)
-    prepared = tokenise(texts, tokenizer)
+    prepared = tokenise(texts, tokenizer, config.prompt.form())
     if config.outcome == "response_logprob":
         given = {text.id: text for text in texts}
-        tokens = config.response_logprob.tokens
-        answered = [_given(pair, given[pair.id], tokenizer, tokens) for pair in prepared.pairs]
+        answered = [_given(config, pair, given[pair.id], tokenizer) for pair in prepared.pairs]
         prepared = _sorted_out(answered, prepared.refusals)
     check_enough(prepared)
     return prepared
@@ -260,12 +266,15 @@ def unanswered(pair: TokenPair) -> list[tuple[int, ...]]:
     return [ids for ids, answer in zip((pair.x1, pair.x0), pair.answers, strict=True) if not answer]
 
 
-def _given(pair: TokenPair, text: PromptPair, tokenizer: PreTrainedTokenizerBase, tokens: int) -> TokenPair | Refusal:
+def _given(
+    config: StudyConfig, pair: TokenPair, text: PromptPair, tokenizer: PreTrainedTokenizerBase
+) -> TokenPair | Refusal:
     """A pair with the answers that its file gives, behind their own prompts; empty where it gives none."""
     responses = ((text.harmful, text.harmful_response), (text.harmless, text.harmless_response))
+    form, tokens = config.prompt.form(), config.response_logprob.tokens
     try:
         harmful, harmless = (
-            encode_after([render(request, tokenizer).text], response, tokenizer)[:tokens] if response else ()
+            encode_after([render(request, tokenizer, form).text], response, tokenizer)[:tokens] if response else ()
             for request, response in responses
         )
     except PairsError as error:
@@ -322,10 +331,11 @@ def outcome_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Outco
 def prompts_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Rendered prompts that stand for all of a study's: one of each end that they have."""
     found: dict[str, str] = {}
+    form = config.prompt.form()
     for pair in select(load_pairs(config.pairs), config.max_pairs):
         for request in filter(None, (pair.harmless, pair.harmful, pair.placebo)):
             with contextlib.suppress(PairsError):  # its pair is refused
-                text = render(request, tokenizer).text
+                text = render(request, tokenizer, form).text
                 found.setdefault(text[-_END:], text)
     return list(found.values())
 

@@ -210,11 +210,10 @@ def from_record(record: dict[str, Any]) -> TokenPair:
 
 def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> TokenPair | Refusal:
     try:
-        (x0, post0, _), (x1, post1, _) = (
-            encode_prompt(text, tokenizer, form) for text in (pair.harmless, pair.harmful)
-        )
+        harmless, harmful = (encode_prompt(text, tokenizer, form) for text in (pair.harmless, pair.harmful))
     except PairsError as error:
         return Refusal(pair.id, str(error))
+    x0, x1 = harmless.ids, harmful.ids
     if x0 == x1:
         return Refusal(pair.id, "both prompts have the same tokens")
     shorter = min(len(x0), len(x1))
@@ -225,4 +224,4 @@ def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptFor
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens differ by more than {MAX_EDIT_DIFFERENCE}")
     if edits[0] != edits[1] and after == 0:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens reach the last token: nothing to align by")
-    return TokenPair(pair.id, pair.id, pair.category, x0, x1, first, after, min(post0, post1, after))
+    return TokenPair(pair.id, pair.id, pair.category, x0, x1, first, after, min(harmless.post, harmful.post, after))

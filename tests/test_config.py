@@ -129,6 +129,7 @@ def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
         ({"logit_diff": {"plus": ["a"], "minus": ["b"]}}, False),
         ({"dtype": "float16"}, False),
         ({"seed": 1}, False),
+        ({"prompt": {"system": "Be brief."}}, False),
         ({"refusal": {"openings": "builtin"}}, False),
         ({"response_logprob": {"tokens": 3}}, False),
         ({"positions": {"heads": ["all"]}}, True),

@@ -15,7 +15,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("dequantise", "engine", "engine.program", "errors", "meter"),
+    ("dequantise", "engine", "engine.program", "errors", "meter", "paths"),
     ("planted", "planted.gate", "prompts", "provenance", "records", "show"),
     ("engine.exchange", "lock", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "sites"),
@@ -23,7 +23,7 @@ ORDER = (
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
     ("judges", "models", "probes", "show.tables", "tokens"),
-    ("outcomes", "show.section"),
+    ("outcomes", "show.section", "shown"),
     ("config", "engine.coverage", "engine.rows"),
     ("contents", "engine.budget", "openings"),
     ("engine.payload",),
