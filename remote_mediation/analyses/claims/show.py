@@ -203,9 +203,11 @@ def _cell(row: pd.Series, name: str) -> str:
 
 def _with_slope(row: pd.Series, side: str) -> str:
     """A share, and the slope on TE; an accuracy has none."""
-    shown = NONE if pd.isna(row[side]) else _cell(row, side)
+    parts = [] if pd.isna(row[side]) else [_cell(row, side)]
     slope = row[f"beta_{side}"]
-    return shown if row["of"] != "TE" or pd.isna(slope) else f"{shown}, β {number(slope)}"
+    if row["of"] == "TE" and not pd.isna(slope):
+        parts.append(f"β {number(slope)}")
+    return ", ".join(parts) or NONE
 
 
 def _label(row: pd.Series) -> str:
