@@ -15,9 +15,9 @@ ROOT = Path(remote_mediation.__file__).parent
 # `analyses.*` stands for every analysis that no other builds on. A new module needs a place here.
 ORDER = (
     ("analyses.claims", "dequantise", "engine", "engine.program", "errors", "meter"),
-    ("planted", "planted.gate", "provenance", "records", "show"),
-    ("lock", "wheels"),
-    ("engine.server", "fetch", "intervals", "pairs", "sites"),
+    ("planted", "planted.words", "provenance", "records", "show"),
+    ("lock", "planted.canvas", "wheels"),
+    ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
     ("placebo", "rates", "shares", "stats"),
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
@@ -49,7 +49,10 @@ AT_ONCE = {
     "engine.program": {"nnsight", "torch", "transformers"},
     "engine.local": {"nnsight", "torch"},
     "engine.remote": {"nnsight", "torch"},
+    "planted.canvas": {"torch", "transformers"},
+    "planted.cases": {"torch", "transformers"},
     "planted.gate": {"torch", "transformers"},
+    "planted.words": {"torch", "transformers"},
 }
 LAZILY = {
     "dequantise": {"torch", "transformers"},
