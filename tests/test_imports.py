@@ -28,7 +28,7 @@ ORDER = (
     ("engine.budget",),
     ("engine.payload",),
     ("engine.jobs",),
-    ("engine.answers", "engine.backend", "engine.tasks"),
+    ("engine.answers", "engine.backend", "engine.samples", "engine.tasks"),
     ("effects", "store"),
     ("lab",),
     ("analyses.claims.samples", "analyses.claims.specification", "analyses.neurons", "covered"),
