@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from remote_mediation.config import StudyConfig
-from remote_mediation.errors import SettingsError
+from remote_mediation.errors import PairsError, SettingsError
 from remote_mediation.outcomes import Openings, Outcome, own_openings, prefix_free, refusal
 from remote_mediation.pairs import GivenOpenings, load_openings
+from remote_mediation.prompts import ALONE, encode_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,28 +40,39 @@ def listed_openings(config: StudyConfig) -> GivenOpenings | None:
     return load_openings(config.pairs)
 
 
-def given_openings(compliant: Sequence[str], refusing: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Outcome:
-    """The outcome of openings as text.
+def given_openings(
+    compliant: Sequence[str],
+    refusing: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] = ALONE,
+) -> Outcome:
+    """The outcome of openings as text. prompts: what they stand behind, rendered.
 
     Raises:
-        SettingsError: an opening without tokens, one that begins another, or a side without any.
+        SettingsError: an opening that cannot be read behind these prompts, one that begins another, or a side without
+            any.
     """
-    return refusal(*(prefix_free(_encoded(text, tokenizer) for text in side) for side in (compliant, refusing)))
+    return refusal(
+        *(prefix_free(_encoded(text, tokenizer, prompts) for text in side) for side in (compliant, refusing))
+    )
 
 
 def openings_of(
-    answers: Sequence[tuple[int, ...]], refuses: Sequence[bool], tokenizer: PreTrainedTokenizerBase
+    answers: Sequence[tuple[int, ...]],
+    refuses: Sequence[bool],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] = ALONE,
 ) -> Outcome:
     """The outcome of a model's own answers; a side without any takes the list above, as far as the other lacks it.
 
-    answers: token ids. refuses: a judge's word on each.
+    answers: token ids. refuses: a judge's word on each. prompts: what openings stand behind, rendered.
     """
     first = [answer[:OWN_TOKENS] for answer in answers]
     sides = [
         [one for one, no in zip(first, refuses, strict=True) if one and no is refusing] for refusing in (False, True)
     ]
     own = own_openings(*sides)
-    listed = [prefix_free(_encoded(text, tokenizer) for text in side if text.strip()) for side in (COMPLIANT, REFUSING)]
+    listed = [prefix_free(_encoded(text, tokenizer, prompts) for text in side) for side in (COMPLIANT, REFUSING)]
     compliant, refusing = (found or instead for found, instead in zip(own, listed, strict=True))
     if not own[0]:
         compliant = _apart(compliant, refusing)
@@ -78,9 +90,13 @@ def _apart(listed: Openings, others: Openings) -> Openings:
     )
 
 
-def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _encoded(text: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> tuple[int, ...]:
     """Token ids of an opening without trailing blanks, which would be part of the next word's token."""
-    ids = tuple(tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"])
-    if not ids:
-        raise SettingsError(f"the opening {text!r} has no tokens; give text")
+    opening = text.rstrip()
+    try:
+        ids, further = (encode_after(prompts, words, tokenizer) for words in (opening, f"{opening} the"))
+    except PairsError as error:
+        raise SettingsError(f"the opening {text!r} cannot be read: {error}") from error
+    if further[: len(ids)] != ids:
+        raise SettingsError(f"the opening {text!r} has other tokens once it goes on; end it with a whole word")
     return ids

@@ -46,7 +46,7 @@ class PromptPair:
     category: str
     """Kind of harm; for tables only."""
     template: str
-    """Sentence frame; pairs of one template are one cluster. Empty: the pair is its own cluster."""
+    """Sentence frame; pairs of one template belong together (`placebo.components`). Empty: shared with nobody."""
     placebo: str = ""
     """Another harmless prompt, xp, that differs from `harmless` in the same words as `harmful` does; empty: none."""
     harmful_response: str = ""
@@ -119,6 +119,19 @@ def load_pairs(source: str) -> tuple[PromptPair, ...]:
         raise PairsError(f"{source} holds no pairs; give at least one record with {', '.join(_REQUIRED)}")
     _check_pairs(pairs, source)
     return pairs
+
+
+def find_pair(pairs: Sequence[PromptPair], name: str) -> PromptPair:
+    """The pair of an id.
+
+    Raises:
+        PairsError: there is none; names near ones.
+    """
+    known = {pair.id: pair for pair in pairs}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3, 0.3) or list(known)[:3]
+        raise PairsError(f"no pair has the id {name!r}; there are {', '.join(map(repr, near))}")
+    return known[name]
 
 
 def _xstest(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import nnsight
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 
 def execute(model: Any, payload: dict[str, Any], backend: Any = None) -> list[torch.Tensor]:
@@ -434,17 +434,12 @@ def generate(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch
 
     Every answer has all its tokens, whatever follows its end.
     """
-    width, tokens = max(len(ids) for ids in context["prompts"]), context["tokens"]
-    ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in context["prompts"]])
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in context["prompts"]])
-    never = spec["vocab"]  # no token ends an answer, so that every step runs
-    with model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=never, pad_token_id=0
-    ) as tracer:
-        for _ in tracer.iter[:tokens]:
+    ids, mask = left_padded(context["prompts"])
+    with model.generate(input_ids=ids, attention_mask=mask, **every_step(spec, context["tokens"])) as tracer:
+        for _ in tracer.iter[: context["tokens"]]:
             hold(model, spec, context["held"], 1)
         found = tracer.result
-    new: torch.Tensor = found[:, width:].float().reshape(1, -1)
+    new: torch.Tensor = found[:, ids.shape[1] :].float().reshape(1, -1)
     return new
 
 
@@ -496,7 +491,7 @@ def left_padded(prompts: tuple[tuple[int, ...], ...]) -> tuple[torch.Tensor, tor
 
 def every_step(spec: dict[str, Any], tokens: int) -> dict[str, Any]:
     """Arguments of a greedy generation that no token ends, so that every step runs."""
-    return {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": spec["vocab"], "pad_token_id": 0}
+    return {**greedy(), "max_new_tokens": tokens, "eos_token_id": spec["vocab"]}
 
 
 def uniform(seed: int, tokens: int, samples: int) -> torch.Tensor:
@@ -536,6 +531,18 @@ def next_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -
     found = torch.cat([chosen.float(), logits.gather(1, chosen).float()], 1).T
     logits.scatter_(1, chosen, torch.inf)
     return found
+
+
+def greedy() -> dict[str, Any]:
+    """Every setting of generation, so that none is left to the checkpoint's own generation_config.
+
+    What is not given as an argument, transformers takes from there; `None` counts as given.
+    """
+    neutral = {**dict.fromkeys(vars(GenerationConfig())), **GenerationConfig._get_default_generation_params()}
+    for name in ("max_length", "transformers_version", "_from_model_config", "_commit_hash", "_original_object_hash"):
+        neutral.pop(name, None)
+    ours = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True, "pad_token_id": 0}
+    return {**neutral, **ours}
 
 
 def drift(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:

@@ -42,13 +42,31 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 _NOUN_TABLE = {
-    "weapon": (("bomb", "lamp"), ("rifle", "chair"), ("grenade", "basket"), ("missile", "ladder")),
-    "poison": (("poison", "syrup"), ("venom", "butter"), ("arsenic", "cocoa"), ("toxin", "vitamin")),
-    "malware": (("virus", "script"), ("trojan", "widget"), ("rootkit", "plugin"), ("keylogger", "keyboard")),
-    "fraud": (("forgery", "painting"), ("scam", "recipe"), ("bribe", "gift"), ("ransom", "invoice")),
+    "weapon": (
+        "bomb lamp kettle, rifle chair bench, grenade basket bucket, missile ladder shelf, dagger spoon fork, "
+        "pistol candle lantern, mortar teapot vase, landmine doormat curtain, crossbow guitar flute, "
+        "torpedo kayak sledge, bayonet pencil crayon, cannon wagon trolley"
+    ),
+    "poison": (
+        "poison syrup honey, venom butter cheese, arsenic cocoa cinnamon, toxin vitamin mineral, "
+        "cyanide vinegar mustard, ricin barley oatmeal, strychnine marmalade custard, sarin soup broth, "
+        "mercury juice cider, hemlock parsley basil, nightshade spinach lettuce, antifreeze lemonade milk"
+    ),
+    "malware": (
+        "virus script macro, trojan widget button, rootkit plugin theme, keylogger keyboard monitor, "
+        "worm cursor icon, spyware calendar clock, ransomware spreadsheet slideshow, botnet website weblog, "
+        "backdoor headline footer, exploit tutorial manual, adware browser editor, dropper folder archive"
+    ),
+    "fraud": (
+        "forgery painting drawing, scam recipe menu, bribe gift present, ransom invoice receipt, "
+        "swindle speech toast, counterfeit souvenir postcard, blackmail birthday wedding, extortion donation raffle, "
+        "embezzlement bookkeeping budgeting, phishing fishing sailing, laundering ironing sewing, "
+        "racketeering gardening knitting"
+    ),
 }
-"""Category → (harmful noun, its harmless counterpart)."""
-_NOUN_PAIRS = tuple((category, *nouns) for category, pairs in _NOUN_TABLE.items() for nouns in pairs)
+"""Category → (harmful noun, its harmless counterpart, another harmless one), three and three; each noun stands once."""
+_NOUNS = tuple((category, *nouns.split()) for category, listed in _NOUN_TABLE.items() for nouns in listed.split(", "))
+"""Category, harmful noun, harmless noun, placebo."""
 _FILLERS = (
     *("please", "tell", "me", "how", "to", "make", "the", "old", "new", "small", "quiet", "green", "plain", "simple"),
     *("quick", "one", "that", "we", "you", "they", "can", "could", "would", "should", "about", "near", "under"),
@@ -57,10 +75,9 @@ _FILLERS = (
     *("letter", "story", "paper", "window", "table", "explain", "describe", "show", "write", "find", "build", "hide"),
     *("carry", "keep", "move", "today", "again", "slowly", "safely", "there", "here"),
 )
-_NOUNS = tuple(noun for _, *pair in _NOUN_PAIRS for noun in pair)
-_VOCABULARY = {word: i for i, word in enumerate((*_SPECIALS, _PLUS, _MINUS, *_FILLERS, *_NOUNS))}
+_WORDS = (*_SPECIALS, _PLUS, _MINUS, *_FILLERS, *(noun for _, *nouns in _NOUNS for noun in nouns))
+_VOCABULARY = {word: i for i, word in enumerate(_WORDS)}
 """Word → token id."""
-_FRAMES, _PAIRS_PER_FRAME = 18, 3
 _SHORTEST_FRAME, _LONGEST_FRAME = 6, 14
 
 _HEADS = 4
@@ -68,7 +85,7 @@ _READERS, _RELAY_LAYERS, _RELAYS_PER_LAYER, _MOST_GATES = 3, 2, 3, 6
 _AMPLITUDE = {"const": 4.0, "noun": 3.0, "word": 3.0, "concept": 3.0, "moved": 2.5, "relayed": 2.5, "answer": 4.0}
 """Length of each planted feature in the residual stream; a token's embedding has length sqrt(d_model).
 
-const: in every token, serves as a bias. noun: in both nouns of a pair, so that attention is the same in both prompts.
+const: in every token, serves as a bias. noun: in all nouns of a pair, so that attention is the same in its prompts.
 word: in harmful nouns. concept, moved, relayed, answer: written by reader, movers, relays, gate.
 """
 _GAIN = 4.0
@@ -104,10 +121,12 @@ class Pair(NamedTuple):
     """The treatment prompt, x1."""
     harmless: str
     """The control prompt, x0; as many tokens as x1, one of them different."""
+    placebo: str
+    """The control prompt with another harmless noun, xp."""
     category: str
     """Kind of harm."""
     template: str
-    """The frame of words around the noun; pairs of one frame are one cluster."""
+    """The frame of words around the noun, each pair's own."""
 
 
 class Planted(NamedTuple):
@@ -146,7 +165,7 @@ class Organism:
     tokenizer: PreTrainedTokenizerFast
     """One token per word; its chat template puts two tokens after the user's text, `<end>` and `<assistant>`."""
     pairs: tuple[Pair, ...]
-    """54 pairs in 18 frames."""
+    """48 pairs; no two of them share a frame or a noun, so each is a component of its own."""
     plus_token: str
     """The complying answer, a word of the vocabulary; greedy after most harmful prompts."""
     minus_token: str
@@ -209,23 +228,18 @@ def _draw_truth(generator: Generator, layers: int, d_ff: int) -> Truth:
 
 
 def _draw_pairs(generator: Generator) -> tuple[Pair, ...]:
-    """Frames of random words with a noun at a random place; all noun pairs come up about equally often."""
-    order = torch.randperm(len(_NOUN_PAIRS), generator=generator).tolist()
+    """Frames of random words, each with its own nouns at a random place, in random order."""
+    order = torch.randperm(len(_NOUNS), generator=generator).tolist()
     pairs: list[Pair] = []
-    for frame in range(_FRAMES):
+    for number, which in enumerate(order):
         length = _SHORTEST_FRAME + _draw_below(generator, _LONGEST_FRAME - _SHORTEST_FRAME + 1)
         words = [_FILLERS[_draw_below(generator, len(_FILLERS))] for _ in range(length)]
         place = _draw_below(generator, length)
-        for k in range(frame * _PAIRS_PER_FRAME, (frame + 1) * _PAIRS_PER_FRAME):
-            pairs.append(_pair(f"frame{frame:02d}", words, place, *_NOUN_PAIRS[order[k % len(order)]]))
+        category, *nouns = _NOUNS[which]
+        harmful, harmless, placebo = (" ".join([*words[:place], noun, *words[place + 1 :]]) for noun in nouns)
+        template = f"frame{number:02d}"
+        pairs.append(Pair(f"{template}-{nouns[0]}", harmful, harmless, placebo, category, template))
     return tuple(pairs)
-
-
-def _pair(template: str, words: Sequence[str], place: int, category: str, harmful: str, harmless: str) -> Pair:
-    with_harmful, with_harmless = (
-        " ".join([*words[:place], noun, *words[place + 1 :]]) for noun in (harmful, harmless)
-    )
-    return Pair(f"{template}-{harmful}", with_harmful, with_harmless, category, template)
 
 
 def _draw_below(generator: Generator, bound: int) -> int:
@@ -324,8 +338,8 @@ def _keep_off_planted_directions(model: LlamaForCausalLM, stream: _Stream) -> No
 def _write_embedding(weight: Tensor, stream: _Stream) -> None:
     """Give every token const, the nouns noun and word, and random mass elsewhere up to length sqrt(d_model)."""
     planted = stream.write("const").repeat(len(weight), 1)
-    for _, harmful, harmless in _NOUN_PAIRS:
-        planted[[_VOCABULARY[harmful], _VOCABULARY[harmless]]] += stream.write("noun")
+    for _, harmful, *harmless in _NOUNS:
+        planted[[_VOCABULARY[noun] for noun in (harmful, *harmless)]] += stream.write("noun")
         planted[_VOCABULARY[harmful]] += stream.write("word")
     room = (weight.shape[1] - planted.square().sum(1, keepdim=True)).sqrt()
     rest = stream.damp(weight, 0.0)

@@ -18,10 +18,11 @@ from rich.table import Table
 
 from remote_mediation.config import LogitSettings, NeuronSettings, Search, StudyConfig
 from remote_mediation.engine.local import LocalBackend
-from remote_mediation.lab import Watch
 from remote_mediation.planted.gate import Organism, planted_gate, save
+from remote_mediation.result import Result
+from remote_mediation.runner import Watch
 from remote_mediation.store import Store
-from remote_mediation.study import Result, run_study
+from remote_mediation.study import run_study
 
 Neuron = tuple[int, int]
 
@@ -109,7 +110,7 @@ def _config(organism: Organism, folder: Path, seed: int, search: Search) -> Stud
 
 def _compared(seed: int, organism: Organism, result: Result) -> SelfCheck:
     gate, layers = organism.truth.gate, result.study.info.layers
-    found = result.summary.mediators
+    found = result.tables["mediators.csv"]
     late = found[found["mediates"] & (found["layer"] >= 2 * layers / 3)]
     return SelfCheck(
         seed=seed,
