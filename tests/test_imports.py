@@ -28,7 +28,7 @@ ORDER = (
     ("contents", "engine.budget", "openings"),
     ("engine.payload",),
     ("engine.jobs",),
-    ("engine.answers", "engine.backend", "engine.tasks"),
+    ("engine.answers", "engine.backend", "engine.samples", "engine.tasks"),
     ("effects", "store"),
     ("runner", "summary"),
     ("lab", "progress"),
