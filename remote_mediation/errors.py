@@ -17,6 +17,14 @@ MediationError
 from __future__ import annotations
 
 
+def innermost(error: BaseException) -> str:
+    """The cause at the bottom of an exception, as one line that names its kind where its text does not say enough."""
+    while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = cause
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (OSError, ValueError)) and text else f"{type(error).__name__}: {text}"
+
+
 class MediationError(Exception):
     """Root of all errors raised on purpose by this package."""
 

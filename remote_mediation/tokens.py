@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remote_mediation.errors import PairsError, SiteError
 from remote_mediation.pairs import PromptPair
+from remote_mediation.placebo import components
+from remote_mediation.prompts import PLAIN, PromptForm, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +73,7 @@ class TokenPair:
     id: str
     """Of the `PromptPair`."""
     cluster: str
-    """What statistics resample: the template, or the pair itself."""
+    """What statistics resample: the component of pairs that share a template, a prompt or an edit word."""
     category: str
     """Of the `PromptPair`."""
     x0: tuple[int, ...]
@@ -161,14 +163,26 @@ class Prepared(NamedTuple):
     refusals: tuple[Refusal, ...]
 
 
-def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Tokenise and align pairs, with the tokenizer's chat template when it has one."""
+def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> Prepared:
+    """Tokenise and align pairs, with the tokenizer's chat template when it has one. form: what else is around them.
+
+    A pair that is refused links no others: clusters are the components of the pairs that can be run.
+
+    Raises:
+        ModelError: the tokenizer does not say where in a text its tokens lie.
+    """
     done: list[TokenPair] = []
+    used: list[PromptPair] = []
     refused: list[Refusal] = []
     for pair in pairs:
-        outcome = _align(pair, tokenizer)
-        (done if isinstance(outcome, TokenPair) else refused).append(outcome)  # type: ignore[arg-type]
-    return Prepared(tuple(done), tuple(refused))
+        outcome = _align(pair, tokenizer, form)
+        if isinstance(outcome, Refusal):
+            refused.append(outcome)
+            continue
+        done.append(outcome)
+        used.append(pair)
+    clustered = [replace(pair, cluster=name) for pair, name in zip(done, components(used), strict=True)]
+    return Prepared(tuple(clustered), tuple(refused))
 
 
 def with_answers(pair: TokenPair, answers: tuple[tuple[int, ...], tuple[int, ...]]) -> TokenPair | Refusal:
@@ -179,18 +193,6 @@ def with_answers(pair: TokenPair, answers: tuple[tuple[int, ...], tuple[int, ...
     if answers[0] == answers[1]:
         return Refusal(pair.id, "both prompts have the same answer, so the outcome is 0 by definition")
     return replace(pair, answers=answers)
-
-
-def encode_response(text: str, pair_id: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[int, ...]:
-    """The first tokens of a response text.
-
-    Raises:
-        PairsError: the text has no tokens.
-    """
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
-    if not ids:
-        raise PairsError(f"pair {pair_id!r}: the response {text!r} has no tokens; give text, or leave the field empty")
-    return ids
 
 
 def to_record(pair: TokenPair) -> dict[str, Any]:
@@ -206,8 +208,12 @@ def from_record(record: dict[str, Any]) -> TokenPair:
     return TokenPair(**{**record, **ids, "answers": answers, "openings": openings})
 
 
-def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair | Refusal:
-    (x0, post0), (x1, post1) = (_encode(text, tokenizer) for text in (pair.harmless, pair.harmful))
+def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> TokenPair | Refusal:
+    try:
+        harmless, harmful = (encode_prompt(text, tokenizer, form) for text in (pair.harmless, pair.harmful))
+    except PairsError as error:
+        return Refusal(pair.id, str(error))
+    x0, x1 = harmless.ids, harmful.ids
     if x0 == x1:
         return Refusal(pair.id, "both prompts have the same tokens")
     shorter = min(len(x0), len(x1))
@@ -218,16 +224,4 @@ def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair | 
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens differ by more than {MAX_EDIT_DIFFERENCE}")
     if edits[0] != edits[1] and after == 0:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens reach the last token: nothing to align by")
-    cluster = pair.template or pair.id
-    return TokenPair(pair.id, cluster, pair.category, x0, x1, first, after, min(post0, post1, after))
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int]:
-    """Token ids of a prompt, and how many of them lie wholly after the user's text."""
-    if not tokenizer.chat_template:
-        return tuple(tokenizer(text)["input_ids"]), 0
-    messages = [{"role": "user", "content": text}]
-    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    encoding = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    end = rendered.rfind(text.strip()) + len(text.strip())
-    return tuple(encoding["input_ids"]), sum(1 for start, _ in encoding["offset_mapping"] if start >= end)
+    return TokenPair(pair.id, pair.id, pair.category, x0, x1, first, after, min(harmless.post, harmful.post, after))
