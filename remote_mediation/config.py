@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from remote_mediation.errors import SettingsError
 from remote_mediation.judges import DEFAULT_JUDGE
+from remote_mediation.openings import JUDGED_TOKENS
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 from remote_mediation.paths import resolved
@@ -227,6 +228,13 @@ class StudyConfig(_Strict):
     def seconds_per_job(self) -> float:
         """`job_seconds`, or the default of the backend."""
         return self.job_seconds or (60.0 if self.backend == "ndif" else 5.0)
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer that is read or generated behind a prompt."""
+        own = {"refusal": JUDGED_TOKENS, "response_logprob": self.response_logprob.tokens}.get(self.outcome, 1)
+        said = self.intervene.tokens if {"intervene", "attacks"} & set(self.analyses) else 0
+        return max(own, said)
 
     def identity(self) -> dict[str, Any]:
         """What makes this study this study: model, pairs and outcome. What is asked of it may change."""

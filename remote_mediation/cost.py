@@ -131,8 +131,8 @@ def estimate(config: StudyConfig) -> Estimate:
         SiteError: the study names something that the model does not have.
     """
     info, tokenizer = load_info(config.model, config.revision), load_tokenizer(config.model, config.revision)
-    prepared = prepare(config, tokenizer)
-    placebos = prepare_placebos(config, prepared.pairs, tokenizer).pairs
+    prepared = prepare(config, tokenizer, info)
+    placebos = prepare_placebos(config, prepared.pairs, tokenizer, info).pairs
     asked = Study(config, info, outcome_of(config, tokenizer), *prepared, placebos)
     study = _guessed(asked, tokenizer)
     pairs = study.pairs

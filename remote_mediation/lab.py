@@ -32,7 +32,7 @@ from remote_mediation.pairs import PromptPair
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import split_clusters
 from remote_mediation.store import Store, Submitted
-from remote_mediation.tokens import Prepared, Refusal, TokenPair, tokenise
+from remote_mediation.tokens import Prepared, Refusal, TokenPair, fitting, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -314,7 +314,9 @@ class Lab:
         """
         prepared = self._store.prepared(name)
         if prepared is None:
-            prepared = tokenise(texts(), self._present().tokenizer, self.study.config.prompt.form())
+            config = self.study.config
+            found = tokenise(texts(), self._present().tokenizer, config.prompt.form())
+            prepared = fitting(found, self.study.info, config.longest_answer)
             self._store.save_prepared(prepared, name)
         return prepared
 

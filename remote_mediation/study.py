@@ -40,7 +40,7 @@ from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import spread
 from remote_mediation.store import Store
 from remote_mediation.summary import CHECKS, Summary, summarise
-from remote_mediation.tokens import Prepared, Refusal, TokenPair, tokenise, with_answers
+from remote_mediation.tokens import Prepared, Refusal, TokenPair, fitting, tokenise, with_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,8 +114,8 @@ def prepared_lab(
             f"{store.folder} holds a run whose prompts are rendered otherwise: the chat template has changed since; "
             "choose another --out"
         )
-    prepared = store.prepared() or prepare(config, backend.tokenizer)
-    placebos = store.prepared(PLACEBOS) or prepare_placebos(config, prepared.pairs, backend.tokenizer)
+    prepared = store.prepared() or prepare(config, backend.tokenizer, info)
+    placebos = store.prepared(PLACEBOS) or prepare_placebos(config, prepared.pairs, backend.tokenizer, info)
     outcome = outcome_of(config, backend.tokenizer)
     study = Study(config, info, outcome, *prepared, placebos.pairs)
     first_requests(study)  # refuses sites that are not there, and the lab pairs that cannot be split
@@ -185,7 +185,9 @@ def chosen_openings(lab: Lab) -> Outcome:
     return refusal(compliant, refusing)
 
 
-def prepare_placebos(config: StudyConfig, pairs: Sequence[TokenPair], tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def prepare_placebos(
+    config: StudyConfig, pairs: Sequence[TokenPair], tokenizer: PreTrainedTokenizerBase, info: ModelInfo
+) -> Prepared:
     """The placebo pairs of a study's pairs, in their clusters; those that cannot be aligned are refused."""
     clusters = {placebo_id(pair.id): pair.cluster for pair in pairs}
     texts = [
@@ -193,7 +195,7 @@ def prepare_placebos(config: StudyConfig, pairs: Sequence[TokenPair], tokenizer:
         for text in select(load_pairs(config.pairs), config.max_pairs)
         if text.placebo and placebo_id(text.id) in clusters
     ]
-    prepared = tokenise(texts, tokenizer, config.prompt.form())
+    prepared = fitting(tokenise(texts, tokenizer, config.prompt.form()), info, config.longest_answer)
     return Prepared(tuple(replace(pair, cluster=clusters[pair.id]) for pair in prepared.pairs), prepared.refusals)
 
 
@@ -224,14 +226,14 @@ def measure_precision(store: Store, reference: Backend, watch: Watch | None = No
     store.save_record({**record, "deviation_from_float32": {**summary, "unit": study.outcome.unit}})
 
 
-def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase, info: ModelInfo) -> Prepared:
     """Step 1: aligned pairs, with the answers that the file gives where the outcome compares answers.
 
     Raises:
         PairsError: they cannot be read, or fewer than two can be run.
     """
     texts = select(load_pairs(config.pairs), config.max_pairs)
-    prepared = tokenise(texts, tokenizer, config.prompt.form())
+    prepared = fitting(tokenise(texts, tokenizer, config.prompt.form()), info, config.longest_answer)
     if config.outcome == "response_logprob":
         given = {text.id: text for text in texts}
         answered = [_given(config, pair, given[pair.id], tokenizer) for pair in prepared.pairs]

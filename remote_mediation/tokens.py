@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from remote_mediation.errors import PairsError, SiteError
 from remote_mediation.pairs import PromptPair
 from remote_mediation.prompts import PLAIN, PromptForm, encode_prompt
+from remote_mediation.sites import ModelInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,6 +175,24 @@ def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, fo
         outcome = _align(pair, tokenizer, form)
         (done if isinstance(outcome, TokenPair) else refused).append(outcome)  # type: ignore[arg-type]
     return Prepared(tuple(done), tuple(refused))
+
+
+def fitting(prepared: Prepared, info: ModelInfo, answer: int) -> Prepared:
+    """The pairs whose tokens the model has and whose sequences it was made for; the others are refused.
+
+    answer: tokens of the longest answer behind a prompt.
+    """
+    kept, refused = [], list(prepared.refusals)
+    for pair in prepared.pairs:
+        length, highest = max(map(len, pair.prompts)) + answer, max(map(max, pair.prompts))
+        if highest >= info.vocab:
+            refused.append(Refusal(pair.id, f"token {highest} is beyond the {info.vocab} that the model embeds"))
+        elif info.context and length > info.context:
+            reason = f"{length - answer} tokens and {answer} of an answer are more than the model's context"
+            refused.append(Refusal(pair.id, f"{reason} of {info.context}"))
+        else:
+            kept.append(pair)
+    return Prepared(tuple(kept), tuple(refused))
 
 
 def with_answers(pair: TokenPair, answers: tuple[tuple[int, ...], tuple[int, ...]]) -> TokenPair | Refusal:
