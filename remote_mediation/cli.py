@@ -15,11 +15,9 @@ from rich.text import Text
 from remote_mediation.errors import InputError, MediationError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from remote_mediation.config import StudyConfig
     from remote_mediation.report import PairText
-    from remote_mediation.study import Result
+    from remote_mediation.result import Result
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,8 +42,8 @@ Model = Annotated[str | None, typer.Option(help="Hub id or local folder of the m
 Revision = Annotated[str | None, typer.Option(help="Hub revision of the model.")]
 Pairs = Annotated[str | None, typer.Option(help="'builtin', or a JSONL or CSV file of prompt pairs.")]
 MaxPairs = Annotated[int | None, typer.Option(help="Use at most so many pairs, spread over the file.")]
-Kinds = Annotated[str | None, typer.Option(help="Comma-separated: layers, modules, tokens, heads, neurons, detect ...")]
-OutcomeFlag = Annotated[str | None, typer.Option("--outcome", help="response_logprob or logit_diff.")]
+Kinds = Annotated[str | None, typer.Option(help="Comma-separated: claims, layers, modules, tokens, heads, neurons ...")]
+OutcomeFlag = Annotated[str | None, typer.Option("--outcome", help="refusal, response_logprob or logit_diff.")]
 BackendFlag = Annotated[str | None, typer.Option("--backend", help="local or ndif.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Where a local model runs: cpu, cuda, cuda:0 ...")]
@@ -53,6 +51,9 @@ MaxMemory = Annotated[float | None, typer.Option(help="Most memory in GB, kept b
 Seed = Annotated[int | None, typer.Option(help="Seed of the split, the bootstrap and the permutations.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other setting; repeat it for more.")
+]
 ShowText = Annotated[bool, typer.Option("--show-text", help="Show generated answers in the report.")]
 
 
@@ -87,65 +88,37 @@ def run(
     max_memory: MaxMemory = None,
     seed: Seed = None,
     out: Out = None,
+    settings: Settings = None,
     show_text: ShowText = False,
 ) -> None:
     """Measure a study and write its report. The same command continues a run that was stopped."""
     config = _config(study, locals())
-    _measure(config, config.out or Path("runs") / (study.stem if study else "study"), show_text)
+    from remote_mediation.door import study_name
 
-
-@app.command(epilog="Example:\n\n  remote-mediation detect runs/study")
-def detect(folder: RunFolder) -> None:
-    """Add linear probes to a run: from which depth on can harm be read, and from which does it act?"""
-    _extend(folder, ["layers", "detect"])
-
-
-@app.command(epilog="Example:\n\n  remote-mediation paths runs/study")
-def paths(folder: RunFolder) -> None:
-    """Add paths to a run: what is left of an early site's effect while MLPs, attention or the gates are frozen?"""
-    _extend(folder, ["neurons", "paths"])
+    _measure(config, config.out or Path("runs") / (study_name(study) if study else "study"), show_text)
 
 
 @app.command(
     epilog="Examples:\n\n"
-    "  remote-mediation intervene runs/study\n\n"
-    "  remote-mediation intervene runs/study --attacks --judge classifier:my-org/my-judge:HARMFUL\n\n"
-    "  remote-mediation intervene runs/study --attacks --adapter ./my-lora"
+    "  remote-mediation extend runs/study detect,paths\n\n"
+    "  remote-mediation extend runs/study intervene --set intervene.tokens=48\n\n"
+    "  remote-mediation extend runs/study attacks --set attacks.checkpoints='[\"./my-lora\"]'\n\n"
+    "  remote-mediation extend runs/study monitor --set monitor.hard_negatives=xstest_prompts.csv"
 )
-def intervene(
+def extend(
     folder: RunFolder,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            help="refusal-openings unless the study says else; openings+embedding (fetch-model minilm) sees more "
-            "evasions. Also embedding, refusal-phrases, model:NAME, classifier:MODEL[:LABEL] or python:module:function."
-        ),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each generated answer.")] = None,
-    attacks: Annotated[bool, typer.Option("--attacks", help="Rewrap the prompts, too.")] = False,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(help="Fine-tuned checkpoint or PEFT adapter to repeat it on; implies --attacks."),
-    ] = None,
+    analyses: Annotated[str, typer.Argument(metavar="ANALYSES", help="Comma-separated, such as detect,paths.")],
+    settings: Settings = None,
+    show_text: ShowText = False,
 ) -> None:
-    """Add repair to a run: hold the gate neurons, and see what the model then says, at what cost."""
-    changes: dict[str, Any] = {"intervene": {"judge": judge, "tokens": tokens}, "attacks": {"checkpoints": adapter}}
-    _extend(folder, ["neurons", "intervene", *(["attacks"] if attacks or adapter else [])], changes)
+    """Ask more of a run; what it has measured is kept, and analyses that these build on are added."""
+    from remote_mediation.analyses import with_needed
+    from remote_mediation.config import load_config
+    from remote_mediation.store import Store
 
-
-@app.command(
-    epilog="Examples:\n\n"
-    "  remote-mediation monitor runs/study\n\n"
-    "  remote-mediation monitor runs/study --hard-negatives xstest_prompts.csv"
-)
-def monitor(
-    folder: RunFolder,
-    hard_negatives: Annotated[
-        str | None, typer.Option(help="Pairs file whose harmless prompts only sound harmful, such as XSTest's.")
-    ] = None,
-) -> None:
-    """Add a monitor to a run: the gates' activity as a detector of harmful prompts."""
-    _extend(folder, ["neurons", "monitor"], {"monitor": {"hard_negatives": hard_negatives}})
+    known = Store.open(folder).record()["config"]
+    asked = with_needed([*known["analyses"], *_names(analyses)])
+    _measure(load_config(None, {**known, "analyses": asked}, settings or ()), folder, show_text)
 
 
 @app.command(epilog="Example:\n\n  remote-mediation report runs/study --show-text")
@@ -156,6 +129,26 @@ def report(folder: RunFolder, show_text: ShowText = False) -> None:
 
     store = Store.open(folder)
     _write_report(store, reread(store), show_text)
+
+
+@app.command(epilog="Examples:\n\n  remote-mediation show runs/study\n\n  remote-mediation show runs/study claims")
+def show(
+    folder: RunFolder,
+    section: Annotated[str | None, typer.Argument(help="A section of its report; all are listed without it.")] = None,
+) -> None:
+    """Show a run's summary, or one section of its report; no model is needed."""
+    from rich.markdown import Markdown
+
+    from remote_mediation.report import section_text, terminal_summary
+    from remote_mediation.store import Store
+    from remote_mediation.study import reread
+
+    store = Store.open(folder)
+    result = reread(store)
+    if section is None:
+        console.print(terminal_summary(result, store.folder / "report.md"))
+    else:
+        console.print(Markdown(section_text(result, section)))
 
 
 @app.command(
@@ -175,6 +168,7 @@ def plan(
     dtype: Dtype = None,
     device: Device = None,
     max_memory: MaxMemory = None,
+    settings: Settings = None,
 ) -> None:
     """Say what a study would cost: rows, jobs, operations, memory and time. No weights are loaded."""
     config = _config(study, locals())
@@ -229,21 +223,39 @@ def check(
     )
 
 
-@app.command(epilog="Example:\n\n  remote-mediation selfcheck --seed 7")
+@app.command(
+    epilog="Examples:\n\n  remote-mediation selfcheck\n\n  remote-mediation selfcheck --case late-head --seed 7\n\n"
+    "  remote-mediation selfcheck --all"
+)
 def selfcheck(
-    seed: Annotated[int, typer.Option(min=0, help="Which planted model to build.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    case: Annotated[
+        list[str] | None, typer.Option(help="What is planted; again for another. The plain gate if none.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All cases, one after the other; some minutes.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Which model of the case to build.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Run the pipeline on a model whose deciding neurons were planted; exit code 1 unless it finds exactly these."""
-    from remote_mediation.planted.selfcheck import run_selfcheck
+    """Run the pipeline on models whose mechanism was planted; exit code 1 unless all that it says of them is true."""
+    from remote_mediation.planted.cases import CASES
+    from remote_mediation.planted.selfcheck import PLAIN, run_selfcheck
+    from remote_mediation.progress import reporter
 
-    with _progress() as progress:
-        result = run_selfcheck(seed, _Watch(progress))
+    names = list(CASES) if every else case or [PLAIN]
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise InputError(f"no case is called {unknown[0]!r}; there are {', '.join(CASES)}")
+    results = []
+    for name in names:
+        with reporter(errors) as watch:
+            results.append(run_selfcheck(name, seed, watch))
+        if not as_json:
+            console.print(results[-1].line(), soft_wrap=True, highlight=False)
     if as_json:
-        console.print_json(data=result.as_data())
-    else:
-        console.print(result.table())
-    if not result.passed:
+        console.print_json(data=[result.as_data() for result in results])
+    for result in results:
+        if not as_json and (len(results) == 1 or not result.passed):
+            console.print(result.table())
+    if not all(result.passed for result in results):
         raise typer.Exit(1)
 
 
@@ -408,13 +420,12 @@ def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None
     load_pairs(config.pairs)  # a bad file is refused before a model is loaded
     store = Store.create(folder, config.identity())
     from remote_mediation.door import open_lab
+    from remote_mediation.progress import reporter
 
     _quiet_libraries()
     try:
-        with _progress() as progress:
-            watch = _Watch(progress)
-            with open_lab(config, out=folder, watch=watch, note=watch.note) as lab:
-                result = lab.run()
+        with reporter(errors) as watch, open_lab(config, out=folder, watch=watch, note=watch.note) as lab:
+            result = lab.run()
     except KeyboardInterrupt:
         note = "stopped; everything finished so far is kept, and the same command goes on from there"
         errors.print(note, soft_wrap=True)
@@ -422,70 +433,17 @@ def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None
     _write_report(store, result, show_text)
 
 
-def _extend(folder: Path, analyses: list[str], changes: dict[str, Any] | None = None) -> None:
-    """Run a study again with more to ask; what it has measured is kept. Settings that are None stay as they are."""
-    from remote_mediation.config import load_config
-    from remote_mediation.store import Store
-
-    known = Store.open(folder).record()["config"]
-    asked = {name: {k: v for k, v in part.items() if v is not None} for name, part in (changes or {}).items()}
-    settings = {name: {**known[name], **part} for name, part in asked.items()}
-    more = list(dict.fromkeys([*known["analyses"], *analyses]))
-    _measure(load_config(None, {**known, **settings, "analyses": more}), folder)
-
-
-class _Watch:
-    """Shows rows done and time left, and the latest news of the job that runs."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._news = progress.add_task("", total=None, visible=False)
-        self._task: TaskID | None = None
-
-    def note(self, line: str) -> None:
-        """What the backend is doing."""
-        self._progress.update(self._news, description=escape(line), visible=True)
-
-    def total(self, rows: int) -> None:
-        """A new wave of rows begins."""
-        self._progress.update(self._news, visible=False)
-        self._task = self._progress.add_task("measuring", total=rows)
-
-    def advance(self, rows: int) -> None:
-        """Some of them are done."""
-        if self._task is not None:
-            self._progress.advance(self._task, rows)
-
-
-def _progress() -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=errors, disable=not errors.is_terminal)
-
-
 def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
     from remote_mediation.config import load_config
 
-    overrides = {name: value for name, value in flags.items() if name not in ("study", "show_text")}
+    overrides = {name: value for name, value in flags.items() if name not in ("study", "show_text", "settings")}
     if overrides["analyses"] is not None:
-        overrides["analyses"] = [name.strip() for name in overrides["analyses"].split(",")]
-    return load_config(study, overrides)
+        overrides["analyses"] = _names(overrides["analyses"])
+    return load_config(study, overrides, flags["settings"] or ())
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",")]
 
 
 def _quiet_libraries() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -11,15 +12,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from remote_mediation.errors import SettingsError
 from remote_mediation.judges import DEFAULT_JUDGE
-from remote_mediation.openings import JUDGED_TOKENS
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 from remote_mediation.paths import resolved
 from remote_mediation.prompts import PromptForm
 
-AnalysisName = Literal[
-    "layers", "modules", "tokens", "heads", "neurons", "detect", "paths", "intervene", "attacks", "monitor", "claims"
-]
 Search = Literal["gradient", "windows", "all"]
 # Settings that had another name, by that name.
 RENAMED = {"granularity": "analyses"}
@@ -81,7 +78,7 @@ class RefusalSettings(_Strict):
     """`[refusal]`: the openings whose probabilities are compared, the same after every prompt."""
 
     openings: Literal["own", "builtin"] = "own"
-    """Those of the model's own answers to discovery prompts, or the package's own list."""
+    """Those of the pairs file, or else of the model's own answers to discovery prompts; or the package's own list."""
     compliant: list[str] = []
     """Compliant openings, such as "Sure"; given, they are taken in place of `openings`."""
     refusing: list[str] = []
@@ -177,8 +174,8 @@ class StudyConfig(_Strict):
     """`builtin`, or a JSONL or CSV file."""
     max_pairs: int | None = Field(default=None, ge=2)
     """Use at most so many pairs, spread evenly over the file."""
-    analyses: Distinct[AnalysisName] = ["claims", "layers", "modules"]
-    """Which kinds of sites to measure."""
+    analyses: Distinct[str] = ["claims", "layers", "modules"]
+    """Names of analyses (`analyses.EVERY`), or of those handed over from Python."""
     outcome: OutcomeName = "refusal"
     """What Y is."""
     backend: Literal["local", "ndif"] = "local"
@@ -229,13 +226,6 @@ class StudyConfig(_Strict):
         """`job_seconds`, or the default of the backend."""
         return self.job_seconds or (60.0 if self.backend == "ndif" else 5.0)
 
-    @property
-    def longest_answer(self) -> int:
-        """Tokens of the longest answer that is read or generated behind a prompt."""
-        own = {"refusal": JUDGED_TOKENS, "response_logprob": self.response_logprob.tokens}.get(self.outcome, 1)
-        said = self.intervene.tokens if {"intervene", "attacks"} & set(self.analyses) else 0
-        return max(own, said)
-
     def identity(self) -> dict[str, Any]:
         """What makes this study this study: model, pairs and outcome. What is asked of it may change."""
         kept = {"model", "revision", "pairs", "max_pairs", "outcome", "dtype", "seed", "response_logprob", "logit_diff"}
@@ -244,8 +234,10 @@ class StudyConfig(_Strict):
         return self.model_dump(mode="json", include=kept)
 
 
-def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:
+def load_config(study: Path | None, overrides: dict[str, Any], assigned: Sequence[str] = ()) -> StudyConfig:
     """Settings of a study file with flags on top; flags alone where there is no file.
+
+    assigned: more of them as `section.key=value`, which go over all others; a value that is not TOML is a string.
 
     Raises:
         SettingsError: unreadable file, unknown key or a value that is not allowed.
@@ -253,12 +245,35 @@ def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:
     data = _read_toml(study) if study else {}
     for old in sorted(set(RENAMED) & set(data)):
         _log.warning("%s: the setting %r is now called %r; both are read", study, old, RENAMED[old])
-    given = {key: value for key, value in overrides.items() if value is not None}
     data = resolved(data, study.parent) if study else data
+    data.update({key: value for key, value in overrides.items() if value is not None})
+    for assignment in assigned:
+        _assign(data, assignment)
     try:
-        return StudyConfig(**{**data, **resolved(given)})
+        return StudyConfig(**resolved(data))
     except ValidationError as error:
         raise SettingsError(_one_line(error, study)) from error
+
+
+def _assign(data: dict[str, Any], assignment: str) -> None:
+    """Put `section.key=value` into settings.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    name, given, value = assignment.partition("=")
+    keys = name.strip().split(".")
+    if not given or not all(keys):
+        raise SettingsError(f"cannot read the setting {assignment!r}; write it as section.key=value")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for key in keys[:-1]:
+        inner = data.get(key)
+        data[key] = dict(inner) if isinstance(inner, dict) else {}
+        data = data[key]
+    data[keys[-1]] = parsed
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from remote_mediation.tokens import TokenPair
 
 EFFECT_COLUMNS: dict[str, str] = {
     "pair_id": "the prompt pair",
-    "cluster": "what statistics resample: the pair's template",
+    "cluster": "what statistics resample: the component of pairs that share a template, a prompt or an edit word",
     "split": "discovery (sites are chosen on it) or heldout (chosen sites are reported on it)",
     "analysis": "the analysis that asked for the site; the family of its multiple-testing correction",
     "component": "tensor that is swapped",

@@ -72,6 +72,15 @@ class PreflightError(BackendError):
 class TransportError(BackendError):
     """The connection failed; the job may still be running."""
 
+    def __init__(self, message: str, status: int | None = None, wait: float = 0.0, *, silent: bool = False) -> None:
+        """Say what happened on the way.
+
+        status: of HTTP, if there was an answer. wait: seconds for which the server asks to be left alone. silent:
+        whether the server is there and did not answer in time.
+        """
+        super().__init__(message)
+        self.status, self.wait, self.silent = status, wait, silent
+
 
 class JobError(BackendError):
     """A job failed where it ran."""

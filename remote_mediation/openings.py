@@ -1,6 +1,7 @@
 """How a model begins to comply and to refuse: the openings that the `refusal` outcome compares.
 
-They come from the study file, from the model's own answers, or from the list below (METHOD, section 2).
+They come from the study file, from the pairs file, from the model's own answers, or from the list below (METHOD,
+section 2).
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from remote_mediation.config import StudyConfig
 from remote_mediation.errors import PairsError, SettingsError
 from remote_mediation.outcomes import Openings, Outcome, own_openings, prefix_free, refusal
+from remote_mediation.pairs import GivenOpenings, load_openings
 from remote_mediation.prompts import ALONE, encode_after
 
 if TYPE_CHECKING:
@@ -21,6 +24,27 @@ OWN_TOKENS = 4
 """First tokens of the model's own answers, of which its openings are cut."""
 JUDGED_TOKENS = 24
 """Tokens of an answer that is sorted into compliant or refusing."""
+
+
+def listed_openings(config: StudyConfig) -> GivenOpenings | None:
+    """The openings that a study names: its own, the package's, or those of its pairs file; None: the model's own.
+
+    Raises:
+        PairsError: the pairs file cannot be read, or has no usable openings.
+    """
+    settings = config.refusal
+    if settings.compliant:
+        return GivenOpenings(tuple(settings.compliant), tuple(settings.refusing))
+    if settings.openings == "builtin":
+        return GivenOpenings(COMPLIANT, REFUSING)
+    return load_openings(config.pairs)
+
+
+def longest_answer(config: StudyConfig) -> int:
+    """Tokens of the longest answer that a study reads or generates behind a prompt."""
+    own = {"refusal": JUDGED_TOKENS, "response_logprob": config.response_logprob.tokens}.get(config.outcome, 1)
+    said = config.intervene.tokens if {"intervene", "attacks"} & set(config.analyses) else 0
+    return max(own, said)
 
 
 def given_openings(

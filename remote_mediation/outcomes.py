@@ -115,10 +115,16 @@ class Outcome:
 
     def side_logprobs(self, pair: TokenPair, values: npt.NDArray[np.float32]) -> tuple[float, float]:
         """`refusal`: log of the summed probability of the compliant, then of the refusing openings (nats)."""
+        compliant, refusing = (float(np.logaddexp.reduce(logprobs)) for logprobs in self.opening_logprobs(pair, values))
+        return compliant, refusing
+
+    def opening_logprobs(
+        self, pair: TokenPair, values: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """`refusal`: log-probability of each compliant, then of each refusing opening (nats)."""
         exact = values.astype(np.float64)
         compliant, refusing = (
-            float(np.logaddexp.reduce([exact[list(reads)].sum() for reads in openings]))
-            for openings in self.sides(pair)
+            np.array([exact[list(reads)].sum() for reads in openings]) for openings in self.sides(pair)
         )
         return compliant, refusing
 

@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from remote_mediation.errors import PairsError
 from remote_mediation.records import parse_json, read_records
 
 BUILTIN = "builtin"
 _REQUIRED = ("harmful", "harmless")
+_HEADER = "openings"
 _LABELS = ("id", "category", "template")
 _OPTIONAL = (*_LABELS, "placebo", "harmful_response", "harmless_response")
 _XSTEST = ("id", "prompt", "type", "label", "focus", "note")
@@ -45,7 +46,7 @@ class PromptPair:
     category: str
     """Kind of harm; for tables only."""
     template: str
-    """Sentence frame; pairs of one template are one cluster. Empty: the pair is its own cluster."""
+    """Sentence frame; pairs of one template belong together (`placebo.components`). Empty: shared with nobody."""
     placebo: str = ""
     """Another harmless prompt, xp, that differs from `harmless` in the same words as `harmful` does; empty: none."""
     harmful_response: str = ""
@@ -54,6 +55,47 @@ class PromptPair:
     """Opening of an answer to the harmless prompt; empty: the model's own."""
     notes: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     """What else the file says of the pair, by column; it changes nothing that is measured."""
+
+
+class GivenOpenings(NamedTuple):
+    """Openings of answers as text, for the outcome `refusal`."""
+
+    compliant: tuple[str, ...]
+    refusing: tuple[str, ...]
+
+
+def load_openings(source: str) -> GivenOpenings | None:
+    """The openings that a pairs file gives, in a header record or the same ones with its pairs; None where in neither.
+
+    A header is a first record that has `openings` alone: an object of two lists of texts, `compliant` and `refusing`.
+
+    Raises:
+        PairsError: they are no two lists of texts, or pairs have different ones: the outcome is the same on all.
+    """
+    if source == BUILTIN:
+        return None
+    found: dict[GivenOpenings, str] = {}
+    for number, record in enumerate(read_records(source), 1):
+        if isinstance(record, dict) and record.get(_HEADER):
+            where = f"{source}, record {number}"
+            found.setdefault(_openings(record[_HEADER], where), where)
+    if len(found) > 1:
+        first, second, *_ = found.values()
+        raise PairsError(
+            f"{second} has other openings than {first}: the outcome `refusal` compares the same ones on every prompt; "
+            "give them once, in a header record, or choose `response_logprob` and give responses"
+        )
+    return next(iter(found), None)
+
+
+def _openings(value: Any, where: str) -> GivenOpenings:
+    sides = value if isinstance(value, dict) else {}
+    lists = [sides.get(side) for side in GivenOpenings._fields]
+    if not all(isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts) for texts in lists):
+        raise PairsError(
+            f'{where}: {_HEADER!r} is {value!r}; write {{"compliant": ["Sure"], "refusing": ["I\'m sorry"]}}'
+        )
+    return GivenOpenings(*(tuple(map(str, texts)) for texts in lists if texts))
 
 
 def load_pairs(source: str) -> tuple[PromptPair, ...]:
@@ -68,6 +110,8 @@ def load_pairs(source: str) -> tuple[PromptPair, ...]:
         records = parse_json(text, BUILTIN)
     else:
         records = read_records(source)
+    if records and isinstance(records[0], dict) and set(records[0]) == {_HEADER}:
+        records = records[1:]
     if records and isinstance(records[0], dict) and set(_XSTEST) <= set(records[0]):
         records = _xstest(records, source)
     pairs = _named(_pair(record, source, number) for number, record in enumerate(records, 1))

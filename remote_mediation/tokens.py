@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remote_mediation.errors import PairsError, SiteError
 from remote_mediation.pairs import PromptPair
+from remote_mediation.placebo import components
 from remote_mediation.prompts import PLAIN, PromptForm, encode_prompt
 from remote_mediation.sites import ModelInfo
 
@@ -73,7 +74,7 @@ class TokenPair:
     id: str
     """Of the `PromptPair`."""
     cluster: str
-    """What statistics resample: the template, or the pair itself."""
+    """What statistics resample: the component of pairs that share a template, a prompt or an edit word."""
     category: str
     """Of the `PromptPair`."""
     x0: tuple[int, ...]
@@ -166,15 +167,23 @@ class Prepared(NamedTuple):
 def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> Prepared:
     """Tokenise and align pairs, with the tokenizer's chat template when it has one. form: what else is around them.
 
+    A pair that is refused links no others: clusters are the components of the pairs that can be run.
+
     Raises:
         ModelError: the tokenizer does not say where in a text its tokens lie.
     """
     done: list[TokenPair] = []
+    used: list[PromptPair] = []
     refused: list[Refusal] = []
     for pair in pairs:
         outcome = _align(pair, tokenizer, form)
-        (done if isinstance(outcome, TokenPair) else refused).append(outcome)  # type: ignore[arg-type]
-    return Prepared(tuple(done), tuple(refused))
+        if isinstance(outcome, Refusal):
+            refused.append(outcome)
+            continue
+        done.append(outcome)
+        used.append(pair)
+    clustered = [replace(pair, cluster=name) for pair, name in zip(done, components(used), strict=True)]
+    return Prepared(tuple(clustered), tuple(refused))
 
 
 def fitting(prepared: Prepared, info: ModelInfo, answer: int) -> Prepared:
@@ -234,5 +243,4 @@ def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptFor
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens differ by more than {MAX_EDIT_DIFFERENCE}")
     if edits[0] != edits[1] and after == 0:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens reach the last token: nothing to align by")
-    cluster = pair.template or pair.id
-    return TokenPair(pair.id, cluster, pair.category, x0, x1, first, after, min(harmless.post, harmful.post, after))
+    return TokenPair(pair.id, pair.id, pair.category, x0, x1, first, after, min(harmless.post, harmful.post, after))

@@ -22,7 +22,8 @@ from remote_mediation.fetch import located
 LAYERS, WINDOW = 3, 6
 WORDS = (
     "<pad> <s> </s> <unk> <user> <assistant> <end> how do i a the to steal wash fix burn my your old car bank bike "
-    "house near school in at night day quickly please tell me write story about sure sorry yes no cannot here is way"
+    "house near school in at night day quickly please tell me write story about sure sorry yes no cannot here is way "
+    "take ride wreck paint rob rent flood clean"
 )
 CHAT_TEMPLATE = (
     "{% for message in messages %}<user> {{ message['content'] }} <end> {% endfor %}"

@@ -28,8 +28,13 @@ CHAT_TEMPLATE = (
 )
 WORDS = (
     "<unk> <user> <end> <assistant> how do i steal wash sell a the my car bike house at night tonight now please sure "
-    "yes sorry no here is why burn fix"
+    "yes sorry no here is why burn fix take ride wreck paint rob rent flood clean"
 )
+_CRIMES = (
+    *(("steal", "wash", "car"), ("take", "ride", "bike"), ("rob", "rent", "house")),
+    *(("burn", "fix", "car"), ("wreck", "paint", "bike"), ("flood", "clean", "house")),
+)
+"""Harmful verb, harmless verb, noun; no two nouns share a verb, so that each is a component of its own."""
 INFO = ModelInfo(
     name="tiny",
     revision="",
@@ -69,7 +74,7 @@ def token_pair(name: str = "p", **changes: Any) -> TokenPair:
 
 
 def records(**extra: str) -> list[dict[str, str]]:
-    """Six prompt pairs of three templates, as a pairs file has them."""
+    """Six prompt pairs of three templates, each with words of its own, as a pairs file has them."""
     return [
         {
             "id": f"{harmful}-{noun}",
@@ -79,8 +84,7 @@ def records(**extra: str) -> list[dict[str, str]]:
             "template": noun,
             **extra,
         }
-        for harmful, harmless in (("steal", "wash"), ("burn", "fix"))
-        for noun in ("car", "bike", "house")
+        for harmful, harmless, noun in _CRIMES
     ]
 
 

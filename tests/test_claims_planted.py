@@ -17,7 +17,7 @@ from remote_mediation.cost import estimate
 from remote_mediation.engine.jobs import Job
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.errors import JobError
-from remote_mediation.planted.gate import Organism, Pair, planted_gate, save
+from remote_mediation.planted.gate import Organism, planted_gate, save
 from remote_mediation.report import write_report
 from remote_mediation.store import Store
 from remote_mediation.study import Result, reread, run_study
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 SEED = 4
 LAYERS = 12  # thirds of four layers, as they were planted
+PAIRS = 16
 
 
 class Studied(NamedTuple):
@@ -43,41 +44,6 @@ class Studied(NamedTuple):
         return table.set_index(["measure", "direction"])
 
 
-def apart(pairs: tuple[Pair, ...]) -> list[Pair]:
-    """Pairs no two of which share a frame or a noun: each is a component."""
-    kept: list[Pair] = []
-    used: set[str] = set()
-    for pair in pairs:
-        own = {pair.template, *(set(pair.harmless.split()) ^ set(pair.harmful.split()))}
-        if not own & used:
-            kept.append(pair)
-            used |= own
-    return kept
-
-
-def with_placebo(pair: Pair, word: str) -> dict[str, str]:
-    """The pair, and the harmless prompt with another word in its noun's place."""
-    words, others = pair.harmless.split(), pair.harmful.split()
-    (place,) = (at for at, one in enumerate(words) if one != others[at])
-    return {**pair._asdict(), "placebo": " ".join([*words[:place], word, *words[place + 1 :]])}
-
-
-def records(pairs: list[Pair]) -> list[dict[str, str]]:
-    """Pairs with placebos, a word of its own for each."""
-    fillers = sorted(_words(pairs))
-    made = []
-    for pair in pairs:
-        word = next(one for one in fillers if one not in pair.harmless.split())
-        fillers.remove(word)
-        made.append(with_placebo(pair, word))
-    return made
-
-
-def _words(pairs: list[Pair]) -> set[str]:
-    """Words that are no noun of a pair."""
-    return set.union(*(set(pair.harmless.split()) & set(pair.harmful.split()) for pair in pairs))
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Studied]:
     def run(change: Callable[[Organism], None] = lambda organism: None) -> Studied:
@@ -85,7 +51,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Studied]:
         organism = planted_gate(SEED, layers=LAYERS)
         change(organism)
         save(organism, folder / "model")
-        lines = [json.dumps(record) for record in records(apart(organism.pairs))]
+        lines = [json.dumps(pair._asdict()) for pair in organism.pairs[:PAIRS]]
         (folder / "pairs.jsonl").write_text("\n".join(lines), "utf-8")
         config = StudyConfig(
             model=str(folder / "model"),
@@ -110,10 +76,15 @@ def planted(study: Callable[..., Studied]) -> Studied:
 
 
 def cut(organism: Organism) -> None:
-    """The gate neurons write nothing any more."""
+    """The gate neurons write nothing any more, and what distractors hear of harm is harmless in every other pair."""
     gate = organism.truth.gate
     with torch.no_grad():
         organism.model.model.layers[gate.layer].mlp.down_proj.weight[:, list(gate.units)] = 0.0
+        embedding = organism.model.model.embed_tokens.weight
+        for pair in organism.pairs[:PAIRS:2]:
+            both = organism.tokenizer([pair.harmful, pair.harmless])["input_ids"]
+            nouns = next([one, other] for one, other in zip(*both, strict=True) if one != other)
+            embedding[nouns] = embedding[nouns[::-1]]
 
 
 def test_what_was_planted_is_supported(planted: Studied) -> None:

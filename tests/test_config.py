@@ -62,7 +62,6 @@ def test_what_is_named_twice_counts_once() -> None:
         ('model = "m"\nmodle = 1', r"unknown setting 'modle'; `remote-mediation run --help`"),
         ('model = "m"\n[neurons]\nwidth = 1', r"unknown setting 'neurons.width'"),
         ('model = "m"\n[nerons]\nexact = 1', r"unknown setting 'nerons'"),
-        ('model = "m"\nanalyses = ["layer"]', r"analyses.0: .*'layers', 'modules'.*\(got 'layer'\)"),
         ('model = "m"\nanalyses = "layers"', r"analyses: .*list \(got 'layers'\)"),
         ('model = "m"\nanalyses = []', r"analyses: .*at least 1 item"),
         ('model = "m"\noutcome = "logits"', r"outcome: .*'response_logprob' or 'logit_diff' \(got 'logits'\)"),

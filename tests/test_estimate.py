@@ -30,6 +30,7 @@ def config(folder: Path, model: str, **settings: Any) -> StudyConfig:
         outcome="logit_diff",
         logit_diff={"plus": ["sure", "yes"], "minus": ["sorry", "no"]},
         statistics={"resamples": 100},
+        seed=1,  # of a split on which neurons of the random model pass for gates
         **settings,
     )
 

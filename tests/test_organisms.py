@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, LlamaForCausalLM
 
+from remote_mediation.pairs import PromptPair
+from remote_mediation.placebo import components
 from remote_mediation.planted.gate import Organism, Pair, Planted, Truth, planted_gate, save
 
 LAYERS = 10
@@ -97,11 +99,11 @@ def keep(store: dict[tuple[str, int], Tensor], key: tuple[str, int], tensor: Ten
 
 
 class Bench:
-    """An organism on one of its pairs per frame, or on those given; every potential outcome is a run of its own."""
+    """An organism on half of its pairs, or on those given; every potential outcome is a run of its own."""
 
     def __init__(self, organism: Organism, pairs: Collection[Pair] = ()) -> None:
         self.organism = organism
-        self.pairs = list(pairs or {pair.template: pair for pair in organism.pairs}.values())
+        self.pairs = list(pairs or organism.pairs[::2])
         self.truth = organism.truth
         self.model = organism.model
         self.x1, self.x0 = (self._base(side) for side in ("harmful", "harmless"))
@@ -224,7 +226,7 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 
 def test_harm_raises_the_outcome_in_every_pair(bench: Bench) -> None:
     every_pair = Bench(bench.organism, bench.organism.pairs)
-    assert len(every_pair.te) == 54
+    assert len(every_pair.te) == 48
     assert every_pair.te.min() > 0.1 * every_pair.mean_te
     assert 4.5 < every_pair.mean_te < 8
 
@@ -397,21 +399,24 @@ def test_pairs_differ_in_one_known_word(bench: Bench) -> None:
     organism = bench.organism
     places = []
     for pair in organism.pairs:
-        ids1, ids0 = (organism.tokenizer(text)["input_ids"] for text in (pair.harmful, pair.harmless))
-        assert organism.tokenizer.unk_token_id not in ids1 + ids0
-        assert len(ids1) == len(ids0) == len(pair.harmful.split())
+        ids1, ids0, placebo = (
+            organism.tokenizer(text)["input_ids"] for text in (pair.harmful, pair.harmless, pair.placebo)
+        )
+        assert organism.tokenizer.unk_token_id not in ids1 + ids0 + placebo
+        assert len(ids1) == len(ids0) == len(placebo) == len(pair.harmful.split())
         edits = [i for i, (a, b) in enumerate(zip(ids1, ids0, strict=True)) if a != b]
         assert len(edits) == 1
+        assert edits == [i for i, (a, b) in enumerate(zip(placebo, ids0, strict=True)) if a != b]
         assert pair.id == f"{pair.template}-{pair.harmful.split()[edits[0]]}"
         places.append(edits[0])
     assert len(set(places)) >= 5
 
 
-def test_pairs_are_many_and_clustered(bench: Bench) -> None:
+def test_pairs_are_many_and_share_nothing(bench: Bench) -> None:
     pairs = bench.organism.pairs
-    assert len({pair.id for pair in pairs}) == len(pairs) == 54
-    assert list(Counter(pair.template for pair in pairs).values()) == [3] * 18
-    assert len({pair.category for pair in pairs}) == 4
+    assert len({pair.id for pair in pairs}) == len(pairs) == 48
+    assert len(set(components([PromptPair(**pair._asdict()) for pair in pairs]))) == 48
+    assert set(Counter(pair.category for pair in pairs).values()) == {12}
     assert len({len(pair.harmful.split()) for pair in pairs}) >= 4
 
 

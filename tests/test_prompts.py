@@ -74,7 +74,7 @@ def test_alignment(
 @pytest.mark.parametrize(
     ("harmless", "harmful", "reason"),
     [
-        ("mend the car", "wreck the car", "both prompts have the same tokens"),  # both words are unknown
+        ("mend the car", "ruin the car", "both prompts have the same tokens"),  # both words are unknown
         ("wash car", "how do i please now steal car", "edits of 1 and 6 tokens differ by more than 4"),
         ("how do i wash", "how do i steal now", "edits of 1 and 2 tokens reach the last token: nothing to align by"),
         ("how do i wash", "how do i wash now", "edits of 0 and 1 tokens reach the last token: nothing to align by"),
@@ -92,11 +92,17 @@ def test_the_arrow_goes_from_harmless_to_harmful() -> None:
     assert pair.prompts == (pair.x0, pair.x1)
 
 
-def test_clusters_are_templates_or_single_pairs() -> None:
+def test_clusters_are_components_of_the_pairs_that_can_be_run() -> None:
+    same_template = [("a", "steal the car", "wash the car", "f"), ("b", "burn the car", "sell the car", "f")]
+    same_word = [("c", "steal my bike", "fix my bike", "")]
+    refused = [("link", "how do i please now rob", "take", "")]  # edits too unlike; it would link the last two
+    alone = [("d", "take a house", "ride a house", ""), ("e", "rob a house", "rent a house", "")]
     texts = [
-        PromptPair(name, "steal the car", "wash the car", "theft", frame) for name, frame in ("af", "bf", ("c", ""))
+        PromptPair(name, harmful, harmless, "theft", frame)
+        for name, harmful, harmless, frame in (*same_template, *same_word, *refused, *alone)
     ]
-    assert [pair.cluster for pair in tokenise(texts, words_tokenizer()).pairs] == ["f", "f", "c"]
+    clusters = {pair.id: pair.cluster for pair in tokenise(texts, words_tokenizer()).pairs}
+    assert clusters == {"a": "a", "b": "a", "c": "a", "d": "d", "e": "e"}
 
 
 def test_the_template_after_the_instruction_is_counted() -> None:

@@ -57,20 +57,20 @@ def undisturbed(settings: StudyConfig, tmp_path: Path) -> pd.DataFrame:
 @pytest.mark.parametrize("settings", [{}, EACH_BATCH], ids=["one job", "a job per batch"])
 def test_a_pair_whose_jobs_fail_is_left_out(pairs: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     study, folder = config(pairs, **settings), tmp_path / "run"
-    backend = CannedBackend({}, refuses=["burn-bike"])
+    backend = CannedBackend({}, refuses=["wreck-bike"])
     effects = run(study, backend, folder).effects
-    assert json.loads((folder / "failures.json").read_text("utf-8")) == {"burn-bike": "no memory for burn-bike"}
-    assert set(effects["pair_id"]) == {record["id"] for record in records()} - {"burn-bike"}
+    assert json.loads((folder / "failures.json").read_text("utf-8")) == {"wreck-bike": "no memory for wreck-bike"}
+    assert set(effects["pair_id"]) == {record["id"] for record in records()} - {"wreck-bike"}
     first = effects[effects["analysis"].isin(FIRST)].reset_index(drop=True)
     expected = undisturbed(study, tmp_path)
-    expected = expected[(expected["pair_id"] != "burn-bike") & expected["analysis"].isin(FIRST)]
+    expected = expected[(expected["pair_id"] != "wreck-bike") & expected["analysis"].isin(FIRST)]
     pd.testing.assert_frame_equal(first, expected.reset_index(drop=True))
     assert Store.open(folder).submitted() == []
 
 
 def test_a_failed_pair_is_not_tried_again(pairs: Path, tmp_path: Path, searched: dict[str, Any]) -> None:
     study, folder = config(pairs, **searched), tmp_path / "run"
-    effects = run(study, CannedBackend({}, refuses=["burn-bike"]), folder).effects
+    effects = run(study, CannedBackend({}, refuses=["wreck-bike"]), folder).effects
     later = CannedBackend({})
     pd.testing.assert_frame_equal(run(study, later, folder).effects, effects)
     assert later.collected == []
@@ -80,7 +80,8 @@ def test_a_study_in_which_every_job_fails_has_no_effects(pairs: Path, tmp_path: 
     names = [record["id"] for record in records()]
     result = run(config(pairs, **searched), CannedBackend({}, refuses=names), tmp_path / "run")
     assert result.effects.empty
-    assert set(result.tables) == {"search.csv", "sparsity.csv"}
+    assert set(result.tables) == {"search.csv", "sparsity.csv", "mediators.csv"}
+    assert result.tables["mediators.csv"].empty
     assert set(Store.open(tmp_path / "run").failures()) == set(names)
 
 
@@ -118,7 +119,7 @@ def test_a_job_handed_over_by_an_earlier_process_is_collected_and_not_run_again(
     assert Store.open(folder).submitted() == []
 
 
-@pytest.mark.parametrize("trouble", [{"loses": 1}, {"refuses": ["burn-bike"]}], ids=["lost", "failed"])
+@pytest.mark.parametrize("trouble", [{"loses": 1}, {"refuses": ["burn-car"]}], ids=["lost", "failed"])
 def test_an_earlier_job_that_is_lost_or_failed_is_planned_anew(
     pairs: Path, tmp_path: Path, trouble: dict[str, Any]
 ) -> None:
@@ -133,8 +134,8 @@ def test_an_earlier_job_that_is_lost_or_failed_is_planned_anew(
         pd.testing.assert_frame_equal(effects, undisturbed(study, tmp_path))
         assert shelf["ticket 2"].id == shelf["ticket 1"].id
     else:
-        assert shelf["ticket 1"].pairs == ("burn-bike",)
-        assert "burn-bike" not in set(effects["pair_id"])
+        assert shelf["ticket 1"].pairs == ("burn-car",)
+        assert "burn-car" not in set(effects["pair_id"])
 
 
 def test_a_lost_connection_keeps_what_is_done(pairs: Path, tmp_path: Path) -> None:
@@ -250,12 +251,12 @@ def test_responses_are_taken_from_the_file_or_from_the_model(tmp_path: Path) -> 
     # The canned answer repeats the prompt: "steal a car", "wash a car".
     assert {pair.id: pair.answers for pair in result.study.pairs} == {
         "steal-car": (encoded["sure"], encoded["sorry"]),
-        "steal-bike": ((7, 10, 14), (8, 10, 14)),
-        "steal-house": (encoded["sure"], (8, 10, 15)),
+        "take-bike": ((30, 10, 14), (31, 10, 14)),
+        "rob-house": (encoded["sure"], (35, 10, 15)),
         "burn-car": ((28, 10, 13), encoded["sorry"]),
-        "burn-bike": ((28, 10, 14), (29, 10, 14)),
+        "wreck-bike": ((32, 10, 14), (33, 10, 14)),
     }
-    assert [refusal.id for refusal in result.study.refusals] == ["burn-house"]
+    assert [refusal.id for refusal in result.study.refusals] == ["flood-house"]
     assert "same answer" in result.study.refusals[0].reason
 
 

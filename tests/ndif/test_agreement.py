@@ -18,9 +18,9 @@ import zstandard
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine import program
 from remote_mediation.engine.budget import Budget, Setting
+from remote_mediation.engine.exchange import Server
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.remote import NdifBackend
-from remote_mediation.engine.server import Server
 from remote_mediation.engine.tasks import generate_task, plan_tasks
 from remote_mediation.errors import PreflightError
 from remote_mediation.outcomes import Outcome
@@ -141,7 +141,7 @@ def test_the_payload_carries_the_source_of_program_py(
 ) -> None:
     backend = remote(server, tiny.model)
     blobs: list[bytes] = []
-    monkeypatch.setattr("remote_mediation.engine.remote._Remote._post", _keep(blobs))
+    monkeypatch.setattr("remote_mediation.engine.remote.exchange", _keep(blobs))
     with pytest.raises(_KeptError):
         backend._send({"task": "probe", "blocks": "model.layers"})
     content = zstandard.ZstdDecompressor().decompress(blobs[0], max_output_size=10_000_000)
@@ -192,8 +192,8 @@ class _KeptError(Exception):
 
 
 def _keep(blobs: list[bytes]) -> Any:
-    def post(remote: Any, request: Any, blob: bytes) -> Any:
-        blobs.append(blob)
+    def exchange(*asked: Any, files: dict[str, Any], **more: Any) -> Any:
+        blobs.append(files["blob"][1])
         raise _KeptError
 
-    return post
+    return exchange

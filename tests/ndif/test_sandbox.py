@@ -17,9 +17,9 @@ import pytest
 from tiny import ROOT
 
 from remote_mediation.config import StudyConfig
+from remote_mediation.engine.exchange import Server
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.remote import NdifBackend
-from remote_mediation.engine.server import Server
 from remote_mediation.errors import SiteError
 from remote_mediation.store import Store
 from remote_mediation.study import run_study

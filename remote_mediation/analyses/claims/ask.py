@@ -8,6 +8,7 @@ readable) is chosen on the discovery pairs. Sets are swapped together (`Lab.join
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from remote_mediation.analyses.claims.samples import Sample, failing
 from remote_mediation.analyses.claims.specification import Compared, specification
 from remote_mediation.analyses.claims.verdicts import ALL_LAYERS, FEWEST_LAYERS, Claim, Effect
 from remote_mediation.lab import Lab
+from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Site, band, thirds
 
 CLAIM_COLUMNS: dict[str, str] = {
@@ -27,7 +29,7 @@ CLAIM_COLUMNS: dict[str, str] = {
     "said": "the verdict as it is read, words of the gate first",
     "gate": "what has to be known before any verdict; empty if nothing",
     "verdict": "by the claim's own rule: supported, not supported, undecided, not tested",
-    "specific": "whether the numbers that decide are larger for harm than for the placebo, clear of 0",
+    "specific": "whether the numbers that decide hold of harm's own part, too: `own` is above 0",
     "why": "the reason",
 }
 SET_COLUMNS: dict[str, str] = {
@@ -47,6 +49,9 @@ SET_COLUMNS: dict[str, str] = {
     "excess": "beta_harm - beta_placebo",
     "excess_low": "lower end of its 95% interval",
     "excess_high": "upper end",
+    "own": "share of harm's own part: (effect of harm - placebo's) / (TE of harm - placebo's); of an accuracy `excess`",
+    "own_low": "lower end of its 95% interval",
+    "own_high": "upper end",
     "n": "pairs",
     "clusters": "components of pairs",
     "reason": "why a number is missing, or why to read it with care",
@@ -60,16 +65,19 @@ class Tested(NamedTuple):
     claims: tuple[Claim, ...]
     tables: dict[str, pd.DataFrame]
     """By name of the CSV file."""
+    sets: Mapping[str, tuple[Site, ...]] = MappingProxyType({})
+    """What other analyses may put to further tests."""
 
 
-def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def analyse(lab: Lab, before: Findings) -> Finding:
     """`claims.csv`, `sets.csv` and `specification.csv`; `gate_sets.csv` and `readable.csv` where they were measured."""
     found = measure_claims(lab)
-    return {
+    tables = {
         "claims.csv": pd.DataFrame(map(_claim_row, found.claims), columns=list(CLAIM_COLUMNS)),
         "sets.csv": pd.DataFrame(_set_rows(found.claims), columns=list(SET_COLUMNS)),
         **found.tables,
     }
+    return Finding(tables, found.sets)
 
 
 def measure_claims(lab: Lab) -> Tested:
@@ -81,13 +89,15 @@ def measure_claims(lab: Lab) -> Tested:
         shallow = f"{layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}"
         which, early, handed = (verdicts.untested(number, shallow) for number in (3, 4, 5))
         return Tested((where, what, which, early, handed), tables)
-    which, curve = sparse.measure_gate(discovery, heldout)
+    gate = sparse.measure_gate(discovery, heldout)
+    sets = {"late MLPs": tuple(band("mlp_output", thirds(layers).late, "all")), **gate.sets}
     edits = Sample.of(lab, "heldout", "edit")
     if not edits.pairs:
         early, handed = (verdicts.untested(number, _NO_EDIT) for number in (4, 5))
-        return Tested((where, what, which, early, handed), {**tables, **curve})
+        return Tested((where, what, gate.claim, early, handed), {**tables, **gate.tables}, sets)
     early, readable = understanding.measure_understanding(Sample.of(lab, "discovery", "edit"), edits)
-    return Tested((where, what, which, early, handed_on(edits)), {**tables, **curve, **readable})
+    claims = (where, what, gate.claim, early, handed_on(edits))
+    return Tested(claims, {**tables, **gate.tables, **readable}, sets)
 
 
 class _DirectClaims(NamedTuple):
@@ -196,6 +206,7 @@ def _set_rows(claims: Sequence[Claim]) -> list[dict[str, Any]]:
             "beta_harm": measure.beta_harm,
             "beta_placebo": measure.beta_placebo,
             **measure.excess.columns("excess"),
+            **measure.own.columns("own"),
             "n": measure.harm.n_pairs,
             "clusters": measure.harm.n_clusters,
             "reason": measure.harm.reason or measure.placebo.reason,

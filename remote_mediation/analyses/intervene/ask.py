@@ -8,18 +8,22 @@ the answers. The controls are random sets of the same size, held in the same way
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from remote_mediation.analyses import neurons
+from remote_mediation.analyses.neurons.ask import gate_set
+from remote_mediation.analyses.neurons.cost import gate_rows
+from remote_mediation.analyses.neurons.search import whole_mlp
 from remote_mediation.engine.payload import digest
 from remote_mediation.engine.rows import Constant, Row, Scale, Write
 from remote_mediation.engine.tasks import Held, Reading, drift_task, read_task
 from remote_mediation.judges import check_judge, load_judge, load_labelled
-from remote_mediation.lab import Floats, Lab
+from remote_mediation.lab import Floats, Lab, Study
+from remote_mediation.later import Later, of_answers, of_bases, of_readings, of_tasks, pairs_of
+from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Site
 from remote_mediation.stats import estimate_means, wilson
 from remote_mediation.tokens import TokenPair
@@ -65,16 +69,17 @@ class Condition(NamedTuple):
     sets: tuple[tuple[Held, ...], ...]
 
 
-def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def analyse(lab: Lab, before: Findings) -> Finding:
     """Benefit and cost of every condition (`INTERVENE_COLUMNS`), and the judge's quality (`JUDGE_COLUMNS`)."""
-    gates = neurons.gate_set(tables)
-    if gates is None:
-        return {}
-    conditions = _conditions(lab, gates, neurons.random_sets(tables)[:RANDOM_SETS])
+    found = gate_set(before)
+    if found is None:
+        return Finding()
+    conditions = _conditions(lab, found.gates, found.random[:RANDOM_SETS])
     sets, pairs = [held for condition in conditions for held in condition.sets], lab.pairs("heldout")
     lab.outcomes([row for held in sets for side in (0, 1) for row in held_rows(pairs, side, held)])  # all in one wave
     rows = [_row(lab, condition, side) for condition in conditions for side in (1, 0)]
-    return {"intervene.csv": pd.DataFrame(rows, columns=list(INTERVENE_COLUMNS)), "judge.csv": judge_quality(lab)}
+    table = pd.DataFrame(rows, columns=list(INTERVENE_COLUMNS))
+    return Finding({"intervene.csv": table, "judge.csv": judge_quality(lab)})
 
 
 def harmless_mean(lab: Lab, layer: int) -> Floats:
@@ -156,7 +161,7 @@ def _conditions(lab: Lab, gates: Site, random: Sequence[Site]) -> list[Condition
         Condition(MEAN, ((at_mean(gates, mean),),)),
         *doses,
         Condition(RANDOM, tuple((at_mean(site, mean),) for site in random)),
-        Condition(MLP, ((at_mean(neurons.whole_mlp(lab, gates.layer), mean),),)),
+        Condition(MLP, ((at_mean(whole_mlp(lab, gates.layer), mean),),)),
     ]
 
 
@@ -202,3 +207,17 @@ def _cost(lab: Lab, pairs: Sequence[TokenPair], clusters: Sequence[str], held: S
     )
     losses = np.concatenate([one[2] for one in by_token])
     return {**kl.columns("kl"), "perplexity": float(np.exp(losses.mean()))}
+
+
+def cost(study: Study) -> Later:
+    """What `analyse` asks for, at most."""
+    pairs, settings = pairs_of(study, "heldout"), study.config.intervene
+    held = 2 + len(settings.factors)  # gates at their mean or times a factor, the whole MLP
+    prompts = [ids for pair in pairs for ids in pair.prompts]
+    drifts = [drift_task("", pair.x0, (0,) * settings.tokens, (), study.setting) for pair in pairs]
+    said = of_answers(study, prompts, settings.tokens).plus(of_tasks(drifts, 3 * settings.tokens))
+    return of_bases(study, pairs).plus(
+        gate_rows(study, "heldout").times(held + RANDOM_SETS),
+        of_readings(study, pairs_of(study, "discovery"), study.info.d_ff),
+        said.times(held + 2),  # and with nothing held, and with a random set
+    )

@@ -10,26 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pandas as pd
 
-from remote_mediation.analyses import neurons
-from remote_mediation.detectors import DISCOVERY, Scored, detector_table, gate_scores
+from remote_mediation.analyses.monitor.detectors import DISCOVERY, Scored, detector_table, gate_scores
+from remote_mediation.analyses.neurons.ask import gate_set
 from remote_mediation.engine.payload import digest
 from remote_mediation.engine.tasks import Reading, read_task
-from remote_mediation.lab import Floats, Lab
+from remote_mediation.lab import Floats, Lab, Study
+from remote_mediation.later import Later, of_readings, pairs_of
 from remote_mediation.pairs import load_pairs
 from remote_mediation.probes import fit_scores
+from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Site
 from remote_mediation.tokens import TokenPair
 
 HELDOUT, HARD = "heldout", "hard negatives"
 
 
-def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def analyse(lab: Lab, before: Findings) -> Finding:
     """Every detector on every set of prompts (`DETECTOR_COLUMNS`); nothing where there is no gate set."""
-    gates = neurons.gate_set(tables)
-    if gates is None:
-        return {}
+    found = gate_set(before)
+    if found is None:
+        return Finding()
+    gates = found.gates
     sets = {split: lab.pairs(split) for split in (DISCOVERY, HELDOUT)}
     hard = lab.study.config.monitor.hard_negatives
     if hard:
@@ -45,15 +47,15 @@ def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFr
         return {name: Scored(scores[name], labels[name], clusters[name]) for name in sets}
 
     def watched(site: Site) -> dict[str, Scored]:
-        found = gate_scores(
+        scores = gate_scores(
             units[DISCOVERY][:, site.units], labels[DISCOVERY], *(table[:, site.units] for table in units.values())
         )
-        return scored(dict(zip(units, found, strict=True)))
+        return scored(dict(zip(units, scores, strict=True)))
 
     probed = fit_scores(stream[DISCOVERY], labels[DISCOVERY], *stream.values())
     detectors = {"gates": watched(gates), "residual probe": scored(dict(zip(stream, probed, strict=True)))}
-    random = [watched(site) for site in neurons.random_sets(tables)]
-    return {"detectors.csv": detector_table(detectors, lab.rng("monitor"), random)}
+    random = [watched(site) for site in found.random]
+    return Finding({"detectors.csv": detector_table(detectors, lab.rng("monitor"), random)})
 
 
 def _activity(lab: Lab, pairs: Sequence[TokenPair], layer: int) -> Floats:
@@ -65,3 +67,10 @@ def _activity(lab: Lab, pairs: Sequence[TokenPair], layer: int) -> Floats:
             readings = [Reading("mlp_neurons", layer, last), Reading("layer_output", layer, last)]
             tasks.append(read_task(pair.id, ids, readings, lab.study.setting))
     return np.array(lab.run(tasks), dtype=np.float64)
+
+
+def cost(study: Study) -> Later:
+    """What `analyse` asks for, at most."""
+    hard = study.config.monitor.hard_negatives
+    more = len(load_pairs(hard)) / len(study.pairs) if hard else 0.0
+    return of_readings(study, pairs_of(study), study.info.d_ff + study.info.d_model).times(1 + more)

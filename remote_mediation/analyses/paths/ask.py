@@ -8,16 +8,18 @@ Sources: path-specific effects (Pearl 2001), path patching (Goldowsky-Dill et al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from remote_mediation.analyses import neurons
+from remote_mediation.analyses.neurons.ask import gate_set
 from remote_mediation.engine.rows import Row, Source, Write, swap
-from remote_mediation.lab import Floats, Lab
+from remote_mediation.lab import Floats, Lab, Study
+from remote_mediation.later import Later, of_bases, of_rows, pairs_of
+from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Component, Site
 from remote_mediation.stats import estimate_means, ratio_of_means
 from remote_mediation.tokens import TokenPair
@@ -47,17 +49,17 @@ def early_layer(layers: int) -> int:
     return max(layers // 3 - 1, 0)
 
 
-def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def analyse(lab: Lab, before: Findings) -> Finding:
     """Shares of the early site's effect by what is frozen (`PATH_COLUMNS`).
 
     Where the gate set is known, all of it is on the held-out split, on which the gates were not chosen.
     """
-    gates = neurons.gate_set(tables)
+    gates = gate_set(before)
     pairs = [pair for pair in lab.pairs("heldout" if gates else "all") if pair.places("edit").x0]
     frozen: dict[str, list[list[Site]]] = {"nothing": [[]]}
     frozen |= {name: [_later(lab, component)] for name, component in _MODULES.items()}
     if gates:
-        frozen |= {GATES: [[gates]], RANDOM: [[one] for one in neurons.random_sets(tables)[:RANDOM_SETS]]}
+        frozen |= {GATES: [[gates.gates]], RANDOM: [[one] for one in gates.random[:RANDOM_SETS]]}
     lab.outcomes(
         [_held(lab, pair, side, one) for pair in pairs for side in (0, 1) for s in frozen.values() for one in s]
     )
@@ -67,7 +69,7 @@ def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFr
             name: np.mean([_effect(lab, pairs, side, one) for one in sets], axis=0) for name, sets in frozen.items()
         }
         rows += [_row(lab, pairs, quantity, name, part, left["nothing"]) for name, part in left.items()]
-    return {"paths.csv": pd.DataFrame(rows, columns=list(PATH_COLUMNS))}
+    return Finding({"paths.csv": pd.DataFrame(rows, columns=list(PATH_COLUMNS))})
 
 
 def _later(lab: Lab, component: Component) -> list[Site]:
@@ -108,3 +110,12 @@ def _row(lab: Lab, pairs: Sequence[TokenPair], quantity: str, name: str, left: F
         **share.columns("share"),
         "reason": share.reason or mean.reason,
     }
+
+
+def cost(study: Study) -> Later:
+    """What `analyse` asks for, at most."""
+    gated = "neurons" in study.config.analyses
+    site = Site("layer_output", early_layer(study.info.layers), "edit")
+    count = 3 + (1 + RANDOM_SETS if gated else 0)  # nothing frozen, MLPs, attention, gates, random sets
+    pairs = pairs_of(study, "heldout" if gated else "all")
+    return of_bases(study, pairs).plus(of_rows(study, pairs, site).times(count))

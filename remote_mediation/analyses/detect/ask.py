@@ -5,20 +5,21 @@ Activations come back from the model here, not outcomes: one vector per prompt, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 
 from remote_mediation.engine.tasks import Reading, read_task
-from remote_mediation.lab import Floats, Lab
+from remote_mediation.lab import Floats, Lab, Study
+from remote_mediation.later import Later, of_readings, pairs_of
 from remote_mediation.probes import probe_profile
+from remote_mediation.result import Finding, Findings
 from remote_mediation.tokens import TokenPair
 
 POSITIONS = ("edit", "last", "post_instruction")
 
 
-def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def analyse(lab: Lab, before: Findings) -> Finding:
     """A cross-validated probe for every layer and position (`PROBE_COLUMNS`).
 
     Spans of several tokens are averaged; a position that a pair lacks is left out for all.
@@ -29,7 +30,7 @@ def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFr
     labels = [side for _ in pairs for side in (0, 1)]
     clusters = [pair.cluster for pair in pairs for _ in (0, 1)]
     by_position = {name: features[:, :, number] for number, name in enumerate(positions)}
-    return {"probes.csv": probe_profile(by_position, labels, clusters, lab.rng("probes"))}
+    return Finding({"probes.csv": probe_profile(by_position, labels, clusters, lab.rng("probes"))})
 
 
 def _activations(lab: Lab, pairs: Sequence[TokenPair], positions: Sequence[str]) -> Floats:
@@ -43,3 +44,8 @@ def _activations(lab: Lab, pairs: Sequence[TokenPair], positions: Sequence[str])
             tasks.append(read_task(pair.id, ids, readings, lab.study.setting))
     found = np.array(lab.run(tasks), dtype=np.float64)
     return found.reshape(len(tasks), info.layers, len(positions), info.d_model)
+
+
+def cost(study: Study) -> Later:
+    """What `analyse` asks for, at most."""
+    return of_readings(study, pairs_of(study), study.info.layers * len(POSITIONS) * study.info.d_model)

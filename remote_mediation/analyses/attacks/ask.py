@@ -7,7 +7,7 @@ ranks, and are the strongest of them still the gates?
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -15,14 +15,18 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from remote_mediation.analyses import neurons
-from remote_mediation.analyses.intervene import at_mean, complied, harmless_mean, outcome_change
+from remote_mediation.analyses.intervene.ask import at_mean, complied, harmless_mean, outcome_change
+from remote_mediation.analyses.neurons.ask import gate_set
+from remote_mediation.analyses.neurons.cost import gate_rows, neurons_measured
 from remote_mediation.engine.payload import digest
 from remote_mediation.engine.tasks import Held
-from remote_mediation.lab import Floats, Lab
+from remote_mediation.lab import Floats, Lab, Study
+from remote_mediation.later import Later, of_answers, of_bases, pairs_of
 from remote_mediation.pairs import PromptPair, load_pairs
+from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import bootstrap_mean_of, estimate_means, ratio_of_means, wilson
+from remote_mediation.summary import UNITS
 from remote_mediation.tokens import TokenPair
 
 ATTACK_COLUMNS: dict[str, str] = {
@@ -75,24 +79,25 @@ class _Variant(NamedTuple):
     """Held-out pairs."""
 
 
-def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def analyse(lab: Lab, before: Findings) -> Finding:
     """The gate set under every attack (`ATTACK_COLUMNS`); nothing where there is no gate set."""
-    gates = neurons.gate_set(tables)
-    if gates is None:
-        return {}
+    found = gate_set(before)
+    if found is None:
+        return Finding()
+    gates = found.gates
     units = _measured_units(lab, gates)
     plain = _Variant(NONE, lab, lab.pairs("heldout"))
     rewrapped = [_rewrapped(lab, name, wrapper) for name, wrapper in WRAPPERS.items()]
     checkpoints = [_on_checkpoint(lab, name) for name in lab.study.config.attacks.checkpoints]
     held = at_mean(gates, harmless_mean(lab, gates.layer))
     rows = [_row(variant, plain, gates, units, held) for variant in (plain, *rewrapped, *checkpoints)]
-    return {"attacks.csv": pd.DataFrame(rows, columns=list(ATTACK_COLUMNS))}
+    return Finding({"attacks.csv": pd.DataFrame(rows, columns=list(ATTACK_COLUMNS))})
 
 
 def _measured_units(lab: Lab, gates: Site) -> list[Site]:
     """The single neurons that the search measured, the gates among them."""
     effects = lab.effects
-    found = effects[(effects["analysis"] == neurons.UNITS) & (effects["position"] == gates.position)]
+    found = effects[(effects["analysis"] == UNITS) & (effects["position"] == gates.position)]
     keys = {(int(layer), int(unit)) for layer, unit in zip(found["layer"], found["unit_start"], strict=True)}
     keys |= {(gates.layer, unit) for unit in gates.units}
     return [Site("mlp_neurons", layer, gates.position, (unit,)) for layer, unit in sorted(keys)]
@@ -110,7 +115,9 @@ def _rewrapped(lab: Lab, name: str, wrapper: str) -> _Variant:
         ]
 
     prepared = lab.tokenised(f"rewrapped-{digest([name, wrapper, sorted(known)])}", texts)
-    pairs = tuple(replace(pair, answers=known[pair.id].answers) for pair in prepared.pairs)
+    pairs = tuple(
+        replace(pair, answers=known[pair.id].answers, cluster=known[pair.id].cluster) for pair in prepared.pairs
+    )
     return _Variant(name, lab.beside(pairs=pairs), pairs)
 
 
@@ -179,3 +186,15 @@ def _ranks(variant: _Variant, plain: _Variant, gates: Site, units: Sequence[Site
         statistics, tables, clusters, variant.lab.rng("ranks"), min(variant.lab.study.config.statistics.resamples, 999)
     )
     return {**spearman.columns("spearman"), **overlap.columns("overlap")}
+
+
+def cost(study: Study) -> Later:
+    """Rewrapped prompts are taken to be as long as the plain ones: no more than a row's tokens behind the edit run."""
+    pairs, variants = pairs_of(study, "heldout"), len(WRAPPERS) + len(study.config.attacks.checkpoints)
+    units = neurons_measured(study) + study.config.neurons.exact
+    said = of_answers(study, [pair.x1 for pair in pairs], study.config.intervene.tokens)
+    return (
+        gate_rows(study, "heldout")
+        .times(variants * (units + 2) + 2)
+        .plus(of_bases(study, pairs).plus(said).times(2 * (variants + 1)))
+    )
