@@ -414,7 +414,7 @@ def _truth() -> dict[str, Said]:
 
 
 def _all_five(words: Sequence[str]) -> Said:
-    late, mlp, sparse, early, handed = words * 5 if len(words) == 1 else words
+    late, mlp, sparse, early, handed = [words[0]] * 5 if len(words) == 1 else words
     return late, mlp, sparse, early, handed
 
 

@@ -15,7 +15,7 @@ from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLP
 from remote_mediation.result import Result
 from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
 from remote_mediation.show.section import Section, Verdict
-from remote_mediation.show.tables import NONE, Table, interval, notes_on, number, percent
+from remote_mediation.show.tables import NONE, Note, Table, interval, notes_on, number, percent
 from remote_mediation.show.words import UNMEASURED
 
 _SPLITS = ("discovery", "heldout", "all", RANDOM)
