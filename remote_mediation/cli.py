@@ -223,22 +223,39 @@ def check(
     )
 
 
-@app.command(epilog="Example:\n\n  remote-mediation selfcheck --seed 7")
+@app.command(
+    epilog="Examples:\n\n  remote-mediation selfcheck\n\n  remote-mediation selfcheck --case late-head --seed 7\n\n"
+    "  remote-mediation selfcheck --all"
+)
 def selfcheck(
-    seed: Annotated[int, typer.Option(min=0, help="Which planted model to build.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    case: Annotated[
+        list[str] | None, typer.Option(help="What is planted; again for another. The plain gate if none.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All cases, one after the other; some minutes.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Which model of the case to build.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Run the pipeline on a model whose deciding neurons were planted; exit code 1 unless it finds exactly these."""
-    from remote_mediation.planted.selfcheck import run_selfcheck
+    """Run the pipeline on models whose mechanism was planted; exit code 1 unless all that it says of them is true."""
+    from remote_mediation.planted.cases import CASES
+    from remote_mediation.planted.selfcheck import PLAIN, run_selfcheck
     from remote_mediation.progress import reporter
 
-    with reporter(errors) as watch:
-        result = run_selfcheck(seed, watch)
+    names = list(CASES) if every else case or [PLAIN]
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise InputError(f"no case is called {unknown[0]!r}; there are {', '.join(CASES)}")
+    results = []
+    for name in names:
+        with reporter(errors) as watch:
+            results.append(run_selfcheck(name, seed, watch))
+        if not as_json:
+            console.print(results[-1].line(), soft_wrap=True, highlight=False)
     if as_json:
-        console.print_json(data=result.as_data())
-    else:
-        console.print(result.table())
-    if not result.passed:
+        console.print_json(data=[result.as_data() for result in results])
+    for result in results:
+        if not as_json and (len(results) == 1 or not result.passed):
+            console.print(result.table())
+    if not all(result.passed for result in results):
         raise typer.Exit(1)
 
 

@@ -20,6 +20,7 @@ from remote_mediation.analyses import chosen
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.budget import LIBRARIES, Budget, batch_budget, weight_bytes
 from remote_mediation.engine.jobs import Job, Keys, batch_sizes, plan_jobs
+from remote_mediation.engine.rows import Row
 from remote_mediation.lab import Study
 from remote_mediation.later import Later, of_answers, pairs_of
 from remote_mediation.models import load_info, load_tokenizer
@@ -27,7 +28,7 @@ from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_
 from remote_mediation.pairs import GivenOpenings
 from remote_mediation.result import Analysis
 from remote_mediation.runner import FIRST_RATE
-from remote_mediation.study import first_requests, outcome_of, prepare, prepare_placebos, prompts_of, unanswered
+from remote_mediation.study import outcome_of, prepare, prepare_placebos, prompts_of, requests_of, unanswered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,11 +110,11 @@ def estimate(config: StudyConfig, more: Sequence[Analysis] = ()) -> Estimate:
     asked = Study(config, info, outcome_of(config, tokenizer), *prepared, placebos)
     study = _guessed(asked, tokenizer)
     pairs = study.pairs
-    rows = [row for request in first_requests(study, analyses) for row in request.rows(info)]
     by_id = {pair.id: pair for pair in pairs}
     room = batch_budget(study.setting, config.max_memory, config.backend == "local")
+    keys = Keys(study.setting, pairs)
     budget = Budget(lambda: config.seconds_per_job * FIRST_RATE, room)
-    jobs = list(plan_jobs(rows, by_id, study.setting, budget, Keys(study.setting, pairs)))
+    jobs = [job for rows in _waves(study, analyses) for job in plan_jobs(rows, by_id, study.setting, budget, keys)]
     later = {one.name: one.cost(study) for one in analyses if one.cost}
     beyond = _answers(asked).plus(*later.values())
     flops = sum(job.flops for job in jobs) + beyond.flops
@@ -131,6 +132,17 @@ def estimate(config: StudyConfig, more: Sequence[Analysis] = ()) -> Estimate:
         up=sum(_PROGRAM_BYTES + _packed(job.payload) for job in jobs),
         down=sum(_values_bytes(job) for job in jobs) + beyond.down,
     )
+
+
+def _waves(study: Study, analyses: Sequence[Analysis]) -> list[list[Row]]:
+    """The rows of each analysis' sites, those left out that an analysis before it measures."""
+    seen: set[Row] = set()
+    waves = []
+    for one in analyses:
+        rows = [row for request in requests_of(study, one) for row in request.rows(study.info) if row not in seen]
+        seen.update(rows)
+        waves.append(rows)
+    return waves
 
 
 def _packed(payload: dict[str, Any]) -> int:

@@ -27,7 +27,6 @@ from remote_mediation.show import figures
 from remote_mediation.show.section import Section, Verdict
 from remote_mediation.show.sites import site_section
 from remote_mediation.show.tables import (
-    NONE,
     Note,
     Table,
     bullets,
@@ -153,6 +152,7 @@ def _report(result: Result, parts: Sequence[Section], store: Store, texts: Seque
     every = {
         f"# Causal mediation of harmful text in {study.info.name}": _opening(result, record),
         **({"## Claims": _verdict_table(verdicts).markdown()} if verdicts else {}),
+        **{f"## In a picture: {part.title.lower()}": f"{part.drawn()}\n\n{part.lead}" for part in parts if part.lead},
         "## What was measured": paragraphs(
             _setting_table(result).markdown(), _left_out(study.refusals, store.failures())
         ),
@@ -162,7 +162,7 @@ def _report(result: Result, parts: Sequence[Section], store: Store, texts: Seque
         "## Limits": bullets(_limits(study, summary.total)),
         "## Prompts and answers": _shown(texts),
         **{f"## Appendix: {section.title}": section.markdown() for section in parts if section.appendix},
-        "## Provenance": _provenance_table(record).markdown(),
+        "## Provenance": _folded("how this run was made", _provenance_table(record).markdown()),
     }
     return paragraphs(*(part for section in every.items() for part in section)) + "\n"
 
@@ -170,7 +170,7 @@ def _report(result: Result, parts: Sequence[Section], store: Store, texts: Seque
 def _verdict_table(verdicts: Sequence[Verdict]) -> Table:
     notes = (
         Note("harm", "shares of TE with 95% intervals on held-out pairs, NIE then TIE; claim 4: the gain in accuracy"),
-        Note("placebo", f"a share is {NONE} where the TE of the placebo spans 0; a slope β is defined there too"),
+        Note("placebo", "where its TE spans 0 there is no share of it, and the slope β of effect on TE stands alone"),
     )
     rows = [(one.claim, one.harm, one.placebo, one.said) for one in verdicts]
     return Table(("claim", "harm", "placebo", "verdict"), rows, notes)
@@ -304,6 +304,11 @@ def _shown(texts: Sequence[PairText]) -> str:
     header = ("pair", "harmful prompt", "answer", "harmless prompt", "answer")
     order = [(text.id, text.harmful, text.harmful_answer, text.harmless, text.harmless_answer) for text in texts]
     return markdown_table(header, [tuple(map(literal, row)) for row in order])
+
+
+def _folded(summary: str, text: str) -> str:
+    """Text that opens on a click."""
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
 def _provenance_table(record: Mapping[str, Any]) -> Table:

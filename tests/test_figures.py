@@ -315,3 +315,28 @@ def test_detectors_have_a_dot_and_an_interval_for_every_set_of_prompts() -> None
     assert [float(x) for x in alarms.lines[1].get_xdata()] == pytest.approx([0.3])  # none for random sets
     assert "90% recall" in alarms.get_title(loc="left")
     assert figure.get_suptitle().endswith("prompts: heldout: 40, hard_negatives: 41")
+
+
+def streamed(edit: list[float], last: list[float]) -> pd.DataFrame:
+    """The residual stream's mean NIE, layer by layer, of a TE of 2."""
+    rows = [
+        site("layers", "layer_output", layer, position, mean=2 * share)
+        for position, shares in (("edit", edit), ("last", last))
+        for layer, share in enumerate(shares)
+    ]
+    return table(rows)
+
+
+def test_the_passage_from_the_edit_to_the_answer_is_told_by_layer() -> None:
+    sites = streamed([1.0, 0.95, 0.8, 0.3, 0.05, 0.02], [0.0, 0.12, 0.05, 0.4, 0.7, 1.0])
+    assert maps.passage(sites, TOTAL) == (
+        "Of TE, by the residual stream's mean NIE: 10%, 50%, 90% have left the changed words after layer 2, 3, 4; "
+        "10%, 50%, 90% have arrived where the answer is read after layer 3, 4, 5."
+    )
+    stuck = streamed([1.0] * LAYERS, [0.2] * LAYERS)
+    assert "have left the changed words after layer none, none, none" in maps.passage(stuck, TOTAL)
+    assert "answer is read after layer 0, none, none" in maps.passage(stuck, TOTAL)
+
+
+def test_without_a_total_effect_nothing_passes() -> None:
+    assert maps.passage(streamed([1.0], [0.0]), Estimate(8, 4, 0.1, -0.5, 0.7, "", 0.6)) == ""

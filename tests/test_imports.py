@@ -16,9 +16,9 @@ ROOT = Path(remote_mediation.__file__).parent
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
     ("dequantise", "engine", "engine.program", "errors", "meter", "paths"),
-    ("planted", "planted.gate", "prompts", "provenance", "records", "show"),
-    ("engine.exchange", "lock", "wheels"),
-    ("engine.server", "fetch", "intervals", "pairs", "sites"),
+    ("planted", "planted.words", "prompts", "provenance", "records", "show"),
+    ("engine.exchange", "lock", "planted.canvas", "wheels"),
+    ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
     ("placebo", "rates", "shares", "stats"),
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
@@ -53,7 +53,10 @@ AT_ONCE = {
     "engine.program": {"nnsight", "torch", "transformers"},
     "engine.local": {"nnsight", "torch", "transformers"},
     "engine.remote": {"nnsight", "torch"},
+    "planted.canvas": {"torch", "transformers"},
+    "planted.cases": {"torch", "transformers"},
     "planted.gate": {"torch", "transformers"},
+    "planted.words": {"torch", "transformers"},
 }
 LAZILY = {
     "dequantise": {"torch", "transformers"},

@@ -1,8 +1,7 @@
-"""`selfcheck`: does the pipeline find what was planted? A planted-gate model goes through a whole study, as any would.
+"""`selfcheck`: does the pipeline say what is true? Planted models go through a whole study, as any model would.
 
-Nothing is told to the pipeline but model, pairs and outcome. What it reports, the neurons of the last third of the
-layers that mediate on held-out pairs and the module with the largest effect, is compared with what was written into
-the weights.
+Nothing is told to the pipeline but model, pairs and outcome. What it says of the five claims, and, where a few late
+neurons gate harm, which neurons it names, is compared with what was written into the weights (`cases`).
 """
 
 from __future__ import annotations
@@ -16,115 +15,119 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from remote_mediation.config import LogitSettings, NeuronSettings, Search, StudyConfig
+from remote_mediation.config import LogitSettings, StatisticsSettings, StudyConfig
 from remote_mediation.engine.local import LocalBackend
-from remote_mediation.planted.gate import Organism, planted_gate, save
+from remote_mediation.planted.cases import CASES, YES, Case, Neuron, Specimen, build
 from remote_mediation.result import Result
 from remote_mediation.runner import Watch
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 
-Neuron = tuple[int, int]
+RESAMPLES = 999
+PLAIN = "gate"
+"""The case that is checked when none is named."""
 
 
 @dataclass(frozen=True)
 class SelfCheck:
     """What was planted, and what was found."""
 
+    case: str
+    """Its name."""
+    about: str
+    """What was planted."""
     seed: int
     """Of the planted model and of the study."""
-    planted: tuple[Neuron, ...]
-    """Gate neurons as (layer, unit)."""
-    found: tuple[Neuron, ...]
-    """Neurons of the last third of the layers that mediate on held-out pairs."""
-    module: tuple[str, int]
-    """Component and layer of the module with the largest mean NIE."""
-    gate_layer: int
-    """Layer of the planted gate."""
-
-    @property
-    def precision(self) -> float:
-        """Share of what was found that was planted; NaN if nothing was found."""
-        return self._hits / len(self.found) if self.found else float("nan")
-
-    @property
-    def recall(self) -> float:
-        """Share of what was planted that was found."""
-        return self._hits / len(self.planted)
+    truth: tuple[str, ...]
+    """What has to be said of claims 1 to 5."""
+    said: tuple[str, ...]
+    """What was said."""
+    why: tuple[str, ...]
+    """Why it was said."""
+    gates: tuple[Neuron, ...]
+    """Late neurons that gate harm, as (layer, unit); none where no few do."""
+    missed: tuple[Neuron, ...]
+    """Those of them that are not in the set that claim 3 chose."""
 
     @property
     def passed(self) -> bool:
-        """Exactly the gates, and the gate's MLP first among modules."""
-        return set(self.planted) == set(self.found) and self.module == ("mlp_output", self.gate_layer)
-
-    @property
-    def _hits(self) -> int:
-        return len(set(self.planted) & set(self.found))
+        """All five verdicts are true, and no gate was missed."""
+        return self.truth == self.said and not self.missed
 
     def as_data(self) -> dict[str, Any]:
         """JSON data."""
-        return {**asdict(self), "precision": self.precision, "recall": self.recall, "passed": self.passed}
+        return {**asdict(self), "passed": self.passed}
+
+    def line(self) -> str:
+        """In one line, for the terminal."""
+        wrong = sum(said != true for said, true in zip(self.said, self.truth, strict=True))
+        verdicts = f"{len(self.truth) - wrong} of {len(self.truth)} verdicts true"
+        missed = f", {len(self.missed)} of {len(self.gates)} gate neurons missed" if self.missed else ""
+        return f"{'passed' if self.passed else 'FAILED'}  {self.case}, seed {self.seed}: {verdicts}{missed}"
 
     def table(self) -> Table:
-        """For the terminal."""
-        table = Table("", "planted", "found", title=f"planted-gate model, seed {self.seed}")
-        component, layer = self.module
-        table.add_row("gate neurons", _listed(self.planted), _listed(self.found))
-        table.add_row("first module", f"mlp_output {self.gate_layer}", f"{component} {layer}")
-        table.add_row("precision, recall", "1.00, 1.00", f"{self.precision:.2f}, {self.recall:.2f}")
-        table.add_row("", "", "[green]passed[/]" if self.passed else "[red]failed[/]")
+        """Claim by claim, for the terminal."""
+        table = Table("claim", "truth", "said", "because", title=f"{self.case}, seed {self.seed}: {self.about}")
+        for number, (true, said, why) in enumerate(zip(self.truth, self.said, self.why, strict=True), 1):
+            colour = "green" if said == true else "red"
+            table.add_row(str(number), true, f"[{colour}]{said}[/]", why)
+        if self.gates:
+            table.add_row("", f"gate {_listed(self.gates)}", f"missed {_listed(self.missed)}", "")
         return table
 
 
-def run_selfcheck(
-    seed: int, watch: Watch, *, layers: int = 10, d_ff: int = 256, search: Search = "gradient"
-) -> SelfCheck:
-    """Plant a model, study it, compare.
+def run_selfcheck(name: str, seed: int, watch: Watch) -> SelfCheck:
+    """Plant a case, study it, compare.
 
     Raises:
         MediationError: the study could not be run.
     """
-    organism = planted_gate(seed, layers=layers, d_ff=d_ff)
+    case = CASES[name]
+    specimen = build(case, seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        save(organism, folder / "model")
-        records = [json.dumps(pair._asdict()) for pair in organism.pairs]
-        (folder / "pairs.jsonl").write_text("\n".join(records), "utf-8")
-        config = _config(organism, folder, seed, search)
+        config = written(specimen, folder, seed)
         store = Store.create(folder / "run", config.identity())
         result = run_study(config, LocalBackend.load(config.model), store, watch)
-    return _compared(seed, organism, result)
+    return _compared(case, seed, specimen, result)
 
 
-def _config(organism: Organism, folder: Path, seed: int, search: Search) -> StudyConfig:
+def written(specimen: Specimen, folder: Path, seed: int) -> StudyConfig:
+    """Put model and pairs into a folder; the study of them."""
+    specimen.model.save_pretrained(folder / "model")
+    specimen.tokenizer.save_pretrained(folder / "model")
+    records = [json.dumps(pair._asdict()) for pair in specimen.pairs]
+    (folder / "pairs.jsonl").write_text("\n".join(records), "utf-8")
     return StudyConfig(
         model=str(folder / "model"),
         pairs=str(folder / "pairs.jsonl"),
-        analyses=["modules", "neurons"],
+        analyses=["claims"],
         outcome="logit_diff",
-        logit_diff=LogitSettings(plus=[organism.plus_token], minus=[organism.minus_token]),
-        neurons=NeuronSettings(search=[search]),
+        logit_diff=LogitSettings(plus=[specimen.plus], minus=[specimen.minus]),
+        statistics=StatisticsSettings(resamples=RESAMPLES),
         seed=seed,
     )
 
 
-def _compared(seed: int, organism: Organism, result: Result) -> SelfCheck:
-    gate, layers = organism.truth.gate, result.study.info.layers
-    found = result.tables["mediators.csv"]
-    late = found[found["mediates"] & (found["layer"] >= 2 * layers / 3)]
+def _compared(case: Case, seed: int, specimen: Specimen, result: Result) -> SelfCheck:
+    claims = result.tables["claims.csv"]
+    gates = specimen.gates if case.said[2] == YES else frozenset()
     return SelfCheck(
+        case=case.name,
+        about=case.about,
         seed=seed,
-        planted=tuple((gate.layer, unit) for unit in gate.units),
-        found=tuple(sorted((int(layer), int(unit)) for layer, unit in zip(late["layer"], late["unit"], strict=True))),
-        module=_first_module(result.effects),
-        gate_layer=gate.layer,
+        truth=case.said,
+        said=tuple(claims["said"]),
+        why=tuple(claims["why"]),
+        gates=tuple(sorted(gates)),
+        missed=tuple(sorted(gates - _chosen(result.tables["gate_sets.csv"]))),
     )
 
 
-def _first_module(effects: pd.DataFrame) -> tuple[str, int]:
-    means = effects[effects["analysis"] == "modules"].groupby(["component", "layer"])["nie"].mean()
-    component, layer = means.idxmax()
-    return str(component), int(layer)
+def _chosen(curve: pd.DataFrame) -> set[Neuron]:
+    """Neurons of the set that claim 3 is about (`sparse.GATE_SET_COLUMNS`)."""
+    listed = " ".join(curve.loc[curve["chosen"].astype(bool), "neurons"]).split()
+    return {(int(layer), int(unit)) for layer, unit in (name.split(".") for name in listed)}
 
 
 def _listed(neurons: tuple[Neuron, ...]) -> str:

@@ -27,6 +27,8 @@ class Section(NamedTuple):
     figure: Figure | None = None
     brief: str = ""
     """The finding in a line; the whole finding where it is one."""
+    lead: str = ""
+    """Where its figure answers the study's question: what it shows, in a sentence; the figure then stands on top."""
     appendix: bool = False
     """Whether it stands at the end, for those who doubt the rest."""
 
@@ -35,10 +37,15 @@ class Section(NamedTuple):
         """Where its figure lies in the run folder."""
         return f"figures/{self.name.replace(':', '-')}.png"
 
+    def drawn(self) -> str:
+        """Its figure as Markdown; empty where there is none."""
+        return f"![{self.title}]({self.figure_path})" if self.figure else ""
+
     def markdown(self) -> str:
         """As Markdown, below its title."""
-        drawn = f"![{self.title}]({self.figure_path})" if self.figure else ""
-        return paragraphs(self.did, drawn, self.finding, *(table.markdown() for table in self.tables))
+        return paragraphs(
+            self.did, "" if self.lead else self.drawn(), self.finding, *(table.markdown() for table in self.tables)
+        )
 
 
 class Verdict(NamedTuple):

@@ -29,7 +29,7 @@ CLAIM_COLUMNS: dict[str, str] = {
     "said": "the verdict as it is read, words of the gate first",
     "gate": "what has to be known before any verdict; empty if nothing",
     "verdict": "by the claim's own rule: supported, not supported, undecided, not tested",
-    "specific": "whether the numbers that decide are larger for harm than for the placebo, clear of 0",
+    "specific": "whether the numbers that decide hold of harm's own part, too: `own` is above 0",
     "why": "the reason",
 }
 SET_COLUMNS: dict[str, str] = {
@@ -49,6 +49,9 @@ SET_COLUMNS: dict[str, str] = {
     "excess": "beta_harm - beta_placebo",
     "excess_low": "lower end of its 95% interval",
     "excess_high": "upper end",
+    "own": "share of harm's own part: (effect of harm - placebo's) / (TE of harm - placebo's); of an accuracy `excess`",
+    "own_low": "lower end of its 95% interval",
+    "own_high": "upper end",
     "n": "pairs",
     "clusters": "components of pairs",
     "reason": "why a number is missing, or why to read it with care",
@@ -203,6 +206,7 @@ def _set_rows(claims: Sequence[Claim]) -> list[dict[str, Any]]:
             "beta_harm": measure.beta_harm,
             "beta_placebo": measure.beta_placebo,
             **measure.excess.columns("excess"),
+            **measure.own.columns("own"),
             "n": measure.harm.n_pairs,
             "clusters": measure.harm.n_clusters,
             "reason": measure.harm.reason or measure.placebo.reason,

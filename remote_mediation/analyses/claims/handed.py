@@ -14,7 +14,7 @@ from remote_mediation.engine.rows import Row, Source, Write, swap
 from remote_mediation.sites import ModelInfo, Site, band, thirds
 from remote_mediation.tokens import TokenPair
 
-LATE, RANDOM = "the late MLPs", "random other modules"
+LATE, RANDOM = "the late MLPs", "random attention modules"
 RANDOM_SETS = 10
 """Random sets of other modules whose effects are averaged."""
 _POSITION = "all"
@@ -41,12 +41,14 @@ def handed_on(heldout: Sample) -> Claim:
 
 
 def random_sets(layers: int, size: int, rng: np.random.Generator) -> list[list[Site]]:
-    """Sets of as many modules after the early third, the middle MLPs left out."""
+    """Sets of as many attention modules after the early third.
+
+    Late MLPs are no control: a gate among them lets nothing through while it is held, whatever handed it on.
+    """
     _, middle, late = thirds(layers)
     others = [
         *band("attention_output", middle, _POSITION),
         *band("attention_output", late, _POSITION),
-        *band("mlp_output", late, _POSITION),
     ]
     return [sorted(others[place] for place in rng.permutation(len(others))[:size]) for _ in range(RANDOM_SETS)]
 

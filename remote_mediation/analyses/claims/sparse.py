@@ -46,6 +46,7 @@ GATE_SET_COLUMNS: dict[str, str] = {
     "direct_tie_low": "lower end of its 95% interval",
     "direct_tie_high": "upper end",
     "chosen": "whether it is the smallest size that does the late MLPs' work on the discovery pairs",
+    "neurons": "the set as layer.unit, first by rank; empty above 1% of the late third's neurons",
     "reason": "why a number is missing, or why to read it with care",
 }
 PARTS = (0.0001, 0.001, SPARSE, 0.05)
@@ -125,13 +126,17 @@ class Search(NamedTuple):
     def judged(self, heldout: Sample) -> Sparse:
         """The sets on the held-out pairs."""
         late = thirds(self.lab.study.info.layers).late
-        most = max(int(SPARSE * len(self.ranked)), 1)
-        sets = [band("mlp_output", late, self.position), self._first(most)]
+        sets = [band("mlp_output", late, self.position), self._first(self.most)]
         if self.size:
             sets.append(self._first(self.size))
         whole, few, *chosen = heldout.effects(self.lab.joint, sets)
         found = Sparse(len(self.ranked), whole, few, self.size, chosen[0] if chosen else None)
-        return self._beside_random(found, heldout) if self.size and self.size <= most else found
+        return self._beside_random(found, heldout) if self.size and self.size <= self.most else found
+
+    @property
+    def most(self) -> int:
+        """1% of the neurons, at least one."""
+        return max(int(SPARSE * len(self.ranked)), 1)
 
     def curve(self, heldout: Sample) -> pd.DataFrame:
         """`GATE_SET_COLUMNS` of every size: the joint effect, and what of it goes straight to the answer."""
@@ -147,8 +152,9 @@ class Search(NamedTuple):
         rows: list[dict[str, Any]] = []
         for place, size in enumerate(self.sizes):
             shares = {name: bench.share(of[place], joint.te) for name, of in curves.items()}
-            row = {"size": size, "part": size / len(self.ranked), "chosen": size == self.size}
+            row: dict[str, Any] = {"size": size, "part": size / len(self.ranked), "chosen": size == self.size}
             row |= dict(zip(("carried_nie", "carried_tie"), self.carried[place], strict=True))
+            row["neurons"] = " ".join(f"{layer}.{unit}" for layer, unit in self.ranked[:size] if size <= self.most)
             for name, found in shares.items():
                 row |= found.columns(name)
             rows.append(row | {"reason": shares["nie"].reason})

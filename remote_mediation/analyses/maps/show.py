@@ -23,17 +23,47 @@ from remote_mediation.show.figures import (
 from remote_mediation.show.section import Section
 from remote_mediation.show.sites import site_section
 from remote_mediation.stats import Estimate
+from remote_mediation.summary import stream_nie
 from remote_mediation.tokens import SPANS
 
 _MODULES = {"mlp_output": "MLP", "attention_output": "attention"}
+_PASSED = (0.1, 0.5, 0.9)
+"""Shares of TE whose passage is told."""
 _MOST_TOKENS = 24
 """Labels along the token axis; they stand upright and need less room than others."""
 
 
 def layers(result: Result) -> list[Section]:
-    """The residual stream, layer by layer."""
+    """The residual stream, layer by layer: where the effect leaves the changed words and arrives at the answer."""
     swapped = "the residual stream after one layer, at one position"
-    return _map(result, "layers", "Layers", swapped, lambda sites: layers_figure(sites, result.summary.total))
+    found = _map(result, "layers", "Layers", swapped, lambda sites: layers_figure(sites, result.summary.total))
+    said = passage(result.summary.sites, result.summary.total)
+    return [part._replace(lead=said if part.figure else "", brief=said) if said else part for part in found]
+
+
+def passage(sites: pd.DataFrame, total: Estimate) -> str:
+    """From which layer on 10, 50 and 90% of TE have left `edit` and arrived at `last`, by mean NIE; empty without TE.
+
+    sites: `Summary.sites`.
+    """
+    if not total.sign:
+        return ""
+    said = []
+    for position, words in (("edit", "have left the changed words"), ("last", "have arrived where the answer is read")):
+        means = stream_nie(sites, position).set_index("layer")["mean"].sort_index() / total.value
+        if means.empty:
+            continue
+        passed = 1 - means if position == "edit" else means
+        at = [_first(passed, share) for share in _PASSED]
+        said.append(f"{', '.join(f'{share:.0%}' for share in _PASSED)} {words} after layer {', '.join(at)}")
+    return f"Of TE, by the residual stream's mean NIE: {'; '.join(said)}." if said else ""
+
+
+def _first(passed: pd.Series, share: float) -> str:
+    """The first layer from which on a share of TE has passed and stays so; `none` where it never does."""
+    below = passed[passed < share]
+    after = passed.index[passed.index > below.index[-1]] if len(below) else passed.index
+    return str(after[0]) if len(after) else "none"
 
 
 def modules(result: Result) -> list[Section]:
