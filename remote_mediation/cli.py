@@ -138,6 +138,22 @@ def report(folder: RunFolder, show_text: ShowText = False) -> None:
     _write_report(store, reread(store), show_text)
 
 
+@app.command("check-run", epilog="Example:\n\n  remote-mediation check-run runs/study")
+def check_run_command(folder: RunFolder) -> None:
+    """Say which files of a run folder are whole; exit code 1 where one is not. Nothing is changed."""
+    from remote_mediation.checkup import check_run
+
+    states = check_run(folder)
+    for state in states:
+        if not (state.whole and state.detail == "whole"):
+            mark = "note" if state.whole else "FAIL"
+            console.print(Text(f"{mark} {state.name}: {state.detail}"), soft_wrap=True)
+    whole = sum(state.whole for state in states)
+    console.print(f"{whole} of {len(states)} files are whole")
+    if whole < len(states):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Examples:\n\n  remote-mediation show runs/study\n\n  remote-mediation show runs/study claims")
 def show(
     folder: RunFolder,

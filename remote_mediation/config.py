@@ -152,6 +152,27 @@ class MonitorSettings(_Strict):
     """A pairs file, such as XSTest's, whose harmless prompts only sound harmful."""
 
 
+class VerifySettings(_Strict):
+    """`[verify]`: what a judge says of answers that are sampled while mediators are swapped."""
+
+    judge: str = DEFAULT_JUDGE
+    """A judge's spec (`judges.load_judge`)."""
+    labelled: str = BUILTIN
+    """Labelled answers that tell how the judge errs: the package's, or a CSV file (`judges.load_labelled`)."""
+    samples: int = Field(default=8, ge=1)
+    """Answers to every prompt."""
+    tokens: int = Field(default=64, ge=1)
+    """Tokens of each."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Of the sampling; 0 takes the likeliest token, so that one sample is enough."""
+    held: bool = False
+    """Hold what is swapped at the last prompt token at every new token, too."""
+    sites: int = Field(default=3, ge=0)
+    """So many of the strongest single sites, beside every set that the run found."""
+    pairs: int = Field(default=24, ge=2)
+    """At most so many held-out pairs."""
+
+
 class StatisticsSettings(_Strict):
     """`[statistics]`: intervals and tests."""
 
@@ -211,6 +232,7 @@ class StudyConfig(_Strict):
     intervene: InterveneSettings = InterveneSettings()
     attacks: AttackSettings = AttackSettings()
     monitor: MonitorSettings = MonitorSettings()
+    verify: VerifySettings = VerifySettings()
     statistics: StatisticsSettings = StatisticsSettings()
 
     @model_validator(mode="before")

@@ -88,9 +88,16 @@ def _files(config: StudyConfig) -> dict[str, str]:
     if "attacks" in config.analyses:
         found |= {f"attacks.checkpoints {name!r}": fingerprint(name) for name in config.attacks.checkpoints}
     if "intervene" in config.analyses or "attacks" in config.analyses:
-        kind, _, rest = config.intervene.judge.partition(":")
-        found[f"intervene.judge {config.intervene.judge!r}"] = _JUDGES[kind](rest) if kind in _JUDGES else ""
+        found[f"intervene.judge {config.intervene.judge!r}"] = _judge(config.intervene.judge)
+    if "verify" in config.analyses:
+        found[f"verify.judge {config.verify.judge!r}"] = _judge(config.verify.judge)
+        found[f"verify.labelled {config.verify.labelled!r}"] = _file(config.verify.labelled)
     return found
+
+
+def _judge(spec: str) -> str:
+    kind, _, rest = spec.partition(":")
+    return _JUDGES[kind](rest) if kind in _JUDGES else ""
 
 
 def _file(name: str) -> str:

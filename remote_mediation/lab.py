@@ -20,6 +20,7 @@ from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Setting, batch_budget
 from remote_mediation.engine.rows import Row, direct_row, swap_all
+from remote_mediation.engine.samples import Manner, bare, sample_key
 from remote_mediation.engine.tasks import Held, Task, direct_task, generate_task
 from remote_mediation.models import ends_of_answers
 from remote_mediation.openings import longest_answer
@@ -273,9 +274,29 @@ class Lab:
         """
         parts = [prompts[start : start + _TOGETHER] for start in range(0, len(prompts), _TOGETHER)]
         found = self.run([generate_task(part, tokens, held, self.study.setting) for part in parts])
+        return self._ended([answer for values in found for answer in values.astype(int).reshape(-1, tokens).tolist()])
+
+    def sampled(self, rows: Sequence[Row], manner: Manner) -> list[list[tuple[int, ...]]]:
+        """By row the sampled answers to its base prompt, each up to the token that ends it, while its writes are made.
+
+        rows: of `bare` pairs, behind whose prompts nothing is fed. All rows of a pair share their random numbers.
+
+        Raises:
+            JobError: some could not be generated.
+            UnmeasuredError: some were not, and there is no backend.
+        """
+        seed, pairs = self.study.config.seed, {name: bare(pair) for name, pair in self._runner.runnable.items()}
+        keys = [sample_key(row, pairs[row.pair], manner, seed, self.study.setting) for row in rows]
+        self._runner.run_samples(dict(zip(keys, rows, strict=True)), pairs, manner, seed)
+        if any(key not in self._runner.values for key in keys):
+            raise UnmeasuredError
+        found = [self._runner.values[key].reshape(2, manner.samples, manner.tokens)[0] for key in keys]
+        return [self._ended(ids.astype(int).tolist()) for ids in found]
+
+    def _ended(self, answers: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Answers up to the token that ends them."""
         info = self.study.info
         ends = set(self.noted("special-tokens", lambda tokenizer: ends_of_answers(info.name, info.revision, tokenizer)))
-        answers = [answer for values in found for answer in values.astype(int).reshape(-1, tokens).tolist()]
         return [tuple(takewhile(lambda token: token not in ends, answer)) for answer in answers]
 
     def tokenised(self, name: str, texts: Callable[[], Sequence[PromptPair]]) -> Prepared:

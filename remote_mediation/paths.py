@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # Settings that name a file, and those that name one or something else, by section ("" is the study itself).
-_FILES = {"": ("pairs", "harmful", "harmless"), "monitor": ("hard_negatives",)}
+_FILES = {"": ("pairs", "harmful", "harmless"), "monitor": ("hard_negatives",), "verify": ("labelled",)}
 _PERHAPS = {"": ("model",), "prompt": ("template",), "attacks": ("checkpoints",)}
 # Judges that are a folder, which stands behind their kind and before a label.
 _JUDGES = ("classifier", "embedding", "openings+embedding")
@@ -22,7 +22,7 @@ def resolved(settings: dict[str, Any], base: Path = Path()) -> dict[str, Any]:
     """Settings with every path as seen from here. base: the folder that relative ones are named from."""
     found = _each(settings, _FILES, lambda value: _file(value, base))
     found = _each(found, _PERHAPS, lambda value: _perhaps(value, base))
-    return _each(found, {"intervene": ("judge",)}, lambda value: _judge(value, base))
+    return _each(found, {"intervene": ("judge",), "verify": ("judge",)}, lambda value: _judge(value, base))
 
 
 def _each(

@@ -18,6 +18,7 @@ from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs
 from remote_mediation.engine.rows import Row
+from remote_mediation.engine.samples import Manner, plan_samples
 from remote_mediation.engine.tasks import Task, plan_tasks
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.store import Store, Submitted
@@ -98,6 +99,16 @@ class Runner:
         missing = [task for key, task in tasks.items() if key not in self.values]
         if missing:
             plan = partial(plan_tasks, missing, self._setting)
+            self._work(len(missing), plan, self._backend)
+
+    def run_samples(self, rows: Mapping[str, Row], pairs: Mapping[str, TokenPair], manner: Manner, seed: int) -> None:
+        """The same of sampled answers, by key. pairs: `bare`, by id. seed: of the uniform numbers."""
+        if not self._backend:
+            return
+        self._collect_submitted(self._backend)
+        missing = [row for key, row in rows.items() if key not in self.values]
+        if missing:
+            plan = partial(plan_samples, missing, pairs, manner, seed, self._setting)
             self._work(len(missing), plan, self._backend)
 
     def _jobs(self, rows: Sequence[Row], budget: Budget) -> Iterator[Job]:

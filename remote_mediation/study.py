@@ -202,6 +202,9 @@ def reread(store: Store, more: Sequence[Analysis] = ()) -> Result:
     """A study as its run folder has it, finished or not; no model is needed.
 
     more: analyses from outside the package; one that is named and not given has a section that says so.
+
+    Raises:
+        StoreError: `run.json` or the pairs are not as the run wrote them.
     """
     study = _reread_study(store)
     names = study.config.analyses
@@ -211,6 +214,9 @@ def reread(store: Store, more: Sequence[Analysis] = ()) -> Result:
 
 
 def _reread_study(store: Store) -> Study:
+    if store.missing():
+        name = store.missing()[0]
+        raise StoreError(f"{store.folder / name} is gone; run the study again, which makes it anew")
     record, prepared = store.record(), store.prepared() or Prepared((), ())
     placebos = store.prepared(PLACEBOS) or Prepared((), ())
     config = StudyConfig(**record["config"])

@@ -14,6 +14,7 @@ from remote_mediation.analyses.monitor import MONITOR
 from remote_mediation.analyses.neurons import NEURONS
 from remote_mediation.analyses.paths import PATHS
 from remote_mediation.analyses.total import TOTAL
+from remote_mediation.analyses.verify import VERIFY
 from remote_mediation.errors import SettingsError
 from remote_mediation.result import Analysis
 from remote_mediation.show.section import Section
@@ -22,7 +23,7 @@ ALWAYS = (CHECKS, TOTAL)
 """What every study runs first."""
 EVERY: tuple[Analysis, ...] = (
     *(CLAIMS, LAYERS, MODULES, TOKENS, HEADS),
-    *(NEURONS, DETECT, PATHS, INTERVENE, ATTACKS, MONITOR),
+    *(NEURONS, DETECT, PATHS, INTERVENE, ATTACKS, MONITOR, VERIFY),
 )
 """All that a study can name."""
 
@@ -30,7 +31,8 @@ EVERY: tuple[Analysis, ...] = (
 def chosen(names: Sequence[str], more: Sequence[Analysis] = ()) -> tuple[Analysis, ...]:
     """The analyses of a study: those of every study first, then those named, in the order in which they run.
 
-    more: analyses from outside the package; one of a name that is known takes the place of that one.
+    more: analyses from outside the package; one of a name that is known takes the place of that one. `verify` runs
+    last, as it takes up what all others found.
 
     Raises:
         SettingsError: a name that is not known.
@@ -39,7 +41,8 @@ def chosen(names: Sequence[str], more: Sequence[Analysis] = ()) -> tuple[Analysi
     unknown = [name for name in names if name not in known]
     if unknown:
         raise SettingsError(f"unknown analysis {unknown[0]!r}; known: {', '.join(known)}")
-    return (*ALWAYS, *(one for name, one in known.items() if name in names))
+    named = [one for name, one in known.items() if name in names]
+    return (*ALWAYS, *sorted(named, key=lambda one: one.name == VERIFY.name))
 
 
 def with_needed(names: Sequence[str]) -> list[str]:

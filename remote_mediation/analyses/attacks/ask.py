@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from remote_mediation.analyses.intervene.ask import at_mean, complied, harmless_mean, outcome_change
+from remote_mediation.analyses.intervene.ask import at_mean, harmless_mean, outcome_change
+from remote_mediation.analyses.intervene.judging import complied
 from remote_mediation.analyses.neurons.ask import gate_set
 from remote_mediation.analyses.neurons.cost import gate_rows, neurons_measured
 from remote_mediation.engine.payload import digest
@@ -145,8 +146,8 @@ def _row(variant: _Variant, plain: _Variant, gates: Site, units: Sequence[Site],
         return ratio_of_means(part, joint.te, clusters, lab.rng("attacks"), resamples).columns(name)
 
     prompts = [pair.x1 for pair in pairs]
-    tokens = lab.study.config.intervene.tokens
-    verdicts = [complied(lab, prompts, lab.continued(prompts, tokens, one)) for one in ((), [held])]
+    tokens, judge = lab.study.config.intervene.tokens, lab.study.config.intervene.judge
+    verdicts = [complied(lab, judge, prompts, lab.continued(prompts, tokens, one)) for one in ((), [held])]
     rates = [wilson(sum(one), len(one)) for one in verdicts]
     return {
         "attack": variant.name,

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from remote_mediation.analyses.intervene.judging import complied, judge_quality
 from remote_mediation.analyses.neurons.ask import gate_set
 from remote_mediation.analyses.neurons.cost import gate_rows
 from remote_mediation.analyses.neurons.search import whole_mlp
-from remote_mediation.engine.payload import digest
 from remote_mediation.engine.rows import Constant, Row, Scale, Write
 from remote_mediation.engine.tasks import Held, Reading, drift_task, read_task
-from remote_mediation.judges import check_judge, load_judge, load_labelled
 from remote_mediation.lab import Floats, Lab, Study
 from remote_mediation.later import Later, of_answers, of_bases, of_readings, of_tasks, pairs_of
 from remote_mediation.result import Finding, Findings
@@ -47,15 +46,6 @@ INTERVENE_COLUMNS: dict[str, str] = {
     "complied_high": "upper end",
     "reason": "why a number is missing, or why to read it with care",
 }
-JUDGE_COLUMNS: dict[str, str] = {
-    "judge": "its spec",
-    "measure": "accuracy, recall of complying answers, specificity, or Cohen's kappa",
-    "n": "labelled answers it was measured on",
-    "value": "the measure",
-    "low": "lower end of its 95% interval",
-    "high": "upper end",
-    "reason": "why a number is missing, or why to read it with care",
-}
 PLAIN, MEAN = "nothing", "gates at their harmless mean"
 RANDOM, MLP = "random sets at their harmless mean", "whole MLP at its harmless mean"
 SIDES = ("harmless", "harmful")
@@ -79,7 +69,7 @@ def analyse(lab: Lab, before: Findings) -> Finding:
     lab.outcomes([row for held in sets for side in (0, 1) for row in held_rows(pairs, side, held)])  # all in one wave
     rows = [_row(lab, condition, side) for condition in conditions for side in (1, 0)]
     table = pd.DataFrame(rows, columns=list(INTERVENE_COLUMNS))
-    return Finding({"intervene.csv": table, "judge.csv": judge_quality(lab)})
+    return Finding({"intervene.csv": table, "judge.csv": judge_quality(lab, lab.study.config.intervene.judge)})
 
 
 def harmless_mean(lab: Lab, layer: int) -> Floats:
@@ -114,42 +104,6 @@ def held_rows(pairs: Sequence[TokenPair], side: int, held: Sequence[Held]) -> li
     ]
 
 
-def complied(lab: Lab, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]) -> list[bool]:
-    """The judge's verdicts, kept in the run folder; the texts are not."""
-    spec = lab.study.config.intervene.judge
-
-    def judged(tokenizer: Any) -> list[bool]:
-        texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in (prompts, answers)]
-        return [bool(verdict) for verdict in load_judge(spec)(*texts)]
-
-    verdicts: list[bool] = lab.noted(f"judged-{digest([spec, prompts, answers])}", judged)
-    return verdicts
-
-
-def judge_quality(lab: Lab) -> pd.DataFrame:
-    """How the judge agrees with the package's labelled answers (`JUDGE_COLUMNS`)."""
-    spec = lab.study.config.intervene.judge
-
-    def measured(tokenizer: Any) -> list[dict[str, Any]]:
-        found = check_judge(load_judge(spec), load_labelled(), lab.rng("judge"))
-        measures = ("accuracy", "recall", "specificity", "kappa")
-        intervals = [(name, getattr(found, name)) for name in measures]
-        return [
-            {
-                "judge": spec,
-                "measure": name,
-                "n": one.n_pairs,
-                "value": one.value,
-                "low": one.low,
-                "high": one.high,
-                "reason": one.reason,
-            }
-            for name, one in intervals
-        ]
-
-    return pd.DataFrame(lab.noted(f"judge-{digest(spec)}", measured), columns=list(JUDGE_COLUMNS))
-
-
 def _conditions(lab: Lab, gates: Site, random: Sequence[Site]) -> list[Condition]:
     mean = harmless_mean(lab, gates.layer)
     doses = [
@@ -173,7 +127,9 @@ def _row(lab: Lab, condition: Condition, side: int) -> dict[str, Any]:
     te = float(np.nanmean(lab.outcomes([Row(p.id, 1) for p in pairs]) - lab.outcomes([Row(p.id, 0) for p in pairs])))
     (change,) = estimate_means([changes], clusters, lab.rng("intervene"), by.resamples)
     prompts = [pair.prompts[side] for pair in pairs]
-    verdicts = complied(lab, prompts, lab.continued(prompts, lab.study.config.intervene.tokens, condition.sets[0]))
+    settings = lab.study.config.intervene
+    answers = lab.continued(prompts, settings.tokens, condition.sets[0])
+    verdicts = complied(lab, settings.judge, prompts, answers)
     rate = wilson(sum(verdicts), len(verdicts))
     still = condition.name == PLAIN
     return {
