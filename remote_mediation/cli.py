@@ -40,7 +40,14 @@ errors = Console(stderr=True)
 StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY.toml]", help="Study file; flags override it.")]
 Model = Annotated[str | None, typer.Option(help="Hub id or local folder of the model.")]
 Revision = Annotated[str | None, typer.Option(help="Hub revision of the model.")]
-Pairs = Annotated[str | None, typer.Option(help="'builtin', or a JSONL or CSV file of prompt pairs.")]
+Pairs = Annotated[
+    str | None, typer.Option(help="'builtin', or a file of prompt pairs: JSON, JSONL, CSV, TSV, Parquet, '-'.")
+]
+PairsFile = Annotated[
+    str, typer.Argument(metavar="FILE", help="'builtin', a file of pairs, '-', a study file, or a list of prompts.")
+]
+Harmless = Annotated[str | None, typer.Option(metavar="FILE", help="Harmless list to match a harmful FILE with.")]
+Column = Annotated[str, typer.Option(help="Column of the prompts; found by its name by default.")]
 MaxPairs = Annotated[int | None, typer.Option(help="Use at most so many pairs, spread over the file.")]
 Kinds = Annotated[str | None, typer.Option(help="Comma-separated: claims, layers, modules, tokens, heads, neurons ...")]
 OutcomeFlag = Annotated[str | None, typer.Option("--outcome", help="refusal, response_logprob or logit_diff.")]
@@ -131,6 +138,22 @@ def report(folder: RunFolder, show_text: ShowText = False) -> None:
     _write_report(store, reread(store), show_text)
 
 
+@app.command("check-run", epilog="Example:\n\n  remote-mediation check-run runs/study")
+def check_run_command(folder: RunFolder) -> None:
+    """Say which files of a run folder are whole; exit code 1 where one is not. Nothing is changed."""
+    from remote_mediation.checkup import check_run
+
+    states = check_run(folder)
+    for state in states:
+        if not (state.whole and state.detail == "whole"):
+            mark = "note" if state.whole else "FAIL"
+            console.print(Text(f"{mark} {state.name}: {state.detail}"), soft_wrap=True)
+    whole = sum(state.whole for state in states)
+    console.print(f"{whole} of {len(states)} files are whole")
+    if whole < len(states):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Examples:\n\n  remote-mediation show runs/study\n\n  remote-mediation show runs/study claims")
 def show(
     folder: RunFolder,
@@ -184,24 +207,30 @@ def plan(
 @pairs_app.command(
     epilog="Examples:\n\n"
     "  remote-mediation pairs check builtin --model HuggingFaceTB/SmolLM2-135M-Instruct\n\n"
-    "  remote-mediation pairs check study.toml --show theft-01"
+    "  remote-mediation pairs check study.toml --show theft-01\n\n"
+    "  remote-mediation pairs check advbench.csv --harmless instructions.json --model ./my-model"
 )
 def check(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="'builtin', a file of pairs, '-', or a study file.")],
+    file: PairsFile,
     model: Annotated[str | None, typer.Option(help="Hub id or local folder whose tokenizer is used.")] = None,
+    harmless: Harmless = None,
+    harmful_column: Column = "",
+    harmless_column: Column = "",
     show: Annotated[str | None, typer.Option(metavar="ID", help="Show a pair as the model gets it.")] = None,
 ) -> None:
     """Tokenise and align pairs: token counts, edits, what would be refused and why, and whether placebos are alike."""
     from remote_mediation.config import load_config
     from remote_mediation.models import load_tokenizer
-    from remote_mediation.pairs import find_pair, load_pairs
+    from remote_mediation.pairs import find_pair
     from remote_mediation.shown import balanced, shown
+    from remote_mediation.texts import described_lists, load_texts
     from remote_mediation.tokens import tokenise
 
     _quiet_libraries()
     study = Path(file) if file.endswith(".toml") else None
-    config = load_config(study, {"model": model, "pairs": None if study else file})
-    texts, form = load_pairs(config.pairs), config.prompt.form()
+    sources = {} if study else _sources(file, harmless, harmful_column, harmless_column)
+    config = load_config(study, {"model": model, **sources})
+    texts, form = load_texts(config), config.prompt.form()
     tokenizer = load_tokenizer(config.model, config.revision)
     if show is not None:
         for line in shown(find_pair(texts, show), tokenizer, form):
@@ -215,12 +244,42 @@ def check(
     console.print(table)
     for refusal in prepared.refusals:
         console.print(f"refused {refusal.id}: {refusal.reason}", highlight=False, markup=False, soft_wrap=True)
-    for line in balanced(texts, tokenizer):
+    for line in (*described_lists(config), *balanced(texts, tokenizer)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
     console.print(
         f"{len(texts)} pairs: {len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"
     )
+
+
+@pairs_app.command(
+    epilog="Examples:\n\n"
+    "  remote-mediation pairs convert spreadsheet.tsv pairs.jsonl\n\n"
+    "  remote-mediation pairs convert harmbench.csv pairs.jsonl --harmless instructions.json"
+)
+def convert(
+    file: PairsFile,
+    target: Annotated[Path, typer.Argument(metavar="PAIRS.jsonl", help="File to write; it must not exist.")],
+    harmless: Harmless = None,
+    harmful_column: Column = "",
+    harmless_column: Column = "",
+) -> None:
+    """Write pairs, or two lists matched into pairs, as JSON lines."""
+    from remote_mediation.config import load_config
+    from remote_mediation.texts import load_texts, write_texts
+
+    sources = _sources(file, harmless, harmful_column, harmless_column)
+    texts = load_texts(load_config(None, {"model": "", **sources}))
+    write_texts(texts, target)
+    console.print(f"{len(texts)} pairs: {target}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _sources(file: str, harmless: str | None, harmful_column: str, harmless_column: str) -> dict[str, str]:
+    """Settings that name a file of pairs, or two lists."""
+    if harmless is None:
+        return {"pairs": file}
+    columns = {"harmful_column": harmful_column, "harmless_column": harmless_column}
+    return {"harmful": file, "harmless": harmless, **columns}
 
 
 @app.command(
@@ -414,10 +473,10 @@ def compare(
 
 def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None:
     """Run a study in its folder and write the report; Ctrl-C leaves what is finished."""
-    from remote_mediation.pairs import load_pairs
+    from remote_mediation.contents import look_at
     from remote_mediation.store import Store
 
-    load_pairs(config.pairs)  # a bad file is refused before a model is loaded
+    look_at(config)  # a bad file is refused before a model is loaded
     store = Store.create(folder, config.identity())
     from remote_mediation.door import open_lab
     from remote_mediation.progress import reporter
@@ -465,11 +524,11 @@ def _write_report(store: Any, result: Any, show_text: bool) -> None:
 def _texts(result: Result) -> list[PairText]:
     """Prompts and answers of a study's pairs; the answers take the model's tokenizer, not its weights."""
     from remote_mediation.models import load_tokenizer
-    from remote_mediation.pairs import load_pairs
     from remote_mediation.report import PairText
+    from remote_mediation.texts import load_texts
 
     study = result.study
-    texts = {text.id: text for text in load_pairs(study.config.pairs)}
+    texts = {text.id: text for text in load_texts(study.config)}
     tokenizer = load_tokenizer(study.info.name, study.info.revision)
     return [
         PairText(pair.id, texts[pair.id].harmful, texts[pair.id].harmless, *map(tokenizer.decode, pair.answers))

@@ -193,6 +193,16 @@ class StudyConfig(_Strict):
     """Hub revision; empty for the default one."""
     pairs: str = BUILTIN
     """`builtin`, or a JSONL or CSV file."""
+    harmful: str | None = None
+    """A list of harmful prompts, such as AdvBench's, in place of `pairs`; goes with `harmless`."""
+    harmless: str | None = None
+    """A list of harmless prompts, at least as many; twice as many give placebos."""
+    harmful_column: str = ""
+    """The column of the prompts in `harmful`; found by its name by default."""
+    harmless_column: str = ""
+    """The same of `harmless`."""
+    align: Literal["edit", "end"] = "edit"
+    """Prompts of a pair are one text but for an edit, or are compared from their ends only, as those of lists are."""
     max_pairs: int | None = Field(default=None, ge=2)
     """Use at most so many pairs, spread evenly over the file."""
     analyses: Distinct[str] = ["claims", "layers", "modules"]
@@ -243,6 +253,30 @@ class StudyConfig(_Strict):
             raise ValueError("[refusal] needs both `compliant` and `refusing`, lists of openings, or neither")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _ends_only(cls, data: Any) -> Any:
+        """Prompts of lists have no edit, so that what is swapped by default is swapped behind the user's text."""
+        if not isinstance(data, dict) or not (data.get("harmful") or data.get("align") == "end"):
+            return data
+        positions = data.get("positions", {})
+        given = positions if isinstance(positions, dict) else positions.model_dump(exclude_unset=True)
+        ends = {"layers": ["post_instruction", "last"], "modules": ["last"]}
+        return {**data, "align": "end", "positions": {**ends, **given}}
+
+    @model_validator(mode="after")
+    def _lists_go_together(self) -> Self:
+        if bool(self.harmful) != bool(self.harmless):
+            raise ValueError("give both lists, `harmful` and `harmless`, or pairs")
+        if self.harmful and self.pairs != BUILTIN:
+            raise ValueError("give `pairs`, or the lists `harmful` and `harmless`, not both")
+        return self
+
+    @property
+    def source(self) -> str:
+        """Where its prompts come from, in words."""
+        return f"{self.harmful} and {self.harmless}" if self.harmful else self.pairs
+
     @property
     def seconds_per_job(self) -> float:
         """`job_seconds`, or the default of the backend."""
@@ -253,6 +287,8 @@ class StudyConfig(_Strict):
         kept = {"model", "revision", "pairs", "max_pairs", "outcome", "dtype", "seed", "response_logprob", "logit_diff"}
         kept |= {"refusal"} if self.outcome == "refusal" else set()
         kept |= {"prompt"} if self.prompt != PromptSettings() else set()
+        kept |= {"harmful", "harmless", "harmful_column", "harmless_column"} if self.harmful else set()
+        kept |= {"align"} if self.align != "edit" else set()
         return self.model_dump(mode="json", include=kept)
 
 

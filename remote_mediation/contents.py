@@ -15,9 +15,33 @@ from pathlib import Path
 from typing import Any
 
 from remote_mediation.config import StudyConfig
-from remote_mediation.errors import StoreError
+from remote_mediation.errors import ModelError, StoreError
 from remote_mediation.models import dated_fingerprint, fingerprint
+from remote_mediation.pairs import load_pairs
 from remote_mediation.sites import ModelInfo
+from remote_mediation.texts import load_texts
+
+# How the name of a local folder begins that can be nothing else.
+_LOCAL = ("/", "./", "../", "~")
+
+
+def look_at(config: StudyConfig) -> None:
+    """Read every file that a study names, before anything runs.
+
+    Raises:
+        PairsError, SettingsError, ModelError: one of them cannot be used.
+    """
+    load_texts(config)
+    config.prompt.form()
+    if "monitor" in config.analyses and config.monitor.hard_negatives:
+        load_pairs(config.monitor.hard_negatives)
+    named = {"model": [config.model]}
+    if "attacks" in config.analyses:
+        named["attacks.checkpoints"] = config.attacks.checkpoints
+    for setting, names in named.items():
+        for name in names:
+            if name.startswith(_LOCAL) and not Path(name).is_dir():
+                raise ModelError(f"{setting} names {name!r}, and there is no such folder; give one, or a hub id")
 
 
 def as_begun(info: ModelInfo, begun: dict[str, Any], folder: Path) -> ModelInfo:
@@ -61,6 +85,8 @@ def unchanged_files(config: StudyConfig, begun: dict[str, Any], folder: Path) ->
 
 def _files(config: StudyConfig) -> dict[str, str]:
     found: dict[str, str] = {}
+    if config.prompt.template:
+        found[f"prompt.template {config.prompt.template!r}"] = _file(config.prompt.template)
     if "monitor" in config.analyses and config.monitor.hard_negatives:
         found[f"monitor.hard_negatives {config.monitor.hard_negatives!r}"] = _file(config.monitor.hard_negatives)
     if "attacks" in config.analyses:

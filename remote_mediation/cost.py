@@ -105,8 +105,8 @@ def estimate(config: StudyConfig, more: Sequence[Analysis] = ()) -> Estimate:
     """
     info, tokenizer = load_info(config.model, config.revision), load_tokenizer(config.model, config.revision)
     analyses = chosen(config.analyses, more)
-    prepared = prepare(config, tokenizer)
-    placebos = prepare_placebos(config, prepared.pairs, tokenizer).pairs
+    prepared = prepare(config, tokenizer, info)
+    placebos = prepare_placebos(config, prepared.pairs, tokenizer, info).pairs
     asked = Study(config, info, outcome_of(config, tokenizer), *prepared, placebos)
     study = _guessed(asked, tokenizer)
     pairs = study.pairs

@@ -23,13 +23,14 @@ from remote_mediation.engine.rows import Row, direct_row, swap_all
 from remote_mediation.engine.samples import Manner, bare, sample_key
 from remote_mediation.engine.tasks import Held, Task, direct_task, generate_task
 from remote_mediation.models import ends_of_answers
+from remote_mediation.openings import longest_answer
 from remote_mediation.outcomes import Outcome
 from remote_mediation.pairs import PromptPair
 from remote_mediation.runner import Runner, Watch
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import split_clusters
 from remote_mediation.store import Store
-from remote_mediation.tokens import Prepared, Refusal, TokenPair, tokenise
+from remote_mediation.tokens import Prepared, Refusal, TokenPair, fitting, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -307,7 +308,9 @@ class Lab:
         """
         prepared = self._store.prepared(name)
         if prepared is None:
-            prepared = tokenise(texts(), self._present().tokenizer, self.study.config.prompt.form())
+            config = self.study.config
+            found = tokenise(texts(), self._present().tokenizer, config.prompt.form())
+            prepared = fitting(found, self.study.info, longest_answer(config))
             self._store.save_prepared(prepared, name)
         return prepared
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 # Files of a model that may say which tokens end an answer.
 _DECLARING = ("generation_config.json", "config.json")
+# Settings that say for how long a sequence a model was made.
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+# How a file begins that stands for one which git has not fetched.
+_POINTER = b"version https://git-lfs"
 # Files of a model's folder that change what it computes or what it is fed.
 _TELLING = {".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".jinja", ".txt", ".py", ".tiktoken"}
 # Files up to so many bytes are hashed whole, about 2 s; of larger ones so many blocks.
@@ -44,6 +48,24 @@ def _bring_generation_config(name: str, revision: str) -> None:
     if not Path(located(name)).is_dir():
         with contextlib.suppress(OSError, ValueError):
             GenerationConfig.from_pretrained(name, revision=revision or "main")
+
+
+def refuse_pointers(name: str) -> None:
+    """Refuse a local folder in which files of the model are stand-ins of git-LFS.
+
+    Raises:
+        ModelError: with the name of one.
+    """
+    folder = Path(located(name))
+    small = [path for path in _telling_files(folder) if path.stat().st_size < 1024]
+    for path in small:
+        if path.read_bytes().startswith(_POINTER):
+            raise ModelError(f"cannot load model {name!r}: {path.name} is a git-LFS pointer; run `git lfs pull` in it")
+
+
+def _telling_files(folder: Path) -> list[Path]:
+    """Files of a local folder that make a model what it is; none of a hub id."""
+    return sorted(path for path in folder.glob("*") if path.suffix in _TELLING and path.is_file())
 
 
 def load_configuration(name: str, revision: str = "") -> PreTrainedConfig:
@@ -136,6 +158,7 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
         window=window,
         multiplier=getattr(text, family.multiplier) if family.multiplier else 1.0,
         stored_ff=stored_ff,
+        context=next((length for name in _LENGTHS if (length := getattr(text, name, None))), 0),
     )
 
 
@@ -173,9 +196,7 @@ def _key_value_heads(config: PreTrainedConfig, family: Family) -> int:
 
 def fingerprint(name: str) -> str:
     """Content of the files of a local folder that make the model what it is, as a short hash; empty for a hub id."""
-    folder = Path(located(name))
-    files = sorted(path for path in folder.glob("*") if path.suffix in _TELLING) if folder.is_dir() else []
-    facts = [(path, path.stat()) for path in files]
+    facts = [(path, path.stat()) for path in _telling_files(Path(located(name)))]
     digests = [(path.name, _content(path, fact.st_size, fact.st_mtime_ns)) for path, fact in facts]
     return hashlib.blake2b(repr(digests).encode(), digest_size=8).hexdigest() if digests else ""
 
@@ -217,6 +238,7 @@ def _sliding_layers(config: PreTrainedConfig, family: Family) -> tuple[tuple[int
 
 
 def _load(kind: Any, name: str, revision: str) -> Any:
+    refuse_pointers(name)
     try:
         return kind.from_pretrained(located(name), revision=revision or "main")
     except Exception as error:  # whatever a checkpoint's files make foreign code raise

@@ -40,6 +40,13 @@ def listed_openings(config: StudyConfig) -> GivenOpenings | None:
     return load_openings(config.pairs)
 
 
+def longest_answer(config: StudyConfig) -> int:
+    """Tokens of the longest answer that a study reads or generates behind a prompt."""
+    own = {"refusal": JUDGED_TOKENS, "response_logprob": config.response_logprob.tokens}.get(config.outcome, 1)
+    said = config.intervene.tokens if {"intervene", "attacks"} & set(config.analyses) else 0
+    return max(own, said)
+
+
 def given_openings(
     compliant: Sequence[str],
     refusing: Sequence[str],

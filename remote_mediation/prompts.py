@@ -174,7 +174,8 @@ def _template(
     variants = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if form.template and "{" not in form.template and form.template not in variants:
         raise PairsError(f"the tokenizer has no chat template {form.template!r}; it has {sorted(variants) or 'one'}")
-    system = [Turn("system", form.system)] if form.system else []
+    own = any(turn.role == "system" for turn in turns)  # a conversation's own goes before the study's
+    system = [Turn("system", form.system)] if form.system and not own else []
     messages = [turn._asdict() for turn in (*system, *turns, Turn("user", request))]
     try:
         template = _dated(tokenizer.get_chat_template(form.template or None), day)

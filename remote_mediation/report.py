@@ -41,7 +41,7 @@ from remote_mediation.show.tables import (
 from remote_mediation.stats import Estimate
 from remote_mediation.store import Store
 from remote_mediation.summary import SUMMARY_COLUMNS, Identity
-from remote_mediation.tokens import Refusal
+from remote_mediation.tokens import Refusal, TokenPair
 
 TOLERANCE = 1e-4
 """Largest deviation from an identity that float32 explains, in the outcome's unit."""
@@ -52,7 +52,7 @@ _PROVENANCE = ("model", "config", "outcome", "versions", "git", "host", "started
 _SIGNS = {
     1: "The harmful prompts raise the outcome: the total effect (TE) is {size}.",
     0: "The total effect (TE) is {size}, not told apart from 0: without an effect there is no place of it to find.",
-    -1: "They lower the outcome: the total effect (TE) is {size}. The sites below carry this drop, not harmful text.",
+    -1: "The harmful prompts lower the outcome: the total effect (TE) is {size}. The sites below carry this drop, not harmful text.",
 }
 """What the sign of TE means for everything else."""
 _OUTCOME_LIMITS: dict[OutcomeName, tuple[str, ...]] = {
@@ -106,6 +106,17 @@ def write_report(store: Store, result: Result, texts: Sequence[PairText] = ()) -
             store.write(section.figure_path, figures.png(section.figure))
     store.write("report.md", _report(result, parts, store, texts))
     return store.folder / "report.md"
+
+
+def _with_notes(effects: pd.DataFrame, pairs: Sequence[TokenPair]) -> pd.DataFrame:
+    """Effects with the other columns of the pairs file, behind their own; a name of theirs is marked with `pairs.`."""
+    notes = {pair.id: dict(pair.notes) for pair in pairs}
+    names = list(dict.fromkeys(name for of_pair in notes.values() for name in of_pair))
+    added = {
+        f"pairs.{name}" if name in effects else name: [notes.get(pair, {}).get(name, "") for pair in effects["pair_id"]]
+        for name in names
+    }
+    return effects.assign(**added) if added else effects
 
 
 def terminal_summary(result: Result, report: Path) -> Group:
@@ -186,7 +197,7 @@ def csv_tables(result: Result) -> dict[str, pd.DataFrame]:
     """What analyses found, by file name, with the documented columns."""
     columns = result.columns()
     return {
-        "effects.csv": result.effects[list(EFFECT_COLUMNS)],
+        "effects.csv": _with_notes(result.effects[list(EFFECT_COLUMNS)], result.study.pairs),
         "summary.csv": result.summary.sites[list(SUMMARY_COLUMNS)],
         **{name: table[list(columns.get(name, table.columns))] for name, table in result.tables.items()},
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from remote_mediation.prompts import (
     PLAIN,
     Encoded,
     PromptForm,
+    Turn,
     encode_prompt,
     in_think_block,
     render,
@@ -38,15 +38,17 @@ def shown(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm
     Each prompt is a text in which «NAME: ...» marks a span, and its token ids by span; `x0` is the harmless prompt.
     """
     lines = [f"pair {printable(pair.id)}"]
-    sides = [("x1 harmful", pair.harmful, 1, pair), ("x0 harmless", pair.harmless, 0, pair)]
+    sides = [("x1 harmful", 1, pair), ("x0 harmless", 0, pair)]
     if pair.placebo:
-        sides.append(("xp placebo", pair.placebo, 1, replace(pair, harmful=pair.placebo)))
-    for name, request, side, both in sides:
+        sides.append(("xp placebo", 1, pair.of_placebo(pair.id)))
+    for name, side, both in sides:
+        prompt = "harmful" if side else "harmless"
+        request, turns = (both.harmful if side else both.harmless), both.before(prompt)
         aligned = tokenise([both], tokenizer, form)
         if aligned.refusals:
-            lines += [f"{name}, refused: {aligned.refusals[0].reason}", *_unmarked(request, tokenizer, form)]
+            lines += [f"{name}, refused: {aligned.refusals[0].reason}", *_unmarked(request, tokenizer, form, turns)]
             continue
-        encoded = encode_prompt(request, tokenizer, form)
+        encoded = encode_prompt(request, tokenizer, form, turns)
         lines += [f"{name}, {len(encoded.ids)} tokens", *_marked(encoded, aligned.pairs[0], side)]
     return lines
 
@@ -64,7 +66,7 @@ def described(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, f
 
 def balanced(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Lines that say whether edits to harm and to placebos are alike; none where no pair has a placebo."""
-    if not any(pair.placebo for pair in pairs):
+    if not any(pair.placebo and pair.aligned for pair in pairs):
         return []
     lines = []
     for one in balance(pairs, tokenizer):
@@ -83,14 +85,17 @@ def printable(text: str) -> str:
 
 def _rendered(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:
     try:
-        return [render(request, tokenizer, form).text for request in (pair.harmful, pair.harmless)]
+        return [
+            render(request, tokenizer, form, pair.before(name)).text
+            for name, request in (("harmful", pair.harmful), ("harmless", pair.harmless))
+        ]
     except PairsError:
         return []
 
 
-def _unmarked(request: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:
+def _unmarked(request: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm, turns: Sequence[Turn]) -> list[str]:
     try:
-        return ["  " + printable(render(request, tokenizer, form).text)]
+        return ["  " + printable(render(request, tokenizer, form, turns).text)]
     except PairsError:
         return []
 
@@ -112,6 +117,8 @@ def _marked(encoded: Encoded, pair: TokenPair, side: int) -> list[str]:
 def _span_of_each(pair: TokenPair, side: int) -> list[str]:
     """The span in which each token of a prompt lies; tokens of a longer edit without a partner are `edit` too."""
     length = len(pair.prompts[side])
+    if not pair.aligned:
+        return [_BEFORE if place < length - pair.post else "post_instruction" for place in range(length)]
     edit, after = pair.first, length - pair.after
     return [
         _BEFORE

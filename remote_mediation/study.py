@@ -30,9 +30,9 @@ from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreE
 from remote_mediation.fetch import source_of
 from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
 from remote_mediation.lab import Lab, Study, UnmeasuredError, placebo_id
-from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_openings, openings_of
+from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_openings, longest_answer, openings_of
 from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
-from remote_mediation.pairs import PromptPair, load_openings, load_pairs
+from remote_mediation.pairs import PromptPair, load_openings
 from remote_mediation.placebo import components
 from remote_mediation.prompts import encode_after, render
 from remote_mediation.provenance import now, provenance
@@ -43,7 +43,8 @@ from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import spread
 from remote_mediation.store import Store
 from remote_mediation.summary import Summary, summarise
-from remote_mediation.tokens import Prepared, Refusal, TokenPair, tokenise, with_answers
+from remote_mediation.texts import load_texts
+from remote_mediation.tokens import Prepared, Refusal, TokenPair, fitting, tokenise, with_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,17 +102,19 @@ def prepared_lab(
     begun = store.record()
     texts = texts_digest(config)
     if begun.get("texts", texts) != texts:
-        raise StoreError(f"{store.folder} holds a run on other pairs, {config.pairs} has changed; choose another --out")
+        raise StoreError(
+            f"{store.folder} holds a run on other pairs, {config.source} has changed; choose another --out"
+        )
     info = as_begun(backend.info, begun, store.folder)
     files = unchanged_files(config, begun, store.folder)
-    prompts = described(select(load_pairs(config.pairs), config.max_pairs), backend.tokenizer, config.prompt.form())
+    prompts = described(select(load_texts(config), config.max_pairs), backend.tokenizer, config.prompt.form())
     if begun.get("prompts", prompts) != prompts:
         raise StoreError(
             f"{store.folder} holds a run whose prompts are rendered otherwise: the chat template has changed since; "
             "choose another --out"
         )
-    prepared = store.prepared() or prepare(config, backend.tokenizer)
-    placebos = store.prepared(PLACEBOS) or prepare_placebos(config, prepared.pairs, backend.tokenizer)
+    prepared = store.prepared() or prepare(config, backend.tokenizer, info)
+    placebos = store.prepared(PLACEBOS) or prepare_placebos(config, prepared.pairs, backend.tokenizer, info)
     outcome = outcome_of(config, backend.tokenizer)
     study = Study(config, info, outcome, *prepared, placebos.pairs)
     # Refuses sites that are not there, and the lab pairs that cannot be split.
@@ -121,6 +124,8 @@ def prepared_lab(
     record = {**provenance(), **begun, **_described(study), **known, "seconds": begun.get("seconds", 0.0)}
     store.save_record(record)
     store.save_prepared(prepared)
+    if config.harmful:
+        store.save_note("matching", [asdict(pair) for pair in select(load_texts(config), config.max_pairs)])
     study = completed(lab)
     store.save_prepared(Prepared(study.pairs, study.refusals))
     store.save_prepared(Prepared(study.placebos, placebos.refusals), PLACEBOS)
@@ -179,15 +184,17 @@ def chosen_openings(lab: Lab) -> Outcome:
     return refusal(compliant, refusing)
 
 
-def prepare_placebos(config: StudyConfig, pairs: Sequence[TokenPair], tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def prepare_placebos(
+    config: StudyConfig, pairs: Sequence[TokenPair], tokenizer: PreTrainedTokenizerBase, info: ModelInfo
+) -> Prepared:
     """The placebo pairs of a study's pairs, in their clusters; those that cannot be aligned are refused."""
     clusters = {placebo_id(pair.id): pair.cluster for pair in pairs}
     texts = [
-        replace(text, id=placebo_id(text.id), harmful=text.placebo)
-        for text in select(load_pairs(config.pairs), config.max_pairs)
+        text.of_placebo(placebo_id(text.id))
+        for text in select(load_texts(config), config.max_pairs)
         if text.placebo and placebo_id(text.id) in clusters
     ]
-    prepared = tokenise(texts, tokenizer, config.prompt.form())
+    prepared = fitting(tokenise(texts, tokenizer, config.prompt.form()), info, longest_answer(config))
     return Prepared(tuple(replace(pair, cluster=clusters[pair.id]) for pair in prepared.pairs), prepared.refusals)
 
 
@@ -195,6 +202,9 @@ def reread(store: Store, more: Sequence[Analysis] = ()) -> Result:
     """A study as its run folder has it, finished or not; no model is needed.
 
     more: analyses from outside the package; one that is named and not given has a section that says so.
+
+    Raises:
+        StoreError: `run.json` or the pairs are not as the run wrote them.
     """
     study = _reread_study(store)
     names = study.config.analyses
@@ -204,6 +214,9 @@ def reread(store: Store, more: Sequence[Analysis] = ()) -> Result:
 
 
 def _reread_study(store: Store) -> Study:
+    if store.missing():
+        name = store.missing()[0]
+        raise StoreError(f"{store.folder / name} is gone; run the study again, which makes it anew")
     record, prepared = store.record(), store.prepared() or Prepared((), ())
     placebos = store.prepared(PLACEBOS) or Prepared((), ())
     config = StudyConfig(**record["config"])
@@ -227,14 +240,14 @@ def measure_precision(
     store.save_record({**record, "deviation_from_float32": {**summary, "unit": study.outcome.unit}})
 
 
-def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase, info: ModelInfo) -> Prepared:
     """Step 1: aligned pairs, with the answers that the file gives where the outcome compares answers.
 
     Raises:
         PairsError: they cannot be read, or fewer than two can be run.
     """
-    texts = select(load_pairs(config.pairs), config.max_pairs)
-    prepared = tokenise(texts, tokenizer, config.prompt.form())
+    texts = select(load_texts(config), config.max_pairs)
+    prepared = fitting(tokenise(texts, tokenizer, config.prompt.form()), info, longest_answer(config))
     if config.outcome == "response_logprob":
         given = {text.id: text for text in texts}
         answered = [_given(config, pair, given[pair.id], tokenizer) for pair in prepared.pairs]
@@ -270,12 +283,13 @@ def _given(
     config: StudyConfig, pair: TokenPair, text: PromptPair, tokenizer: PreTrainedTokenizerBase
 ) -> TokenPair | Refusal:
     """A pair with the answers that its file gives, behind their own prompts; empty where it gives none."""
-    responses = ((text.harmful, text.harmful_response), (text.harmless, text.harmless_response))
+    asked = ((text.harmful, text.before("harmful")), (text.harmless, text.before("harmless")))
+    responses = (text.harmful_response, text.harmless_response)
     form, tokens = config.prompt.form(), config.response_logprob.tokens
     try:
         harmful, harmless = (
-            encode_after([render(request, tokenizer, form).text], response, tokenizer)[:tokens] if response else ()
-            for request, response in responses
+            encode_after([render(request, tokenizer, form, turns).text], given, tokenizer)[:tokens] if given else ()
+            for (request, turns), given in zip(asked, responses, strict=True)
         )
     except PairsError as error:
         return Refusal(pair.id, f"its response: {error}")
@@ -309,7 +323,8 @@ def check_enough(prepared: Prepared) -> None:
 
 def texts_digest(config: StudyConfig) -> str:
     """Hash of the pairs as text: what a path alone does not tell when a run is continued."""
-    texts = repr(select(load_pairs(config.pairs), config.max_pairs))
+    pairs = select(load_texts(config), config.max_pairs)
+    texts = repr(pairs) + "".join(repr(pair.turns) for pair in pairs if pair.turns)
     openings = load_openings(config.pairs) if config.outcome == "refusal" else None
     return hashlib.sha256(f"{texts}{openings or ''}".encode()).hexdigest()[:16]
 
@@ -332,12 +347,13 @@ def prompts_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> list[
     """Rendered prompts that stand for all of a study's: one of each end that they have."""
     found: dict[str, str] = {}
     form = config.prompt.form()
-    for pair in select(load_pairs(config.pairs), config.max_pairs):
-        for request in filter(None, (pair.harmless, pair.harmful, pair.placebo)):
+    for pair in select(load_texts(config), config.max_pairs):
+        prompts = (("harmless", pair.harmless), ("harmful", pair.harmful), ("placebo", pair.placebo))
+        for name, request in prompts:
             with contextlib.suppress(PairsError):  # its pair is refused
-                text = render(request, tokenizer, form).text
+                text = render(request, tokenizer, form, pair.before(name)).text if request else ""
                 found.setdefault(text[-_END:], text)
-    return list(found.values())
+    return [text for text in found.values() if text]
 
 
 def analysed(lab: Lab, analyses: tuple[Analysis, ...]) -> Result:

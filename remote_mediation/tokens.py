@@ -19,6 +19,7 @@ from remote_mediation.errors import PairsError, SiteError
 from remote_mediation.pairs import PromptPair
 from remote_mediation.placebo import components
 from remote_mediation.prompts import PLAIN, PromptForm, encode_prompt
+from remote_mediation.sites import ModelInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,6 +91,10 @@ class TokenPair:
     """Token ids of the answer to x1 and of the answer to x0; empty where the outcome needs none."""
     openings: tuple[tuple[int, ...], ...] = ()
     """Token ids of the openings that the `refusal` outcome compares, the same for every pair; or empty."""
+    aligned: bool = True
+    """Whether the prompts have an edit; else only places behind the user's text are the same in both."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """Other columns of the pairs file."""
 
     @property
     def prompts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -137,6 +142,8 @@ class TokenPair:
 
     def _offsets(self, span: str) -> tuple[int, ...]:
         """Token offsets from the end of the prompt (-1 is its last token, 0 the first fed answer token)."""
+        if not self.aligned and span not in ("post_instruction", "last"):
+            return ()
         paired = min(len(self.x0), len(self.x1)) - self.first
         bounds = {
             "edit": (-paired, -self.after),
@@ -185,6 +192,24 @@ def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, fo
     return Prepared(tuple(clustered), tuple(refused))
 
 
+def fitting(prepared: Prepared, info: ModelInfo, answer: int) -> Prepared:
+    """The pairs whose tokens the model has and whose sequences it was made for; the others are refused.
+
+    answer: tokens of the longest answer behind a prompt.
+    """
+    kept, refused = [], list(prepared.refusals)
+    for pair in prepared.pairs:
+        length, highest = max(map(len, pair.prompts)) + answer, max(map(max, pair.prompts))
+        if highest >= info.vocab:
+            refused.append(Refusal(pair.id, f"token {highest} is beyond the {info.vocab} that the model embeds"))
+        elif info.context and length > info.context:
+            reason = f"{length - answer} tokens and {answer} of an answer are more than the model's context"
+            refused.append(Refusal(pair.id, f"{reason} of {info.context}"))
+        else:
+            kept.append(pair)
+    return Prepared(tuple(kept), tuple(refused))
+
+
 def with_answers(pair: TokenPair, answers: tuple[tuple[int, ...], tuple[int, ...]]) -> TokenPair | Refusal:
     """Add the answers to x1 and x0, or refuse: an empty or a shared answer measures nothing."""
     if not all(answers):
@@ -203,14 +228,17 @@ def to_record(pair: TokenPair) -> dict[str, Any]:
 def from_record(record: dict[str, Any]) -> TokenPair:
     """The inverse of `to_record`."""
     answers = tuple(tuple(answer) for answer in record["answers"])
-    openings = tuple(map(tuple, record.get("openings", ())))
+    openings, notes = (tuple(map(tuple, record.get(name, ()))) for name in ("openings", "notes"))
     ids = {"x0": tuple(record["x0"]), "x1": tuple(record["x1"])}
-    return TokenPair(**{**record, **ids, "answers": answers, "openings": openings})
+    return TokenPair(**{**record, **ids, "answers": answers, "openings": openings, "notes": notes})
 
 
 def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> TokenPair | Refusal:
     try:
-        harmless, harmful = (encode_prompt(text, tokenizer, form) for text in (pair.harmless, pair.harmful))
+        harmless, harmful = (
+            encode_prompt(text, tokenizer, form, pair.before(name))
+            for name, text in (("harmless", pair.harmless), ("harmful", pair.harmful))
+        )
     except PairsError as error:
         return Refusal(pair.id, str(error))
     x0, x1 = harmless.ids, harmful.ids
@@ -220,8 +248,14 @@ def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptFor
     first = next((i for i in range(shorter) if x0[i] != x1[i]), shorter)
     after = next((i for i in range(shorter - first) if x0[-1 - i] != x1[-1 - i]), shorter - first)
     edits = (len(x0) - first - after, len(x1) - first - after)
+    post = min(harmless.post, harmful.post, after)
+    found = TokenPair(
+        pair.id, pair.id, pair.category, x0, x1, first, after, post, aligned=pair.aligned, notes=pair.notes
+    )
+    if not pair.aligned:
+        return found
     if abs(edits[0] - edits[1]) > MAX_EDIT_DIFFERENCE:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens differ by more than {MAX_EDIT_DIFFERENCE}")
     if edits[0] != edits[1] and after == 0:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens reach the last token: nothing to align by")
-    return TokenPair(pair.id, pair.id, pair.category, x0, x1, first, after, min(harmless.post, harmful.post, after))
+    return found

@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import records, token_pair, words_tokenizer, write_pairs
+from fakes import INFO, records, token_pair, words_tokenizer, write_pairs
 
 from remote_mediation.errors import PairsError, SiteError
 from remote_mediation.pairs import BUILTIN, PromptPair, load_pairs
 from remote_mediation.tokens import (
     Places,
+    Prepared,
     Refusal,
     TokenPair,
+    fitting,
     from_record,
     to_record,
     tokenise,
@@ -187,6 +189,23 @@ def test_unknown_position(position: str) -> None:
 def test_position_without_a_token_number(position: str) -> None:
     with pytest.raises(SiteError, match="no token number"):
         CHAT.places(position)
+
+
+def test_pairs_that_a_model_cannot_take_are_refused_alone() -> None:
+    short, long, strange = (
+        token_pair("short"),
+        token_pair("long", x0=(1,) * 9, x1=(2,) * 9),
+        token_pair("odd", x1=(1, 99)),
+    )
+    prepared = Prepared((short, long, strange), (Refusal("before", "x"),))
+    found = fitting(prepared, replace(INFO, context=10), 3)
+    assert found.pairs == (short,)
+    assert found.refusals == (
+        Refusal("before", "x"),
+        Refusal("long", "9 tokens and 3 of an answer are more than the model's context of 10"),
+        Refusal("odd", "token 99 is beyond the 32 that the model embeds"),
+    )
+    assert fitting(prepared, INFO, 3).pairs == (short, long)  # a model that does not say
 
 
 def test_answers_are_added_or_refused() -> None:

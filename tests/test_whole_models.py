@@ -1,5 +1,6 @@
 """A model that is not whole is refused, and one that has changed is another."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,53 @@ def test_weights_of_another_shape_are_refused(subject: Subjects, tmp_path: Path)
     assert "\n" not in str(raised.value)
 
 
-def test_weights_that_are_a_pointer_are_refused_in_one_line(subject: Subjects, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_files_that_git_has_not_fetched_are_named(subject: Subjects, tmp_path: Path, name: str) -> None:
     folder = copy(subject("llama"), tmp_path)
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
-    with pytest.raises(ModelError, match=r"cannot load .*; give a whole model") as raised:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(ModelError, match=f"{name} is a git-LFS pointer; run `git lfs pull`") as raised:
         LocalBackend.load(str(folder))
+    assert "\n" not in str(raised.value)
+
+
+def shard_lost(folder: Path) -> None:
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def configured(**settings: Any) -> Callable[[Path], object]:
+    def write(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **settings}), "utf-8")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause"),
+    [
+        (configured(_attn_implementation="flash_attention_2"), "FlashAttention2 has been toggled on"),
+        (configured(quantization_config={"quant_method": "gptq", "bits": 4}), "GPTQ quantized model requires"),
+        (configured(quantization_config={"quant_method": "awq", "bits": 4}), "AWQ quantized model requires"),
+        (configured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "bitsandbytes"),
+        (configured(hidden_act="nonsense"), "KeyError: 'nonsense'"),
+        (configured(num_attention_heads=5), "attention heads"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 2000), "SafetensorError"),
+        (shard_lost, "model-00001-of-00001.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), ""),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line_with_its_cause(
+    subject: Subjects, tmp_path: Path, spoil: Callable[[Path], object], cause: str
+) -> None:
+    folder = copy(subject("llama"), tmp_path)
+    spoil(folder)
+    with pytest.raises(ModelError, match="cannot load ") as raised:
+        LocalBackend.load(str(folder))
+    assert cause in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

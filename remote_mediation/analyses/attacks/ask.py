@@ -23,11 +23,12 @@ from remote_mediation.engine.payload import digest
 from remote_mediation.engine.tasks import Held
 from remote_mediation.lab import Floats, Lab, Study
 from remote_mediation.later import Later, of_answers, of_bases, pairs_of
-from remote_mediation.pairs import PromptPair, load_pairs
+from remote_mediation.pairs import PromptPair
 from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import bootstrap_mean_of, estimate_means, ratio_of_means, wilson
 from remote_mediation.summary import UNITS
+from remote_mediation.texts import load_texts
 from remote_mediation.tokens import TokenPair
 
 ATTACK_COLUMNS: dict[str, str] = {
@@ -106,12 +107,12 @@ def _measured_units(lab: Lab, gates: Site) -> list[Site]:
 
 def _rewrapped(lab: Lab, name: str, wrapper: str) -> _Variant:
     known = {pair.id: pair for pair in lab.pairs("heldout")}
-    source = lab.study.config.pairs
+    config = lab.study.config
 
     def texts() -> list[PromptPair]:
         return [
             replace(pair, harmful=wrapper.format(request=pair.harmful), harmless=wrapper.format(request=pair.harmless))
-            for pair in load_pairs(source)
+            for pair in load_texts(config)
             if pair.id in known
         ]
 
