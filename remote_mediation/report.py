@@ -53,7 +53,8 @@ _PROVENANCE = ("model", "config", "outcome", "versions", "git", "host", "started
 _SIGNS = {
     1: "The harmful prompts raise the outcome: the total effect (TE) is {size}.",
     0: "The total effect (TE) is {size}, not told apart from 0: without an effect there is no place of it to find.",
-    -1: "The harmful prompts lower the outcome: the total effect (TE) is {size}. The sites below carry this drop, not harmful text.",
+    -1: "The harmful prompts lower the outcome: the total effect (TE) is {size}. What is found below carries this "
+    "drop, not harmful text.",
 }
 """What the sign of TE means for everything else."""
 _OUTCOME_LIMITS: dict[OutcomeName, tuple[str, ...]] = {
