@@ -32,6 +32,9 @@ _ANGLES = 33
 """Shares that are tried before the ends are searched for, as angles: all of -inf to inf."""
 _HALVINGS = 50
 
+OWN = 0.1
+"""Share of TE that has to be harm's own: of a placebo that does as much, chance alone makes harm exceed it a little."""
+
 GateVerdict = Literal["no effect", "not about harm", "placebo not tested", ""]
 
 
@@ -47,6 +50,8 @@ class Gate:
     """Mean total effect of the placebo, over the pairs that have one."""
     excess: Interval
     """Mean of sign(TE_harm) * (TE_harm - TE_placebo), over the pairs that have both."""
+    beyond: Interval
+    """The same less `OWN` of |TE_harm|: what decides."""
 
 
 def share(
@@ -167,7 +172,7 @@ def gate(
 
     te_harm, te_placebo: [pair], in the same unit, NaN for a pair without a placebo, None if no pair has one; clusters:
     [pair]. "no effect": the interval of TE_harm is not clear of 0. "placebo not tested": no interval of the difference
-    can be had. "not about harm": the lower end of sign(TE_harm) * (TE_harm - TE_placebo) is not above 0.
+    can be had. "not about harm": sign(TE_harm) * (TE_harm - TE_placebo) is not clearly above `OWN` of |TE_harm|.
     Raises ValueError if the shapes differ or resamples < 1.
     """
     harm = np.asarray(te_harm, dtype=np.float64)
@@ -177,15 +182,16 @@ def gate(
     of_placebo = _mean(complete_pairs(placebo[None], clusters), rng, resamples)
     sign = -1.0 if of_harm.value < 0 else 1.0
     excess = _mean(complete_pairs(sign * (harm - placebo)[None], clusters), rng, resamples)
-    return Gate(_gate_verdict(of_harm, excess), of_harm, of_placebo, excess)
+    beyond = _mean(complete_pairs(sign * ((1 - OWN) * harm - placebo)[None], clusters), rng, resamples)
+    return Gate(_gate_verdict(of_harm, beyond), of_harm, of_placebo, excess, beyond)
 
 
-def _gate_verdict(harm: Interval, excess: Interval) -> GateVerdict:
+def _gate_verdict(harm: Interval, beyond: Interval) -> GateVerdict:
     if harm.sign == 0:
         return "no effect"
-    if np.isnan(excess.low):
+    if np.isnan(beyond.low):
         return "placebo not tested"
-    return "" if excess.low > 0 else "not about harm"
+    return "" if beyond.low > 0 else "not about harm"
 
 
 def _mean(pairs: CompletePairs, rng: np.random.Generator, resamples: int) -> Interval:

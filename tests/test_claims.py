@@ -55,6 +55,8 @@ def test_a_band_is_one_component_of_several_layers() -> None:
     [
         (TE, 0.1 * TE, "supported"),
         (TE, TE + NOISE, "not about harm"),
+        (TE, 0.95 * TE, "not about harm"),
+        (TE, 0.85 * TE, "supported"),
         (TE, TE + 1, "not about harm"),
         (TE - TE.mean() + NOISE, 0.1 * TE, "no effect"),
         (TE, None, "placebo not tested: supported"),
@@ -120,11 +122,29 @@ def test_when_it_arrives_is_added(arrived: float, when: str) -> None:
 
 
 def test_what_any_edit_does_is_not_specific_to_harm() -> None:
-    assert _late(0.9, 0.9, placebo=0.0).said == "supported"
-    assert _late(0.9, 0.9, placebo=0.9).said == "supported, of any edit"
-    found = _late(0.9, 0.9, placebo=0.4).measures[0]
+    on = bench(placebo=0.5 * TE)
+
+    def late(placebo: float) -> verdicts.Claim:
+        return verdicts.late(on, effect(0.9, 0.9, placebo, on), effect(0.1, 0.1, on=on), reads_edit=False)
+
+    assert late(0.0).said == "supported"
+    assert late(0.9).said == "supported, of any edit"
+    found = late(0.4).measures[0]
+    assert late(0.4).said == "supported"  # more of harm goes this way
     assert (found.beta_harm, found.beta_placebo) == pytest.approx((0.9, 0.4), abs=0.05)
     assert found.excess.value == pytest.approx(0.5, abs=0.05)
+    assert found.common.value == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_placebo_that_does_nothing_makes_no_claim_one_of_any_edit() -> None:
+    """Its slope says how noise travels: here all of it goes through the mediator."""
+    nothing = 20 * NOISE
+    on = bench(placebo=nothing)
+    through = Both(0.9 * TE + NOISE, nothing)
+    found = verdicts.late(on, Effect(through, through), effect(0.1, 0.1, on=on), reads_edit=False)
+    assert found.measures[0].beta_placebo == pytest.approx(1)
+    assert not found.measures[0].excess.low > 0
+    assert found.said == "supported"
 
 
 def test_no_takes_fifteen_components() -> None:
@@ -160,6 +180,8 @@ def _mlp(whole: float, parts: Sequence[tuple[float, float]]) -> verdicts.Claim:
         (0.5, [(0.5, 0.5), (0.4, 0.4), (0.3, 0.3)], "supported"),
         (0.5, [(0.5, 0.5), (0.4, 0.4), (0.3, 0.0)], "supported"),
         (0.5, [(0.5, 0.5), (0.4, 0.4), (0.3, -0.3)], "undecided"),
+        (0.5, [(0.5, 0.5), (-0.03, -0.03), (-0.03, -0.03)], "supported"),
+        (-0.5, [(-0.5, -0.5), (0.03, 0.03), (0.03, 0.03)], "not supported"),
         (0.5, [(0.5, -0.5), (0.4, 0.4), (0.3, 0.3)], "undecided"),
         (-0.5, [(-0.5, -0.5), (-0.4, -0.4), (-0.3, 0.0)], "not supported"),
         (-0.5, [(-0.5, -0.5), (-0.4, 0.4), (-0.3, 0.0)], "undecided"),
@@ -173,7 +195,9 @@ def test_mlp_not_attention(whole: float, parts: list[tuple[float, float]], verdi
 
 
 def test_the_layers_that_disagree_are_named() -> None:
-    assert "below 0 for MLPs minus attention, layers 8-11, TIE" in _mlp(0.5, [(0.5, 0.5), (0.4, 0.4), (0.3, -0.3)]).why
+    assert (
+        "below -5% for MLPs minus attention, layers 8-11, TIE" in _mlp(0.5, [(0.5, 0.5), (0.4, 0.4), (0.3, -0.3)]).why
+    )
 
 
 def _sparse(

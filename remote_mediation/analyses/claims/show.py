@@ -48,7 +48,16 @@ def reasons_table(claims: pd.DataFrame) -> Table:
 
 def measures_table(sets: pd.DataFrame) -> Table:
     """Every number behind the verdicts. sets: `ask.SET_COLUMNS`."""
-    header = ("claim", "measure", "harm", "placebo", "β harm", "β placebo", "β harm - β placebo", "harm's own")
+    header = (
+        "claim",
+        "measure",
+        "harm",
+        "placebo",
+        "β harm",
+        "β placebo",
+        "β harm - β placebo",
+        "placebo / TE of harm",
+    )
     rows = [
         (
             str(row["number"]),
@@ -57,12 +66,11 @@ def measures_table(sets: pd.DataFrame) -> Table:
             number(row["beta_harm"]),
             number(row["beta_placebo"]),
             interval(row["excess"], row["excess_low"], row["excess_high"]),
-            _cell(row, "own"),
+            _cell(row, "common"),
         )
         for _, row in sets.iterrows()
     ]
-    own = Note("harm's own", "what the placebo does is taken off the effect and off TE")
-    return Table(header, rows, (own, *notes_on("", sets["reason"].dropna())))
+    return Table(header, rows, tuple(notes_on("", sets["reason"].dropna())))
 
 
 def specification_table(specification: pd.DataFrame) -> Table:

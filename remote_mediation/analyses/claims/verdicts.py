@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from remote_mediation.intervals import Floats, Interval
 from remote_mediation.rates import rate
-from remote_mediation.shares import Gate, gate, share, slope, slope_difference
+from remote_mediation.shares import OWN, Gate, gate, share, slope, slope_difference
 from remote_mediation.stats import estimate_means
 
 Verdict = Literal["supported", "not supported", "undecided", "not tested"]
@@ -114,8 +114,13 @@ class Measure:
     beta_placebo: float
     excess: Interval
     """`beta_harm` - `beta_placebo`, clusters resampled jointly."""
-    own: Interval
-    """Share of harm's own part: (effect of harm - that of the placebo) / (TE of harm - that of the placebo)."""
+    common: Interval
+    """What it does for the placebo, as share of the TE of harm: defined although the placebo's own TE is near 0."""
+
+    @property
+    def general(self) -> bool:
+        """Whether the placebo goes the same way: what it does is no trifle, and its slope not clearly smaller."""
+        return self.common.low > OWN and not self.excess.low > 0
 
     @property
     def label(self) -> str:
@@ -143,7 +148,7 @@ class Claim:
     verdict: Verdict
     """By the claim's own rule; "not tested" where the gate is shut."""
     specific: bool
-    """Whether the numbers that decide hold of harm's own part, too: of it their share (`Measure.own`) is above 0."""
+    """Whether none of the numbers that decide is one of any edit (`Measure.general`)."""
     why: str
     """The reason, in a sentence."""
     deciding: tuple[Measure, ...]
@@ -211,10 +216,9 @@ class Bench:
         return share(effect, total, self.clusters, self.rng(), self.resamples)
 
     def measure(self, name: str, direction: Direction | Literal["both"], effect: Both) -> Measure:
-        """An effect as share of TE, of harm's own part of it, and its slopes on TE.
+        """An effect as share of TE, and its slopes on TE.
 
-        The slope on a placebo's TE says how its noise travels where its mean is near 0, so `own` decides what is
-        specific to harm: it is defined wherever the gate lets a claim pass.
+        Where the placebo does nothing its slope says how noise travels, so it counts only with `Measure.common`.
         """
         harm, placebo = self.total
         return Measure(
@@ -234,7 +238,7 @@ class Bench:
                 self.rng(),
                 self.resamples,
             ),
-            own=self.share(effect.harm - effect.placebo, harm - placebo),
+            common=self.share(effect.placebo, harm),
         )
 
     def measures(self, name: str, effect: Effect) -> tuple[Measure, Measure]:
@@ -265,7 +269,7 @@ class Bench:
             name=_NAMES[number].format(self.subject),
             gate=self.word,
             verdict=verdict,
-            specific=all(measure.own.low > 0 for measure in deciding),
+            specific=not any(measure.general for measure in deciding),
             why=why,
             deciding=tuple(deciding),
             beside=tuple(beside),
@@ -275,7 +279,8 @@ class Bench:
         found = self.gate
         if self.word == "no effect":
             return f"the TE of harm, {_in_unit(found.te_harm)}, is not clear of 0"
-        return f"the TE of harm exceeds that of the placebo by {_in_unit(found.excess)}, which is not above 0"
+        beyond = f"{_in_unit(found.excess)}, which is not clearly above {OWN:.0%} of it"
+        return f"the TE of harm exceeds that of the placebo by {beyond}"
 
     @property
     def too_shallow(self) -> Ruling | None:
@@ -441,7 +446,6 @@ def _gain(bench: Bench, layer: int, harm: Read, placebo: Read) -> Measure:
     """How much more of the prompts is read at a layer than from the embeddings."""
     gains = [(read.layers[layer] - read.embedding).mean(axis=-1) for read in (harm, placebo)]
     of_harm, of_placebo = map(bench.mean, gains)
-    excess = bench.mean(gains[0] - gains[1])
     return Measure(
         f"accuracy after layer {layer} minus that of the embeddings",
         "",
@@ -450,8 +454,8 @@ def _gain(bench: Bench, layer: int, harm: Read, placebo: Read) -> Measure:
         placebo=of_placebo,
         beta_harm=of_harm.value,
         beta_placebo=of_placebo.value,
-        excess=excess,
-        own=excess,
+        excess=bench.mean(gains[0] - gains[1]),
+        common=of_placebo,
     )
 
 
