@@ -27,7 +27,15 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.engine.budget import LIBRARIES, Budget, base_flops, batch_budget, row_flops, weight_bytes
 from remote_mediation.engine.jobs import Job, Keys, batch_sizes, plan_jobs
 from remote_mediation.engine.rows import swap
-from remote_mediation.engine.tasks import Task, direct_task, drift_task, generate_task, read_task, screen_tasks
+from remote_mediation.engine.tasks import (
+    Task,
+    columns_task,
+    direct_task,
+    drift_task,
+    generate_task,
+    read_task,
+    screen_tasks,
+)
 from remote_mediation.lab import FIRST_RATE, Study, placebo_id
 from remote_mediation.models import load_info, load_tokenizer
 from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings
@@ -303,6 +311,7 @@ def _claims_of_place(
             _rows(study, heldout, Site("mlp_output", 0, "last")).times(sizes),
             _rows(study, both, handed.early_site(info.layers)).times(frozen),
             _tasks(screened, 4 * info.layers * info.d_ff),
+            _tasks([columns_task("mlp_neurons", study.setting)], info.layers * info.d_ff),
             _read(study, discovery, info.layers * info.d_ff),
             _read(study, [*discovery, *both], (1 + info.layers) * info.d_model).times(2),
         )

@@ -256,11 +256,11 @@ def test_redundancy_and_overshoot_are_notes() -> None:
     assert "redundant: INT is -40%" in _sparse(10, (1.0, 0.6), (1.0, 0.6)).why
     assert "overshoots" in _sparse(10, (1.2, 1.1), (1.2, 1.1)).why
     assert "overshoots" not in _sparse(10, (1.0, 1.0), (1.0, 1.0)).why
-    assert _sparse(10, (0.9, 0.8), (0.9, 0.8)).why.endswith("matched random sets do as much")
+    assert _sparse(10, (0.9, 0.8), (0.9, 0.8)).why.endswith("0 of 200 random sets of 0.90 times its size do as much")
 
 
 def test_unmatched_random_sets_are_noted() -> None:
-    assert _sparse(10, (0.9, 0.8), (0.9, 0.8), likeness=0.79).why.endswith("change 0.79 times as much")
+    assert _sparse(10, (0.9, 0.8), (0.9, 0.8), likeness=0.79).why.endswith("are 80% as large")
 
 
 def _read(by_layer: Sequence[float], embedding: float) -> Read:

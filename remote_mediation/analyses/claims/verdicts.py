@@ -396,7 +396,7 @@ def sparse_gate(bench: Bench, found: Sparse) -> Claim:
 
 def _sparse(bench: Bench, found: Sparse, chosen: Sequence[Measure], most: Sequence[Measure]) -> Ruling:
     few_enough = found.size is not None and found.size <= found.few
-    rivals = f"{found.reaching} of {found.drawn} matched random sets do as much"
+    rivals = f"{found.reaching} of {found.drawn} random sets of {found.likeness:.2f} times its size do as much"
     if few_enough and _all_above(chosen, HALF) and found.drawn and found.reaching <= MOST_REACHING:
         notes = _sparse_notes(found, chosen)
         return Ruling("supported", "; ".join([_text(chosen), rivals, *notes]))
@@ -421,7 +421,7 @@ def _sparse_notes(found: Sparse, chosen: Sequence[Measure]) -> list[str]:
     if max(nie.low, tie.low) > 1:
         notes.append("overshoots: the rest works against it")
     if not found.likeness >= MATCHED:
-        notes.append(f"not matched: the random sets change {found.likeness:.2f} times as much")
+        notes.append(f"not matched: no other neurons of these layers are {MATCHED:.0%} as large")
     return notes
 
 
