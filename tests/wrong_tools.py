@@ -47,7 +47,7 @@ class Subject(NamedTuple):
 
 
 def correlation_with_harm(subject: Subject) -> tuple[int, str]:
-    """Claim 3: the gate is what tells harmful prompts from harmless ones, the neurons whose correlation is above 0.9."""
+    """Claim 3: the gate is what tells harmful prompts from harmless ones: neurons that correlate above 0.9."""
     activity = subject.activity("mlp_neurons", thirds(subject.layers).late)
     prompts = activity.reshape(-1, activity.shape[2] * activity.shape[3])
     label = np.tile([0.0, 1.0], len(activity))
