@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from remote_mediation.analyses import Analysis
     from remote_mediation.config import StudyConfig
     from remote_mediation.door import open_lab, open_run
     from remote_mediation.engine.local import LocalBackend
     from remote_mediation.engine.remote import NdifBackend
     from remote_mediation.errors import MediationError
     from remote_mediation.outcomes import Outcome
+    from remote_mediation.result import Analysis
     from remote_mediation.sites import Site, band
     from remote_mediation.study import run_study
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Analysis": "analyses",
+    "Analysis": "result",
     "LocalBackend": "engine.local",
     "MediationError": "errors",
     "NdifBackend": "engine.remote",

@@ -15,11 +15,9 @@ from rich.text import Text
 from remote_mediation.errors import InputError, MediationError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from remote_mediation.config import StudyConfig
     from remote_mediation.report import PairText
-    from remote_mediation.study import Result
+    from remote_mediation.result import Result
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,10 +40,17 @@ errors = Console(stderr=True)
 StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY.toml]", help="Study file; flags override it.")]
 Model = Annotated[str | None, typer.Option(help="Hub id or local folder of the model.")]
 Revision = Annotated[str | None, typer.Option(help="Hub revision of the model.")]
-Pairs = Annotated[str | None, typer.Option(help="'builtin', or a JSONL or CSV file of prompt pairs.")]
+Pairs = Annotated[
+    str | None, typer.Option(help="'builtin', or a file of prompt pairs: JSON, JSONL, CSV, TSV, Parquet, '-'.")
+]
+PairsFile = Annotated[
+    str, typer.Argument(metavar="FILE", help="'builtin', a file of pairs, '-', a study file, or a list of prompts.")
+]
+Harmless = Annotated[str | None, typer.Option(metavar="FILE", help="Harmless list to match a harmful FILE with.")]
+Column = Annotated[str, typer.Option(help="Column of the prompts; found by its name by default.")]
 MaxPairs = Annotated[int | None, typer.Option(help="Use at most so many pairs, spread over the file.")]
-Kinds = Annotated[str | None, typer.Option(help="Comma-separated: layers, modules, tokens, heads, neurons, detect ...")]
-OutcomeFlag = Annotated[str | None, typer.Option("--outcome", help="response_logprob or logit_diff.")]
+Kinds = Annotated[str | None, typer.Option(help="Comma-separated: claims, layers, modules, tokens, heads, neurons ...")]
+OutcomeFlag = Annotated[str | None, typer.Option("--outcome", help="refusal, response_logprob or logit_diff.")]
 BackendFlag = Annotated[str | None, typer.Option("--backend", help="local or ndif.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Where a local model runs: cpu, cuda, cuda:0 ...")]
@@ -53,6 +58,9 @@ MaxMemory = Annotated[float | None, typer.Option(help="Most memory in GB, kept b
 Seed = Annotated[int | None, typer.Option(help="Seed of the split, the bootstrap and the permutations.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other setting; repeat it for more.")
+]
 ShowText = Annotated[bool, typer.Option("--show-text", help="Show generated answers in the report.")]
 
 
@@ -87,65 +95,37 @@ def run(
     max_memory: MaxMemory = None,
     seed: Seed = None,
     out: Out = None,
+    settings: Settings = None,
     show_text: ShowText = False,
 ) -> None:
     """Measure a study and write its report. The same command continues a run that was stopped."""
     config = _config(study, locals())
-    _measure(config, config.out or Path("runs") / (study.stem if study else "study"), show_text)
+    from remote_mediation.door import study_name
 
-
-@app.command(epilog="Example:\n\n  remote-mediation detect runs/study")
-def detect(folder: RunFolder) -> None:
-    """Add linear probes to a run: from which depth on can harm be read, and from which does it act?"""
-    _extend(folder, ["layers", "detect"])
-
-
-@app.command(epilog="Example:\n\n  remote-mediation paths runs/study")
-def paths(folder: RunFolder) -> None:
-    """Add paths to a run: what is left of an early site's effect while MLPs, attention or the gates are frozen?"""
-    _extend(folder, ["neurons", "paths"])
+    _measure(config, config.out or Path("runs") / (study_name(study) if study else "study"), show_text)
 
 
 @app.command(
     epilog="Examples:\n\n"
-    "  remote-mediation intervene runs/study\n\n"
-    "  remote-mediation intervene runs/study --attacks --judge classifier:my-org/my-judge:HARMFUL\n\n"
-    "  remote-mediation intervene runs/study --attacks --adapter ./my-lora"
+    "  remote-mediation extend runs/study detect,paths\n\n"
+    "  remote-mediation extend runs/study intervene --set intervene.tokens=48\n\n"
+    "  remote-mediation extend runs/study attacks --set attacks.checkpoints='[\"./my-lora\"]'\n\n"
+    "  remote-mediation extend runs/study monitor --set monitor.hard_negatives=xstest_prompts.csv"
 )
-def intervene(
+def extend(
     folder: RunFolder,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            help="refusal-openings unless the study says else; openings+embedding (fetch-model minilm) sees more "
-            "evasions. Also embedding, refusal-phrases, model:NAME, classifier:MODEL[:LABEL] or python:module:function."
-        ),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each generated answer.")] = None,
-    attacks: Annotated[bool, typer.Option("--attacks", help="Rewrap the prompts, too.")] = False,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(help="Fine-tuned checkpoint or PEFT adapter to repeat it on; implies --attacks."),
-    ] = None,
+    analyses: Annotated[str, typer.Argument(metavar="ANALYSES", help="Comma-separated, such as detect,paths.")],
+    settings: Settings = None,
+    show_text: ShowText = False,
 ) -> None:
-    """Add repair to a run: hold the gate neurons, and see what the model then says, at what cost."""
-    changes: dict[str, Any] = {"intervene": {"judge": judge, "tokens": tokens}, "attacks": {"checkpoints": adapter}}
-    _extend(folder, ["neurons", "intervene", *(["attacks"] if attacks or adapter else [])], changes)
+    """Ask more of a run; what it has measured is kept, and analyses that these build on are added."""
+    from remote_mediation.analyses import with_needed
+    from remote_mediation.config import load_config
+    from remote_mediation.store import Store
 
-
-@app.command(
-    epilog="Examples:\n\n"
-    "  remote-mediation monitor runs/study\n\n"
-    "  remote-mediation monitor runs/study --hard-negatives xstest_prompts.csv"
-)
-def monitor(
-    folder: RunFolder,
-    hard_negatives: Annotated[
-        str | None, typer.Option(help="Pairs file whose harmless prompts only sound harmful, such as XSTest's.")
-    ] = None,
-) -> None:
-    """Add a monitor to a run: the gates' activity as a detector of harmful prompts."""
-    _extend(folder, ["neurons", "monitor"], {"monitor": {"hard_negatives": hard_negatives}})
+    known = Store.open(folder).record()["config"]
+    asked = with_needed([*known["analyses"], *_names(analyses)])
+    _measure(load_config(None, {**known, "analyses": asked}, settings or ()), folder, show_text)
 
 
 @app.command(epilog="Example:\n\n  remote-mediation report runs/study --show-text")
@@ -156,6 +136,42 @@ def report(folder: RunFolder, show_text: ShowText = False) -> None:
 
     store = Store.open(folder)
     _write_report(store, reread(store), show_text)
+
+
+@app.command("check-run", epilog="Example:\n\n  remote-mediation check-run runs/study")
+def check_run_command(folder: RunFolder) -> None:
+    """Say which files of a run folder are whole; exit code 1 where one is not. Nothing is changed."""
+    from remote_mediation.checkup import check_run
+
+    states = check_run(folder)
+    for state in states:
+        if not (state.whole and state.detail == "whole"):
+            mark = "note" if state.whole else "FAIL"
+            console.print(Text(f"{mark} {state.name}: {state.detail}"), soft_wrap=True)
+    whole = sum(state.whole for state in states)
+    console.print(f"{whole} of {len(states)} files are whole")
+    if whole < len(states):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Examples:\n\n  remote-mediation show runs/study\n\n  remote-mediation show runs/study claims")
+def show(
+    folder: RunFolder,
+    section: Annotated[str | None, typer.Argument(help="A section of its report; all are listed without it.")] = None,
+) -> None:
+    """Show a run's summary, or one section of its report; no model is needed."""
+    from rich.markdown import Markdown
+
+    from remote_mediation.report import section_text, terminal_summary
+    from remote_mediation.store import Store
+    from remote_mediation.study import reread
+
+    store = Store.open(folder)
+    result = reread(store)
+    if section is None:
+        console.print(terminal_summary(result, store.folder / "report.md"))
+    else:
+        console.print(Markdown(section_text(result, section)))
 
 
 @app.command(
@@ -175,6 +191,7 @@ def plan(
     dtype: Dtype = None,
     device: Device = None,
     max_memory: MaxMemory = None,
+    settings: Settings = None,
 ) -> None:
     """Say what a study would cost: rows, jobs, operations, memory and time. No weights are loaded."""
     config = _config(study, locals())
@@ -190,20 +207,36 @@ def plan(
 @pairs_app.command(
     epilog="Examples:\n\n"
     "  remote-mediation pairs check builtin --model HuggingFaceTB/SmolLM2-135M-Instruct\n\n"
-    "  remote-mediation pairs check xstest_prompts.csv --model ./my-model"
+    "  remote-mediation pairs check study.toml --show theft-01\n\n"
+    "  remote-mediation pairs check advbench.csv --harmless instructions.json --model ./my-model"
 )
 def check(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="'builtin', or a JSONL or CSV file.")],
-    model: Annotated[str, typer.Option(help="Hub id or local folder whose tokenizer is used.")],
+    file: PairsFile,
+    model: Annotated[str | None, typer.Option(help="Hub id or local folder whose tokenizer is used.")] = None,
+    harmless: Harmless = None,
+    harmful_column: Column = "",
+    harmless_column: Column = "",
+    show: Annotated[str | None, typer.Option(metavar="ID", help="Show a pair as the model gets it.")] = None,
 ) -> None:
-    """Tokenise and align pairs: token counts, edits, and what would be refused, with the reason."""
+    """Tokenise and align pairs: token counts, edits, what would be refused and why, and whether placebos are alike."""
+    from remote_mediation.config import load_config
     from remote_mediation.models import load_tokenizer
-    from remote_mediation.pairs import load_pairs
+    from remote_mediation.pairs import find_pair
+    from remote_mediation.shown import balanced, shown
+    from remote_mediation.texts import described_lists, load_texts
     from remote_mediation.tokens import tokenise
 
     _quiet_libraries()
-    texts = load_pairs(file)
-    prepared = tokenise(texts, load_tokenizer(model))
+    study = Path(file) if file.endswith(".toml") else None
+    sources = {} if study else _sources(file, harmless, harmful_column, harmless_column)
+    config = load_config(study, {"model": model, **sources})
+    texts, form = load_texts(config), config.prompt.form()
+    tokenizer = load_tokenizer(config.model, config.revision)
+    if show is not None:
+        for line in shown(find_pair(texts, show), tokenizer, form):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        return
+    prepared = tokenise(texts, tokenizer, form)
     table = Table("pair", "cluster", "tokens x0", "tokens x1", "edit from", "after edit", "template after")
     for pair in prepared.pairs:
         counts = (len(pair.x0), len(pair.x1), pair.first, pair.after, pair.post)
@@ -211,10 +244,42 @@ def check(
     console.print(table)
     for refusal in prepared.refusals:
         console.print(f"refused {refusal.id}: {refusal.reason}", highlight=False, markup=False, soft_wrap=True)
+    for line in (*described_lists(config), *balanced(texts, tokenizer)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
     console.print(
         f"{len(texts)} pairs: {len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"
     )
+
+
+@pairs_app.command(
+    epilog="Examples:\n\n"
+    "  remote-mediation pairs convert spreadsheet.tsv pairs.jsonl\n\n"
+    "  remote-mediation pairs convert harmbench.csv pairs.jsonl --harmless instructions.json"
+)
+def convert(
+    file: PairsFile,
+    target: Annotated[Path, typer.Argument(metavar="PAIRS.jsonl", help="File to write; it must not exist.")],
+    harmless: Harmless = None,
+    harmful_column: Column = "",
+    harmless_column: Column = "",
+) -> None:
+    """Write pairs, or two lists matched into pairs, as JSON lines."""
+    from remote_mediation.config import load_config
+    from remote_mediation.texts import load_texts, write_texts
+
+    sources = _sources(file, harmless, harmful_column, harmless_column)
+    texts = load_texts(load_config(None, {"model": "", **sources}))
+    write_texts(texts, target)
+    console.print(f"{len(texts)} pairs: {target}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _sources(file: str, harmless: str | None, harmful_column: str, harmless_column: str) -> dict[str, str]:
+    """Settings that name a file of pairs, or two lists."""
+    if harmless is None:
+        return {"pairs": file}
+    columns = {"harmful_column": harmful_column, "harmless_column": harmless_column}
+    return {"harmful": file, "harmless": harmless, **columns}
 
 
 @app.command(
@@ -232,6 +297,7 @@ def selfcheck(
     """Run the pipeline on models whose mechanism was planted; exit code 1 unless all that it says of them is true."""
     from remote_mediation.planted.cases import CASES
     from remote_mediation.planted.selfcheck import PLAIN, run_selfcheck
+    from remote_mediation.progress import reporter
 
     names = list(CASES) if every else case or [PLAIN]
     unknown = [name for name in names if name not in CASES]
@@ -239,8 +305,8 @@ def selfcheck(
         raise InputError(f"no case is called {unknown[0]!r}; there are {', '.join(CASES)}")
     results = []
     for name in names:
-        with _progress() as progress:
-            results.append(run_selfcheck(name, seed, _Watch(progress)))
+        with reporter(errors) as watch:
+            results.append(run_selfcheck(name, seed, watch))
         if not as_json:
             console.print(results[-1].line(), soft_wrap=True, highlight=False)
     if as_json:
@@ -407,19 +473,18 @@ def compare(
 
 def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None:
     """Run a study in its folder and write the report; Ctrl-C leaves what is finished."""
-    from remote_mediation.pairs import load_pairs
+    from remote_mediation.contents import look_at
     from remote_mediation.store import Store
 
-    load_pairs(config.pairs)  # a bad file is refused before a model is loaded
+    look_at(config)  # a bad file is refused before a model is loaded
     store = Store.create(folder, config.identity())
     from remote_mediation.door import open_lab
+    from remote_mediation.progress import reporter
 
     _quiet_libraries()
     try:
-        with _progress() as progress:
-            watch = _Watch(progress)
-            with open_lab(config, out=folder, watch=watch, note=watch.note) as lab:
-                result = lab.run()
+        with reporter(errors) as watch, open_lab(config, out=folder, watch=watch, note=watch.note) as lab:
+            result = lab.run()
     except KeyboardInterrupt:
         note = "stopped; everything finished so far is kept, and the same command goes on from there"
         errors.print(note, soft_wrap=True)
@@ -427,70 +492,17 @@ def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None
     _write_report(store, result, show_text)
 
 
-def _extend(folder: Path, analyses: list[str], changes: dict[str, Any] | None = None) -> None:
-    """Run a study again with more to ask; what it has measured is kept. Settings that are None stay as they are."""
-    from remote_mediation.config import load_config
-    from remote_mediation.store import Store
-
-    known = Store.open(folder).record()["config"]
-    asked = {name: {k: v for k, v in part.items() if v is not None} for name, part in (changes or {}).items()}
-    settings = {name: {**known[name], **part} for name, part in asked.items()}
-    more = list(dict.fromkeys([*known["analyses"], *analyses]))
-    _measure(load_config(None, {**known, **settings, "analyses": more}), folder)
-
-
-class _Watch:
-    """Shows rows done and time left, and the latest news of the job that runs."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._news = progress.add_task("", total=None, visible=False)
-        self._task: TaskID | None = None
-
-    def note(self, line: str) -> None:
-        """What the backend is doing."""
-        self._progress.update(self._news, description=escape(line), visible=True)
-
-    def total(self, rows: int) -> None:
-        """A new wave of rows begins."""
-        self._progress.update(self._news, visible=False)
-        self._task = self._progress.add_task("measuring", total=rows)
-
-    def advance(self, rows: int) -> None:
-        """Some of them are done."""
-        if self._task is not None:
-            self._progress.advance(self._task, rows)
-
-
-def _progress() -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=errors, disable=not errors.is_terminal)
-
-
 def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
     from remote_mediation.config import load_config
 
-    overrides = {name: value for name, value in flags.items() if name not in ("study", "show_text")}
+    overrides = {name: value for name, value in flags.items() if name not in ("study", "show_text", "settings")}
     if overrides["analyses"] is not None:
-        overrides["analyses"] = [name.strip() for name in overrides["analyses"].split(",")]
-    return load_config(study, overrides)
+        overrides["analyses"] = _names(overrides["analyses"])
+    return load_config(study, overrides, flags["settings"] or ())
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",")]
 
 
 def _quiet_libraries() -> None:
@@ -512,11 +524,11 @@ def _write_report(store: Any, result: Any, show_text: bool) -> None:
 def _texts(result: Result) -> list[PairText]:
     """Prompts and answers of a study's pairs; the answers take the model's tokenizer, not its weights."""
     from remote_mediation.models import load_tokenizer
-    from remote_mediation.pairs import load_pairs
     from remote_mediation.report import PairText
+    from remote_mediation.texts import load_texts
 
     study = result.study
-    texts = {text.id: text for text in load_pairs(study.config.pairs)}
+    texts = {text.id: text for text in load_texts(study.config)}
     tokenizer = load_tokenizer(study.info.name, study.info.revision)
     return [
         PairText(pair.id, texts[pair.id].harmful, texts[pair.id].harmless, *map(tokenizer.decode, pair.answers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -13,10 +14,9 @@ from remote_mediation.errors import SettingsError
 from remote_mediation.judges import DEFAULT_JUDGE
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
+from remote_mediation.paths import resolved
+from remote_mediation.prompts import PromptForm
 
-AnalysisName = Literal[
-    "layers", "modules", "tokens", "heads", "neurons", "detect", "paths", "intervene", "attacks", "monitor", "claims"
-]
 Search = Literal["gradient", "windows", "all"]
 # Settings that had another name, by that name.
 RENAMED = {"granularity": "analyses"}
@@ -30,11 +30,55 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class PromptSettings(_Strict):
+    """`[prompt]`: what stands around the user's text, beside what the model's own template writes."""
+
+    system: str = ""
+    """System message."""
+    template: str = ""
+    """A file of a chat template, the name of one of the model's, or `none` for the bare text; else the model's own."""
+    template_arguments: dict[str, Any] = {}
+    """Variables that the template takes, such as `enable_thinking`."""
+    prefill: str = ""
+    """Beginning of the assistant's answer."""
+    think: Literal["", "before", "after"] = ""
+    """Read the answer before the think block, or after a closed, empty one; by default as the template has it."""
+    control_tokens: Literal["refuse", "allow"] = "refuse"
+    """A text of the user's that holds tokens of the template: refuse its pair, or measure it."""
+
+    @model_validator(mode="after")
+    def _ends_in_no_blank(self) -> Self:
+        if self.prefill != self.prefill.rstrip():
+            raise ValueError("prefill ends in a blank, which belongs to the next word's token; take it away")
+        return self
+
+    def form(self) -> PromptForm:
+        """The same as the tokeniser takes it, a template's file read.
+
+        Raises:
+            SettingsError: the file cannot be read.
+        """
+        template = self.template
+        if self.template and Path(self.template).is_file():
+            try:
+                template = Path(self.template).read_text("utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise SettingsError(f"cannot read the chat template {self.template!r}: {error}") from error
+        return PromptForm(
+            self.system,
+            template,
+            tuple(sorted(self.template_arguments.items())),
+            self.prefill,
+            self.think,
+            self.control_tokens,
+        )
+
+
 class RefusalSettings(_Strict):
     """`[refusal]`: the openings whose probabilities are compared, the same after every prompt."""
 
     openings: Literal["own", "builtin"] = "own"
-    """Those of the model's own answers to discovery prompts, or the package's own list."""
+    """Those of the pairs file, or else of the model's own answers to discovery prompts; or the package's own list."""
     compliant: list[str] = []
     """Compliant openings, such as "Sure"; given, they are taken in place of `openings`."""
     refusing: list[str] = []
@@ -108,6 +152,27 @@ class MonitorSettings(_Strict):
     """A pairs file, such as XSTest's, whose harmless prompts only sound harmful."""
 
 
+class VerifySettings(_Strict):
+    """`[verify]`: what a judge says of answers that are sampled while mediators are swapped."""
+
+    judge: str = DEFAULT_JUDGE
+    """A judge's spec (`judges.load_judge`)."""
+    labelled: str = BUILTIN
+    """Labelled answers that tell how the judge errs: the package's, or a CSV file (`judges.load_labelled`)."""
+    samples: int = Field(default=8, ge=1)
+    """Answers to every prompt."""
+    tokens: int = Field(default=64, ge=1)
+    """Tokens of each."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Of the sampling; 0 takes the likeliest token, so that one sample is enough."""
+    held: bool = False
+    """Hold what is swapped at the last prompt token at every new token, too."""
+    sites: int = Field(default=3, ge=0)
+    """So many of the strongest single sites, beside every set that the run found."""
+    pairs: int = Field(default=24, ge=2)
+    """At most so many held-out pairs."""
+
+
 class StatisticsSettings(_Strict):
     """`[statistics]`: intervals and tests."""
 
@@ -128,10 +193,20 @@ class StudyConfig(_Strict):
     """Hub revision; empty for the default one."""
     pairs: str = BUILTIN
     """`builtin`, or a JSONL or CSV file."""
+    harmful: str | None = None
+    """A list of harmful prompts, such as AdvBench's, in place of `pairs`; goes with `harmless`."""
+    harmless: str | None = None
+    """A list of harmless prompts, at least as many; twice as many give placebos."""
+    harmful_column: str = ""
+    """The column of the prompts in `harmful`; found by its name by default."""
+    harmless_column: str = ""
+    """The same of `harmless`."""
+    align: Literal["edit", "end"] = "edit"
+    """Prompts of a pair are one text but for an edit, or are compared from their ends only, as those of lists are."""
     max_pairs: int | None = Field(default=None, ge=2)
     """Use at most so many pairs, spread evenly over the file."""
-    analyses: Distinct[AnalysisName] = ["claims", "layers", "modules"]
-    """Which kinds of sites to measure."""
+    analyses: Distinct[str] = ["claims", "layers", "modules"]
+    """Names of analyses (`analyses.EVERY`), or of those handed over from Python."""
     outcome: OutcomeName = "refusal"
     """What Y is."""
     backend: Literal["local", "ndif"] = "local"
@@ -148,6 +223,7 @@ class StudyConfig(_Strict):
     """Aim for jobs of this length; by default 5 on this machine and 60 on a server."""
     max_memory: float | None = Field(default=None, gt=0)
     """Most memory of this process in GB, kept by the size of batches; by default 1 GB beside libraries and weights."""
+    prompt: PromptSettings = PromptSettings()
     refusal: RefusalSettings = RefusalSettings()
     response_logprob: ResponseSettings = ResponseSettings()
     logit_diff: LogitSettings = LogitSettings()
@@ -156,6 +232,7 @@ class StudyConfig(_Strict):
     intervene: InterveneSettings = InterveneSettings()
     attacks: AttackSettings = AttackSettings()
     monitor: MonitorSettings = MonitorSettings()
+    verify: VerifySettings = VerifySettings()
     statistics: StatisticsSettings = StatisticsSettings()
 
     @model_validator(mode="before")
@@ -176,6 +253,30 @@ class StudyConfig(_Strict):
             raise ValueError("[refusal] needs both `compliant` and `refusing`, lists of openings, or neither")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _ends_only(cls, data: Any) -> Any:
+        """Prompts of lists have no edit, so that what is swapped by default is swapped behind the user's text."""
+        if not isinstance(data, dict) or not (data.get("harmful") or data.get("align") == "end"):
+            return data
+        positions = data.get("positions", {})
+        given = positions if isinstance(positions, dict) else positions.model_dump(exclude_unset=True)
+        ends = {"layers": ["post_instruction", "last"], "modules": ["last"]}
+        return {**data, "align": "end", "positions": {**ends, **given}}
+
+    @model_validator(mode="after")
+    def _lists_go_together(self) -> Self:
+        if bool(self.harmful) != bool(self.harmless):
+            raise ValueError("give both lists, `harmful` and `harmless`, or pairs")
+        if self.harmful and self.pairs != BUILTIN:
+            raise ValueError("give `pairs`, or the lists `harmful` and `harmless`, not both")
+        return self
+
+    @property
+    def source(self) -> str:
+        """Where its prompts come from, in words."""
+        return f"{self.harmful} and {self.harmless}" if self.harmful else self.pairs
+
     @property
     def seconds_per_job(self) -> float:
         """`job_seconds`, or the default of the backend."""
@@ -184,11 +285,17 @@ class StudyConfig(_Strict):
     def identity(self) -> dict[str, Any]:
         """What makes this study this study: model, pairs and outcome. What is asked of it may change."""
         kept = {"model", "revision", "pairs", "max_pairs", "outcome", "dtype", "seed", "response_logprob", "logit_diff"}
-        return self.model_dump(mode="json", include={*kept, "refusal"} if self.outcome == "refusal" else kept)
+        kept |= {"refusal"} if self.outcome == "refusal" else set()
+        kept |= {"prompt"} if self.prompt != PromptSettings() else set()
+        kept |= {"harmful", "harmless", "harmful_column", "harmless_column"} if self.harmful else set()
+        kept |= {"align"} if self.align != "edit" else set()
+        return self.model_dump(mode="json", include=kept)
 
 
-def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:
+def load_config(study: Path | None, overrides: dict[str, Any], assigned: Sequence[str] = ()) -> StudyConfig:
     """Settings of a study file with flags on top; flags alone where there is no file.
+
+    assigned: more of them as `section.key=value`, which go over all others; a value that is not TOML is a string.
 
     Raises:
         SettingsError: unreadable file, unknown key or a value that is not allowed.
@@ -196,20 +303,40 @@ def load_config(study: Path | None, overrides: dict[str, Any]) -> StudyConfig:
     data = _read_toml(study) if study else {}
     for old in sorted(set(RENAMED) & set(data)):
         _log.warning("%s: the setting %r is now called %r; both are read", study, old, RENAMED[old])
+    data = resolved(data, study.parent) if study else data
     data.update({key: value for key, value in overrides.items() if value is not None})
-    pairs = data.get("pairs", BUILTIN)
-    if study and isinstance(pairs, str) and pairs != BUILTIN and not overrides.get("pairs"):
-        # A study file names its pairs from where it lies; a flag names them from where it is typed.
-        data["pairs"] = str(study.parent / pairs)
+    for assignment in assigned:
+        _assign(data, assignment)
     try:
-        return StudyConfig(**data)
+        return StudyConfig(**resolved(data))
     except ValidationError as error:
         raise SettingsError(_one_line(error, study)) from error
 
 
+def _assign(data: dict[str, Any], assignment: str) -> None:
+    """Put `section.key=value` into settings.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    name, given, value = assignment.partition("=")
+    keys = name.strip().split(".")
+    if not given or not all(keys):
+        raise SettingsError(f"cannot read the setting {assignment!r}; write it as section.key=value")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for key in keys[:-1]:
+        inner = data.get(key)
+        data[key] = dict(inner) if isinstance(inner, dict) else {}
+        data = data[key]
+    data[keys[-1]] = parsed
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read study file {str(path)!r}: {error}; give a TOML file") from error
     except tomllib.TOMLDecodeError as error:

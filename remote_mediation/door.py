@@ -19,16 +19,19 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
+from remote_mediation.analyses import chosen
 from remote_mediation.config import StudyConfig, load_config
 from remote_mediation.effects import Request
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.rows import Row
 from remote_mediation.errors import SettingsError
-from remote_mediation.lab import Indirect, Lab, Watch
+from remote_mediation.lab import Indirect, Lab
 from remote_mediation.report import PairText, write_report
+from remote_mediation.result import Analysis, Result
+from remote_mediation.runner import Watch
 from remote_mediation.sites import Site, check_site, family_of
 from remote_mediation.store import Store
-from remote_mediation.study import Result, check_backend, measure_precision, prepared_lab, reread, run_study
+from remote_mediation.study import check_backend, measure_precision, prepared_lab, reread, run_study
 from remote_mediation.tokens import TokenPair
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ def open_lab(
     *,
     out: str | Path | None = None,
     backend: Backend | None = None,
+    analyses: Sequence[str | Analysis] | None = None,
     watch: Watch | None = None,
     note: Callable[[str], None] = lambda line: None,
     **settings: Any,
@@ -58,31 +62,41 @@ def open_lab(
     """A study that can be asked questions, with its run folder.
 
     study: a study file, or settings. out: run folder; `runs/NAME` by default. backend: an object that runs the jobs,
-    made from the settings by default. watch, note: are told how far it is. settings: go over those of the study.
+    made from the settings by default. analyses: names, or analyses of your own, in place of those of the study. watch,
+    note: are told how far it is. settings: go over those of the study.
 
     Raises:
         SettingsError: a setting that is not allowed, or a backend of another model, revision or precision.
         StoreError: the run folder holds something else.
         BackendError, ModelError: the model cannot be had.
     """
+    more = [one for one in analyses or () if isinstance(one, Analysis)]
+    if analyses is not None:
+        settings["analyses"] = [one.name if isinstance(one, Analysis) else one for one in analyses]
     if isinstance(study, StudyConfig):
         config, name = StudyConfig(**{**study.model_dump(), **settings}), "study"
     else:
-        config, name = load_config(Path(study), settings), Path(study).stem
+        config, name = load_config(Path(study), settings), study_name(Path(study))
+    chosen(config.analyses, more)  # refuses unknown ones before a model is loaded
     folder = Path(out) if out else config.out or Path("runs") / name
     store = Store.create(folder, config.identity())
     if backend is not None:
         check_backend(config, backend)
-    return OpenLab(config, store, backend or load_backend(config, note), watch, note)
+    return OpenLab(config, store, backend or load_backend(config, note), watch, note, more)
 
 
-def open_run(folder: str | Path) -> OpenRun:
-    """A run folder, finished or not; no model is needed.
+def study_name(file: Path) -> str:
+    """What a study file names its run folder: itself, or the folder of a `study.toml`."""
+    return file.resolve().parent.name if file.name == "study.toml" else file.stem
+
+
+def open_run(folder: str | Path, *, analyses: Sequence[Analysis] = ()) -> OpenRun:
+    """A run folder, finished or not; no model is needed. analyses: those of your own that it was measured with.
 
     Raises:
         StoreError: there is none.
     """
-    return OpenRun(Store.open(Path(folder)))
+    return OpenRun(Store.open(Path(folder)), analyses)
 
 
 def load_backend(config: StudyConfig, note: Callable[[str], None] = lambda line: None) -> Backend:
@@ -129,9 +143,9 @@ def _local(config: StudyConfig, name: str, revision: str) -> Backend:
 class OpenRun:
     """What a run folder holds."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, more: Sequence[Analysis] = ()) -> None:
         """Use `open_run`."""
-        self._store = store
+        self._store, self._more = store, more
 
     @property
     def folder(self) -> Path:
@@ -140,7 +154,7 @@ class OpenRun:
 
     def result(self) -> Result:
         """Effects, tables and summary, from the values measured so far."""
-        return reread(self._store)
+        return reread(self._store, self._more)
 
     def report(self, texts: Sequence[PairText] = ()) -> Path:
         """Write tables, figures and `report.md` anew. texts: pairs to show as text."""
@@ -162,9 +176,11 @@ class OpenLab:
         backend: Backend,
         watch: Watch | None = None,
         note: Callable[[str], None] = lambda line: None,
+        more: Sequence[Analysis] = (),
     ) -> None:
         """Use `open_lab`."""
         self.config, self._store, self._backend, self._watch, self._note = config, store, backend, watch, note
+        self._more = more
         self._made: Lab | None = None
 
     def __enter__(self) -> Self:
@@ -181,7 +197,7 @@ class OpenLab:
     @property
     def _lab(self) -> Lab:
         if self._made is None:
-            self._made = prepared_lab(self.config, self._backend, self._store, self._watch)
+            self._made = prepared_lab(self.config, self._backend, self._store, self._watch, more=self._more)
         return self._made
 
     def pairs(self, split: str = "all") -> pd.DataFrame:
@@ -260,15 +276,15 @@ class OpenLab:
         """
         config = self.config
         found = load_variants(config, self._note) if variants is None else variants
-        result = run_study(config, self._backend, self._store, self._watch, found)
+        result = run_study(config, self._backend, self._store, self._watch, found, self._more)
         if config.dtype != "float32" and config.backend == "local":
             exact = config.model_copy(update={"dtype": "float32"})
-            measure_precision(self._store, load_backend(exact, self._note), self._watch)
+            measure_precision(self._store, load_backend(exact, self._note), self._watch, self._more)
         return result
 
     def report(self, texts: Sequence[PairText] = ()) -> Path:
         """Write tables, figures and `report.md` of what was run. texts: pairs to show as text."""
-        return open_run(self.folder).report(texts)
+        return open_run(self.folder, analyses=self._more).report(texts)
 
     def _chosen(self, pairs: str | Sequence[str]) -> list[TokenPair]:
         if isinstance(pairs, str):

@@ -17,6 +17,14 @@ MediationError
 from __future__ import annotations
 
 
+def innermost(error: BaseException) -> str:
+    """The cause at the bottom of an exception, as one line that names its kind where its text does not say enough."""
+    while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = cause
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (OSError, ValueError)) and text else f"{type(error).__name__}: {text}"
+
+
 class MediationError(Exception):
     """Root of all errors raised on purpose by this package."""
 
@@ -63,6 +71,15 @@ class PreflightError(BackendError):
 
 class TransportError(BackendError):
     """The connection failed; the job may still be running."""
+
+    def __init__(self, message: str, status: int | None = None, wait: float = 0.0, *, silent: bool = False) -> None:
+        """Say what happened on the way.
+
+        status: of HTTP, if there was an answer. wait: seconds for which the server asks to be left alone. silent:
+        whether the server is there and did not answer in time.
+        """
+        super().__init__(message)
+        self.status, self.wait, self.silent = status, wait, silent
 
 
 class JobError(BackendError):

@@ -6,12 +6,10 @@ measured, and an analysis that asks for what an unfinished run does not have end
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import takewhile
-from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,54 +17,28 @@ import pandas as pd
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
-from remote_mediation.engine.answers import NOT_FINITE, check_shape, lengths_of, not_finite, rows_of
 from remote_mediation.engine.backend import Backend
-from remote_mediation.engine.budget import Budget, Setting, batch_budget
-from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs
+from remote_mediation.engine.budget import Setting, batch_budget
 from remote_mediation.engine.rows import Row, direct_row, swap_all
-from remote_mediation.engine.tasks import Held, Task, direct_task, generate_task, plan_tasks
-from remote_mediation.errors import JobError, LostJobError
+from remote_mediation.engine.samples import Manner, bare, sample_key
+from remote_mediation.engine.tasks import Held, Task, direct_task, generate_task
+from remote_mediation.models import ends_of_answers
+from remote_mediation.openings import longest_answer
 from remote_mediation.outcomes import Outcome
 from remote_mediation.pairs import PromptPair
+from remote_mediation.runner import Runner, Watch
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import split_clusters
-from remote_mediation.store import Store, Submitted
-from remote_mediation.tokens import Prepared, Refusal, TokenPair, tokenise
+from remote_mediation.store import Store
+from remote_mediation.tokens import Prepared, Refusal, TokenPair, fitting, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# First guess of a backend's speed, operations per second; jobs are cut anew once it is measured.
-FIRST_RATE = 2e10
 # Prompts that are continued together.
 _TOGETHER = 16
-# So often a job is handed over before its loss ends the study; what is measured is kept.
-MOST_TRIES = 4
-
 Floats = npt.NDArray[np.float64]
 RowMaker = Callable[[TokenPair, Sequence[Site], int, ModelInfo], Row]
-
-
-class Watch(Protocol):
-    """Sees how far a study is."""
-
-    def total(self, rows: int) -> None:
-        """So many rows are to be measured from here on."""
-        ...
-
-    def advance(self, rows: int) -> None:
-        """So many more are done."""
-        ...
-
-
-class Unwatched:
-    """Nobody watches."""
-
-    def total(self, rows: int) -> None:
-        """Nothing."""
-
-    def advance(self, rows: int) -> None:
-        """Nothing."""
 
 
 class UnmeasuredError(Exception):
@@ -144,15 +116,12 @@ class Lab:
         variants: other checkpoints of the model. splits: the study's own by default.
         """
         self.study, self.variants = study, variants or {}
-        self._store, self._backend, self._watch = store, backend, watch or Unwatched()
-        self._values = store.values()
-        self._all = {pair.id: pair for pair in (*study.pairs, *study.placebos)}
-        self._keys = Keys(study.setting, self._all.values())
+        self._store, self._backend, self._watch = store, backend, watch
         self._splits = splits or study.splits()
         self._effects: list[pd.DataFrame] = []
-        self._rate = FIRST_RATE
-        config = study.config
-        self._batch_bytes = batch_budget(study.setting, config.max_memory, config.backend == "local")
+        config, every = study.config, {pair.id: pair for pair in (*study.pairs, *study.placebos)}
+        room = batch_budget(study.setting, config.max_memory, config.backend == "local")
+        self._runner = Runner(study.setting, every, store, backend, watch, config.seconds_per_job, room)
 
     @property
     def can_measure(self) -> bool:
@@ -192,15 +161,15 @@ class Lab:
         found = self.measured(requests)
         self._effects.append(found)
         pairs = {pair.id for pair in self.pairs()}
-        if any(self._keys(row) not in self._values for row in rows if row.pair in pairs):
+        if any(self._runner.key(row) not in self._runner.values for row in rows if row.pair in pairs):
             raise UnmeasuredError
         return found
 
     def measured(self, requests: Sequence[Request]) -> pd.DataFrame:
         """Effects of sites on pairs, which do not become part of the study's (columns: `EFFECT_COLUMNS`)."""
         study = self.study
-        self._measure(row for request in requests for row in request.rows(study.info))
-        return effects_table(requests, self._values, self._keys, study.outcome, study.info, self._splits)
+        self._runner.run_rows(row for request in requests for row in request.rows(study.info))
+        return effects_table(requests, self._runner.values, self._runner.key, study.outcome, study.info, self._splits)
 
     def measure_sites(self, analysis: str, sites: Iterable[Site], split: str = "all") -> pd.DataFrame:
         """Effects of the same sites on every pair of a split that has their positions."""
@@ -215,9 +184,20 @@ class Lab:
         Raises:
             UnmeasuredError: a row was not measured.
         """
-        self._measure(rows)
-        pairs = self._runnable()
+        self._runner.run_rows(rows)
+        pairs = self._runner.runnable
         return np.array([self._outcome(row, pairs) if row.pair in pairs else np.nan for row in rows])
+
+    def readouts(self, rows: Sequence[Row]) -> list[npt.NDArray[np.float32]]:
+        """What was read of each row, of pairs whose jobs have not failed; the outcome makes Y of it.
+
+        Raises:
+            UnmeasuredError: a row was not measured.
+        """
+        self._runner.run_rows(rows)
+        if any(self._runner.key(row) not in self._runner.values for row in rows):
+            raise UnmeasuredError
+        return [self._runner.values[self._runner.key(row)] for row in rows]
 
     def indirect(self, sites: Sequence[Site], pairs: Sequence[TokenPair]) -> Indirect:
         """Effects of single sites, which may be any sets of units, on pairs; not part of the study's effects.
@@ -277,21 +257,16 @@ class Lab:
             UnmeasuredError: one was not run, and there is no backend.
         """
         keys = [task.key(self.study.setting) for task in tasks]
-        if self._backend:
-            self._collect_submitted(self._backend)
-            missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in self._values}
-            if missing:
-                self._work(
-                    len(missing), lambda budget: plan_tasks(missing.values(), self.study.setting, budget), self._backend
-                )
-        if any(key not in self._values for key in keys):
+        self._runner.run_tasks(dict(zip(keys, tasks, strict=True)))
+        values = self._runner.values
+        if any(key not in values for key in keys):
             raise UnmeasuredError
-        return [self._values[key] for key in keys]
+        return [values[key] for key in keys]
 
     def continued(
         self, prompts: Sequence[tuple[int, ...]], tokens: int, held: Sequence[Held] = ()
     ) -> list[tuple[int, ...]]:
-        """Greedy answers of at most so many tokens, up to the special token that ends them, while neurons are held.
+        """Greedy answers of at most so many tokens, up to the token that ends them, while neurons are held.
 
         Raises:
             JobError: some could not be generated.
@@ -299,8 +274,29 @@ class Lab:
         """
         parts = [prompts[start : start + _TOGETHER] for start in range(0, len(prompts), _TOGETHER)]
         found = self.run([generate_task(part, tokens, held, self.study.setting) for part in parts])
-        ends = set(self.noted("special-tokens", lambda tokenizer: sorted(tokenizer.all_special_ids)))
-        answers = [answer for values in found for answer in values.astype(int).reshape(-1, tokens).tolist()]
+        return self._ended([answer for values in found for answer in values.astype(int).reshape(-1, tokens).tolist()])
+
+    def sampled(self, rows: Sequence[Row], manner: Manner) -> list[list[tuple[int, ...]]]:
+        """By row the sampled answers to its base prompt, each up to the token that ends it, while its writes are made.
+
+        rows: of `bare` pairs, behind whose prompts nothing is fed. All rows of a pair share their random numbers.
+
+        Raises:
+            JobError: some could not be generated.
+            UnmeasuredError: some were not, and there is no backend.
+        """
+        seed, pairs = self.study.config.seed, {name: bare(pair) for name, pair in self._runner.runnable.items()}
+        keys = [sample_key(row, pairs[row.pair], manner, seed, self.study.setting) for row in rows]
+        self._runner.run_samples(dict(zip(keys, rows, strict=True)), pairs, manner, seed)
+        if any(key not in self._runner.values for key in keys):
+            raise UnmeasuredError
+        found = [self._runner.values[key].reshape(2, manner.samples, manner.tokens)[0] for key in keys]
+        return [self._ended(ids.astype(int).tolist()) for ids in found]
+
+    def _ended(self, answers: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Answers up to the token that ends them."""
+        info = self.study.info
+        ends = set(self.noted("special-tokens", lambda tokenizer: ends_of_answers(info.name, info.revision, tokenizer)))
         return [tuple(takewhile(lambda token: token not in ends, answer)) for answer in answers]
 
     def tokenised(self, name: str, texts: Callable[[], Sequence[PromptPair]]) -> Prepared:
@@ -312,7 +308,9 @@ class Lab:
         """
         prepared = self._store.prepared(name)
         if prepared is None:
-            prepared = tokenise(texts(), self._present().tokenizer)
+            config = self.study.config
+            found = tokenise(texts(), self._present().tokenizer, config.prompt.form())
+            prepared = fitting(found, self.study.info, longest_answer(config))
             self._store.save_prepared(prepared, name)
         return prepared
 
@@ -341,108 +339,7 @@ class Lab:
         return Lab(study, self._store, backend if info else self._backend, self._watch, splits=self._splits)
 
     def _outcome(self, row: Row, pairs: dict[str, TokenPair]) -> float:
-        key = self._keys(row)
-        if key not in self._values:
+        key = self._runner.key(row)
+        if key not in self._runner.values:
             raise UnmeasuredError
-        return self.study.outcome.value(pairs[row.pair], self._values[key])
-
-    def _runnable(self) -> dict[str, TokenPair]:
-        """Pairs and placebos whose jobs have not failed, by id."""
-        failed = self._store.failures()
-        return {name: pair for name, pair in self._all.items() if name not in failed}
-
-    def _measure(self, rows: Iterable[Row]) -> None:
-        """Run the rows that are not in the run folder yet, job by job, and keep each job's values as it ends."""
-        if not self._backend:
-            return
-        self._collect_submitted(self._backend)
-        pairs = self._runnable()
-        wanted = (row for row in dict.fromkeys(rows) if row.pair in pairs)
-        missing = [row for row in wanted if self._keys(row) not in self._values]
-        if missing:
-            self._work(sum(bool(row.writes) for row in missing), partial(self._jobs, missing), self._backend)
-
-    def _jobs(self, rows: Sequence[Row], budget: Budget) -> Iterator[Job]:
-        return plan_jobs(rows, self._all, self.study.setting, budget, self._keys)
-
-    def _work(self, count: int, plan: Callable[[Budget], Iterator[Job]], backend: Backend) -> None:
-        """Run planned jobs, cut by the speed of those before."""
-        if count:
-            self._watch.total(count)
-        for job in plan(Budget(lambda: self.study.config.seconds_per_job * self._rate, self._batch_bytes)):
-            seconds = self._run(job, backend)
-            self._rate = job.flops / seconds if seconds else self._rate
-            self._watch.advance(job.rows)
-
-    def _run(self, job: Job, backend: Backend, tries: int = MOST_TRIES) -> float:
-        """Run one job and keep its values; where rows fail, find out of which pairs. Returns the seconds it took."""
-        ticket = backend.submit(job)
-        self._store.save_ticket(ticket, job)
-        try:
-            readout = backend.collect(ticket)
-            check_shape(job.keys, lengths_of(job), readout)
-        except LostJobError:
-            self._store.forget(job.id)
-            if tries == 1:
-                raise
-            return self._run(job, backend, tries - 1)
-        except JobError as error:
-            self._store.forget(job.id)
-            if job.task != "measure":
-                raise
-            if len(job.pairs) == 1:
-                self._store.save_failure(job.pairs[0], str(error))
-                return 0.0
-            return sum(self._run(one, backend) for one in self._apart(job))
-        bad = not_finite(job, readout)
-        if bad:
-            self._keep_finite(job, readout, bad)
-        else:
-            self._keep(job, readout)
-        return readout.seconds
-
-    def _keep_finite(self, job: Job, readout: Readout, bad: set[str]) -> None:
-        """Keep what a job brought back of its other pairs, and let those fail whose values are no numbers.
-
-        Raises:
-            JobError: no pair of this study has had an outcome so far, or the job is of a task other than `measure`.
-        """
-        self._store.forget(job.id)
-        if job.task != "measure":
-            raise JobError(f"{job.task} brought back values that are not finite; try bfloat16")
-        rows = rows_of(job)
-        good = [index for index, row in enumerate(rows) if row.pair not in bad]
-        if good:
-            keys, values = [job.keys[index] for index in good], [readout.values[index] for index in good]
-            written = sum(bool(rows[index].writes) for index in good)
-            self._keep(Submitted(job.id, "", keys, written, job.flops), Readout(values, readout.seconds))
-        for pair in sorted(bad):
-            self._store.save_failure(pair, NOT_FINITE)
-        failed = list(self._store.failures().values()).count(NOT_FINITE)
-        if failed > 1 and not any(self._keys(Row(pair, 0)) in self._values for pair in self._runnable()):
-            raise JobError(f"{NOT_FINITE} (the first {failed} pairs have none)")
-
-    def _apart(self, job: Job) -> Iterator[Job]:
-        """The rows of a job as one job per pair, so that one pair's failure is its own."""
-        whole = Budget(lambda: inf, self._batch_bytes)
-        for pair in job.pairs:
-            yield from self._jobs([row for part in job.parts for row in part.rows if row.pair == pair], whole)
-
-    def _collect_submitted(self, backend: Backend) -> None:
-        """Fetch what an earlier process handed over and did not live to see; what is lost will be planned anew."""
-        for job in self._store.submitted():
-            try:
-                readout = backend.collect(job.ticket)
-                check_shape(job.keys, job.lengths or [None] * len(job.keys), readout)
-            except (JobError, LostJobError):
-                self._store.forget(job.id)
-                continue
-            if all(np.isfinite(value).all() for value in readout.values):
-                self._keep(job, readout)
-            else:
-                self._store.forget(job.id)
-
-    def _keep(self, job: Job | Submitted, readout: Readout) -> None:
-        """A job's values, first in the run folder, then at hand."""
-        self._store.save_readout(job, readout)
-        self._values.update(zip(job.keys, readout.values, strict=True))
+        return self.study.outcome.value(pairs[row.pair], self._runner.values[key])

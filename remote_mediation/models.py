@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remote_mediation.errors import ModelError, SiteError
+from remote_mediation.errors import ModelError, SiteError, innermost
 from remote_mediation.fetch import located
 from remote_mediation.sites import Family, ModelInfo, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+# Files of a model that may say which tokens end an answer.
+_DECLARING = ("generation_config.json", "config.json")
+# Settings that say for how long a sequence a model was made.
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+# How a file begins that stands for one which git has not fetched.
+_POINTER = b"version https://git-lfs"
+# Files of a model's folder that change what it computes or what it is fed.
+_TELLING = {".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".jinja", ".txt", ".py", ".tiktoken"}
+# Files up to so many bytes are hashed whole, about 2 s; of larger ones so many blocks.
+_WHOLE, _BLOCK, _SAMPLES = 2 * 10**9, 2**20, 256
 
 
 def load_info(name: str, revision: str = "") -> ModelInfo:
@@ -23,7 +37,35 @@ def load_info(name: str, revision: str = "") -> ModelInfo:
         SiteError: the model's family is not in the table.
     """
     info = info_of(load_configuration(name, revision), name, revision)
-    return replace(info, weights=_fingerprint(Path(located(name))))
+    _bring_generation_config(name, revision)
+    return replace(info, weights=fingerprint(name))
+
+
+def _bring_generation_config(name: str, revision: str) -> None:
+    """Have what a hub's model declares of generation in the cache; many have no such file."""
+    from transformers import GenerationConfig
+
+    if not Path(located(name)).is_dir():
+        with contextlib.suppress(OSError, ValueError):
+            GenerationConfig.from_pretrained(name, revision=revision or "main")
+
+
+def refuse_pointers(name: str) -> None:
+    """Refuse a local folder in which files of the model are stand-ins of git-LFS.
+
+    Raises:
+        ModelError: with the name of one.
+    """
+    folder = Path(located(name))
+    small = [path for path in _telling_files(folder) if path.stat().st_size < 1024]
+    for path in small:
+        if path.read_bytes().startswith(_POINTER):
+            raise ModelError(f"cannot load model {name!r}: {path.name} is a git-LFS pointer; run `git lfs pull` in it")
+
+
+def _telling_files(folder: Path) -> list[Path]:
+    """Files of a local folder that make a model what it is; none of a hub id."""
+    return sorted(path for path in folder.glob("*") if path.suffix in _TELLING and path.is_file())
 
 
 def load_configuration(name: str, revision: str = "") -> PreTrainedConfig:
@@ -47,6 +89,44 @@ def load_tokenizer(name: str, revision: str = "") -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return _load(AutoTokenizer, name, revision)
+
+
+def ends_of_answers(name: str, revision: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's special ones, and what the model's files at hand declare.
+
+    No hub is asked: `load_info` has brought the files here, where the model comes from one.
+    """
+    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    declared = {end for file in _DECLARING for end in _declared_ends(name, revision, file)}
+    return sorted({*tokenizer.all_special_ids, *marked, *declared})
+
+
+def _declared_ends(name: str, revision: str, file: str) -> list[int]:
+    """`eos_token_id` of a configuration file; none where there is no such file."""
+    path = _at_hand(name, revision, file)
+    if path is None:
+        return []
+    try:
+        declared = json.loads(path.read_text("utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"cannot read {path}: {innermost(error)}; mend it or take it away") from error
+    if declared is None:
+        return []
+    return [declared] if isinstance(declared, int) else list(declared)
+
+
+def _at_hand(name: str, revision: str, file: str) -> Path | None:
+    """A file of a model in its folder or in the hub's cache on this machine; None where it is in neither."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(located(name))
+    if folder.is_dir():
+        return folder / file if (folder / file).is_file() else None
+    try:
+        found = try_to_load_from_cache(name, file, revision=revision or "main")
+    except ValueError:  # no name that a hub could have
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInfo:
@@ -78,6 +158,7 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
         window=window,
         multiplier=getattr(text, family.multiplier) if family.multiplier else 1.0,
         stored_ff=stored_ff,
+        context=next((length for name in _LENGTHS if (length := getattr(text, name, None))), 0),
     )
 
 
@@ -113,11 +194,37 @@ def _key_value_heads(config: PreTrainedConfig, family: Family) -> int:
     return getattr(config, family.kv_heads, None) or int(config.num_attention_heads)
 
 
-def _fingerprint(folder: Path) -> str:
-    """Names, sizes and times of a local folder's weight files as a short hash; empty for a hub id."""
+def fingerprint(name: str) -> str:
+    """Content of the files of a local folder that make the model what it is, as a short hash; empty for a hub id."""
+    facts = [(path, path.stat()) for path in _telling_files(Path(located(name)))]
+    digests = [(path.name, _content(path, fact.st_size, fact.st_mtime_ns)) for path, fact in facts]
+    return hashlib.blake2b(repr(digests).encode(), digest_size=8).hexdigest() if digests else ""
+
+
+def dated_fingerprint(name: str) -> str:
+    """What run folders of older versions hold in place of `fingerprint`: names, sizes and times of safetensors."""
+    folder = Path(located(name))
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest() if facts else ""
+
+
+@lru_cache(maxsize=1024)
+def _content(path: Path, size: int, changed: int) -> str:
+    """Hash of a file, or of its size, its ends and samples in between where it is too large to be read at every start.
+
+    changed: its time; with the size it only tells one process whether to read the file again.
+    """
+    found = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as opened:
+        if size <= _WHOLE:
+            while block := opened.read(_BLOCK):
+                found.update(block)
+        else:
+            for number in range(_SAMPLES):
+                opened.seek((size - _BLOCK) * number // (_SAMPLES - 1))
+                found.update(opened.read(_BLOCK))
+    return found.hexdigest()
 
 
 def _sliding_layers(config: PreTrainedConfig, family: Family) -> tuple[tuple[int, ...], int | None]:
@@ -131,11 +238,11 @@ def _sliding_layers(config: PreTrainedConfig, family: Family) -> tuple[tuple[int
 
 
 def _load(kind: Any, name: str, revision: str) -> Any:
+    refuse_pointers(name)
     try:
         return kind.from_pretrained(located(name), revision=revision or "main")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a checkpoint's files make foreign code raise
         raise ModelError(
-            f"cannot load model {name!r}: {reason}; give a local folder, a hub id (a hub must be reachable), or run "
-            "`remote-mediation fetch-model smollm2`"
+            f"cannot load model {name!r}: {innermost(error)}; give a local folder, a hub id (a hub must be "
+            "reachable), or run `remote-mediation fetch-model smollm2`"
         ) from error

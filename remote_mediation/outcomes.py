@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from remote_mediation.errors import SettingsError
+from remote_mediation.errors import PairsError, SettingsError
+from remote_mediation.prompts import ALONE, encode_after
 from remote_mediation.tokens import TokenPair, trie
 
 if TYPE_CHECKING:
@@ -114,10 +115,16 @@ class Outcome:
 
     def side_logprobs(self, pair: TokenPair, values: npt.NDArray[np.float32]) -> tuple[float, float]:
         """`refusal`: log of the summed probability of the compliant, then of the refusing openings (nats)."""
+        compliant, refusing = (float(np.logaddexp.reduce(logprobs)) for logprobs in self.opening_logprobs(pair, values))
+        return compliant, refusing
+
+    def opening_logprobs(
+        self, pair: TokenPair, values: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """`refusal`: log-probability of each compliant, then of each refusing opening (nats)."""
         exact = values.astype(np.float64)
         compliant, refusing = (
-            float(np.logaddexp.reduce([exact[list(reads)].sum() for reads in openings]))
-            for openings in self.sides(pair)
+            np.array([exact[list(reads)].sum() for reads in openings]) for openings in self.sides(pair)
         )
         return compliant, refusing
 
@@ -184,13 +191,15 @@ def _places_read(openings: Openings, packed: Openings | None = None) -> list[tup
     return list(dict.fromkeys(places))
 
 
-def logit_diff(plus: list[str], minus: list[str], tokenizer: PreTrainedTokenizerBase) -> Outcome:
-    """The `logit_diff` outcome of two sets of token strings.
+def logit_diff(
+    plus: list[str], minus: list[str], tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] = ALONE
+) -> Outcome:
+    """The `logit_diff` outcome of two sets of token strings. prompts: what they stand behind, rendered.
 
     Raises:
-        SettingsError: an empty set, a string that is not exactly one token, or a token in both sets.
+        SettingsError: an empty set, a string that is not exactly one token there, or a token in both sets.
     """
-    sets = [tuple(_single_token(text, tokenizer) for text in texts) for texts in (plus, minus)]
+    sets = [tuple(_single_token(text, tokenizer, prompts) for text in texts) for texts in (plus, minus)]
     if not all(sets):
         raise SettingsError("logit_diff needs at least one token in each of `plus` and `minus`")
     shared = set(sets[0]) & set(sets[1])
@@ -199,8 +208,11 @@ def logit_diff(plus: list[str], minus: list[str], tokenizer: PreTrainedTokenizer
     return Outcome("logit_diff", plus=sets[0], minus=sets[1])
 
 
-def _single_token(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+def _single_token(text: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> int:
+    try:
+        ids = encode_after(prompts, text, tokenizer)
+    except PairsError as error:
+        raise SettingsError(f"logit_diff: {error}") from error
     if len(ids) != 1:
         pieces = [tokenizer.decode([token]) for token in ids]
         raise SettingsError(f"logit_diff: {text!r} is {len(ids)} tokens {pieces}, not one; mind the leading space")

@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from remote_mediation.errors import PairsError
+from remote_mediation.prompts import Turn
 from remote_mediation.records import parse_json, read_records
 
 BUILTIN = "builtin"
 _REQUIRED = ("harmful", "harmless")
+_PROMPTS = (*_REQUIRED, "placebo")
+_HEADER = "openings"
 _LABELS = ("id", "category", "template")
 _OPTIONAL = (*_LABELS, "placebo", "harmful_response", "harmless_response")
 _XSTEST = ("id", "prompt", "type", "label", "focus", "note")
@@ -54,6 +57,61 @@ class PromptPair:
     """Opening of an answer to the harmless prompt; empty: the model's own."""
     notes: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     """What else the file says of the pair, by column; it changes nothing that is measured."""
+    aligned: bool = field(default=True, repr=False)
+    """Whether the prompts are one text but for an edit; else they are compared from their ends only."""
+    turns: tuple[tuple[str, Turn], ...] = field(default=(), repr=False)
+    """Messages before the prompts (system, earlier turns), each with the prompt it belongs to: `harmful`, ..."""
+
+    def before(self, prompt: str) -> tuple[Turn, ...]:
+        """The messages before a prompt, named as the field is."""
+        return tuple(turn for name, turn in self.turns if name == prompt)
+
+    def of_placebo(self, name: str) -> PromptPair:
+        """The harmless prompt against its placebo, which takes the harmful one's place, under another id."""
+        turns = [(kind, turn) for kind, turn in self.turns if kind != "harmful"]
+        moved = tuple(("harmful" if kind == "placebo" else kind, turn) for kind, turn in turns)
+        return replace(self, id=name, harmful=self.placebo, placebo="", turns=moved)
+
+
+class GivenOpenings(NamedTuple):
+    """Openings of answers as text, for the outcome `refusal`."""
+
+    compliant: tuple[str, ...]
+    refusing: tuple[str, ...]
+
+
+def load_openings(source: str) -> GivenOpenings | None:
+    """The openings that a pairs file gives, in a header record or the same ones with its pairs; None where in neither.
+
+    A header is a first record that has `openings` alone: an object of two lists of texts, `compliant` and `refusing`.
+
+    Raises:
+        PairsError: they are no two lists of texts, or pairs have different ones: the outcome is the same on all.
+    """
+    if source == BUILTIN:
+        return None
+    found: dict[GivenOpenings, str] = {}
+    for number, record in enumerate(read_records(source), 1):
+        if isinstance(record, dict) and record.get(_HEADER):
+            where = f"{source}, record {number}"
+            found.setdefault(_openings(record[_HEADER], where), where)
+    if len(found) > 1:
+        first, second, *_ = found.values()
+        raise PairsError(
+            f"{second} has other openings than {first}: the outcome `refusal` compares the same ones on every prompt; "
+            "give them once, in a header record, or choose `response_logprob` and give responses"
+        )
+    return next(iter(found), None)
+
+
+def _openings(value: Any, where: str) -> GivenOpenings:
+    sides = value if isinstance(value, dict) else {}
+    lists = [sides.get(side) for side in GivenOpenings._fields]
+    if not all(isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts) for texts in lists):
+        raise PairsError(
+            f'{where}: {_HEADER!r} is {value!r}; write {{"compliant": ["Sure"], "refusing": ["I\'m sorry"]}}'
+        )
+    return GivenOpenings(*(tuple(map(str, texts)) for texts in lists if texts))
 
 
 def load_pairs(source: str) -> tuple[PromptPair, ...]:
@@ -68,13 +126,28 @@ def load_pairs(source: str) -> tuple[PromptPair, ...]:
         records = parse_json(text, BUILTIN)
     else:
         records = read_records(source)
+    if records and isinstance(records[0], dict) and set(records[0]) == {_HEADER}:
+        records = records[1:]
     if records and isinstance(records[0], dict) and set(_XSTEST) <= set(records[0]):
         records = _xstest(records, source)
-    pairs = _named(_pair(record, source, number) for number, record in enumerate(records, 1))
+    pairs = named(_pair(record, source, number) for number, record in enumerate(records, 1))
     if not pairs:
         raise PairsError(f"{source} holds no pairs; give at least one record with {', '.join(_REQUIRED)}")
     _check_pairs(pairs, source)
     return pairs
+
+
+def find_pair(pairs: Sequence[PromptPair], name: str) -> PromptPair:
+    """The pair of an id.
+
+    Raises:
+        PairsError: there is none; names near ones.
+    """
+    known = {pair.id: pair for pair in pairs}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3, 0.3) or list(known)[:3]
+        raise PairsError(f"no pair has the id {name!r}; there are {', '.join(map(repr, near))}")
+    return known[name]
 
 
 def _xstest(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -131,22 +204,60 @@ def _pair(record: Any, name: str, number: int) -> PromptPair:
         raise PairsError(f"{where} has two keys that differ in capitals or blanks only; keep one")
     if missing := [key for key in _REQUIRED if key not in fields]:
         raise PairsError(f"{where} has {sorted(fields)} and lacks {missing[0]!r}; it needs {', '.join(_REQUIRED)}")
-    known = {key: _text(fields.pop(key), key, where) for key in (*_REQUIRED, *_OPTIONAL) if key in fields}
+    aligned, turns = _aligned(fields.pop("aligned", True), where), _turns(fields, where)
+    known = {key: text_of(fields.pop(key), key, where) for key in (*_REQUIRED, *_OPTIONAL) if key in fields}
     for key in _REQUIRED:
         if not known[key].strip():
             raise PairsError(f"{where}: {key!r} is empty; give a prompt")
-    notes = tuple((key, value if isinstance(value, str) else json.dumps(value)) for key, value in fields.items())
-    for key, value in notes:
-        _check_characters(value, key, where)
+    notes = tuple((key, text_of(value, key, where, anything=True)) for key, value in fields.items())
+    for key, _ in notes:
         _check_spelling(key, where)
-    return PromptPair(**{**dict.fromkeys(("id", "category", "template"), ""), **known}, notes=notes)
+    texts: dict[str, str] = {**dict.fromkeys(("id", "category", "template"), ""), **known}
+    return replace(PromptPair(**texts), notes=notes, aligned=aligned, turns=turns)  # type: ignore[arg-type]
 
 
-def _text(value: Any, key: str, where: str) -> str:
+def _aligned(value: Any, where: str) -> bool:
+    """Whether the prompts of a pair are one text but for an edit: true, false, or one of them as a table has it."""
+    known = {"true": True, "": True, "null": True, "false": False}
+    if (word := json.dumps(value).strip('"').lower()) not in known:
+        raise PairsError(f"{where}: 'aligned' is {value!r}; write true or false")
+    return known[word]
+
+
+def _turns(fields: dict[str, Any], where: str) -> tuple[tuple[str, Turn], ...]:
+    """The messages before each prompt that is given as messages; their last one takes its place in `fields`."""
+    found: list[tuple[str, Turn]] = []
+    for name in _PROMPTS:
+        value = fields.get(name)
+        messages = value.get("messages") if isinstance(value, dict) else value
+        if not isinstance(messages, list):
+            continue
+        turns = [_turn(message, f"{where}: {name!r}, message {i}") for i, message in enumerate(messages, 1)]
+        if not turns or turns[-1].role != "user":
+            raise PairsError(f"{where}: the messages of {name!r} do not end with one of the user; end them so")
+        found += [(name, turn) for turn in turns[:-1]]
+        fields[name] = turns[-1].content
+    return tuple(found)
+
+
+def _turn(message: Any, where: str) -> Turn:
+    if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
+        raise PairsError(f"{where} is {message!r}; write an object with role and content")
+    return Turn(*(text_of(message[key], key, where) for key in ("role", "content")))
+
+
+def text_of(value: Any, key: str, where: str, *, anything: bool = False) -> str:
+    """A field as text; empty for None. anything: values other than text are written as JSON.
+
+    Raises:
+        PairsError: it is no text, or holds half a character.
+    """
     if value is None:
         return ""
     if isinstance(value, int) and not isinstance(value, bool) and key in _LABELS:
         return str(value)
+    if anything and not isinstance(value, str):
+        value = json.dumps(value)
     if not isinstance(value, str):
         raise PairsError(f"{where}: {key!r} is not text but {value!r}; write it as a string")
     _check_characters(value, key, where)
@@ -166,7 +277,7 @@ def _check_spelling(key: str, where: str) -> None:
         raise PairsError(f"{where} has a column {key!r}; call it {near[0]!r} if it is that, or something else if not")
 
 
-def _named(pairs: Iterable[PromptPair]) -> tuple[PromptPair, ...]:
+def named(pairs: Iterable[PromptPair]) -> tuple[PromptPair, ...]:
     """The same, with an id made from the prompts where none is given, and a number behind it where they repeat."""
     seen: Counter[str] = Counter()
     found = []

@@ -98,7 +98,7 @@ def balance(
         tokenizer: Of the model that will see the pairs; no chat template is used.
         embeddings: The model's input embeddings, [vocabulary, d_model]; without them there is no third measure.
     """
-    with_placebo = [pair for pair in pairs if pair.placebo]
+    with_placebo = [pair for pair in pairs if pair.placebo and pair.aligned]
     harm = [_edit(pair.harmless, pair.harmful, tokenizer) for pair in with_placebo]
     placebo = [_edit(pair.harmless, pair.placebo, tokenizer) for pair in with_placebo]
 
@@ -119,7 +119,7 @@ def components(pairs: Sequence[PromptPair]) -> tuple[str, ...]:
 
     Two pairs belong together when they share a template, a whole prompt (harmful, harmless or placebo, whatever its
     side or id) or an edit word, and when a third pair links them. An empty template is shared with nobody. Upper and
-    lower case are one; inflected forms are different words.
+    lower case are one; inflected forms are different words. Prompts that are not aligned have no edit words.
     """
     keys = [_shared_by(pair) for pair in pairs]
     node = {key: len(pairs) + number for number, key in enumerate(sorted(set().union(*keys)))}
@@ -155,7 +155,8 @@ def _shared_by(pair: PromptPair) -> set[tuple[str, str]]:
     """All that links a pair to others: kind and text."""
     prompts = (pair.harmful, pair.harmless, pair.placebo)
     shared = {("prompt", " ".join(prompt.casefold().split())) for prompt in prompts if prompt}
-    shared |= {("word", word) for word in edit_words(pair)}
+    if pair.aligned:
+        shared |= {("word", word) for word in edit_words(pair)}
     if pair.template:
         shared.add(("template", pair.template))
     return shared

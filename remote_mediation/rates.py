@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from remote_mediation.intervals import CONFIDENCE, Clusters, Floats, Interval, join, standard_error, student
 
-__all__ = ["corrected_rate", "rate"]
+__all__ = ["corrected_difference", "corrected_rate", "rate"]
 
 _FEWEST_RIGHT = 1.2
 """A judge whose sensitivity and specificity add up to no more tells too little to correct by."""
@@ -60,24 +60,52 @@ def corrected_rate(observed: Interval, sensitivity: Interval, specificity: Inter
     n_pairs, n_clusters and pairs dropped are those of observed. NaN with a reason unless sensitivity + specificity is
     above 1.2 and every end is known.
     """
-    both = sensitivity.value + specificity.value
-    problem = ""
-    if not all(np.isfinite([one.value, one.low, one.high]).all() for one in (observed, sensitivity, specificity)):
-        problem = "no correction: a rate, a sensitivity or a specificity has no interval"
-    elif both <= _FEWEST_RIGHT:
-        problem = f"no correction: sensitivity + specificity is {both:.3g}, not above {_FEWEST_RIGHT}"
+    parts = (observed, sensitivity, specificity)
+    problem = _uncorrectable(*parts)
     if problem:
         return Interval(observed.n_pairs, observed.n_clusters, np.nan, np.nan, np.nan, problem)
-    told = both - 1
+    told = sensitivity.value + specificity.value - 1
     value = min(max((observed.value + specificity.value - 1) / told, 0.0), 1.0)
-    slopes = (1 / told, -value / told, (1 - value) / told)
+    return _combined(value, parts, (1 / told, -value / told, (1 - value) / told), 0.0)
+
+
+def corrected_difference(observed: Interval, sensitivity: Interval, specificity: Interval) -> Interval:
+    """Difference of two rates of what a judge looks for, from the difference of the rates of its yes.
+
+    difference = observed / (sensitivity + specificity - 1), cut to -1..1; the judge is taken to err alike on
+    both sides. Ends, assumptions and what is NaN are those of `corrected_rate`.
+    """
+    parts = (observed, sensitivity, specificity)
+    problem = _uncorrectable(*parts)
+    if problem:
+        return Interval(observed.n_pairs, observed.n_clusters, np.nan, np.nan, np.nan, problem)
+    told = sensitivity.value + specificity.value - 1
+    value = min(max(observed.value / told, -1.0), 1.0)
+    return _combined(value, parts, (1 / told, -value / told, -value / told), -1.0)
+
+
+def _uncorrectable(observed: Interval, sensitivity: Interval, specificity: Interval) -> str:
+    """Why a judge's errors cannot be allowed for; empty where they can."""
+    if not all(np.isfinite([one.value, one.low, one.high]).all() for one in (observed, sensitivity, specificity)):
+        return "no correction: a rate, a sensitivity or a specificity has no interval"
+    both = sensitivity.value + specificity.value
+    if both <= _FEWEST_RIGHT:
+        return f"no correction: sensitivity + specificity is {both:.3g}, not above {_FEWEST_RIGHT}"
+    return ""
+
+
+def _combined(value: float, parts: tuple[Interval, ...], slopes: tuple[float, ...], least: float) -> Interval:
+    """A corrected number with the ends of its parts, each moved to its own end; at least `least`, at most 1.
+
+    parts: independent, the observed one first. slopes: what the number moves by to first order, by part.
+    """
     down, up = 0.0, 0.0
-    for part, slope in zip((observed, sensitivity, specificity), slopes, strict=True):
+    for part, slope in zip(parts, slopes, strict=True):
         to_low, to_high = slope * (part.low - part.value), slope * (part.high - part.value)
         down += min(to_low, to_high) ** 2
         up += max(to_low, to_high) ** 2
-    low, high = max(value - down**0.5, 0.0), min(value + up**0.5, 1.0)
-    method = "Rogan-Gladen, ends combined"
+    low, high = max(value - down**0.5, least), min(value + up**0.5, 1.0)
+    observed, method = parts[0], "Rogan-Gladen, ends combined"
     return Interval(observed.n_pairs, observed.n_clusters, value, low, high, observed.reason, method=method)
 
 

@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ _MARKS = {
 def read_records(source: str) -> list[Any]:
     """The records of a file, or of standard input (`-`); tables give a dict of texts each, by lower-case column.
 
+    A text file gives its lines.
+
     Raises:
         PairsError: unreadable, in no encoding that can be told, or not in the format its name says.
     """
@@ -39,7 +42,7 @@ def read_records(source: str) -> list[Any]:
     try:
         if path.suffix.lower() == ".parquet":
             return _parquet(path)
-        raw = sys.stdin.buffer.read() if source == STANDARD_INPUT else path.read_bytes()
+        raw = _standard_input() if source == STANDARD_INPUT else path.read_bytes()
     except OSError as error:
         raise PairsError(
             f"cannot read pairs file {source!r}: {error}; give a JSON, JSONL, CSV, TSV or Parquet file"
@@ -47,7 +50,15 @@ def read_records(source: str) -> list[Any]:
     text = _decoded(raw, source)
     if path.suffix.lower() in _TABLES or (source == STANDARD_INPUT and text.lstrip()[:1] not in ("{", "[", "")):
         return _table(text, source)
+    if path.suffix.lower() == ".txt":
+        return [line.strip() for line in text.splitlines() if line.strip()]
     return parse_json(text, source)
+
+
+@cache
+def _standard_input() -> bytes:
+    """What stands in standard input, which can be read once."""
+    return sys.stdin.buffer.read()
 
 
 def parse_json(text: str, name: str) -> list[Any]:
@@ -145,7 +156,9 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     try:
         frame = pd.read_parquet(path)
     except ImportError as error:
-        raise PairsError(f"cannot read {str(path)!r}: Parquet needs pyarrow; `pip install pyarrow`") from error
+        raise PairsError(
+            f"cannot read {str(path)!r}: Parquet needs pyarrow; `pip install 'remote-mediation[parquet]'`"
+        ) from error
     except (OSError, ValueError) as error:
         raise PairsError(f"cannot read {str(path)!r} as Parquet: {error}; write it anew") from error
     return parse_json(frame.to_json(orient="records", lines=True, force_ascii=True), str(path))

@@ -305,6 +305,8 @@ class ModelInfo:
     """What a contribution is multiplied by after its module, on its way into the stream."""
     stored_ff: int = 0
     """Neurons per layer of all experts of a mixture together; 0 where all that is stored runs."""
+    context: int = 0
+    """Tokens of the longest sequence that the model was made for; 0 where its configuration does not say."""
 
     def width(self, component: Component) -> int:
         """Units of a component: heads for `attention_heads`, vector width for the others.

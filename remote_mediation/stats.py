@@ -32,7 +32,6 @@ from remote_mediation.intervals import (
 )
 
 __all__ = [
-    "DepthProfile",
     "Estimate",
     "Interval",
     "Sparsity",
@@ -40,7 +39,6 @@ __all__ = [
     "benjamini_hochberg",
     "bootstrap_mean_of",
     "cohen_kappa",
-    "depth_profile",
     "estimate_means",
     "ratio_of_means",
     "sparsity",
@@ -60,15 +58,6 @@ class Estimate(Interval):
     """Two-sided sign-flip p, not corrected for the number of sites (see `benjamini_hochberg`)."""
     p_floor: float = field(default=float("nan"), kw_only=True)
     """Smallest p that so many clusters and sign flips can give."""
-
-
-class DepthProfile(NamedTuple):
-    """Where in depth an effect sits, judged by the positive part of the mean profile."""
-
-    centre_of_mass: Interval
-    """Mean relative depth, 0 (first layer) to 1 (last layer); 0.5 for a flat profile."""
-    last_third_share: Interval
-    """Fraction of the effect in the last third of layers, 0 to 1; 1/3 for a flat profile of any depth."""
 
 
 class Sparsity(NamedTuple):
@@ -194,38 +183,6 @@ def bootstrap_mean_of(
 
     found = percentiles(of_means, len(sizes), rng, resamples)
     return [found.interval(row, int(sizes.sum()), dropped) for row in range(len(found.value))]
-
-
-def depth_profile(
-    effects: ArrayLike, clusters: ArrayLike, rng: np.random.Generator, resamples: int = RESAMPLES
-) -> DepthProfile:
-    """Centre of mass in depth of a positive effect, and its share in the last third of layers.
-
-    effects: [pair, layer], in one unit, first layer to last; a pair that lacks a layer is dropped. clusters: [pair].
-    Layer l of L has relative depth l / (L - 1), and as weight the positive part of its mean over pairs. The last third
-    begins at layer 2L/3; a layer cut by that point counts with the part inside. Intervals are
-    `intervals.percentiles`, with the profile recomputed in each resample. The positive part of noise is positive too,
-    so all is NaN unless the interval of the summed effect lies above 0 (for an effect expected below 0, pass its
-    negative).
-    Raises ValueError if effects is not [pair, layer] with two layers or more, or resamples < 1.
-    """
-    table = np.asarray(effects, dtype=np.float64)
-    if table.ndim != 2 or table.shape[1] < 2:
-        raise ValueError(f"effects must be [pair, layer] with two layers or more; got shape {table.shape}")
-    n_layers = table.shape[1]
-    depth = np.linspace(0.0, 1.0, n_layers)
-    in_last_third = np.clip(np.arange(1, n_layers + 1, dtype=np.float64) - 2 * n_layers / 3, 0.0, 1.0)
-    sums, sizes, dropped = complete_pairs(table.T, clusters)
-
-    def total_centre_share(weights: Floats) -> Floats:
-        profile = (sums @ weights.T) / (sizes @ weights.T)
-        mass = np.maximum(profile, 0.0)
-        return np.stack([profile.sum(axis=0), *(np.stack([depth, in_last_third]) @ mass / mass.sum(axis=0))])
-
-    found = percentiles(total_centre_share, len(sizes), rng, resamples)
-    problem = _not_clear_of_zero(found, "the summed effect", above_only=True)
-    centre, share = (found.interval(row, int(sizes.sum()), dropped, problem) for row in (1, 2))
-    return DepthProfile(centre, share)
 
 
 def split_clusters(clusters: ArrayLike, rng: np.random.Generator) -> NDArray[np.str_]:

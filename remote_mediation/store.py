@@ -7,56 +7,26 @@ same command goes on from there. Values are found by row key, never by the order
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
-import json
 import logging
 import os
-import struct
-import zipfile
-import zlib
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from remote_mediation.engine.answers import lengths_of
+from remote_mediation import runfiles
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.errors import StoreError
 from remote_mediation.lock import LOCK_FILE, Lock, hold
-from remote_mediation.tokens import Prepared, Refusal, from_record, to_record
+from remote_mediation.runfiles import DamagedError, Sealed
+from remote_mediation.runfiles import Submitted as Submitted
+from remote_mediation.tokens import Prepared
 
-# What numpy and zipfile raise over damaged bytes.
-_DAMAGE = (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    EOFError,
-    RuntimeError,
-    MemoryError,
-    SyntaxError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 _log = logging.getLogger(__name__)
-
-
-class Submitted(NamedTuple):
-    """A job that was handed over to a backend."""
-
-    id: str
-    ticket: str
-    keys: list[str]
-    rows: int
-    flops: float
-    lengths: Sequence[int | None] = ()
-    """As of `lengths_of`; empty where an older version handed it over."""
+_Content = TypeVar("_Content")
 
 
 class Store:
@@ -106,70 +76,78 @@ class Store:
         """What `run.json` holds; empty for a new run.
 
         Raises:
-            StoreError: it cannot be read, or a run of this package did not write it.
+            StoreError: it cannot be read, was changed, or a run of this package did not write it.
         """
+        return self._sealed().record
+
+    def _sealed(self) -> Sealed:
         path = self.folder / "run.json"
         try:
             if not path.exists():
-                return {}
-            record = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise StoreError(f"cannot read {path}: {error}; choose another folder") from error
-        if not isinstance(record, dict) or "study" not in record:
+                return Sealed({}, {})
+            sealed = runfiles.read_record(path.read_bytes())
+        except (OSError, DamagedError) as error:
+            raise StoreError(f"cannot use {path}: {error}; put it back as it was, or choose another folder") from error
+        if "study" not in sealed.record:
             raise StoreError(f"{path} was not written by a run; choose another folder")
-        return record
+        return sealed
 
     def save_record(self, record: dict[str, Any]) -> None:
         """Write `run.json`."""
-        self._keep("run.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+        self._keep("run.json", runfiles.record_text(Sealed(record, self._sealed().digests)))
 
     def prepared(self, name: str = "pairs") -> Prepared | None:
-        """The tokenised pairs of this run, or others by name, once they are known."""
+        """The tokenised pairs of this run, or others by name; None where they are not known (any more).
+
+        Raises:
+            StoreError: they are not those that this run wrote.
+        """
         path = self.folder / f"{name}.jsonl"
-        if not path.exists():
+        try:
+            content = path.read_bytes()
+            return runfiles.read_pairs(content, self._sealed().digests.get(path.name, ()))
+        except FileNotFoundError:
             return None
-        records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        return Prepared(
-            tuple(from_record(record) for record in records if "reason" not in record),
-            tuple(Refusal(**record) for record in records if "reason" in record),
-        )
+        except (OSError, DamagedError) as error:
+            raise StoreError(
+                f"{path} is not as this run wrote it ({error}); put it back, or delete it and run the study again, "
+                "which makes it anew"
+            ) from error
+
+    def bound(self) -> dict[str, list[str]]:
+        """Files that `run.json` binds, with the digests that they may have."""
+        return self._sealed().digests
+
+    def missing(self) -> list[str]:
+        """Files that `run.json` binds and that are gone."""
+        return [name for name in self.bound() if not (self.folder / name).exists()]
 
     def save_prepared(self, prepared: Prepared, name: str = "pairs") -> None:
-        """Write the tokenised pairs and the refused ones."""
-        records = [*map(to_record, prepared.pairs), *map(asdict, prepared.refusals)]
-        self._keep(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        """Write the tokenised pairs and the refused ones, bound by `run.json` where there is one."""
+        content = runfiles.pairs_text(prepared)
+        self._bind(f"{name}.jsonl", runfiles.digest_of(content.encode()))
+        self._keep(f"{name}.jsonl", content)
+
+    def _bind(self, name: str, digest: str) -> None:
+        """Let a file have this digest or, until it is written, the one that it has."""
+        record, digests = self._sealed()
+        known = digests.get(name, [])[-1:]
+        if record and known != [digest]:
+            self._keep("run.json", runfiles.record_text(Sealed(record, {**digests, name: [*known, digest]})))
 
     def save_ticket(self, ticket: str, job: Job) -> None:
         """Remember that a job was handed over, before anyone waits for it."""
-        content = {
-            "ticket": ticket,
-            "keys": job.keys,
-            "rows": job.rows,
-            "flops": job.flops,
-            "lengths": lengths_of(job),
-        }
-        self._keep(f"submitted/{job.id}.json", json.dumps(content))
+        self._keep(f"submitted/{job.id}.json", runfiles.ticket_text(ticket, job))
 
     def submitted(self) -> list[Submitted]:
-        """Jobs that were handed over and whose values are not here yet."""
+        """Jobs that were handed over and whose values are not here yet; a damaged ticket is set aside."""
         paths = sorted(self.folder.glob("submitted/*.json"))
-        return [Submitted(path.stem, **json.loads(path.read_text("utf-8"))) for path in paths]
+        found = [self._doubted(path, partial(runfiles.read_ticket, path.stem)) for path in paths]
+        return [ticket for ticket in found if ticket]
 
     def save_readout(self, job: Job | Submitted, readout: Readout) -> None:
         """Write what a job brought back, and forget its ticket."""
-        buffer = io.BytesIO()
-        keys, lengths = np.array(job.keys), np.array([len(values) for values in readout.values])
-        values = np.concatenate(readout.values)
-        np.savez(
-            buffer,
-            keys=keys,
-            lengths=lengths,
-            values=values,
-            seconds=readout.seconds,
-            flops=job.flops,
-            checksum=_checksum(keys, lengths, values),
-        )
-        self._keep(f"readouts/{job.id}.npz", buffer.getvalue())
+        self._keep(f"readouts/{job.id}.npz", runfiles.readout_bytes(job, readout))
         self.forget(job.id)
 
     def forget(self, job_id: str) -> None:
@@ -178,21 +156,19 @@ class Store:
 
     def save_failure(self, pair_id: str, message: str) -> None:
         """Note that a pair's job failed, with the reason."""
-        self._keep("failures.json", json.dumps({**self.failures(), pair_id: message}, indent=2) + "\n")
+        self._keep("failures.json", runfiles.failures_text({**self.failures(), pair_id: message}))
 
     def failures(self) -> dict[str, str]:
-        """Pairs whose jobs failed, with the reason."""
-        path = self.folder / "failures.json"
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+        """Pairs whose jobs failed, with the reason; where the file is damaged it is set aside and they run again."""
+        return self._doubted(self.folder / "failures.json", runfiles.read_failures) or {}
 
     def note(self, name: str) -> Any:
-        """What `save_note` kept under a name; None if nothing."""
-        path = self.folder / "notes" / f"{name}.json"
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
+        """What `save_note` kept under a name; None if nothing, or nothing whole, which is set aside then."""
+        return self._doubted(self.folder / "notes" / f"{name}.json", runfiles.read_note)
 
     def save_note(self, name: str, content: Any) -> None:
         """Keep JSON data, such as the verdicts of a judge."""
-        self._keep(f"notes/{name}.json", json.dumps(content))
+        self._keep(f"notes/{name}.json", runfiles.note_text(content))
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
         """All values measured so far, by row key; a damaged readout is set aside, so that it is measured anew.
@@ -202,13 +178,24 @@ class Store:
         """
         found: dict[str, npt.NDArray[np.float32]] = {}
         for path in sorted((self.folder / "readouts").glob("*.npz")):
-            try:
-                found.update(_read(path))
-            except OSError as error:
-                raise StoreError(f"cannot read {path}: {error.strerror or error}; give back access to it") from error
-            except _DAMAGE as error:
-                _set_aside(path, error)
+            found.update(self._doubted(path, runfiles.read_readout) or {})
         return found
+
+    def _doubted(self, path: Path, read: Callable[[bytes], _Content]) -> _Content | None:
+        """What a file holds that can be made anew; None where it is not there, or damaged and set aside.
+
+        Raises:
+            StoreError: it cannot be opened.
+        """
+        try:
+            return read(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror or error}; give back access to it") from error
+        except DamagedError as error:
+            _set_aside(path, error)
+            return None
 
     def _keep(self, name: str, content: str | bytes) -> None:
         """Write what is measured. The folder is this process's alone from the first such file on.
@@ -260,33 +247,12 @@ class Store:
                 )
 
 
-def _read(path: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """Values of one readout, by key. One without a checksum is of an older version.
-
-    Raises:
-        ValueError: they are not those that were written, or one of `_DAMAGE`.
-    """
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as data:
-        keys, lengths, values = data["keys"], data["lengths"], data["values"]
-        if "checksum" in data and str(data["checksum"]) != _checksum(keys, lengths, values):
-            raise ValueError("its checksum is another one")
-    if values.dtype != np.float32 or len(keys) != len(lengths) or lengths.sum() != len(values):
-        raise ValueError("its values do not belong to its keys")
-    parts: Sequence[npt.NDArray[np.float32]] = np.split(values, np.cumsum(lengths)[:-1])
-    return dict(zip(keys.tolist(), parts, strict=True))
-
-
-def _checksum(keys: npt.NDArray[np.str_], lengths: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> str:
-    """Hash of what a readout says."""
-    return hashlib.sha256(b"".join(array.tobytes() for array in (keys, lengths, values))).hexdigest()
-
-
 def _set_aside(path: Path, error: Exception) -> None:
-    """Rename a damaged readout, where the folder can be written; it is not read in either case."""
+    """Rename a damaged file, where the folder can be written; it is not read in either case."""
     aside = path.with_name(f"{path.name}.bad")
     with contextlib.suppress(OSError):
         path.replace(aside)
-    _log.warning("%s is damaged (%s): set aside as %s, to be measured anew", path, error or type(error).__name__, aside)
+    _log.warning("%s is damaged (%s): set aside as %s, to be made anew", path, error, aside)
 
 
 def _in_use(folder: Path) -> bool:

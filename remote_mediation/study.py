@@ -2,8 +2,8 @@
 
     1. load the prompt pairs, tokenise and align them, refuse what cannot be aligned
     2. fix the outcome, and take the answers it compares from the file or from the model
-    3. let every analysis name its sites, compile them to rows, measure what is not yet in the run folder, subtract
-    4. let each analysis go on from there: search, probe, freeze paths, hold neurons
+    3. let an analysis name its sites, compile them to rows, measure what is not yet in the run folder, subtract
+    4. let it go on from there (search, probe, freeze paths, hold neurons); then the next one
     5. summarise
 
 Steps 3 to 5 run again from the run folder alone when a report is rebuilt; nothing is measured then.
@@ -16,29 +16,35 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from remote_mediation.analyses import ANALYSES
+from remote_mediation.analyses import EVERY, chosen, stranger
 from remote_mediation.config import StudyConfig
+from remote_mediation.contents import as_begun, unchanged_files
 from remote_mediation.effects import Request
 from remote_mediation.engine.backend import Backend
 from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
 from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
-from remote_mediation.lab import Lab, Study, UnmeasuredError, Watch, placebo_id
-from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings, openings_of
+from remote_mediation.lab import Lab, Study, UnmeasuredError, placebo_id
+from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_openings, longest_answer, openings_of
 from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
-from remote_mediation.pairs import PromptPair, load_pairs
+from remote_mediation.pairs import PromptPair, load_openings
 from remote_mediation.placebo import components
+from remote_mediation.prompts import encode_after, render
 from remote_mediation.provenance import now, provenance
+from remote_mediation.result import Analysis, Finding, Result
+from remote_mediation.runner import Watch
+from remote_mediation.shown import described
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import spread
 from remote_mediation.store import Store
-from remote_mediation.summary import CHECKS, Summary, summarise
-from remote_mediation.tokens import Prepared, Refusal, TokenPair, encode_response, tokenise, with_answers
+from remote_mediation.summary import Summary, summarise
+from remote_mediation.texts import load_texts
+from remote_mediation.tokens import Prepared, Refusal, TokenPair, fitting, tokenise, with_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,19 +52,10 @@ if TYPE_CHECKING:
 
 # Sites that are also measured in float32 when a study runs in another precision.
 PRECISION_SAMPLE = 32
+# Characters at the end of a prompt that may merge with what follows.
+_END = 24
 # Name of the placebo pairs in the run folder.
 PLACEBOS = "placebos"
-
-
-class Result(NamedTuple):
-    """A measured study."""
-
-    study: Study
-    effects: pd.DataFrame
-    """`EFFECT_COLUMNS`."""
-    tables: dict[str, pd.DataFrame]
-    """What analyses found beyond effects, by name of the CSV file."""
-    summary: Summary
 
 
 def run_study(
@@ -67,23 +64,26 @@ def run_study(
     store: Store,
     watch: Watch | None = None,
     variants: Mapping[str, Backend] | None = None,
+    more: Sequence[Analysis] = (),
 ) -> Result:
-    """Measure a study, going on from what its run folder holds. variants: backends of the checkpoints to attack with.
+    """Measure a study, going on from what its run folder holds.
+
+    variants: backends of the checkpoints to attack with. more: analyses from outside the package that it names.
 
     Raises:
         PairsError: fewer than two pairs can be run.
         SiteError: the study names a layer, unit or position that the model does not have.
         BackendError: a job could not be run.
         SettingsError: the backend runs another model, revision or precision, or a checkpoint has no backend.
-        StoreError: the run folder cannot be written, or holds a run on other pairs.
+        StoreError: the run folder cannot be written, or holds a run on other pairs or another model.
     """
     started = time.monotonic()
     missing = set(config.attacks.checkpoints) - set(variants or {}) if "attacks" in config.analyses else set()
     if missing:
         raise SettingsError(f"attacks.checkpoints names {min(missing)!r}, and no backend of it is among the variants")
-    lab = prepared_lab(config, backend, store, watch, variants)
+    lab = prepared_lab(config, backend, store, watch, variants, more)
     record = store.record()
-    result = analysed(lab)
+    result = analysed(lab, chosen(config.analyses, more))
     spent = record["seconds"] + time.monotonic() - started
     store.save_record({**record, "finished": now(), "seconds": round(spent, 1)})
     return result
@@ -95,22 +95,37 @@ def prepared_lab(
     store: Store,
     watch: Watch | None = None,
     variants: Mapping[str, Backend] | None = None,
+    more: Sequence[Analysis] = (),
 ) -> Lab:
     """Steps 1 and 2, noted in the run folder: a lab that can be asked. Raises: as `run_study`."""
     check_backend(config, backend)
     begun = store.record()
     texts = texts_digest(config)
     if begun.get("texts", texts) != texts:
-        raise StoreError(f"{store.folder} holds a run on other pairs, {config.pairs} has changed; choose another --out")
-    prepared = store.prepared() or prepare(config, backend.tokenizer)
-    placebos = store.prepared(PLACEBOS) or prepare_placebos(config, prepared.pairs, backend.tokenizer)
+        raise StoreError(
+            f"{store.folder} holds a run on other pairs, {config.source} has changed; choose another --out"
+        )
+    info = as_begun(backend.info, begun, store.folder)
+    files = unchanged_files(config, begun, store.folder)
+    prompts = described(select(load_texts(config), config.max_pairs), backend.tokenizer, config.prompt.form())
+    if begun.get("prompts", prompts) != prompts:
+        raise StoreError(
+            f"{store.folder} holds a run whose prompts are rendered otherwise: the chat template has changed since; "
+            "choose another --out"
+        )
+    prepared = store.prepared() or prepare(config, backend.tokenizer, info)
+    placebos = store.prepared(PLACEBOS) or prepare_placebos(config, prepared.pairs, backend.tokenizer, info)
     outcome = outcome_of(config, backend.tokenizer)
-    study = Study(config, backend.info, outcome, *prepared, placebos.pairs)
-    first_requests(study)  # refuses sites that are not there, and the lab pairs that cannot be split
+    study = Study(config, info, outcome, *prepared, placebos.pairs)
+    # Refuses sites that are not there, and the lab pairs that cannot be split.
+    first_requests(study, chosen(config.analyses, more))
     lab = Lab(study, store, backend, watch, variants)
-    record = {**provenance(), **begun, **_described(study), "texts": texts, "seconds": begun.get("seconds", 0.0)}
+    known = {"texts": texts, "content": backend.info.weights, "files": files, "prompts": prompts}
+    record = {**provenance(), **begun, **_described(study), **known, "seconds": begun.get("seconds", 0.0)}
     store.save_record(record)
     store.save_prepared(prepared)
+    if config.harmful:
+        store.save_note("matching", [asdict(pair) for pair in select(load_texts(config), config.max_pairs)])
     study = completed(lab)
     store.save_prepared(Prepared(study.pairs, study.refusals))
     store.save_prepared(Prepared(study.placebos, placebos.refusals), PLACEBOS)
@@ -149,14 +164,12 @@ def completed(lab: Lab) -> Study:
 
 
 def chosen_openings(lab: Lab) -> Outcome:
-    """The `refusal` outcome of the study's openings, the package's, or the model's own on the discovery split."""
-    settings = lab.study.config.refusal
+    """The `refusal` outcome of the openings that are listed, or of the model's own on the discovery split."""
 
     def chosen(tokenizer: PreTrainedTokenizerBase) -> tuple[Openings, Openings]:
-        if settings.compliant:
-            outcome = given_openings(settings.compliant, settings.refusing, tokenizer)
-        elif settings.openings == "builtin":
-            outcome = given_openings(COMPLIANT, REFUSING, tokenizer)
+        listed, behind = listed_openings(lab.study.config), prompts_of(lab.study.config, tokenizer)
+        if listed:
+            outcome = given_openings(*listed, tokenizer, behind)
         else:
             prompts = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
             answers = lab.continued(prompts, JUDGED_TOKENS)
@@ -164,31 +177,46 @@ def chosen_openings(lab: Lab) -> Outcome:
                 [tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in (prompts, answers)
             )
             complied = load_judge(REFUSAL_OPENINGS)(asked, said)
-            outcome = openings_of(answers, [not yes for yes in complied], tokenizer)
+            outcome = openings_of(answers, [not yes for yes in complied], tokenizer, behind)
         return outcome.compliant, outcome.refusing
 
     compliant, refusing = (tuple(map(tuple, side)) for side in lab.noted("openings", chosen))
     return refusal(compliant, refusing)
 
 
-def prepare_placebos(config: StudyConfig, pairs: Sequence[TokenPair], tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def prepare_placebos(
+    config: StudyConfig, pairs: Sequence[TokenPair], tokenizer: PreTrainedTokenizerBase, info: ModelInfo
+) -> Prepared:
     """The placebo pairs of a study's pairs, in their clusters; those that cannot be aligned are refused."""
     clusters = {placebo_id(pair.id): pair.cluster for pair in pairs}
     texts = [
-        replace(text, id=placebo_id(text.id), harmful=text.placebo)
-        for text in select(load_pairs(config.pairs), config.max_pairs)
+        text.of_placebo(placebo_id(text.id))
+        for text in select(load_texts(config), config.max_pairs)
         if text.placebo and placebo_id(text.id) in clusters
     ]
-    prepared = tokenise(texts, tokenizer)
+    prepared = fitting(tokenise(texts, tokenizer, config.prompt.form()), info, longest_answer(config))
     return Prepared(tuple(replace(pair, cluster=clusters[pair.id]) for pair in prepared.pairs), prepared.refusals)
 
 
-def reread(store: Store) -> Result:
-    """A study as its run folder has it, finished or not; no model is needed."""
-    return analysed(Lab(_reread_study(store), store))
+def reread(store: Store, more: Sequence[Analysis] = ()) -> Result:
+    """A study as its run folder has it, finished or not; no model is needed.
+
+    more: analyses from outside the package; one that is named and not given has a section that says so.
+
+    Raises:
+        StoreError: `run.json` or the pairs are not as the run wrote them.
+    """
+    study = _reread_study(store)
+    names = study.config.analyses
+    known = {one.name for one in (*EVERY, *more)}
+    strangers = [stranger(name) for name in names if name not in known]
+    return analysed(Lab(study, store), chosen(names, [*more, *strangers]))
 
 
 def _reread_study(store: Store) -> Study:
+    if store.missing():
+        name = store.missing()[0]
+        raise StoreError(f"{store.folder / name} is gone; run the study again, which makes it anew")
     record, prepared = store.record(), store.prepared() or Prepared((), ())
     placebos = store.prepared(PLACEBOS) or Prepared((), ())
     config = StudyConfig(**record["config"])
@@ -197,10 +225,12 @@ def _reread_study(store: Store) -> Study:
     return Study(config, info, outcome, *prepared, placebos.pairs)
 
 
-def measure_precision(store: Store, reference: Backend, watch: Watch | None = None) -> None:
+def measure_precision(
+    store: Store, reference: Backend, watch: Watch | None = None, more: Sequence[Analysis] = ()
+) -> None:
     """Note in `run.json` how far a sample of a run's outcomes lies from what float32 gives. reference: in float32."""
     record, study = store.record(), _reread_study(store)
-    requests = first_requests(study)
+    requests = first_requests(study, chosen(study.config.analyses, more))
     sample = requests[:: -(-len(requests) // PRECISION_SAMPLE)]
     rows = [row for request in sample for row in request.rows(study.info)]
     found = Lab(study, store).outcomes(rows)
@@ -210,20 +240,17 @@ def measure_precision(store: Store, reference: Backend, watch: Watch | None = No
     store.save_record({**record, "deviation_from_float32": {**summary, "unit": study.outcome.unit}})
 
 
-def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase, info: ModelInfo) -> Prepared:
     """Step 1: aligned pairs, with the answers that the file gives where the outcome compares answers.
 
     Raises:
         PairsError: they cannot be read, or fewer than two can be run.
     """
-    texts = select(load_pairs(config.pairs), config.max_pairs)
-    prepared = tokenise(texts, tokenizer)
+    texts = select(load_texts(config), config.max_pairs)
+    prepared = fitting(tokenise(texts, tokenizer, config.prompt.form()), info, longest_answer(config))
     if config.outcome == "response_logprob":
-        given = {text.id: _given(text, tokenizer, config.response_logprob.tokens) for text in texts}
-        answered = [
-            with_answers(pair, given[pair.id]) if all(given[pair.id]) else replace(pair, answers=given[pair.id])
-            for pair in prepared.pairs
-        ]
+        given = {text.id: text for text in texts}
+        answered = [_given(config, pair, given[pair.id], tokenizer) for pair in prepared.pairs]
         prepared = _sorted_out(answered, prepared.refusals)
     check_enough(prepared)
     return prepared
@@ -253,14 +280,22 @@ def unanswered(pair: TokenPair) -> list[tuple[int, ...]]:
 
 
 def _given(
-    text: PromptPair, tokenizer: PreTrainedTokenizerBase, tokens: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Answers of a pair as its file gives them; empty where it gives none."""
-    harmful, harmless = (
-        encode_response(response, text.id, tokenizer, tokens) if response else ()
-        for response in (text.harmful_response, text.harmless_response)
-    )
-    return harmful, harmless
+    config: StudyConfig, pair: TokenPair, text: PromptPair, tokenizer: PreTrainedTokenizerBase
+) -> TokenPair | Refusal:
+    """A pair with the answers that its file gives, behind their own prompts; empty where it gives none."""
+    asked = ((text.harmful, text.before("harmful")), (text.harmless, text.before("harmless")))
+    responses = (text.harmful_response, text.harmless_response)
+    form, tokens = config.prompt.form(), config.response_logprob.tokens
+    try:
+        harmful, harmless = (
+            encode_after([render(request, tokenizer, form, turns).text], given, tokenizer)[:tokens] if given else ()
+            for (request, turns), given in zip(asked, responses, strict=True)
+        )
+    except PairsError as error:
+        return Refusal(pair.id, f"its response: {error}")
+    if harmful and harmless:
+        return with_answers(pair, (harmful, harmless))
+    return replace(pair, answers=(harmful, harmless))
 
 
 def _sorted_out(found: Iterable[TokenPair | Refusal], refusals: Iterable[Refusal]) -> Prepared:
@@ -288,7 +323,10 @@ def check_enough(prepared: Prepared) -> None:
 
 def texts_digest(config: StudyConfig) -> str:
     """Hash of the pairs as text: what a path alone does not tell when a run is continued."""
-    return hashlib.sha256(repr(select(load_pairs(config.pairs), config.max_pairs)).encode()).hexdigest()[:16]
+    pairs = select(load_texts(config), config.max_pairs)
+    texts = repr(pairs) + "".join(repr(pair.turns) for pair in pairs if pair.turns)
+    openings = load_openings(config.pairs) if config.outcome == "refusal" else None
+    return hashlib.sha256(f"{texts}{openings or ''}".encode()).hexdigest()[:16]
 
 
 def select(pairs: Sequence[PromptPair], most: int | None) -> tuple[PromptPair, ...]:
@@ -301,42 +339,58 @@ def select(pairs: Sequence[PromptPair], most: int | None) -> tuple[PromptPair, .
 def outcome_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Outcome:
     """The outcome that the settings name; of `refusal` the openings are chosen later (`completed`)."""
     if config.outcome == "logit_diff":
-        return logit_diff(config.logit_diff.plus, config.logit_diff.minus, tokenizer)
+        return logit_diff(config.logit_diff.plus, config.logit_diff.minus, tokenizer, prompts_of(config, tokenizer))
     return Outcome(config.outcome)
 
 
-def analysed(lab: Lab) -> Result:
-    """Steps 3 to 5: the sites that analyses name at once, together, and then what each goes on to ask."""
+def prompts_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Rendered prompts that stand for all of a study's: one of each end that they have."""
+    found: dict[str, str] = {}
+    form = config.prompt.form()
+    for pair in select(load_texts(config), config.max_pairs):
+        prompts = (("harmless", pair.harmless), ("harmful", pair.harmful), ("placebo", pair.placebo))
+        for name, request in prompts:
+            with contextlib.suppress(PairsError):  # its pair is refused
+                text = render(request, tokenizer, form, pair.before(name)).text if request else ""
+                found.setdefault(text[-_END:], text)
+    return [text for text in found.values() if text]
+
+
+def analysed(lab: Lab, analyses: tuple[Analysis, ...]) -> Result:
+    """Steps 3 to 5: analysis by analysis its sites, and what it goes on to ask; then all are summarised."""
     study = lab.study
-    tables: dict[str, pd.DataFrame] = {}
+    findings: dict[str, Finding] = {}
     # The report of an unfinished run shows what is there; while measuring, nothing may be missing.
     unfinished = () if lab.can_measure else (UnmeasuredError,)
-    with contextlib.suppress(*unfinished):
-        lab.measure(first_requests(study))
-        for name, analysis in ANALYSES.items():
-            if name not in study.config.analyses or not analysis.analyse:
-                continue
-            with contextlib.suppress(*unfinished):
-                tables.update(analysis.analyse(lab, tables))
-    return Result(study, lab.effects, tables, _summary(study, lab.effects))
+    for one in analyses:
+        with contextlib.suppress(*unfinished):
+            lab.measure(requests_of(study, one))
+            if one.analyse:
+                findings[one.name] = one.analyse(lab, findings)
+    tables = {name: table for found in findings.values() for name, table in found.tables.items()}
+    return Result(study, lab.effects, tables, _summary(study, lab.effects), analyses)
 
 
-def first_requests(study: Study) -> list[Request]:
-    """All sites that every analysis asks for, on every pair.
+def first_requests(study: Study, analyses: Sequence[Analysis]) -> list[Request]:
+    """All sites that analyses name, on every pair. Raises: as `requests_of`."""
+    return [request for one in analyses for request in requests_of(study, one)]
+
+
+def requests_of(study: Study, analysis: Analysis) -> list[Request]:
+    """The sites that an analysis names, on every pair.
 
     Raises:
         SiteError: a site that the model does not have, or no site at all.
     """
-    asked = {name: analysis for name, analysis in ANALYSES.items() if name in (CHECKS, *study.config.analyses)}
+    if not analysis.sites:
+        return []
     requests = [
-        Request(name, pair, site)
+        Request(analysis.name, pair, site)
         for pair in study.pairs
-        for name, analysis in asked.items()
-        for site in (analysis.sites(study.config, study.info, pair) if analysis.sites else ())
+        for site in analysis.sites(study.config, study.info, pair)
     ]
-    idle = {name for name, analysis in asked.items() if analysis.sites} - {request.analysis for request in requests}
-    if study.pairs and idle:
-        raise SiteError(f"no pair has tokens at the positions of {min(idle)!r}; give it others under [positions]")
+    if study.pairs and not requests:
+        raise SiteError(f"no pair has tokens at the positions of {analysis.name!r}; give it others under [positions]")
     return requests
 
 

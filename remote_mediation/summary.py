@@ -1,4 +1,4 @@
-"""What the effects say of single sites: estimates, depth profiles, mediating units. Claims are an analysis apart.
+"""What the effects say of single sites: estimates of each, the total effect, the identities. Nothing is added up.
 
 Everything here follows from the effects table, the split and a seed. Numbers come from `stats`; this module only says
 which of them answer which question.
@@ -8,21 +8,13 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from remote_mediation.analyses.neurons import UNITS
 from remote_mediation.config import StatisticsSettings
 from remote_mediation.effects import SITE_COLUMNS
-from remote_mediation.stats import (
-    DepthProfile,
-    Estimate,
-    benjamini_hochberg,
-    depth_profile,
-    estimate_means,
-)
+from remote_mediation.stats import Estimate, benjamini_hochberg, estimate_means
 
 SUMMARY_COLUMNS: dict[str, str] = {
     **dict.fromkeys(SITE_COLUMNS, "as in effects.csv"),
@@ -40,23 +32,8 @@ SUMMARY_COLUMNS: dict[str, str] = {
 }
 SPLITS = ("all", "discovery", "heldout")
 CHECKS = "checks"
-MEDIATOR_COLUMNS: dict[str, str] = {
-    "layer": "decoder layer, from 0",
-    "position": "where it was swapped",
-    "unit": "neuron",
-    "nie": "mean NIE on the held-out split",
-    "nie_low": "lower end of its 95% interval",
-    "nie_high": "upper end",
-    "nie_share": "mean NIE / mean TE, both held out",
-    "tie": "mean TIE on the held-out split",
-    "tie_low": "lower end of its 95% interval",
-    "tie_high": "upper end",
-    "tie_share": "mean TIE / mean TE, both held out",
-    "p": "the larger of the sign-flip p of NIE and TIE",
-    "q": "Benjamini-Hochberg over the neurons chosen on the discovery split",
-    "mediates": "q and both shares reach the study's thresholds, and there is a total effect",
-    "reason": "why a number is missing, or why to read it with care",
-}
+UNITS = "neurons:units"
+"""What effects of single neurons count as."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +56,6 @@ class Summary:
     """Estimates (`SUMMARY_COLUMNS`), one row per site, quantity and split."""
     total: Estimate
     """Mean total effect over pairs."""
-    mlp: DepthProfile | None
-    """Where in depth the MLPs' NIE lies; None without the modules analysis."""
-    attention: DepthProfile | None
-    """The same for attention."""
-    difference: Estimate | None
-    """MLP - attention, NIE summed over layers, paired by pair."""
-    mediators: pd.DataFrame
-    """Units chosen on the discovery split, as the held-out split sees them (`MEDIATOR_COLUMNS`)."""
     identities: tuple[Identity, ...]
     """Checks."""
 
@@ -104,22 +73,18 @@ def summarise(
     stream at all positions the whole state, so only on these do its identities hold. layers: decoder layers.
     """
     rng = _Generators(seed)
-    totals = effects.groupby("pair_id").agg(te=("te", "first"), cluster=("cluster", "first"))
-    total = estimate_means(totals[["te"]].T, totals["cluster"], rng("total"), by.resamples)[0]
-    modules = _modules(effects, total, rng, by)
-    mediators = _mediators(effects, rng, by)
-    if not total.sign:
-        mediators["mediates"] = False  # a share of nothing
     sites = site_estimates(effects[effects["analysis"] != CHECKS], rng, by)
     return Summary(
         sites=sites,
-        total=total,
-        mlp=modules.mlp,
-        attention=modules.attention,
-        difference=modules.difference,
-        mediators=mediators,
+        total=total_effect(effects, seed, by),
         identities=_identities(effects[effects["analysis"] == CHECKS], equal_length, layers),
     )
+
+
+def total_effect(effects: pd.DataFrame, seed: int, by: StatisticsSettings) -> Estimate:
+    """Mean total effect over the pairs of an effects table, in the outcome's unit."""
+    totals = effects.groupby("pair_id").agg(te=("te", "first"), cluster=("cluster", "first"))
+    return estimate_means(totals[["te"]].T, totals["cluster"], _Generators(seed)("total"), by.resamples)[0]
 
 
 def site_estimates(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettings) -> pd.DataFrame:
@@ -146,14 +111,6 @@ def pivot(effects: pd.DataFrame, quantity: str, columns: list[str]) -> tuple[pd.
     keyed = effects.assign(**{name: effects[name].astype("string").fillna("") for name in ("unit_start", "unit_stop")})
     table = keyed.pivot_table(index=["pair_id", "cluster"], columns=columns, values=quantity, sort=False)
     return table, table.index.get_level_values("cluster").to_series()
-
-
-class _Modules(NamedTuple):
-    """MLP against attention."""
-
-    mlp: DepthProfile | None
-    attention: DepthProfile | None
-    difference: Estimate | None
 
 
 class _Generators:
@@ -185,60 +142,6 @@ def _estimates(used: pd.DataFrame, quantity: str, split: str, rng: _Generators, 
         unit=used["unit"].iloc[0],
         reason=[estimate.reason for estimate in found],
     )[list(SUMMARY_COLUMNS)]
-
-
-def _modules(effects: pd.DataFrame, total: Estimate, rng: _Generators, by: StatisticsSettings) -> _Modules:
-    """Both kinds of module at the first position measured; effects count in the direction of the total effect."""
-    modules = effects[effects["analysis"] == "modules"]
-    if modules.empty:
-        return _Modules(None, None, None)
-    modules = modules[modules["position"] == modules["position"].iloc[0]]
-    table, clusters = pivot(modules, "nie", ["component", "layer"])
-    table *= -1.0 if total.value < 0 else 1.0
-    mlp, attention = (table[name].sort_index(axis=1).to_numpy() for name in ("mlp_output", "attention_output"))
-    difference = (mlp - attention).sum(axis=1)[None, :]
-    return _Modules(
-        mlp=depth_profile(mlp, clusters, rng("depth"), by.resamples),
-        attention=depth_profile(attention, clusters, rng("depth"), by.resamples),
-        difference=estimate_means(difference, clusters, rng("difference"), by.resamples)[0],
-    )
-
-
-def _mediators(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettings) -> pd.DataFrame:
-    """Units that carry at least `min_share` of TE on the discovery split, as the held-out split sees them.
-
-    Columns: `MEDIATOR_COLUMNS`. Both NIE and TIE are tested and the larger p counts; q is Benjamini-Hochberg over the
-    units chosen.
-    """
-    units = effects[effects["analysis"] == UNITS]
-    site = ["layer", "position", "unit_start"]
-    discovery = units[units["split"] == "discovery"].groupby(site)[["nie", "tie", "te"]].mean()
-    shares = discovery[["nie", "tie"]].div(discovery["te"], axis=0).min(axis=1)
-    chosen = shares[shares >= by.min_share].sort_values(ascending=False).index
-    heldout = dict(list(units[units["split"] == "heldout"].groupby(site)))
-    records = [_mediator(key, heldout[key], rng, by) for key in chosen if key in heldout]
-    table = pd.DataFrame(records, columns=[*MEDIATOR_COLUMNS])
-    table["q"] = benjamini_hochberg(table["p"].to_numpy(float))
-    carried = table[["nie_share", "tie_share"]].min(axis=1) >= by.min_share
-    table["mediates"] = (carried & (table["q"] <= by.alpha)).astype(bool)
-    return table
-
-
-def _mediator(
-    key: tuple[int, str, int], heldout: pd.DataFrame, rng: _Generators, by: StatisticsSettings
-) -> dict[str, Any]:
-    nie, tie = estimate_means(heldout[["nie", "tie"]].T, heldout["cluster"], rng("mediators"), by.resamples)
-    layer, position, unit = key
-    te = heldout["te"].mean()
-    return {
-        "layer": int(layer),
-        "position": position,
-        "unit": int(unit),
-        **{"nie": nie.value, "nie_low": nie.low, "nie_high": nie.high, "nie_share": nie.value / te},
-        **{"tie": tie.value, "tie_low": tie.low, "tie_high": tie.high, "tie_share": tie.value / te},
-        "p": max(nie.p, tie.p),
-        "reason": nie.reason,
-    }
 
 
 def _identities(checks: pd.DataFrame, equal_length: set[str], layers: int) -> tuple[Identity, ...]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from remote_mediation.errors import PairsError, SiteError
 from remote_mediation.pairs import PromptPair
 from remote_mediation.placebo import components
+from remote_mediation.prompts import PLAIN, PromptForm, encode_prompt
+from remote_mediation.sites import ModelInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +91,10 @@ class TokenPair:
     """Token ids of the answer to x1 and of the answer to x0; empty where the outcome needs none."""
     openings: tuple[tuple[int, ...], ...] = ()
     """Token ids of the openings that the `refusal` outcome compares, the same for every pair; or empty."""
+    aligned: bool = True
+    """Whether the prompts have an edit; else only places behind the user's text are the same in both."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """Other columns of the pairs file."""
 
     @property
     def prompts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -136,6 +142,8 @@ class TokenPair:
 
     def _offsets(self, span: str) -> tuple[int, ...]:
         """Token offsets from the end of the prompt (-1 is its last token, 0 the first fed answer token)."""
+        if not self.aligned and span not in ("post_instruction", "last"):
+            return ()
         paired = min(len(self.x0), len(self.x1)) - self.first
         bounds = {
             "edit": (-paired, -self.after),
@@ -162,16 +170,19 @@ class Prepared(NamedTuple):
     refusals: tuple[Refusal, ...]
 
 
-def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Tokenise and align pairs, with the tokenizer's chat template when it has one.
+def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> Prepared:
+    """Tokenise and align pairs, with the tokenizer's chat template when it has one. form: what else is around them.
 
     A pair that is refused links no others: clusters are the components of the pairs that can be run.
+
+    Raises:
+        ModelError: the tokenizer does not say where in a text its tokens lie.
     """
     done: list[TokenPair] = []
     used: list[PromptPair] = []
     refused: list[Refusal] = []
     for pair in pairs:
-        outcome = _align(pair, tokenizer)
+        outcome = _align(pair, tokenizer, form)
         if isinstance(outcome, Refusal):
             refused.append(outcome)
             continue
@@ -179,6 +190,24 @@ def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) ->
         used.append(pair)
     clustered = [replace(pair, cluster=name) for pair, name in zip(done, components(used), strict=True)]
     return Prepared(tuple(clustered), tuple(refused))
+
+
+def fitting(prepared: Prepared, info: ModelInfo, answer: int) -> Prepared:
+    """The pairs whose tokens the model has and whose sequences it was made for; the others are refused.
+
+    answer: tokens of the longest answer behind a prompt.
+    """
+    kept, refused = [], list(prepared.refusals)
+    for pair in prepared.pairs:
+        length, highest = max(map(len, pair.prompts)) + answer, max(map(max, pair.prompts))
+        if highest >= info.vocab:
+            refused.append(Refusal(pair.id, f"token {highest} is beyond the {info.vocab} that the model embeds"))
+        elif info.context and length > info.context:
+            reason = f"{length - answer} tokens and {answer} of an answer are more than the model's context"
+            refused.append(Refusal(pair.id, f"{reason} of {info.context}"))
+        else:
+            kept.append(pair)
+    return Prepared(tuple(kept), tuple(refused))
 
 
 def with_answers(pair: TokenPair, answers: tuple[tuple[int, ...], tuple[int, ...]]) -> TokenPair | Refusal:
@@ -191,18 +220,6 @@ def with_answers(pair: TokenPair, answers: tuple[tuple[int, ...], tuple[int, ...
     return replace(pair, answers=answers)
 
 
-def encode_response(text: str, pair_id: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[int, ...]:
-    """The first tokens of a response text.
-
-    Raises:
-        PairsError: the text has no tokens.
-    """
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
-    if not ids:
-        raise PairsError(f"pair {pair_id!r}: the response {text!r} has no tokens; give text, or leave the field empty")
-    return ids
-
-
 def to_record(pair: TokenPair) -> dict[str, Any]:
     """A token pair as JSON data."""
     return asdict(pair)
@@ -211,32 +228,34 @@ def to_record(pair: TokenPair) -> dict[str, Any]:
 def from_record(record: dict[str, Any]) -> TokenPair:
     """The inverse of `to_record`."""
     answers = tuple(tuple(answer) for answer in record["answers"])
-    openings = tuple(map(tuple, record.get("openings", ())))
+    openings, notes = (tuple(map(tuple, record.get(name, ()))) for name in ("openings", "notes"))
     ids = {"x0": tuple(record["x0"]), "x1": tuple(record["x1"])}
-    return TokenPair(**{**record, **ids, "answers": answers, "openings": openings})
+    return TokenPair(**{**record, **ids, "answers": answers, "openings": openings, "notes": notes})
 
 
-def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair | Refusal:
-    (x0, post0), (x1, post1) = (_encode(text, tokenizer) for text in (pair.harmless, pair.harmful))
+def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> TokenPair | Refusal:
+    try:
+        harmless, harmful = (
+            encode_prompt(text, tokenizer, form, pair.before(name))
+            for name, text in (("harmless", pair.harmless), ("harmful", pair.harmful))
+        )
+    except PairsError as error:
+        return Refusal(pair.id, str(error))
+    x0, x1 = harmless.ids, harmful.ids
     if x0 == x1:
         return Refusal(pair.id, "both prompts have the same tokens")
     shorter = min(len(x0), len(x1))
     first = next((i for i in range(shorter) if x0[i] != x1[i]), shorter)
     after = next((i for i in range(shorter - first) if x0[-1 - i] != x1[-1 - i]), shorter - first)
     edits = (len(x0) - first - after, len(x1) - first - after)
+    post = min(harmless.post, harmful.post, after)
+    found = TokenPair(
+        pair.id, pair.id, pair.category, x0, x1, first, after, post, aligned=pair.aligned, notes=pair.notes
+    )
+    if not pair.aligned:
+        return found
     if abs(edits[0] - edits[1]) > MAX_EDIT_DIFFERENCE:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens differ by more than {MAX_EDIT_DIFFERENCE}")
     if edits[0] != edits[1] and after == 0:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens reach the last token: nothing to align by")
-    return TokenPair(pair.id, pair.id, pair.category, x0, x1, first, after, min(post0, post1, after))
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int]:
-    """Token ids of a prompt, and how many of them lie wholly after the user's text."""
-    if not tokenizer.chat_template:
-        return tuple(tokenizer(text)["input_ids"]), 0
-    messages = [{"role": "user", "content": text}]
-    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    encoding = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    end = rendered.rfind(text.strip()) + len(text.strip())
-    return tuple(encoding["input_ids"]), sum(1 for start, _ in encoding["offset_mapping"] if start >= end)
+    return found

@@ -5,29 +5,35 @@ from typing import Any
 import pytest
 from fakes import INFO, token_pair
 
-from remote_mediation.analyses import ANALYSES
-from remote_mediation.config import AnalysisName, StudyConfig
-from remote_mediation.errors import SiteError
+from remote_mediation.analyses import EVERY, chosen
+from remote_mediation.analyses.checks import CHECKS
+from remote_mediation.config import StudyConfig
+from remote_mediation.errors import SettingsError, SiteError
 from remote_mediation.sites import Site, check_site
 
 PAIR = token_pair()  # one token of edit, one of text after it, one of template
 
 
 def sites(name: str, **settings: Any) -> list[Site]:
-    return ANALYSES[name].sites(StudyConfig(model="m", **settings), INFO, PAIR)
+    analysis = {one.name: one for one in (*EVERY, CHECKS)}[name]
+    return analysis.sites(StudyConfig(model="m", **settings), INFO, PAIR)
 
 
-def test_every_granularity_has_an_analysis() -> None:
-    assert set(ANALYSES) == {"checks", *AnalysisName.__args__}
-    assert [name for name, analysis in ANALYSES.items() if analysis.analyse] == [
-        "neurons",
-        "detect",
-        "paths",
-        "intervene",
-        "attacks",
-        "monitor",
-        "claims",
-    ]
+def test_analyses_run_checks_first_and_each_after_those_it_builds_on() -> None:
+    ran = [one.name for one in chosen([one.name for one in reversed(EVERY)])]
+    assert ran[:3] == ["checks", "total", "claims"]
+    assert all(ran.index(needed) < ran.index(one.name) for one in EVERY for needed in one.needs)
+    assert [one.name for one in chosen(["paths", "layers"])] == ["checks", "total", "layers", "paths"]
+
+
+def test_an_unknown_analysis_is_refused_with_those_there_are() -> None:
+    with pytest.raises(SettingsError, match=r"unknown analysis 'layer'; known: claims, layers, modules"):
+        chosen(["layers", "layer"])
+
+
+def test_no_two_analyses_write_the_same_table() -> None:
+    names = [name for one in EVERY for name in one.columns]
+    assert len(names) == len(set(names))
 
 
 def test_layers() -> None:

@@ -158,8 +158,9 @@ def _tables() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def test_the_small_table_has_harm_beside_placebo() -> None:
     claims, sets = _tables()
-    (row,) = show.claims_table(claims, sets).rows
+    (row,) = show.verdicts_of(claims, sets)
     assert row == (
+        "claim 1",
         "1. it is late",
         "90% [80%, 100%], β 0.9; 90% [80%, 100%], β 0.9",
         "20% [10%, 30%], β 0.2; 20% [10%, 30%], β 0.2",

@@ -20,7 +20,7 @@ import pytest
 from fakes import records, write_pairs
 from oracle import Subject
 
-from remote_mediation import cli
+from remote_mediation import cli, progress
 from remote_mediation.engine import budget
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.models import load_info
@@ -64,7 +64,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return run
 
 
-def study(folder: Path, model: str, settings: str = "", name: str = "study.toml") -> Path:
+def study(folder: Path, model: str, settings: str = "", name: str = "tiny.toml") -> Path:
     """A study file beside its six pairs, for which the file has answers."""
     write_pairs(folder / "pairs.jsonl", records(**ANSWERS))
     top = f'model = "{model}"\npairs = "pairs.jsonl"\n'
@@ -136,16 +136,31 @@ def test_pairs_are_looked_at_before_the_model(call: Run) -> None:
     refused(call("run", "--model", "./nowhere", "--pairs", "missing.jsonl"), "missing.jsonl", "give a JSON, JSONL, CSV")
 
 
+@pytest.mark.parametrize(
+    ("settings", "mentioned"),
+    [
+        ('analyses = ["neurons", "monitor"]\n[monitor]\nhard_negatives = "none.csv"', ("none.csv", "No such file")),
+        ('analyses = ["attacks"]\n[attacks]\ncheckpoints = ["./none"]', ("attacks.checkpoints names './none'",)),
+        ('[prompt]\ntemplate = "latin.jinja"', ("cannot read the chat template", "latin.jinja")),
+    ],
+)
+def test_every_file_is_looked_at_before_the_model(
+    call: Run, tmp_path: Path, settings: str, mentioned: tuple[str, ...]
+) -> None:
+    (tmp_path / "latin.jinja").write_bytes(b"caf\xe9 {{ messages }}")
+    refused(call("run", study(tmp_path, "nobody/no-such-model", settings)), *mentioned)
+
+
 SETTINGS = {
-    "colour = 1": ("study.toml", "unknown setting 'colour'", "--help"),
+    "colour = 1": ("tiny.toml", "unknown setting 'colour'", "--help"),
     "[neurons]\nwidth = 1": ("unknown setting 'neurons.width'", "--help"),
-    'analyses = ["layer"]': ("analyses.0", "(got 'layer')", "'layers', 'modules'"),
+    'analyses = ["layer"]': ("unknown analysis 'layer'", "known: claims, layers, modules"),
     'outcome = "logits"': ("outcome", "(got 'logits')", "'response_logprob' or 'logit_diff'"),
     'backend = "cloud"': ("backend", "(got 'cloud')", "'local' or 'ndif'"),
     'dtype = "float8"': ("dtype", "(got 'float8')", "'float32', 'bfloat16' or 'float16'"),
     "max_pairs = 1": ("max_pairs", "(got 1)", "greater than or equal to 2"),
     'outcome = "logit_diff"': ("logit_diff needs [logit_diff] with `plus` and `minus`",),
-    "model = ": ("study.toml", "is not TOML"),
+    "model = ": ("tiny.toml", "is not TOML"),
     'analyses = ["layers"]\n[positions]\nlayers = ["midle[0]"]': ("unknown position 'midle[0]'", "use one of edit,"),
     'analyses = ["heads"]\n[positions]\nheads = ["edit[x]"]': ("position 'edit[x]'", "no token number"),
     'analyses = ["heads"]\n[positions]\nheads = ["edit[7]"]': ("no pair has tokens", "'heads'", "[positions]"),
@@ -190,6 +205,28 @@ def test_unknown_models(call: Run, tmp_path: Path, model: str, command: str, mon
     assert tree(tmp_path) == before
 
 
+def test_pairs_are_checked_shown_and_converted(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model, '[prompt]\nprefill = "sure here"\n')
+    shown = call("pairs", "check", file, "--show", "steal-car")
+    assert shown.code == 0
+    assert "«edit: steal" in shown.out
+    assert "sure here»" in shown.out
+    refused(call("pairs", "check", file, "--show", "steal"), "no pair has the id 'steal'; there are 'steal-")
+    for name, content in (
+        ("bad.csv", "goal\nsteal a car\nburn a house\n"),
+        ("good.json", json.dumps(["fix it now", "wash a bike", "tell me a story"])),
+    ):
+        (tmp_path / name).write_text(content, "utf-8")
+    lists = ("bad.csv", "--harmless", "good.json")
+    checked = call("pairs", "check", *lists, "--model", model)
+    assert (checked.code, "2 pairs: 2 usable" in checked.out) == (0, True)
+    assert "harmful: 2 prompts of bad.csv, column 'goal'" in checked.out
+    assert "positions post_instruction and last only" in checked.out
+    assert call("pairs", "convert", "bad.csv", "new.jsonl", "--harmless", "good.json").out == "2 pairs: new.jsonl\n"
+    refused(call("pairs", "convert", "bad.csv", "new.jsonl", "--harmless", "good.json"), "File exists; name another")
+    assert call("pairs", "check", "new.jsonl", "--model", model).code == 0
+
+
 def test_models(call: Run, tmp_path: Path, model: str) -> None:
     table = call("models")
     assert table.code == 0
@@ -228,7 +265,10 @@ def test_an_unknown_family(call: Run, tmp_path: Path, model: str) -> None:
 @pytest.mark.parametrize(
     ("content", "mentioned"),
     [
-        (records(harmful_response=" ", harmless_response="no"), ("pair 'steal-car'", "' ' has no tokens", "give text")),
+        (
+            records(harmful_response=" ", harmless_response="no"),
+            ("0 of 6 pairs can be run", "' ' has no tokens", "give text"),
+        ),
         (records(**ANSWERS)[:1], ("1 of 1 pairs can be run, a study needs two", "add pairs")),
         (records(harmful_response="yes", harmless_response="yes"), ("0 of 6 pairs", "the same answer")),
         ([{**record, "template": "t"} for record in records(**ANSWERS)], ("come from 1", "Add pairs")),
@@ -325,11 +365,11 @@ def tables(folder: Path) -> dict[str, bytes]:
     ids=["response_logprob", "logit_diff"],
 )
 def test_a_study_from_start_to_report(call: Run, tmp_path: Path, model: str, settings: str) -> None:
-    file, folder = study(tmp_path, model, settings), tmp_path / "runs/study"
+    file, folder = study(tmp_path, model, settings), tmp_path / "runs/tiny"
     ran = call("run", file)
     assert (ran.code, ran.err) == (0, "")
-    assert "Total effect" in ran.out
-    assert "runs/study/report.md" in ran.out
+    assert "Sections" in ran.out
+    assert "runs/tiny/report.md" in ran.out
     assert {path.name for path in folder.iterdir()} >= {"run.json", "pairs.jsonl", "effects.csv", "report.md"}
     first, jobs = tables(folder), measured(folder)
     assert b"flood-house" in first["effects.csv"]
@@ -352,10 +392,10 @@ def test_a_study_from_start_to_report(call: Run, tmp_path: Path, model: str, set
 
 
 def test_answers_are_shown_only_when_asked_for(call: Run, tmp_path: Path, model: str) -> None:
-    file, report = study(tmp_path, model), tmp_path / "runs/study/report.md"
+    file, report = study(tmp_path, model), tmp_path / "runs/tiny/report.md"
     call("run", file, "--analyses", "layers")
     assert "steal a car at night" not in report.read_text("utf-8")
-    assert call("report", "runs/study", "--show-text").code == 0
+    assert call("report", "runs/tiny", "--show-text").code == 0
     assert "steal a car at night" in report.read_text("utf-8")
     assert "sure here is a way" in report.read_text("utf-8")
 
@@ -369,18 +409,18 @@ def test_an_interrupted_run_goes_on(call: Run, tmp_path: Path, model: str, monke
 
     assert call("run", file, "--out", "undisturbed").code == 0
     with monkeypatch.context() as patched:
-        patched.setattr(cli._Watch, "advance", interrupt)
+        patched.setattr(progress.Lines, "advance", interrupt)
         stopped = call("run", file)
     assert (stopped.code, len(jobs)) == (130, 1)
     assert stopped.err == "stopped; everything finished so far is kept, and the same command goes on from there\n"
-    assert len(measured(tmp_path / "runs/study")) == 1
+    assert len(measured(tmp_path / "runs/tiny")) == 1
 
-    partial = call("report", "runs/study")
+    partial = call("report", "runs/tiny")
     assert partial.code == 0
-    assert "not finished" in (tmp_path / "runs/study/report.md").read_text("utf-8")
+    assert "not finished" in (tmp_path / "runs/tiny/report.md").read_text("utf-8")
     assert call("run", file).code == 0
-    assert tables(tmp_path / "runs/study") == tables(tmp_path / "undisturbed")
-    assert "not finished" not in (tmp_path / "runs/study/report.md").read_text("utf-8")
+    assert tables(tmp_path / "runs/tiny") == tables(tmp_path / "undisturbed")
+    assert "not finished" not in (tmp_path / "runs/tiny/report.md").read_text("utf-8")
 
 
 @pytest.mark.slow
@@ -397,18 +437,18 @@ def test_ctrl_c(call: Run, tmp_path: Path, model: str) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored where tests run
     )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/study/readouts/*.npz")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("runs/tiny/readouts/*.npz")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "stopped; everything finished so far is kept, and the same command goes on from there\n"
-    assert measured(tmp_path / "runs/study")
+    assert measured(tmp_path / "runs/tiny")
 
     fast = study(tmp_path, model, settings.format(""))  # where and how it is cut up may change
     assert call("run", fast).code == 0
     assert call("run", fast, "--out", "undisturbed").code == 0
-    effects, undisturbed = (tmp_path / folder / "effects.csv" for folder in ("runs/study", "undisturbed"))
+    effects, undisturbed = (tmp_path / folder / "effects.csv" for folder in ("runs/tiny", "undisturbed"))
     assert len(effects.read_text("utf-8").splitlines()) == len(undisturbed.read_text("utf-8").splitlines()) > 300
 
 
@@ -433,7 +473,7 @@ def test_pairs_check(call: Run, tmp_path: Path, model: str) -> None:
     assert (ran.code, ran.err) == (0, "")
     lines = [" ".join(line.replace("│", " ").split()) for line in ran.out.splitlines()]
     assert "one one 11 11 4 6 2" in lines
-    assert "longer longer 12 11 4 6 2" in lines
+    assert "longer one 12 11 4 6 2" in lines  # they share words
     assert "refused [/b]: both prompts have the same tokens" in lines
     assert "3 pairs: 2 usable (1 of equal length), 1 refused" in lines
 
@@ -512,7 +552,7 @@ def test_another_precision_is_compared_with_float32(call: Run, tmp_path: Path, m
 
 PROBE = """
 import contextlib, io, json, sys
-from remote_mediation import cli
+from remote_mediation import cli, progress
 loaded = {}
 for command in json.loads(sys.argv[1]):
     sys.argv = ["remote-mediation", *command]
@@ -572,32 +612,29 @@ FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "analyses", "titles"),
+    ("more", "analyses", "titles"),
     [
-        (("detect",), ["layers", "detect"], ["Early understanding"]),
-        (("paths",), ["layers", "neurons", "paths"], ["Gate neurons", "Paths"]),
-        (("intervene", "--tokens", 2), ["layers", "neurons", "intervene"], ["Gate neurons", "Repair"]),
-        (
-            ("intervene", "--tokens", 2, "--attacks"),
-            ["layers", "neurons", "intervene", "attacks"],
-            ["Repair", "Circumvention"],
-        ),
-        (("monitor",), ["layers", "neurons", "monitor"], ["Gate neurons", "Monitor"]),
+        ("detect", ["layers", "detect"], ["Early understanding"]),
+        ("paths", ["layers", "neurons", "paths"], ["Gate neurons", "Paths"]),
+        ("intervene", ["layers", "neurons", "intervene"], ["Gate neurons", "Repair"]),
+        ("intervene,attacks", ["layers", "neurons", "intervene", "attacks"], ["Repair", "Circumvention"]),
+        ("monitor", ["layers", "neurons", "monitor"], ["Gate neurons", "Monitor"]),
     ],
     ids=["detect", "paths", "intervene", "attacks", "monitor"],
 )
 def test_more_is_asked_of_a_run(
-    call: Run, tmp_path: Path, model: str, arguments: tuple[object, ...], analyses: list[str], titles: list[str]
+    call: Run, tmp_path: Path, model: str, more: str, analyses: list[str], titles: list[str]
 ) -> None:
-    file, folder = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS + FEW), tmp_path / "runs/study"
+    file, folder = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS + FEW), tmp_path / "runs/tiny"
     assert call("run", file).code == 0
     before, effects = measured(folder), (folder / "effects.csv").read_text("utf-8")
-    command, *options = arguments
-    ran = call(command, folder, *options)
+    extend = ("extend", folder, more, "--set", "intervene.tokens=2")
+    ran = call(*extend)
     assert (ran.code, ran.err) == (0, "")
     config = json.loads((folder / "run.json").read_text("utf-8"))["config"]
     assert config["analyses"] == analyses
     assert config["neurons"]["random_sets"] == 4  # settings of the run stay
+    assert config["intervene"]["tokens"] == 2
     assert measured(folder).items() > before.items()
     assert set(effects.splitlines()) <= set((folder / "effects.csv").read_text("utf-8").splitlines())
     report = (folder / "report.md").read_text("utf-8")
@@ -605,15 +642,38 @@ def test_more_is_asked_of_a_run(
         assert f"\n## {title}\n" in report
 
     after, jobs = tables(folder), measured(folder)
-    assert call(command, folder, *options).code == 0  # the same again changes nothing
+    assert call(*extend).code == 0  # the same again changes nothing
     assert call("report", folder).code == 0
     assert (tables(folder), measured(folder)) == (after, jobs)
 
 
-@pytest.mark.parametrize("command", ["detect", "paths", "intervene", "monitor"])
-def test_nothing_is_added_to_what_is_no_run(call: Run, tmp_path: Path, command: str) -> None:
-    refused(call(command, "nowhere"), "nowhere is no run folder", "give the folder of")
+def test_nothing_is_added_to_what_is_no_run(call: Run, tmp_path: Path) -> None:
+    refused(call("extend", "nowhere", "detect"), "nowhere is no run folder", "give the folder of")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_any_setting_can_be_set(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS)
+    chosen = ("--set", "positions.layers=['last']", "--set", "statistics.resamples=150", "--set", "max_pairs=4")
+    assert call("run", file, *chosen).code == 0
+    config = json.loads((tmp_path / "runs/tiny/run.json").read_text("utf-8"))["config"]
+    assert (config["positions"]["layers"], config["max_pairs"]) == (["last"], 4)
+    assert config["statistics"]["resamples"] == 150
+    refused(call("run", file, "--set", "positions.layer=last"), "unknown setting 'positions.layer'")
+    refused(
+        call("run", file, "--set", "positions"), "cannot read the setting 'positions'; write it as section.key=value"
+    )
+
+
+def test_a_section_of_the_report_can_be_shown(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model, 'analyses = ["layers"]\n' + LOGITS)
+    assert call("run", file).code == 0
+    summary = call("show", "runs/tiny")
+    assert summary.code == 0
+    assert "Sections" in summary.out
+    shown = call("show", "runs/tiny", "layers")
+    assert "residual stream" in " ".join(shown.out.split())
+    refused(call("show", "runs/tiny", "heads"), "this run has no section 'heads'; it has total, layers")
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,13 @@ import pytest
 from fakes import INFO, CannedBackend, Watcher, records, write_pairs
 from rich.console import Console
 
+from remote_mediation.analyses.claims.ask import CLAIM_COLUMNS, SET_COLUMNS
 from remote_mediation.compare import (
     COMPARISON_COLUMNS,
     Compared,
+    compared,
     comparison_csv,
+    comparison_figure,
     comparison_table,
     read_runs,
     write_comparison,
@@ -27,22 +29,18 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.engine.jobs import Part, Readout
 from remote_mediation.engine.rows import Row
 from remote_mediation.errors import SettingsError, StoreError
-from remote_mediation.show import figures
 from remote_mediation.store import Store
-from remote_mediation.study import run_study
+from remote_mediation.study import reread, run_study
 
-LATE, EARLY = (
-    {"mlp": (0.1, 0.2, 0.3, 0.6), "attention": (0.3, 0.1, 0.0, 0.0)},
-    {"mlp": (0.5, 0.0), "attention": (0.1, 0.3)},
-)
-"""Share of TE that each layer's MLP and attention carry."""
+LATE, EARLY = (0.1, 0.2, 0.3, 1.0), (0.6, 1.0)
+"""Share of TE that the residual stream carries after each layer, at one position; at all it carries everything."""
 
 
 class Planted(CannedBackend):
-    """Y is 0 on a harmless prompt and TE on a harmful one; a module's NIE and TIE are its planted share of TE."""
+    """Y is 0 on a harmless prompt and TE on a harmful one; the stream's NIE and TIE are its planted share of TE."""
 
-    def __init__(self, name: str, shares: dict[str, tuple[float, ...]], te: Callable[[int], float]) -> None:
-        super().__init__({}, info=dataclasses.replace(INFO, name=name, layers=len(shares["mlp"])))
+    def __init__(self, name: str, shares: tuple[float, ...], te: Callable[[int], float]) -> None:
+        super().__init__({}, info=dataclasses.replace(INFO, name=name, layers=len(shares)))
         self._shares, self._te = shares, te
 
     def collect(self, ticket: str) -> Readout:
@@ -54,12 +52,11 @@ class Planted(CannedBackend):
 
     def _y(self, row: Row) -> float:
         te = self._te([record["id"] for record in records()].index(row.pair))
-        share = sum(self._share(write.component, write.layer) for write in row.writes)
+        share = sum(1.0 if len(write.places) > 4 else self._share(write.layer) for write in row.writes)
         return te * (1 - share) if row.base else te * share
 
-    def _share(self, component: str, layer: int) -> float:
-        kind = component.removesuffix("_output")
-        return self._shares[kind][layer] if kind in self._shares else 1.0
+    def _share(self, layer: int) -> float:
+        return self._shares[layer]
 
 
 def strong(pair: int) -> float:
@@ -77,12 +74,10 @@ def make(tmp_path: Path) -> Callable[..., Path]:
     """A finished run folder of planted shares."""
     pairs = write_pairs(tmp_path / "pairs.jsonl", records())
 
-    def run(
-        name: str, shares: dict[str, tuple[float, ...]], te: Callable[[int], float] = strong, **settings: Any
-    ) -> Path:
+    def run(name: str, shares: tuple[float, ...], te: Callable[[int], float] = strong, **settings: Any) -> Path:
         config = StudyConfig(
             **{
-                **{"model": name, "pairs": str(pairs), "analyses": ["modules"], "outcome": "logit_diff"},
+                **{"model": name, "pairs": str(pairs), "analyses": ["layers"], "outcome": "logit_diff"},
                 **{"logit_diff": {"plus": ["sure"], "minus": ["no"]}, "statistics": {"resamples": 100}},
                 **settings,
             }
@@ -98,29 +93,49 @@ def by_name(runs: list[Compared]) -> dict[str, Compared]:
     return {Path(run.name).name: run for run in runs}
 
 
+def claimed(run: Path, said: str, harm: float) -> Compared:
+    """A run with a table of claims by hand: what was said of claim 1, and its two deciding numbers."""
+    rows = [("nie", harm, True), ("tie", harm / 2, True), ("nie", 9.0, False)]
+    sets = pd.DataFrame(
+        [
+            {"number": 1, "direction": way, "decides": decides, "harm": x, "harm_low": x - 0.1, "harm_high": x + 0.1}
+            for way, x, decides in rows
+        ],
+        columns=list(SET_COLUMNS),
+    )
+    claims = pd.DataFrame([{"number": 1, "said": said}], columns=list(CLAIM_COLUMNS))
+    tables = {"claims.csv": claims, "sets.csv": sets}
+    return compared(run.name, dataclasses.replace(reread(Store.open(run)), tables=tables))
+
+
 def test_models_of_different_depth_on_relative_depth(make: Callable[..., Path]) -> None:
     runs = by_name(read_runs([make("late", LATE), make("early", EARLY)]))
     for name, planted in (("late", LATE), ("early", EARLY)):
         profile = runs[name].profile
-        for kind, shares in planted.items():
-            line = profile[profile["component"] == f"{kind}_output"].sort_values("depth")
-            assert line["depth"].to_list() == pytest.approx([n / (len(shares) - 1) for n in range(len(shares))])
-            assert line["share"].to_list() == pytest.approx(shares, abs=1e-6)
-    late = runs["late"].measures
-    assert late["mlp_centre"].value == pytest.approx((0.2 / 3 + 0.3 * 2 / 3 + 0.6) / 1.2)
-    assert late["mlp_last_third"].value == pytest.approx((0.3 / 3 + 0.6) / 1.2)  # a third of layer 2, all of layer 3
-    assert late["attention_centre"].value == pytest.approx((0.1 / 3) / 0.4, abs=1e-6)
-    assert late["difference"].value == pytest.approx(1.2 - 0.4)
-    assert runs["early"].measures["difference"].value == pytest.approx(0.5 - 0.4)
-    assert runs["early"].measures["mlp_last_third"].value == pytest.approx(0, abs=1e-6)
+        assert set(profile["position"]) == {"edit", "last"}
+        for _, line in profile.groupby("position"):
+            ordered = line.sort_values("depth")
+            assert ordered["depth"].to_list() == pytest.approx([n / (len(planted) - 1) for n in range(len(planted))])
+            assert ordered["share"].to_list() == pytest.approx(planted, abs=1e-6)
     assert runs["late"].total.value == pytest.approx(2.25)
+
+
+def test_verdicts_and_the_numbers_that_decide_them_stand_side_by_side(make: Callable[..., Path]) -> None:
+    runs = [claimed(make("late", LATE), "supported", 0.9), claimed(make("early", EARLY), "not supported", 0.2)]
+    rows = {row[0]: row[1:] for row in comparison_table(runs).rows}
+    assert rows["1. late layers"] == ("supported", "not supported")
+    assert rows["2. MLP, not attention"] == ("not tested", "not tested")
+    assert rows["1: direct effect of the late third / TE, NIE"] == ("90% [80%, 100%]", "20% [10%, 30%]")
+    assert rows["1: the same, TIE"] == ("45% [35%, 55%]", "10% [0%, 20%]")
+    assert rows["5: through the middle MLPs / TE"] == ("n/a", "n/a")
+    found = comparison_csv(runs)
+    assert found["claim_1"].to_list() == ["supported", "not supported"]
+    assert found["late_nie_low"].to_list() == pytest.approx([0.8, 0.1])
 
 
 def test_a_drop_is_compared_like_a_rise(make: Callable[..., Path]) -> None:
     runs = by_name(read_runs([make("rise", LATE), make("drop", LATE, lambda pair: -strong(pair))]))
     assert runs["drop"].total.value == pytest.approx(-2.25)
-    for name, found in runs["rise"].measures.items():
-        assert runs["drop"].measures[name].value == pytest.approx(found.value)
     pd.testing.assert_frame_equal(
         runs["drop"].profile.drop(columns="run"), runs["rise"].profile.drop(columns="run"), atol=1e-6
     )
@@ -131,7 +146,6 @@ def test_where_te_spans_zero_no_share_is_given(make: Callable[..., Path], tmp_pa
     none = by_name(runs)["none"]
     assert none.total.low < 0 < none.total.high
     assert none.profile.empty
-    assert all(math.isnan(found.value) for found in none.measures.values())
     report = write_comparison(runs, tmp_path / "out").read_text("utf-8")
     assert f"Left out of the figure:\n\n- {none.name}: TE spans 0, " in report
     assert f"{none.name}: TE spans 0" in " ".join(map(str, comparison_table(runs).notes))
@@ -144,19 +158,12 @@ def test_no_figure_without_shares(make: Callable[..., Path], tmp_path: Path) -> 
     assert "comparison.png" not in report
 
 
-def test_runs_without_modules_or_neurons_say_so(make: Callable[..., Path]) -> None:
-    neurons = {"analyses": ["neurons"], "neurons": {"search": ["windows"], "random_sets": 5}}
-    runs = by_name(read_runs([make("late", LATE), make("cells", LATE, **neurons)]))
-    assert (runs["late"].chosen, runs["late"].mediators) == (None, None)
-    assert "no single neurons were measured in this study" in runs["late"].notes()
-    assert "the modules analysis was not part of this study" in runs["cells"].notes()
-    assert runs["cells"].profile.empty
-    found = comparison_csv(list(runs.values())).set_index("model")
-    cells = runs["cells"]
-    assert cells.chosen is not None
-    assert cells.chosen > 0  # in this backend every neuron carries all of TE
-    assert (found.loc["cells", "chosen"], found.loc["cells", "mediators"]) == (cells.chosen, cells.mediators)
-    assert math.isnan(found.loc["late", "chosen"])
+def test_runs_without_layers_or_claims_say_so(make: Callable[..., Path]) -> None:
+    runs = by_name(read_runs([make("late", LATE), make("parts", LATE, analyses=["modules"])]))
+    assert "the claims analysis was not part of this study" in runs["late"].notes
+    assert any(note.startswith("the layers analysis") for note in runs["parts"].notes)
+    assert not any(note.startswith("the layers analysis") for note in runs["late"].notes)
+    assert runs["parts"].profile.empty
 
 
 def test_the_csv_has_a_row_per_run_and_every_documented_column(make: Callable[..., Path], tmp_path: Path) -> None:
@@ -166,12 +173,8 @@ def test_the_csv_has_a_row_per_run_and_every_documented_column(make: Callable[..
     assert list(found.columns) == list(COMPARISON_COLUMNS)
     assert found["model"].to_list() == ["late", "early"]
     assert found["layers"].to_list() == [4, 2]
-    assert found["unit"].to_list() == ["logits", "logits"]
+    assert found["measured_in"].to_list() == ["logits", "logits"]
     assert found["te"].to_list() == pytest.approx([run.total.value for run in runs])
-    for name in ("mlp_centre", "mlp_last_third", "attention_centre", "attention_last_third", "difference"):
-        ends = [(run.measures[name].value, run.measures[name].low, run.measures[name].high) for run in runs]
-        shown = found[[name, f"{name}_low", f"{name}_high"]].to_numpy()
-        np.testing.assert_allclose(shown, ends)
     again = write_comparison(runs, tmp_path / "again").parent
     for path in (tmp_path / "out").iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes()
@@ -185,11 +188,8 @@ def test_the_table_has_a_column_per_run(make: Callable[..., Path]) -> None:
     assert rows["model"] == ("late", "early")
     assert rows["layers"] == ("4", "2")
     assert rows["pairs, clusters"] == ("6, 3", "6, 3")
-    assert [cell.split()[0] for cell in rows["MLP - attention: NIE summed over layers / TE"]] == ["80%", "10%"]
-    assert rows["MLP NIE: centre of mass, depth 0 to 1"][0].startswith("0.722 [")
     assert rows["TE, in the outcome's unit"][0].startswith("2.25 [")
     assert rows["TE, in the outcome's unit"][0].endswith("] logits")
-    assert rows["neurons that mediate, held out"] == ("n/a", "n/a")
 
 
 def test_unfinished_and_violated_runs_are_marked(make: Callable[..., Path]) -> None:
@@ -198,19 +198,19 @@ def test_unfinished_and_violated_runs_are_marked(make: Callable[..., Path]) -> N
     record = store.record()
     store.save_record({key: value for key, value in record.items() if key != "finished"})
     runs = by_name(read_runs([late, early]))
-    assert "this run is not finished" in runs["late"].notes()
-    assert "this run is not finished" not in runs["early"].notes()
-    assert not any("do not trust" in note for note in runs["early"].notes())
+    assert "this run is not finished" in runs["late"].notes
+    assert "this run is not finished" not in runs["early"].notes
+    assert not any("do not trust" in note for note in runs["early"].notes)
 
     class Wrong(Planted):
-        def _share(self, component: str, layer: int) -> float:
-            return 0.9 if component == "layer_output" else super()._share(component, layer)
+        def _share(self, layer: int) -> float:
+            return 0.9
 
     config = StudyConfig(**{**record["config"], "model": "wrong"})
     store = Store.create(late.parent / "wrong", config.identity())
     run_study(config, Wrong("wrong", LATE, strong), store, Watcher())
     wrong = by_name(read_runs([store.folder, early]))["wrong"]
-    assert any(note.startswith("do not trust this run") for note in wrong.notes())
+    assert any(note.startswith("do not trust this run") for note in wrong.notes)
 
 
 def test_a_run_without_values_is_listed(make: Callable[..., Path]) -> None:
@@ -218,9 +218,8 @@ def test_a_run_without_values_is_listed(make: Callable[..., Path]) -> None:
     for path in late.glob("readouts/*"):
         path.unlink()
     runs = by_name(read_runs([late, early]))
-    (reason,) = {found.reason for found in runs["late"].measures.values()}
-    assert reason.startswith("it has no values: nothing was measured yet")
-    assert runs["late"].notes()[0] == reason
+    assert runs["late"].notes[0].startswith("it has no values: nothing was measured yet")
+    assert runs["late"].profile.empty
     assert len(runs["early"].profile)
 
 
@@ -249,19 +248,19 @@ def test_what_is_refused(make: Callable[..., Path], tmp_path: Path) -> None:
 
 def test_the_figure_draws_a_solid_and_a_dashed_line_per_run(make: Callable[..., Path]) -> None:
     runs = read_runs([make("late", LATE), make("early", EARLY)])
-    (axis,) = figures.comparison(pd.concat(run.profile for run in runs)).axes
+    (axis,) = comparison_figure(pd.concat(run.profile for run in runs)).axes
     lines = {line.get_label(): line for line in axis.lines}
     late, early = (run.name for run in runs)
     assert [label for label in lines if not label.startswith("_")] == [
-        *(f"{late}, MLP", f"{late}, attention"),
-        *(f"{early}, MLP", f"{early}, attention"),
+        *(f"{late}, at 'last'", f"{late}, at 'edit'"),
+        *(f"{early}, at 'last'", f"{early}, at 'edit'"),
     ]
-    assert lines[f"{late}, MLP"].get_linestyle() == "-"
-    assert lines[f"{late}, attention"].get_linestyle() == "--"
-    assert lines[f"{late}, MLP"].get_color() == lines[f"{late}, attention"].get_color()
-    assert lines[f"{late}, MLP"].get_color() != lines[f"{early}, MLP"].get_color()
-    assert list(lines[f"{late}, MLP"].get_xdata()) == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    assert list(lines[f"{late}, MLP"].get_ydata()) == pytest.approx(LATE["mlp"], abs=1e-6)
-    assert list(lines[f"{early}, attention"].get_ydata()) == pytest.approx(EARLY["attention"], abs=1e-6)
+    solid, dashed, other = (lines[f"{run}, at '{at}'"] for run, at in ((late, "last"), (late, "edit"), (early, "last")))
+    assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
+    assert solid.get_color() == dashed.get_color()
+    assert solid.get_color() != other.get_color()
+    assert list(solid.get_xdata()) == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert list(solid.get_ydata()) == pytest.approx(LATE, abs=1e-6)
+    assert list(other.get_ydata()) == pytest.approx(EARLY, abs=1e-6)
     shaded = axis.patches[0].get_extents().transformed(axis.transData.inverted())
     assert (shaded.x0, shaded.x1) == pytest.approx((2 / 3, 1))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from statsmodels.stats import proportion as untyped_proportion  # pyright: ignore[reportMissingTypeStubs]
 
-from remote_mediation.detectors import (
+from remote_mediation.analyses.monitor.detectors import (
     DETECTOR_COLUMNS,
     DISCOVERY,
     RANDOM,

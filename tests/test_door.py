@@ -11,7 +11,7 @@ from fakes import records, write_pairs
 from oracle import Subject
 
 import remote_mediation as rm
-from remote_mediation.door import SET_EFFECT_COLUMNS
+from remote_mediation.door import SET_EFFECT_COLUMNS, study_name
 from remote_mediation.effects import EFFECT_COLUMNS
 from remote_mediation.engine.rows import Scale
 from remote_mediation.engine.tasks import Held
@@ -116,3 +116,10 @@ def test_an_unknown_pair_is_named(study: rm.StudyConfig, model: Subject, tmp_pat
     lab = rm.open_lab(study, out=tmp_path / "run", backend=model.backend)
     with pytest.raises(SettingsError, match="no pair 'nobody'"):
         lab.joint(SITES, ["nobody"])
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("deep/quickstart/study.toml", "quickstart"), ("my-model.toml", "my-model")]
+)
+def test_a_study_file_names_its_run_folder(tmp_path: Path, file: str, name: str) -> None:
+    assert study_name(tmp_path / file) == name

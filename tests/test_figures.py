@@ -14,10 +14,13 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from remote_mediation.analyses.neurons import UNITS
+from remote_mediation.analyses.detect.show import probe_figure
+from remote_mediation.analyses.maps import show as maps
+from remote_mediation.analyses.monitor.show import detector_figure
+from remote_mediation.analyses.neurons.figures import units_figure, whole_mlps_figure
 from remote_mediation.show import figures
-from remote_mediation.stats import DepthProfile, Estimate, Interval
-from remote_mediation.summary import SUMMARY_COLUMNS
+from remote_mediation.stats import Estimate
+from remote_mediation.summary import SUMMARY_COLUMNS, UNITS
 
 NaN = math.nan
 LAYERS = 6
@@ -61,7 +64,7 @@ def depth_sites() -> pd.DataFrame:
 
 
 def test_depth_draws_the_means_in_layer_order_with_te_beside_them() -> None:
-    nie, tie = panels(figures.depth(depth_sites(), TOTAL))
+    nie, tie = panels(maps.layers_figure(depth_sites(), TOTAL))
     assert line(nie, "edit") == pytest.approx([2.0, 1.7, 1.4])
     assert line(tie, "edit") == pytest.approx([1.0, 0.85, 0.7])
     assert line(nie, "last") == pytest.approx([0.0, 0.1, 0.2])
@@ -69,7 +72,7 @@ def test_depth_draws_the_means_in_layer_order_with_te_beside_them() -> None:
 
 
 def test_titles_say_what_is_asked_and_where_it_is_strongest() -> None:
-    nie, tie = panels(figures.depth(depth_sites(), TOTAL))
+    nie, tie = panels(maps.layers_figure(depth_sites(), TOTAL))
     assert nie.get_title(loc="left") == "NIE: is it sufficient?\nstrongest: edit, layer 0: 2"
     assert tie.get_title(loc="left") == "TIE: is it necessary?\nstrongest: edit, layer 0: 1"
     assert nie.get_ylabel() == "effect (logits)"
@@ -77,14 +80,14 @@ def test_titles_say_what_is_asked_and_where_it_is_strongest() -> None:
 
 def test_strongest_is_by_size_and_keeps_its_sign() -> None:
     sites = table([site("heads", "attention_heads", 0, "last", unit=(h, h + 1), mean=m) for h, m in enumerate((1, -3))])
-    assert panels(figures.heads(sites, 0.05))[0].get_title(loc="left").endswith("strongest: head 1, layer 0: -3")
+    assert panels(maps.heads_figure(sites, 0.05))[0].get_title(loc="left").endswith("strongest: head 1, layer 0: -3")
 
 
 def test_a_band_covers_the_interval_and_is_left_out_where_there_is_none() -> None:
     rows = [
         site("layers", "layer_output", n, "edit", mean=1.0, ci_low=low, ci_high=3.0) for n, low in ((0, 0.5), (1, NaN))
     ]
-    band = panels(figures.depth(table(rows), TOTAL))[0].collections[0]
+    band = panels(maps.layers_figure(table(rows), TOTAL))[0].collections[0]
     corners = np.concatenate([path.vertices for path in band.get_paths()])
     assert set(corners[:, 0]) == {0.0}
     assert (corners[:, 1].min(), corners[:, 1].max()) == (0.5, 3.0)
@@ -92,7 +95,7 @@ def test_a_band_covers_the_interval_and_is_left_out_where_there_is_none() -> Non
 
 def test_what_most_estimates_ask_to_be_read_with_care_for_is_in_the_title() -> None:
     sites = depth_sites().assign(n=2, clusters=2, reason="only 2 clusters")
-    title = figures.depth(sites, TOTAL).get_suptitle()
+    title = maps.layers_figure(sites, TOTAL).get_suptitle()
     assert "mean and 95% interval; pairs: 2, clusters: 2" in title
     assert title.endswith("only 2 clusters")
 
@@ -107,37 +110,23 @@ def module_sites(*positions: str) -> pd.DataFrame:
     )
 
 
-def profile(centre: float) -> DepthProfile:
-    interval = Interval(8, 4, centre, centre, centre, "")
-    return DepthProfile(interval, interval)
-
-
-def test_modules_marks_the_last_third_and_the_centre_of_mass() -> None:
-    nie, tie = panels(figures.modules(module_sites("all"), profile(0.8), profile(NaN)))
+def test_modules_marks_the_last_third() -> None:
+    nie, tie = panels(maps.modules_figure(module_sites("all")))
+    assert labels(nie) == ["MLP", "attention", "last third of layers"]
     assert line(nie, "MLP") == pytest.approx([0.4 * layer for layer in range(LAYERS)])
     assert line(tie, "attention") == pytest.approx([0.05 * layer for layer in range(LAYERS)])
     shaded = nie.patches[0].get_extents().transformed(nie.transData.inverted())
     assert (shaded.x0, shaded.x1) == pytest.approx((3.5, 5.5))  # layers 4 and 5 of 6
-    marked = next(line for line in nie.lines if line.get_label() == "centre of MLP: 4")
-    assert marked.get_xdata()[0] == pytest.approx(0.8 * (LAYERS - 1))
-    assert marked.get_color() == next(line for line in nie.lines if line.get_label() == "MLP").get_color()
 
 
-@pytest.mark.parametrize("undefined", [None, profile(NaN)])
-def test_an_undefined_centre_of_mass_is_not_marked(undefined: DepthProfile | None) -> None:
-    figure = figures.modules(module_sites("all"), undefined, undefined)
-    assert labels(panels(figure)[0]) == ["MLP", "attention", "last third of layers"]
-
-
-def test_modules_has_a_row_per_position_and_marks_the_first() -> None:
-    axes = panels(figures.modules(module_sites("all", "last"), profile(0.5), None))
+def test_modules_has_a_row_per_position() -> None:
+    axes = panels(maps.modules_figure(module_sites("all", "last")))
     assert [axis.get_title(loc="left").split(":")[0] for axis in axes] == [
         "NIE at 'all'",
         "TIE at 'all'",
         "NIE at 'last'",
         "TIE at 'last'",
     ]
-    assert ["centre of MLP: 2.5" in labels(axis) for axis in axes] == [True, False, False, False]
 
 
 def test_tokens_stand_in_reading_order_under_their_number_of_pairs() -> None:
@@ -154,7 +143,7 @@ def test_tokens_stand_in_reading_order_under_their_number_of_pairs() -> None:
         for name, n in names.items()
         for layer in (0, 1)
     ]
-    nie, _ = panels(figures.tokens(table(rows), 0.05))
+    nie, _ = panels(maps.tokens_figure(table(rows), 0.05))
     order = ["edit[-10]", "edit[-9]", "edit[-1]", "after_edit[9]", "after_edit[10]", "post_instruction[0]"]
     assert [text.get_text() for text in nie.get_xticklabels()] == order
     above = next(child for child in nie.child_axes)
@@ -165,7 +154,7 @@ def test_tokens_stand_in_reading_order_under_their_number_of_pairs() -> None:
 def test_whole_mlps_are_drawn_by_layer_with_te_beside_them() -> None:
     rows = [site("neurons", "mlp_neurons", layer, "last", unit=(0, 64), mean=0.3 * layer) for layer in (1, 0, 2)]
     searched = [site("neurons:windows", "mlp_neurons", 2, "last", unit=(0, 16), mean=9.0)]
-    nie, tie = panels(figures.neurons(table([*rows, *searched]), TOTAL))
+    nie, tie = panels(whole_mlps_figure(table([*rows, *searched]), TOTAL))
     assert line(nie, "last") == pytest.approx([0.0, 0.3, 0.6])
     assert line(tie, "last") == pytest.approx([0.0, 0.15, 0.3])
     assert line(tie, "TE, 2") == [2.0, 2.0]
@@ -182,7 +171,7 @@ def head_sites() -> pd.DataFrame:
 
 
 def test_a_map_is_layer_by_unit_on_one_scale_centred_on_zero() -> None:
-    nie, tie = panels(figures.heads(head_sites(), 0.05))
+    nie, tie = panels(maps.heads_figure(head_sites(), 0.05))
     assert np.asarray(nie.images[0].get_array()).tolist() == [[0.1, -0.6], [0.2, 0.3]]
     assert np.asarray(tie.images[0].get_array()).tolist() == [[0.05, -0.3], [0.1, 0.15]]
     assert [text.get_text() for text in nie.get_yticklabels()] == ["0", "3"]
@@ -191,13 +180,13 @@ def test_a_map_is_layer_by_unit_on_one_scale_centred_on_zero() -> None:
 
 
 def test_dots_mark_the_cells_at_or_below_alpha() -> None:
-    nie, _ = panels(figures.heads(head_sites(), 0.05))
+    nie, _ = panels(maps.heads_figure(head_sites(), 0.05))
     assert nie.collections[0].get_offsets().tolist() == [[1.0, 1.0]]  # second head, second layer row
 
 
 def test_what_was_not_measured_is_left_blank() -> None:
     sites = head_sites()
-    nie, _ = panels(figures.heads(sites[(sites["layer"] == 0) | (sites["unit_start"] == "0")], 0.05))
+    nie, _ = panels(maps.heads_figure(sites[(sites["layer"] == 0) | (sites["unit_start"] == "0")], 0.05))
     assert np.ma.getmaskarray(np.ma.masked_invalid(nie.images[0].get_array())).tolist() == [
         [False, False],
         [False, True],
@@ -210,7 +199,7 @@ def test_heads_are_ordered_as_numbers_with_a_row_per_position() -> None:
         for position in ("last", "edit")
         for head in range(11)
     ]
-    axes = panels(figures.heads(table(rows), 0.05))
+    axes = panels(maps.heads_figure(table(rows), 0.05))
     assert len(axes) == 4
     assert np.asarray(axes[2].images[0].get_array()).tolist() == [[float(head) for head in range(11)]]
 
@@ -224,7 +213,7 @@ def unit_figure() -> Axes:
     )
     records = [{"layer": 4, "unit": unit, "nie": values[unit][0], "tie": values[unit][1]} for unit in (5, 6)]
     mediators = pd.DataFrame(records).assign(mediates=[True, False])
-    return figures.units(sites, mediators, threshold=0.1, min_share=0.05).axes[0]
+    return units_figure(sites, mediators, threshold=0.1, min_share=0.05).axes[0]
 
 
 def test_units_names_the_mediating_ones_and_draws_the_share_asked_for() -> None:
@@ -238,7 +227,7 @@ def test_units_names_the_mediating_ones_and_draws_the_share_asked_for() -> None:
 
 
 def test_png_has_the_size_promised_and_the_same_bytes_each_time() -> None:
-    first, second = (figures.png(figures.depth(depth_sites(), TOTAL)) for _ in range(2))
+    first, second = (figures.png(maps.layers_figure(depth_sites(), TOTAL)) for _ in range(2))
     assert first == second
     assert first.startswith(b"\x89PNG")
     assert int.from_bytes(first[16:20], "big") == figures.WIDTH * figures.DPI
@@ -280,7 +269,7 @@ def band(axis: Axes, number: int) -> dict[float, list[float]]:
 
 
 def test_probes_are_drawn_by_depth_above_what_swapped_labels_reach() -> None:
-    figure = figures.probe_figure(probe_profile(), {})
+    figure = probe_figure(probe_profile(), {})
     edit, last = panels(figure)
     assert [float(x) for x in edit.lines[0].get_xdata()] == [0, 0.5, 1]
     assert [float(y) for y in edit.lines[0].get_ydata()] == pytest.approx([0.5, 0.7, 0.9])
@@ -292,7 +281,7 @@ def test_probes_are_drawn_by_depth_above_what_swapped_labels_reach() -> None:
 
 
 def test_where_harm_acts_is_marked_in_every_panel_of_the_probes() -> None:
-    for axis in panels(figures.probe_figure(probe_profile(), {"MLP": 1, "attention": 2, "unmeasured": 7})):
+    for axis in panels(probe_figure(probe_profile(), {"MLP": 1, "attention": 2, "unmeasured": 7})):
         marked = {str(line.get_label()): line.get_xdata()[0] for line in axis.lines if "acts" in str(line.get_label())}
         assert marked == {"MLP acts from layer 1 on": 0.5, "attention acts from layer 2 on": 1.0}
 
@@ -313,7 +302,7 @@ def detectors() -> pd.DataFrame:
 
 
 def test_detectors_have_a_dot_and_an_interval_for_every_set_of_prompts() -> None:
-    figure = figures.detector_figure(detectors(), recall=90)
+    figure = detector_figure(detectors(), recall=90)
     area, alarms = panels(figure)
     assert [text.get_text() for text in area.get_yticklabels()] == ["gates", "random neurons"]
     drawn = {str(line.get_label()): line for line in area.lines}
@@ -326,3 +315,28 @@ def test_detectors_have_a_dot_and_an_interval_for_every_set_of_prompts() -> None
     assert [float(x) for x in alarms.lines[1].get_xdata()] == pytest.approx([0.3])  # none for random sets
     assert "90% recall" in alarms.get_title(loc="left")
     assert figure.get_suptitle().endswith("prompts: heldout: 40, hard_negatives: 41")
+
+
+def streamed(edit: list[float], last: list[float]) -> pd.DataFrame:
+    """The residual stream's mean NIE, layer by layer, of a TE of 2."""
+    rows = [
+        site("layers", "layer_output", layer, position, mean=2 * share)
+        for position, shares in (("edit", edit), ("last", last))
+        for layer, share in enumerate(shares)
+    ]
+    return table(rows)
+
+
+def test_the_passage_from_the_edit_to_the_answer_is_told_by_layer() -> None:
+    sites = streamed([1.0, 0.95, 0.8, 0.3, 0.05, 0.02], [0.0, 0.12, 0.05, 0.4, 0.7, 1.0])
+    assert maps.passage(sites, TOTAL) == (
+        "Of TE, by the residual stream's mean NIE: 10%, 50%, 90% have left the changed words after layer 2, 3, 4; "
+        "10%, 50%, 90% have arrived where the answer is read after layer 3, 4, 5."
+    )
+    stuck = streamed([1.0] * LAYERS, [0.2] * LAYERS)
+    assert "have left the changed words after layer none, none, none" in maps.passage(stuck, TOTAL)
+    assert "answer is read after layer 0, none, none" in maps.passage(stuck, TOTAL)
+
+
+def test_without_a_total_effect_nothing_passes() -> None:
+    assert maps.passage(streamed([1.0], [0.0]), Estimate(8, 4, 0.1, -0.5, 0.7, "", 0.6)) == ""

@@ -8,7 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from test_sections import attacked, curve, gates, held, paths
 
-from remote_mediation.show import gate_figures
+from remote_mediation.analyses.attacks.show import attack_figure
+from remote_mediation.analyses.intervene.show import dose_figure
+from remote_mediation.analyses.neurons.figures import gate_figure
+from remote_mediation.analyses.paths.show import path_figure
 
 DOSES = {"nothing": 1.0, "gates times 0": 0.0}
 
@@ -33,7 +36,7 @@ def names(axis: Axes) -> list[str]:
 
 
 def test_the_curve_has_both_splits_and_marks_where_it_was_cut() -> None:
-    left, _ = panels(gate_figures.gate_figure(curve(), gates(), 0.8, "logits"))
+    left, _ = panels(gate_figure(curve(), gates(), 0.8, "logits"))
     assert drawn(left, "discovery") == [(1, 0.5), (2, 0.9), (16, 1.0)]
     assert drawn(left, "held out") == [(1, 0.4), (2, 0.88), (16, 1.0)]
     assert drawn(left, "chosen: 2")[0][0] == 2
@@ -42,7 +45,7 @@ def test_the_curve_has_both_splits_and_marks_where_it_was_cut() -> None:
 
 
 def test_the_gates_stand_beside_every_control_and_each_random_set_is_a_dot() -> None:
-    figure = gate_figures.gate_figure(curve(), gates(), 0.8, "logits")
+    figure = gate_figure(curve(), gates(), 0.8, "logits")
     assert figure.get_suptitle() == "The gate set: 2 neurons of layer 5"
     right = panels(figure)[1]
     assert names(right) == ["gates", "whole MLP", "earlier layer", "random sets"]
@@ -56,11 +59,11 @@ def test_the_gates_stand_beside_every_control_and_each_random_set_is_a_dot() -> 
 
 def test_controls_that_were_not_measured_have_no_row() -> None:
     few = gates()[lambda table: table["set"].isin(["gates", "mlp"])]
-    assert names(panels(gate_figures.gate_figure(curve(), few, 0.8, "logits"))[1]) == ["gates", "whole MLP"]
+    assert names(panels(gate_figure(curve(), few, 0.8, "logits"))[1]) == ["gates", "whole MLP"]
 
 
 def test_paths_have_a_row_for_all_that_was_frozen_with_nie_and_tie_side_by_side() -> None:
-    figure = gate_figures.path_figure(paths())
+    figure = path_figure(paths())
     (axis,) = panels(figure)
     assert names(axis) == ["MLPs", "attention"]
     assert drawn(axis, "NIE") == [(0.72, -0.125), (0.93, 0.875)]
@@ -72,7 +75,7 @@ def test_paths_have_a_row_for_all_that_was_frozen_with_nie_and_tie_side_by_side(
 
 
 def test_doses_are_in_order_with_the_plain_model_at_1() -> None:
-    outcome, judged = panels(gate_figures.dose_figure(held(), DOSES, "logits", 2.0))
+    outcome, judged = panels(dose_figure(held(), DOSES, "logits", 2.0))
     assert drawn(outcome, "harmful prompts") == [(0, -1.2), (1, 0)]
     assert drawn(judged, "harmful prompts") == [(0, 0.1), (1, 0.8)]
     assert drawn(judged, "harmless prompts") == [(0, 0.05), (1, 0.05)]
@@ -84,7 +87,7 @@ def test_doses_are_in_order_with_the_plain_model_at_1() -> None:
 
 
 def test_attacks_have_a_row_each_and_holding_has_a_panel_of_its_own() -> None:
-    carried, undone = panels(gate_figures.attack_figure(attacked(), "TE undone by holding"))
+    carried, undone = panels(attack_figure(attacked(), "TE undone by holding"))
     assert names(carried) == ["none", "role play", "checkpoint tuned"]
     assert [x for x, _ in drawn(carried, "NIE / TE")] == [0.9, 0.4, 0.88]
     assert [y for _, y in drawn(carried, "TIE / TE")] == [0.125, 1.125, 2.125]

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -12,42 +13,47 @@ import remote_mediation
 
 ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
-# `analyses.*` stands for every analysis that no other builds on. A new module needs a place here.
+# `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("analyses.claims", "dequantise", "engine", "engine.program", "errors", "meter"),
-    ("planted", "planted.words", "provenance", "records", "show"),
-    ("lock", "planted.canvas", "wheels"),
+    ("dequantise", "engine", "engine.program", "errors", "meter", "paths"),
+    ("planted", "planted.words", "prompts", "provenance", "records", "show"),
+    ("engine.exchange", "lock", "planted.canvas", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
-    ("placebo", "rates", "shares", "stats"),
+    ("lists", "placebo", "rates", "shares", "stats"),
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
-    ("analyses.claims.verdicts", "detectors", "judges", "models", "probes", "show.tables", "tokens"),
-    ("outcomes",),
-    ("config", "engine.coverage", "engine.rows", "openings"),
-    ("engine.budget",),
+    ("judges", "models", "probes", "show.tables", "tokens"),
+    ("outcomes", "show.section", "shown"),
+    ("config", "engine.coverage", "engine.rows"),
+    ("engine.budget", "openings", "texts"),
+    ("contents",),
     ("engine.payload",),
     ("engine.jobs",),
-    ("engine.answers", "engine.backend", "engine.tasks"),
+    ("engine.answers", "engine.backend", "engine.samples", "engine.tasks"),
+    ("runfiles",),
     ("effects", "store"),
-    ("lab",),
-    ("analyses.claims.samples", "analyses.claims.specification", "analyses.neurons"),
-    ("analyses.claims.handed", "analyses.claims.sparse", "analyses.claims.understanding", "analyses.intervene"),
+    ("checkup", "runner", "summary"),
+    ("lab", "progress"),
+    ("later", "show.figures"),
+    ("result",),
+    ("show.words",),
+    ("show.sites",),
     ("analyses.*",),
-    ("analyses", "summary"),
-    ("show.figures", "study"),
-    ("analyses.claims.show", "show.gate_figures"),
-    ("show.sections",),
+    ("analyses",),
+    ("study",),
     ("cost", "engine.local", "engine.remote", "report"),
     ("compare", "door", "planted.selfcheck"),
     ("cli",),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+# Analyses that others build on, from the ground up; every other one imports its own modules alone, and these.
+GROUND = ("analyses.neurons", "analyses.intervene")
 # Who may import what is slow to load: as the module is loaded, or only inside functions.
 HEAVY = ("nnsight", "torch", "transformers")
 AT_ONCE = {
     "engine.program": {"nnsight", "torch", "transformers"},
-    "engine.local": {"nnsight", "torch"},
+    "engine.local": {"nnsight", "torch", "transformers"},
     "engine.remote": {"nnsight", "torch"},
     "planted.canvas": {"torch", "transformers"},
     "planted.cases": {"torch", "transformers"},
@@ -94,6 +100,17 @@ def imports(tree: ast.AST, lazy: bool = False, typing: bool = False) -> Iterator
         yield from imports(node, inside, checked)
 
 
+def internal_imports(name: str) -> set[str]:
+    """Modules of ours that a module imports."""
+    found = {entry.target for entry in imports(TREES[name]) if entry.target.split(".")[0] == "remote_mediation"}
+    return {target.removeprefix("remote_mediation").removeprefix(".") for target in found}
+
+
+def room(name: str) -> str:
+    """The analysis that a module belongs to."""
+    return ".".join(name.split(".")[:2])
+
+
 def _file(module: str) -> str:
     return "/".join(module.split(".")[1:]) + ".py"
 
@@ -112,9 +129,27 @@ def test_every_module_has_a_place_and_every_place_a_module() -> None:
 @pytest.mark.parametrize("name", [name for name in TREES if name])
 def test_imports_come_from_below(name: str) -> None:
     own = RANK[place(name)]
-    found = {entry.target for entry in imports(TREES[name]) if entry.target.split(".")[0] == "remote_mediation"}
-    internal = {target.removeprefix("remote_mediation").removeprefix(".") for target in found}
-    assert [target for target in sorted(internal) if RANK.get(place(target), own) >= own] == []
+    internal = internal_imports(name)
+    within = {target for target in internal if place(target) == place(name) == "analyses.*"}
+    assert [target for target in sorted(internal - within) if RANK.get(place(target), own) >= own] == []
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if place(name) == "analyses.*"])
+def test_an_analysis_builds_on_few_others(name: str) -> None:
+    allowed = {room(name), *GROUND[: GROUND.index(room(name))]} if room(name) in GROUND else {room(name), *GROUND}
+    others = {room(target) for target in internal_imports(name) if place(target) == "analyses.*"}
+    assert others <= allowed
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if place(name) == "analyses.*"])
+def test_what_is_asked_knows_nothing_of_how_it_is_shown(name: str) -> None:
+    shown = {target for target in internal_imports(name) if target.startswith("show") or target.endswith(".show")}
+    assert not shown or name.endswith((".show", ".figures")) or name == room(name)
+
+
+def test_modules_of_an_analysis_have_no_circles() -> None:
+    rooms = {name: internal_imports(name) & set(TREES) - {name} for name in TREES if place(name) == "analyses.*"}
+    assert list(TopologicalSorter(rooms).static_order())
 
 
 def test_errors_import_nothing_and_the_program_nothing_of_ours() -> None:

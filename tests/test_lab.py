@@ -18,8 +18,9 @@ from remote_mediation.engine.jobs import Job, Keys
 from remote_mediation.engine.rows import Row, swap
 from remote_mediation.engine.tasks import Task, screen_tasks
 from remote_mediation.errors import JobError, LostJobError
-from remote_mediation.lab import MOST_TRIES, Lab, Study, UnmeasuredError
+from remote_mediation.lab import Lab, Study, UnmeasuredError
 from remote_mediation.pairs import PromptPair
+from remote_mediation.runner import MOST_TRIES
 from remote_mediation.sites import Site
 from remote_mediation.store import Store
 

@@ -5,7 +5,6 @@ A real HTTP server on loopback, fed with answers. The same against a real NDIF s
 
 from __future__ import annotations
 
-import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -19,17 +18,17 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from nnsight.intervention.backends.remote import RemoteError
+from small_ndif import KEY, packed
 from typer.testing import CliRunner
 
 from remote_mediation.cli import app
 from remote_mediation.engine import server as server_module
+from remote_mediation.engine.exchange import Server, plain
 from remote_mediation.engine.local import LocalBackend
-from remote_mediation.engine.remote import NdifBackend, Traffic, _CrashError, _Remote, _translated
-from remote_mediation.engine.server import Server, ask, plain, preflight, refuse_bad, server_from_environment
-from remote_mediation.errors import BackendError, JobError, LostJobError, PreflightError, TransportError
+from remote_mediation.engine.remote import NdifBackend, tensors_of
+from remote_mediation.engine.server import ask, preflight, refuse_bad, server_from_environment
+from remote_mediation.errors import LostJobError, PreflightError
 
-KEY = "11111111-2222-3333-4444-555555555555"
 ENV = {"python_version": "3.11.7 (main)", "packages": {"nnsight": "0.8.1"}}
 WORKING: dict[str, tuple[int, Any]] = {
     "/connected": (200, {"status": "connected"}),
@@ -118,6 +117,40 @@ def test_a_server_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_host_that_is_no_ndif_server(serve: Callable[..., Server], answers: dict[str, Any]) -> None:
     assert "check NDIF_HOST" in refusal(serve(answers))
+
+
+@pytest.mark.parametrize("content", [None, [], 3, True, "text"])
+@pytest.mark.parametrize("path", ["/connected", "/whoami"])
+def test_other_json_than_a_servers(serve: Callable[..., Server], path: str, content: Any) -> None:
+    said = refusal(serve({**WORKING, path: (200, json.dumps(content))}))
+    assert f" answers {path} with " in said
+    assert said.endswith("not as an NDIF server does; check NDIF_HOST")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, [], {"packages": 3}, {"packages": [1]}, {"packages": {"torch": None}}, {"python_version": 3}, {}],
+)
+def test_an_odd_env_stops_no_study(serve: Callable[..., Server], content: Any) -> None:
+    refuse_bad(preflight(serve({**WORKING, "/env": (200, json.dumps(content))}), "org/hot", ""))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, [], {}, {"deployments": None}, {"deployments": []}, {"deployments": {"a": None}}]
+    + [{"deployments": {"a": {name: value}}} for name in ("repo_id", "revision", "task") for value in (3, [1], {})]
+    + [{"deployments": {"a": {"application_state": [], "deployment_level": {}}}}],
+)  # fmt: skip
+def test_an_odd_status_stops_no_study(serve: Callable[..., Server], content: Any) -> None:
+    refuse_bad(preflight(serve({**WORKING, "/status": (200, json.dumps(content))}), "org/hot", ""))
+
+
+def test_what_a_server_says_cannot_steer_a_terminal(serve: Callable[..., Server]) -> None:
+    deployments = {"a": {"repo_id": "org/\x1b[2J\x07hot", "task": "\x9b31m"}}
+    serve({**WORKING, "/whoami": (200, {"email": "me\x1b]0;"}), "/status": (200, {"deployments": deployments})})
+    for command in (["status"], ["doctor"]):
+        said = CliRunner().invoke(app, command).output
+        assert not any(letter in said for letter in "\x1b\x07\x9b")
 
 
 @pytest.mark.parametrize(
@@ -228,45 +261,6 @@ def test_messages_of_a_server_in_one_plain_line(message: str, expected: str) -> 
     assert plain(message, KEY) == expected
 
 
-def _answer(status: int, url: str = "http://host/request") -> httpx.HTTPStatusError:
-    request = httpx.Request("POST", url)
-    return httpx.HTTPStatusError("", request=request, response=httpx.Response(status, request=request))
-
-
-def _raised_from(message: str, cause: Exception | None) -> RemoteError:
-    error = RemoteError(message)
-    error.__cause__ = cause
-    return error
-
-
-@pytest.mark.parametrize(
-    ("foreign", "ours"),
-    [
-        (_raised_from("Failed to send request: [Errno 111]", httpx.ConnectError("refused")), TransportError),
-        (_raised_from("Failed to send request: Internal server error.", _answer(500)), TransportError),
-        (_raised_from("Failed to send request: reconnecting", _answer(503)), TransportError),
-        (_raised_from("Failed to send request: slow down", _answer(429)), TransportError),
-        (_raised_from(f"Failed to send request: Invalid API key format: '{KEY}'", _answer(400)), PreflightError),
-        (_raised_from("Failed to send request: who are you", _answer(401)), PreflightError),
-        (_raised_from("Failed to send request: too large", _answer(413)), JobError),
-        (_raised_from("Traceback\nIndexError: out of range", None), JobError),
-        (_raised_from("Your job exceeded the execution timeout of 5s.", None), JobError),
-        (_raised_from("Error submitting request to model deployment. gone", None), _CrashError),
-        (_answer(500, "http://host/response/1"), TransportError),
-        (_answer(401, "http://host/response/1"), PreflightError),
-        (_answer(403, "http://store/1.pt"), LostJobError),
-        (_answer(404, "http://store/1.pt"), LostJobError),
-        (httpx.ReadTimeout("slow"), TransportError),
-    ],
-)
-def test_foreign_errors(foreign: Exception, ours: type[BackendError]) -> None:
-    with pytest.raises(BackendError) as caught, _translated(Server("http://host", KEY)):
-        raise foreign
-    assert type(caught.value) is ours
-    assert KEY not in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 # --- what comes back is read and not run ----------------------------------------------------------------------------
 
 
@@ -280,19 +274,9 @@ class Hostile:
         return Path.write_text, (self._path, "ran")
 
 
-def packed(content: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return zstandard.ZstdCompressor().compress(buffer.getvalue())
-
-
-def remote() -> _Remote:
-    return _Remote("key", Server("http://host", KEY), {}, "t1", lambda line: None, Traffic())
-
-
 def test_a_result_comes_back_as_it_was_sent() -> None:
     values = [torch.tensor([[1.5, -2.5]]), torch.empty(0, dtype=torch.bfloat16)]
-    (first, second) = remote().finalize(packed({"values": values}))["values"]
+    (first, second) = tensors_of(packed({"values": values}), "t1")
     np.testing.assert_array_equal(first.numpy(), values[0].numpy())
     assert second.dtype == torch.bfloat16
 
@@ -300,7 +284,7 @@ def test_a_result_comes_back_as_it_was_sent() -> None:
 def test_a_hostile_result_runs_nothing(tmp_path: Path) -> None:
     blob = packed({"values": [torch.zeros(1, 1)], "more": Hostile(tmp_path / "file")})
     with pytest.raises(LostJobError, match="the result of job t1 cannot be read as tensors alone"):
-        remote().finalize(blob)
+        tensors_of(blob, "t1")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -315,6 +299,7 @@ WHOLE = packed({"values": [torch.zeros(4, 4)]})
         WHOLE[: len(WHOLE) // 2],
         zstandard.ZstdCompressor().compress(b"no tensors"),
         zstandard.ZstdCompressor().compress(zstandard.ZstdDecompressor().decompress(WHOLE)[:-40]),
+        zstandard.ZstdCompressor().compressobj().compress(b"no size"),
         packed([torch.zeros(1)]),
         packed({"values": None}),
         packed({"values": torch.zeros(2, 2)}),
@@ -322,11 +307,11 @@ WHOLE = packed({"values": [torch.zeros(4, 4)]})
         packed({}),
         packed(None),
     ],
-    ids=["empty", "page", "cut", "text", "cut inside", "list", "null", "tensor", "strings", "nothing", "none"],
+    ids=["empty", "page", "cut", "text", "cut inside", "endless", "list", "null", "tensor", "strings", "no", "none"],
 )
 def test_a_damaged_result_is_a_lost_job(blob: bytes) -> None:
-    with pytest.raises(LostJobError, match=r"^the result of job t1 "), _translated(Server("http://host", KEY)):
-        remote().finalize(blob)
+    with pytest.raises(LostJobError, match=r"^the result of job t1 "):
+        tensors_of(blob, "t1")
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 from fakes import INFO, AdditiveBackend, token_pair
 
-from remote_mediation.analyses import neurons
+from remote_mediation.analyses import chosen
+from remote_mediation.analyses.neurons.ask import analyse
+from remote_mediation.analyses.neurons.search import SAMPLE, strengths
 from remote_mediation.config import StudyConfig
 from remote_mediation.errors import SiteError
 from remote_mediation.lab import Lab, Study
@@ -20,6 +22,7 @@ from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import ModelInfo
 from remote_mediation.store import Store
 from remote_mediation.study import first_requests
+from remote_mediation.summary import UNITS
 
 Weights = dict[tuple[int, int], float]
 LAYERS, PAIRS, TE = 6, 16, 10.0
@@ -38,7 +41,7 @@ class Searched(NamedTuple):
     def search(self) -> pd.DataFrame:
         return self.tables["search.csv"]
 
-    def units(self, analysis: str = neurons.UNITS) -> set[tuple[int, int]]:
+    def units(self, analysis: str = UNITS) -> set[tuple[int, int]]:
         found = self.lab.effects.query("analysis == @analysis")
         return {(int(layer), int(unit)) for layer, unit in zip(found["layer"], found["unit_start"], strict=True)}
 
@@ -88,8 +91,8 @@ def searched(tmp_path: Path) -> Search:
         hidden = made(unseen, info) if unseen else None
         backend = AdditiveBackend(weights, total, info, hidden, refuses_tasks=refuses_tasks)
         lab = Lab(study, Store(tmp_path / f"run{len(list(tmp_path.iterdir()))}"), backend)
-        lab.measure(first_requests(study))
-        return Searched(lab, backend, neurons.analyse(lab, {}))
+        lab.measure(first_requests(study, chosen(study.config.analyses)))
+        return Searched(lab, backend, analyse(lab, {}).tables)
 
     return run
 
@@ -105,7 +108,7 @@ def made(planted: Weights, info: ModelInfo) -> np.ndarray:
 @pytest.mark.parametrize("search", SEARCHES)
 def test_exactly_the_planted_neurons_are_found(searched: Search, search: str, sign: float) -> None:
     found = searched(GATES, search, sign=sign)
-    strong = neurons.strengths(found.lab.effects.query("analysis == @neurons.UNITS"))
+    strong = strengths(found.lab.effects.query("analysis == @UNITS"))
     assert {(layer, unit) for layer, unit, _ in strong[strong > 0.05 * TE].index} == set(GATES)
     assert [(layer, unit) for layer, unit, _ in strong.index[:3]] == [(4, 6), (2, 44), (4, 45)]
     assert strong.iloc[0] == pytest.approx(4.0, rel=0.1)
@@ -233,13 +236,11 @@ def test_gradients_rank_and_exact_rows_confirm(searched: Search) -> None:
     assert (others["sites"], others["pairs"], others["kept"], others["missed"]) == (8, PAIRS // 2, 0, 0.0)
     assert 0 < others["missed_high"] < LAYERS * 64
     assert set(GATES) < found.units()
-    assert found.units().isdisjoint(found.units(neurons.SAMPLE))
-    assert {(layer, unit) for layer, unit in found.units(neurons.SAMPLE)} <= {
-        (a, b) for a in range(6) for b in range(64)
-    }
+    assert found.units().isdisjoint(found.units(SAMPLE))
+    assert {(layer, unit) for layer, unit in found.units(SAMPLE)} <= {(a, b) for a in range(6) for b in range(64)}
     splits = found.lab.effects.groupby("analysis")["split"].unique().map(set)
-    assert splits[neurons.UNITS] == {"discovery", HELD_OUT}
-    assert splits[neurons.SAMPLE] == {"discovery"}
+    assert splits[UNITS] == {"discovery", HELD_OUT}
+    assert splits[SAMPLE] == {"discovery"}
     assert sum(job.task == "screen" for job in found.backend.collected) == 1
     profile = found.tables["sparsity.csv"].set_index("layer")
     assert profile["by"].unique().tolist() == ["attribution patching"]
@@ -257,7 +258,7 @@ def test_what_gradients_do_not_see_is_estimated_from_a_sample(searched: Search) 
 def test_only_the_layers_asked_for_are_searched(searched: Search) -> None:
     for search in SEARCHES:
         found = searched(GATES, search, layers=[2, 3], exact=80)
-        assert {layer for layer, _ in found.units() | found.units(neurons.SAMPLE)} <= {2, 3}
+        assert {layer for layer, _ in found.units() | found.units(SAMPLE)} <= {2, 3}
         assert found.set("gates") == [(2, [44])]
 
 

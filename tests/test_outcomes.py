@@ -68,7 +68,7 @@ def test_tokens_of_logit_diff() -> None:
     ("plus", "minus", "message"),
     [
         (["sure yes"], ["no"], r"'sure yes' is 2 tokens \['sure', 'yes'\], not one; mind the leading space"),
-        (["sure"], [""], r"'' is 0 tokens \[\], not one"),
+        (["sure"], [""], "logit_diff: '' has no tokens behind the prompt"),
         (["sure"], [], r"needs at least one token in each of `plus` and `minus`"),
         ([], ["no"], r"needs at least one token in each of `plus` and `minus`"),
         (["sure", "yes"], ["no", "yes"], r"token 'yes' is in both `plus` and `minus`"),

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from remote_mediation.analyses import intervene, paths
+from remote_mediation.analyses.intervene import ask as intervene
+from remote_mediation.analyses.paths import ask as paths
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.planted.gate import Organism, Planted, planted_gate, save
@@ -108,7 +109,7 @@ def test_the_gate_set_is_what_was_planted(planted: Studied) -> None:
     assert random[["nie_share", "tie_share"]].abs().median().max() < 0.02
     apart = [not set(planted.gate.units) & set(map(int, units.split())) for units in random["units"]]
     assert random.loc[apart, ["nie_share", "tie_share"]].abs().max().max() < 0.1
-    mediators = planted.result.summary.mediators.query("mediates and layer == @planted.gate.layer")
+    mediators = planted.result.tables["mediators.csv"].query("mediates and layer == @planted.gate.layer")
     assert set(mediators["unit"]) == set(planted.gate.units)
 
 
@@ -201,4 +202,4 @@ def test_without_a_gate_nothing_is_claimed_or_repaired(study: Study) -> None:
         held = found.table("intervene", "held", "prompts").loc[(name, "harmful")]
         assert abs(held["change"]) < 0.3  # of a TE of 6; distractors hear a little of harm
         assert held["complied"] == found.table("intervene", "held", "prompts").loc[("nothing", "harmful"), "complied"]
-    assert not found.result.summary.mediators["mediates"].any()
+    assert not found.result.tables["mediators.csv"]["mediates"].any()

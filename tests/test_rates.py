@@ -118,3 +118,40 @@ class TestCorrectedRate:
         found = rates.corrected_rate(known(0.4, NaN, NaN), known(0.9, 0.8, 1.0), known(0.9, 0.8, 1.0))
         assert math.isnan(found.value)
         assert "has no interval" in found.reason
+
+
+class TestCorrectedDifference:
+    def test_by_hand(self) -> None:
+        found = rates.corrected_difference(known(-0.35, -0.5, -0.25), known(0.9, 0.8, 0.95), known(0.8, 0.75, 0.9))
+        assert found.value == pytest.approx(-0.5)
+        down = [0.15 / 0.7, 0.5 / 0.7 * 0.1, 0.5 / 0.7 * 0.05]
+        up = [0.1 / 0.7, 0.5 / 0.7 * 0.05, 0.5 / 0.7 * 0.1]
+        assert (found.low, found.high) == pytest.approx((-0.5 - math.hypot(*down), -0.5 + math.hypot(*up)))
+
+    def test_is_the_difference_of_corrected_rates(self) -> None:
+        errors = known(0.9, 0.8, 0.95), known(0.8, 0.75, 0.9)
+        one, other = (rates.corrected_rate(known(value, 0.2, 0.7), *errors).value for value in (0.6, 0.4))
+        found = rates.corrected_difference(known(0.2, 0.1, 0.3), *errors)
+        assert found.value == pytest.approx(one - other)
+
+    def test_is_cut_to_what_a_difference_can_be(self) -> None:
+        found = rates.corrected_difference(known(0.8, 0.7, 0.9), known(0.8, 0.75, 0.85), known(0.8, 0.75, 0.85))
+        assert (found.value, found.high) == (1.0, 1.0)
+        assert found.low < 1
+
+    def test_needs_a_judge_that_tells(self) -> None:
+        found = rates.corrected_difference(known(0.2, 0.1, 0.3), known(0.5, 0.4, 0.6), known(0.7, 0.6, 0.8))
+        assert math.isnan(found.value)
+        assert "not above 1.2" in found.reason
+
+    def test_covers_the_true_difference(self) -> None:
+        generator, covered = np.random.default_rng(3), 0
+        truth, sensitivity, specificity = (0.7, 0.2), 0.85, 0.9
+        chances = [rate * sensitivity + (1 - rate) * (1 - specificity) for rate in truth]
+        for _ in range(600):
+            one, other = (generator.random(60) < chance for chance in chances)
+            hits = generator.binomial(80, [sensitivity, specificity])
+            (observed,) = stats.estimate_means([one.astype(float) - other], np.arange(60), generator, 199)
+            found = rates.corrected_difference(observed, *(stats.wilson(int(hit), 80) for hit in hits))
+            covered += found.low <= truth[0] - truth[1] <= found.high
+        assert 0.92 <= covered / 600 <= 0.985

@@ -115,3 +115,10 @@ def test_xstest_is_paired_by_id_and_checked_by_focus(tmp_path: Path) -> None:
         row["id"] = str(number)
     with pytest.raises(PairsError, match="do not belong together"):
         load_pairs(written("renumbered.csv"))
+
+
+def test_half_an_xstest_is_refused(tmp_path: Path) -> None:
+    lines = (CASES / "10-xstest/in_order.csv").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "half.csv").write_text("".join(lines[:7]), "utf-8")
+    with pytest.raises(PairsError, match=r"half\.csv has 4 prompts of type 'homonyms' and 2 of 'contrast_homonyms'"):
+        load_pairs(str(tmp_path / "half.csv"))

@@ -9,21 +9,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
 from remote_mediation import report as report_module
-from remote_mediation.analyses.neurons import UNITS
+from remote_mediation.analyses import chosen
+from remote_mediation.analyses.claims.ask import SET_COLUMNS
+from remote_mediation.analyses.neurons.ask import mediators
 from remote_mediation.config import StatisticsSettings, StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS
+from remote_mediation.lab import Study
 from remote_mediation.outcomes import Outcome, OutcomeName
 from remote_mediation.report import MEANINGS, PairText, terminal_summary, write_report
+from remote_mediation.result import Analysis, Result
 from remote_mediation.show.tables import markdown_table
 from remote_mediation.sites import ModelInfo
 from remote_mediation.store import Store
-from remote_mediation.study import Result, Study
-from remote_mediation.summary import SUMMARY_COLUMNS, Identity, summarise
+from remote_mediation.summary import SUMMARY_COLUMNS, UNITS, Identity, summarise
 from remote_mediation.tokens import Refusal, TokenPair
 
 CLUSTERS = 16
@@ -123,7 +127,9 @@ def _record(pair: int, site: Planted, te: float) -> dict[str, Any]:
     }
 
 
-def result(table: pd.DataFrame, refusals: Sequence[Refusal] = (), **settings: Any) -> Result:
+def result(
+    table: pd.DataFrame, refusals: Sequence[Refusal] = (), more: tuple[Analysis, ...] = (), **settings: Any
+) -> Result:
     """The table as a measured study; pair p0 alone has prompts of unequal length."""
     logits = {"plus": ["a"], "minus": ["b"]}
     by = StatisticsSettings(resamples=200)
@@ -132,7 +138,16 @@ def result(table: pd.DataFrame, refusals: Sequence[Refusal] = (), **settings: An
     ids = list(dict.fromkeys(table["pair_id"]))
     pairs = tuple(TokenPair(name, "c", "theft", (1, 2, 3), (1, 4, 3)[: 3 - (name == "p0")], 1, 1, 0) for name in ids)
     study = Study(config, INFO, Outcome(config.outcome, (1,), (2,)), pairs, tuple(refusals))
-    return Result(study, table, {}, summarise(table, set(ids) - {"p0"}, LAYERS, config.seed, config.statistics))
+    summary = summarise(table, set(ids) - {"p0"}, LAYERS, config.seed, config.statistics)
+    tables = {}
+    if UNITS in set(table["analysis"]):
+        tables["mediators.csv"] = mediators(table, summary.total, lambda: np.random.default_rng(0), config.statistics)
+    return Result(study, table, tables, summary, more or chosen(named(table)))
+
+
+def named(table: pd.DataFrame) -> list[str]:
+    """The analyses of an effects table."""
+    return [name for name in dict.fromkeys(table["analysis"].str.partition(":")[0]) if name != "checks"]
 
 
 @pytest.fixture
@@ -220,16 +235,19 @@ def test_an_absent_effect_is_said_first_and_leaves_every_share_undefined(store: 
 
 def test_harmful_prompts_that_lower_the_outcome_are_not_called_harmful(store: Store) -> None:
     first = answer(written(store, result(effects(modules(), lambda pair: -strong(pair)))))
-    assert first.startswith("**This run maps where the refusal acts in planted; it tests no claim.** They lower")
+    said = "**This run maps where the refusal acts in planted; it tests no claim.** The harmful prompts lower"
+    assert first.startswith(said)
 
 
 def test_verdicts_are_the_first_sentence() -> None:
     said = ["supported", "not supported", "supported", "undecided", "supported, of any edit"]
     claims = pd.DataFrame({"number": range(1, 6), "claim": "it", "said": said, "why": "so"})
-    first = report_module._answer(result(effects(modules()))._replace(tables={"claims.csv": claims}))
+    sets = pd.DataFrame(columns=list(SET_COLUMNS)).astype({"decides": bool})
+    found = result(effects(modules()), more=chosen(["claims", "modules"]))
+    first = report_module._answer(dataclasses.replace(found, tables={"claims.csv": claims, "sets.csv": sets}))
     assert first.startswith(
-        "**Where in planted is harmful text decided? claims 1, 3 supported; claim 2 not supported; claim 4 undecided; "
-        "claim 5 supported, of any edit.**"
+        "**Where in planted is harmful text decided? claim 1, claim 3: supported; claim 2: not supported; "
+        "claim 4: undecided; claim 5: supported, of any edit.**"
     )
 
 
@@ -372,14 +390,17 @@ def test_sites_that_follow_by_construction_are_neither_ranked_nor_drawn(store: S
     assert "![" not in checks_only
 
 
-def test_a_granularity_without_a_figure_still_has_its_table(store: Store) -> None:
-    part = section(written(store, result(effects([carries("paths", "mlp_output", 1, "all", 0.3)]))), "paths")
+def test_an_analysis_without_sections_still_has_a_table_of_its_sites(store: Store) -> None:
+    mine = Analysis("mine", sites=lambda config, info, pair: [])
+    found = result(effects([carries("mine", "mlp_output", 1, "all", 0.3)]), more=(mine,))
+    part = section(written(store, found), "mine")
     assert rows(part)[1][0] == "MLP, layer 1 at 'all'"
     assert "![" not in part
 
 
 def with_deviation(found: Result, deviation: float, n: int = 5) -> Result:
-    return found._replace(summary=dataclasses.replace(found.summary, identities=(Identity("NDE = 0", n, deviation),)))
+    summary = dataclasses.replace(found.summary, identities=(Identity("NDE = 0", n, deviation),))
+    return dataclasses.replace(found, summary=summary)
 
 
 @pytest.mark.parametrize(
@@ -435,8 +456,8 @@ def test_the_terminal_shows_the_answer_verdicts_sites_and_where_the_report_lies(
     console.print(terminal_summary(found, path))
     text = console.export_text(clear=False)
     assert "This run maps where harmful text acts in planted; it tests no claim." in " ".join(text.split())
-    assert "MLP, layer 3 at 'all'" in text
-    assert "residual stream, layer 1 at 'edit[-1]'" in text
+    assert "MLP, layer 3 at 'all'" in " ".join(text.split())
+    assert "residual stream, layer 1 at 'edit[-1]'" in " ".join(text.split())
     assert str(path) in text.replace("\n", "")
 
 

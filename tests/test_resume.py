@@ -80,7 +80,8 @@ def test_a_study_in_which_every_job_fails_has_no_effects(pairs: Path, tmp_path: 
     names = [record["id"] for record in records()]
     result = run(config(pairs, **searched), CannedBackend({}, refuses=names), tmp_path / "run")
     assert result.effects.empty
-    assert set(result.tables) == {"search.csv", "sparsity.csv"}
+    assert set(result.tables) == {"search.csv", "sparsity.csv", "mediators.csv"}
+    assert result.tables["mediators.csv"].empty
     assert set(Store.open(tmp_path / "run").failures()) == set(names)
 
 
@@ -277,3 +278,24 @@ def test_what_cannot_be_measured_leaves_no_run_folder(
     with pytest.raises(error, match=message):
         run(config(file, **settings), CannedBackend({}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("outcome", ["response_logprob", "refusal"])
+def test_pairs_that_were_changed_are_refused_and_made_anew_where_they_are_gone(
+    pairs: Path, tmp_path: Path, outcome: str
+) -> None:
+    study, folder = config(pairs, outcome=outcome, analyses=["layers"]), tmp_path / "run"
+    effects = run(study, CannedBackend({}), folder).effects
+    written = (folder / "pairs.jsonl").read_text("utf-8")
+    (folder / "pairs.jsonl").write_text(written.replace("steal-car", "steal-van"))
+    for use in (lambda: run(study, CannedBackend({}), folder), lambda: reread(Store.open(folder))):
+        with pytest.raises(StoreError, match=r"pairs.jsonl is not as this run wrote it .*; put it back, or delete it"):
+            use()
+    (folder / "pairs.jsonl").unlink()
+    with pytest.raises(StoreError, match=r"pairs.jsonl is gone; run the study again, which makes it anew"):
+        reread(Store.open(folder))
+    later = CannedBackend({})
+    pd.testing.assert_frame_equal(run(study, later, folder).effects, effects)
+    assert later.collected == []
+    assert (folder / "pairs.jsonl").read_text("utf-8") == written
+    pd.testing.assert_frame_equal(reread(Store.open(folder)).effects, effects)

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from remote_mediation.analyses import EVERY as ANALYSES
+from remote_mediation.analyses import chosen
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS
 from remote_mediation.lab import Study
 from remote_mediation.outcomes import Outcome
-from remote_mediation.show.sections import COLUMNS, Part, csv_tables, overview, sections
+from remote_mediation.report import csv_tables, overview, sections
+from remote_mediation.result import Result
+from remote_mediation.show.section import Section
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import Estimate
-from remote_mediation.study import Result
 from remote_mediation.summary import SUMMARY_COLUMNS, Summary
 
 NaN = math.nan
 INFO = ModelInfo("planted", "", "llama", 6, 8, 16, 2, 2, 4, 50, True, True, (), None)
 EVERY = ["neurons", "detect", "paths", "intervene", "attacks", "monitor"]
+COLUMNS = {name: columns for one in ANALYSES for name, columns in one.columns.items()}
 TITLES = ["Gate neurons", "Early understanding", "Paths", "Repair", "Circumvention", "Monitor"]
 TOTAL = Estimate(8, 8, 2.0, 1.5, 2.5, "", 0.01)
 FLAT = Estimate(8, 8, 0.1, -0.5, 0.7, "", 0.6)
@@ -229,16 +234,16 @@ def result(found: dict[str, pd.DataFrame], total: Estimate = TOTAL, spread: floa
         | settings
     )
     study = Study(config, INFO, Outcome("logit_diff", (1,), (2,)), (), ())
-    summary = Summary(acting(), total, None, None, None, pd.DataFrame(), ())
-    return Result(study, effects(total.value, spread), found, summary)
+    summary = Summary(acting(), total, ())
+    return Result(study, effects(total.value, spread), found, summary, chosen(config.analyses))
 
 
-def part(title: str, found: Result) -> Part:
-    return next(one for one in sections(found).values() if one.title == title)
+def part(title: str, found: Result) -> Section:
+    return next(one for one in sections(found) if one.title == title)
 
 
 def text(title: str, found: Result) -> str:
-    return part(title, found).markdown("figures/x.png")
+    return part(title, found).markdown()
 
 
 def rows(markdown: str) -> dict[str, list[str]]:
@@ -248,9 +253,12 @@ def rows(markdown: str) -> dict[str, list[str]]:
 
 
 def test_sections_come_in_order_and_only_where_asked_for() -> None:
-    assert [one.title for one in sections(result(tables())).values()] == TITLES
-    assert [one.title for one in sections(result(tables(), analyses=["paths", "layers"])).values()] == ["Paths"]
-    assert all(one.figure and "![" in one.markdown("x.png") for one in sections(result(tables())).values())
+    assert [one.title for one in sections(result(tables()))] == ["Total effect", *TITLES]
+    assert [one.title for one in sections(result(tables(), analyses=["paths", "detect"]))] == [
+        "Total effect",
+        *TITLES[1:3],
+    ]
+    assert all(one.figure and "![" in one.markdown() for one in sections(result(tables()))[1:])
 
 
 @pytest.mark.parametrize("title", [title for title in TITLES if title != "Early understanding"])
@@ -267,7 +275,7 @@ def test_probes_stand_without_a_total_effect_but_say_nothing_of_acting() -> None
     found = part("Early understanding", result(tables(), FLAT))
     assert "There is no total effect to mediate" in found.finding
     assert "before it acts cannot be asked" in found.finding
-    assert rows(found.markdown(""))["'last'"][-1] == "none found"
+    assert rows(found.markdown())["'last'"][-1] == "none found"
 
 
 @pytest.mark.parametrize(("title", "use"), [("Repair", "hold"), ("Circumvention", "hold"), ("Monitor", "watch")])
@@ -358,7 +366,7 @@ def test_probes_stand_beside_the_layer_that_acts() -> None:
     assert "At 'last' harm is readable from layer 2 on and acts from layer 3 on" in found
     assert "(before)" in found
     bare = result(tables())
-    unmeasured = bare._replace(summary=Summary(acting().iloc[:0], TOTAL, None, None, None, pd.DataFrame(), ()))
+    unmeasured = replace(bare, summary=Summary(acting().iloc[:0], TOTAL, ()))
     assert "where it acts was not measured there (undecided)" in text("Early understanding", unmeasured)
 
 
@@ -424,20 +432,28 @@ def test_overlapping_rates_are_not_told_apart() -> None:
 
 def test_where_te_is_negative_the_gates_carry_refusal_and_nothing_is_repaired() -> None:
     found = result(tables(gates=gates(-1), intervene=held(0.1, 0.8, sign=-1)), LOWERS)
-    made = sections(found)
+    made = {one.name: one for one in sections(found)}
     titles = [one.title for one in made.values()]
-    assert titles == ["Removing refusal" if title == "Repair" else title for title in TITLES]
+    assert titles == ["Total effect", *("Removing refusal" if title == "Repair" else title for title in TITLES)]
     for name in ("gates", "repair", "attacks"):
-        assert "holding them at their harmless mean removes refusal" in made[name].finding
-        assert "That is how safety training is circumvented" in made[name].finding
-        assert "repair" not in made[name].markdown("").lower()
+        assert "Holding them at their harmless mean works against it" in made[name].finding
+        assert ("removes refusal" in made[name].finding) == (name == "repair")
+        assert "repair" not in made[name]._replace(figure=None).markdown().lower()
         assert "Benefit" not in made[name].did
     assert "its NIE (sufficient) and its TIE (necessary) lie clear of 0" in made["gates"].finding
     assert "0 reach its NIE (p = 0.2)" in made["gates"].finding
     assert "changes by 1.7 [1.6, 1.8] logits, which undoes 85% of TE" in made["repair"].finding
-    assert "refusal" not in "".join(one.markdown("") for one in sections(result(tables())).values()).replace(
+    assert "refusal" not in "".join(one.markdown() for one in sections(result(tables()))[1:]).replace(
         "refusal-phrases", ""
     )
+
+
+@pytest.mark.parametrize(("plain", "with_gates"), [(0.1, 0.25), (0.8, 0.1), (0.0, 0.0)])
+def test_refusal_is_said_to_be_removed_only_where_more_answers_comply(plain: float, with_gates: float) -> None:
+    found = result(tables(gates=gates(-1), intervene=held(plain, with_gates, sign=-1)), LOWERS)
+    made = {one.name: one for one in sections(found)}
+    assert made["repair"].title == "Working against refusal"
+    assert not any("removes refusal" in one.finding for one in made.values())
 
 
 def test_attacks_are_counted_by_their_intervals() -> None:
@@ -469,13 +485,13 @@ def test_the_monitor_is_compared_by_intervals() -> None:
 def test_csv_tables_have_every_documented_column_in_order() -> None:
     shuffled = {name: one[one.columns[::-1]] for name, one in tables().items()}
     written = csv_tables(result(shuffled))
-    assert set(written) == set(shuffled)  # the tables of the claims are held to their columns in test_claim_sets.py
-    assert all(list(one.columns) == list(COLUMNS[name]) for name, one in written.items())
+    assert set(written) == {"effects.csv", "summary.csv", *shuffled}
+    assert all(list(one.columns) == list(COLUMNS[name]) for name, one in written.items() if name in shuffled)
 
 
 def test_the_terminal_has_a_line_for_every_section() -> None:
-    found = overview(sections(result(tables())).values())
-    assert [row[0] for row in found.rows] == TITLES
-    assert found.rows[0][1] == "2 of 16 neurons of layer 5; held out NIE 1.6 [1.5, 1.7] and TIE 1.4 [1.3, 1.5] logits"
-    stopped = overview(sections(result(tables(), FLAT)).values())
+    found = overview(sections(result(tables())))
+    assert [row[0] for row in found.rows] == ["total", "gates", "probes", "paths", "repair", "attacks", "monitor"]
+    assert found.rows[1][1] == "2 of 16 neurons of layer 5; held out NIE 1.6 [1.5, 1.7] and TIE 1.4 [1.3, 1.5] logits"
+    stopped = overview(sections(result(tables(), FLAT)))
     assert "no total effect" in stopped.rows[-1][1]

@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import INFO, LOGITS, token_pair
+from typer.testing import CliRunner
 
+from remote_mediation.checkup import check_run
+from remote_mediation.cli import app
 from remote_mediation.engine.jobs import Job, Part, Readout
 from remote_mediation.engine.rows import Row, Scale, Write
 from remote_mediation.errors import StoreError
@@ -176,7 +179,8 @@ def test_the_record_is_readable_json(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "run", {})
     store.save_record({"study": {"b": 1, "a": INFO.name}, "outcome": LOGITS.plus})
     text = (tmp_path / "run/run.json").read_text("utf-8")
-    assert json.loads(text) == {"study": {"b": 1, "a": "tiny"}, "outcome": [5, 6]}
+    found = json.loads(text)
+    assert {name: found[name] for name in ("study", "outcome")} == {"study": {"b": 1, "a": "tiny"}, "outcome": [5, 6]}
     assert text.endswith("}\n")
     assert text.index('"a"') < text.index('"b"')
 
@@ -332,3 +336,226 @@ def test_a_readout_is_never_unpickled(file: Path, caplog: pytest.LogCaptureFixtu
         content = {**data, "keys": data["keys"].astype(object)}
     np.savez(file, **content)
     damaged(file, caplog)
+
+
+# --- and so are all other files ---------------------------------------------------------------------------------------
+
+SPOILS = {
+    "empty": lambda whole: b"",
+    "blank": lambda whole: b" \n",
+    "cut": lambda whole: whole[: len(whole) // 2],
+    "garbage": lambda whole: b"\x80\x04N.",
+    "no UTF-8": lambda whole: whole[:9] + b"\xff" + whole[9:],
+    "null": lambda whole: b"null",
+    "list": lambda whole: b"[1]",
+    "number": lambda whole: b"3",
+    "deep": lambda whole: b"[" * 100_000,
+    "another program's": lambda whole: b'{"epochs": 3}',
+}
+spoilt = pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
+
+
+def flips(whole: bytes) -> Iterator[bytes]:
+    """A file with one bit flipped, in turn all over it."""
+    for place in range(0, len(whole), max(1, len(whole) // 60)):
+        changed = bytearray(whole)
+        changed[place] ^= 0x04
+        yield bytes(changed)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """A run folder with a file of every kind."""
+    store = begun(tmp_path / "run", model="m", seed=0)
+    store.save_record({**store.record(), "config": {"seed": 0}, "seconds": 1.5})
+    store.save_prepared(Prepared((token_pair("a"), token_pair("b")), (Refusal("c", "why"),)))
+    store.save_prepared(Prepared((token_pair("a~placebo"),), ()), "placebos")
+    store.save_ticket("t1", job("k1", "k2", "k3"))
+    store.save_readout(job("k4", "k5"), readout([1.0], [2.0]))
+    store.save_failure("a", "no memory")
+    store.save_note("openings", [[1, 2], [3.5]])
+    return tmp_path / "run"
+
+
+@spoilt
+def test_a_spoilt_record_is_refused(full: Path, spoil: Any) -> None:
+    path = full / "run.json"
+    path.write_bytes(spoil(path.read_bytes()))
+    for use in (lambda: Store.open(full), lambda: Store.create(full, {"model": "m", "seed": 0})):
+        with pytest.raises(StoreError, match=r"run\.json.*choose another folder$"):
+            use()
+
+
+def test_no_flipped_bit_and_no_edit_of_a_record_passes(full: Path) -> None:
+    path = full / "run.json"
+    whole, known = path.read_bytes(), Store.open(full).record()
+    for changed in [*flips(whole), whole.replace(b'"seed": 0', b'"seed": 1'), whole.replace(b'"digest"', b'"other"')]:
+        path.write_bytes(changed)
+        with pytest.raises(StoreError, match=r"choose another folder$"):
+            Store.open(full)
+    path.write_bytes(json.dumps(json.loads(whole)).encode())  # laid out otherwise
+    assert Store.open(full).record() == known
+
+
+@spoilt
+@pytest.mark.parametrize("name", ["pairs", "placebos"])
+def test_spoilt_pairs_are_refused(full: Path, name: str, spoil: Any) -> None:
+    path = full / f"{name}.jsonl"
+    whole, known = path.read_bytes(), Store.open(full).prepared(name)
+    path.write_bytes(spoil(whole))
+    with pytest.raises(StoreError, match=rf"{name}.jsonl is not as this run wrote it .*; put it back, or delete it"):
+        Store.open(full).prepared(name)
+    path.unlink()
+    assert Store.open(full).prepared(name) is None
+    assert Store.open(full).missing() == [path.name]
+    path.write_bytes(whole)
+    assert Store.open(full).prepared(name) == known
+
+
+def test_no_edit_of_pairs_passes(full: Path) -> None:
+    path = full / "pairs.jsonl"
+    whole = path.read_bytes()
+    for changed in [*flips(whole), whole + whole, b"".join(whole.splitlines(True)[1:])]:
+        path.write_bytes(changed)
+        with pytest.raises(StoreError, match="is not as this run wrote it"):
+            Store.open(full).prepared()
+
+
+def test_pairs_of_a_run_that_was_killed_between_two_files_are_read(full: Path) -> None:
+    store, before = Store.open(full), (full / "pairs.jsonl").read_bytes()
+    later = Prepared((token_pair("a", answers=((1,), (2,))), token_pair("b")), ())
+    store.save_prepared(later)
+    assert store.prepared() == later
+    (full / "pairs.jsonl").write_bytes(before)  # `run.json` was written, and these were not
+    assert Store.open(full).prepared() == Prepared((token_pair("a"), token_pair("b")), (Refusal("c", "why"),))
+
+
+@spoilt
+def test_a_folder_of_an_older_version_is_read_and_its_pairs_are_doubted(full: Path, spoil: Any) -> None:
+    record = json.loads((full / "run.json").read_text("utf-8"))
+    (full / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("digest", "digests")}))
+    (full / "notes/openings.json").write_text("[[1, 2], [3.5]]")
+    store = Store.create(full, {"model": "m", "seed": 0})
+    assert store.note("openings") == [[1, 2], [3.5]]
+    prepared = store.prepared()
+    assert prepared
+    store.save_prepared(prepared)
+    assert Store.open(full).bound().keys() == {"pairs.jsonl"}
+    path = full / "placebos.jsonl"
+    path.write_bytes(spoil(path.read_bytes()))
+    if path.read_bytes().strip():
+        with pytest.raises(StoreError, match=r"placebos.jsonl is not as this run wrote it"):
+            store.prepared("placebos")
+
+
+@spoilt
+def test_a_spoilt_ticket_is_set_aside(full: Path, caplog: pytest.LogCaptureFixture, spoil: Any) -> None:
+    path = full / f"submitted/{job('k1', 'k2', 'k3').id}.json"
+    path.write_bytes(spoil(path.read_bytes()))
+    assert Store.open(full).submitted() == []
+    assert path.with_name(f"{path.name}.bad").exists()
+    assert "to be made anew" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"keys": ["k1"]},
+        {"keys": ["k1", "k2", "k4"]},
+        {"keys": 3},
+        {"ticket": 3},
+        {"rows": "x"},
+        {"lengths": ["1"]},
+        {"x": 1},
+    ],
+    ids=str,
+)
+def test_an_edited_ticket_is_set_aside(full: Path, edit: dict[str, Any]) -> None:
+    path = full / f"submitted/{job('k1', 'k2', 'k3').id}.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **edit}))
+    assert Store.open(full).submitted() == []
+
+
+@spoilt
+def test_spoilt_failures_are_set_aside(full: Path, spoil: Any) -> None:
+    path = full / "failures.json"
+    path.write_bytes(spoil(path.read_bytes()))
+    store = Store.open(full)
+    assert store.failures() == {}
+    store.save_failure("b", "why")
+    assert store.failures() == {"b": "why"}
+
+
+@pytest.mark.parametrize("name", ["empty", "blank", "cut", "garbage", "no UTF-8", "deep"])
+def test_a_spoilt_note_is_set_aside(full: Path, name: str) -> None:
+    path = full / "notes/openings.json"
+    path.write_bytes(SPOILS[name](path.read_bytes()))
+    assert Store.open(full).note("openings") is None
+    assert path.with_name(f"{path.name}.bad").exists()
+
+
+def test_no_flipped_bit_changes_a_note(full: Path) -> None:
+    path = full / "notes/openings.json"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 0x01
+        path.write_bytes(changed)
+        found = Store.open(full).note("openings")
+        # A name that is no longer "note" or "checksum" makes it a note of an older version, of another form.
+        assert found in (None, [[1, 2], [3.5]]) or set(found) != {"note", "checksum"}
+
+
+@pytest.mark.parametrize("kind", ["pairs.jsonl", "readouts", "notes", "submitted", "failures.json"])
+def test_a_file_that_may_not_be_read_is_named(full: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> bytes:
+        if kind in path.as_posix():
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(path)
+
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    store = Store.open(full)
+    reads = {"pairs.jsonl": store.prepared, "readouts": store.values, "submitted": store.submitted}
+    reads |= {"notes": lambda: store.note("openings"), "failures.json": store.failures}
+    with pytest.raises(StoreError, match=rf"{kind}.*Permission denied"):
+        reads[kind]()
+    assert not list(full.rglob("*.bad"))
+
+
+# --- what is whole --------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_run(full: Path) -> None:
+    states = check_run(full)
+    assert all(state.whole for state in states)
+    assert {state.name.split("/")[0] for state in states} == {
+        *("run.json", "pairs.jsonl", "placebos.jsonl", "failures.json"),
+        *("submitted", "readouts", "notes"),
+    }
+    found = CliRunner().invoke(app, ["check-run", str(full)])
+    assert (found.exit_code, found.output) == (0, "7 of 7 files are whole\n")
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "failures.json", "submitted", "readouts", "notes"])
+def test_a_run_that_is_not_whole(full: Path, name: str) -> None:
+    path = full / name if "." in name else next((full / name).iterdir())
+    path.write_bytes(path.read_bytes()[:20])
+    before = {path: path.read_bytes() for path in full.rglob("*.*")}
+    (bad,) = [state for state in check_run(full) if not state.whole]
+    assert bad.name == path.relative_to(full).as_posix()
+    found = CliRunner().invoke(app, ["check-run", str(full)])
+    assert found.exit_code == 1
+    assert f"FAIL {bad.name}: " in found.output
+    assert "6 of 7 files are whole" in found.output
+    assert before == {path: path.read_bytes() for path in full.rglob("*.*")}
+
+
+def test_files_that_are_gone_or_set_aside(full: Path) -> None:
+    (full / "placebos.jsonl").unlink()
+    (full / "notes/openings.json").write_bytes(b"")
+    Store.open(full).note("openings")
+    told = {state.name: state for state in check_run(full)}
+    assert not told["placebos.jsonl"].whole
+    assert told["placebos.jsonl"].detail == "gone; run the study again, which makes it anew"
+    assert told["notes/openings.json.bad"].detail == "damaged, set aside and no longer used"

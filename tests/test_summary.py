@@ -6,16 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from remote_mediation.analyses.neurons import GATE_COLUMNS, SEARCH_COLUMNS, UNITS
+from remote_mediation.analyses.neurons.ask import mediators
 from remote_mediation.config import StatisticsSettings
 from remote_mediation.effects import EFFECT_COLUMNS
-from remote_mediation.summary import SUMMARY_COLUMNS, Summary, summarise
+from remote_mediation.summary import SUMMARY_COLUMNS, UNITS, Summary, summarise, total_effect
 
 LAYERS, PAIRS = 6, 16
 BY = StatisticsSettings(resamples=200)
 NONE, EARLY, LATE = (0.0,) * 6, (0.7, 0.3, 0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0, 0.3, 0.7)
-WHERE, WHAT, WHICH = range(3)
-ENDS = {"": 0.0, "_low": -0.2, "_high": 0.2}
 
 
 class Made:
@@ -26,7 +24,6 @@ class Made:
         self._spread, self._clusters = spread, clusters
         self.te = self._noisy(te)
         self._rows: list[dict[str, object]] = []
-        self._tables: dict[str, pd.DataFrame] = {}
 
     def _noisy(self, mean: float) -> np.ndarray:
         return mean + self._spread * self._noise.normal(size=PAIRS)
@@ -70,30 +67,6 @@ class Made:
             self.add(UNITS, "mlp_neurons", layer, discovery, heldout, unit=unit)
         return self
 
-    def searched(self) -> "Made":
-        """Neurons were searched, and no gate set was found."""
-        self._tables["search.csv"] = pd.DataFrame(columns=list(SEARCH_COLUMNS))
-        return self
-
-    def gates(self, random: Sequence[float] = (0.1,) * 20, **changes: object) -> "Made":
-        """Three late neurons that carry most of what their MLP does, and the mean NIE of random sets beside them."""
-        sign = np.sign(self.te.mean())
-        plain = {"layer": 5, "position": "last", "size": 3, "units": "1 2 3", "reason": ""}
-        shares = {"nie_share": 0.7, "tie_share": 0.65}
-        gates = {**plain, "set": "gates", **self._held_out(sign * 2.8, sign * 2.6), **shares, **changes}
-        shares = {"nie_share": 0.8, "tie_share": 0.75}
-        mlp = {**plain, "set": "mlp", "size": 40, **self._held_out(sign * 3.2, sign * 3.0), **shares}
-        others = [{**plain, "set": "random", **self._held_out(sign * nie, sign * nie)} for nie in random]
-        earlier = {**plain, "set": "earlier", "layer": 2, **self._held_out(sign * 9.0, sign * 9.0)}
-        self._tables["gates.csv"] = pd.DataFrame([mlp, gates, earlier, *others], columns=list(GATE_COLUMNS))
-        self.add("neurons", "mlp_neurons", 5, 0.8)
-        return self.searched()
-
-    @staticmethod
-    def _held_out(nie: float, tie: float) -> dict[str, float]:
-        means = {"nie": nie, "tie": tie}
-        return {f"{name}{end}": mean + by for name, mean in means.items() for end, by in ENDS.items()}
-
     def table(self) -> pd.DataFrame:
         table = pd.DataFrame(self._rows, columns=list(EFFECT_COLUMNS))
         return table.astype({"unit_start": "Int64", "unit_stop": "Int64"})
@@ -102,27 +75,20 @@ class Made:
         return summarise(self.table(), {f"p{pair}" for pair in range(PAIRS)}, LAYERS, seed, BY)
 
 
-def test_mlp_minus_attention_is_paired_by_pair() -> None:
-    made = Made().modules(LATE, (0.0, 0.0, 0.25, 0.0, 0.0, 0.25))
-    summary, table = made.summary(), made.table()
-    assert summary.difference is not None
-    by_kind = table.groupby(["pair_id", "component"])["nie"].sum().unstack()
-    expected = by_kind["mlp_output"] - by_kind["attention_output"]
-    assert summary.difference.value == pytest.approx(expected.mean())
-    assert summary.difference.n_pairs == PAIRS
+def mediating(table: pd.DataFrame) -> pd.DataFrame:
+    return mediators(table, total_effect(table, 0, BY), lambda: np.random.default_rng(0), BY)
 
 
-def test_what_was_not_measured_is_not_tested() -> None:
-    made = Made()
-    made.add("layers", "layer_output", 2, 0.5)
-    summary = made.summary()
-    assert summary.mlp is summary.attention is summary.difference is None
-    assert summary.mediators.empty
+def test_nothing_mediates_where_there_is_no_total_effect() -> None:
+    made = Made(te=0.0, spread=1.0).neurons({(5, 1): (0.9, 0.9)})
+    table = made.table()
+    assert total_effect(table, 0, BY).sign == 0
+    assert not mediating(table)["mediates"].any()
 
 
 def test_mediators_are_chosen_on_the_discovery_split_only() -> None:
     shares = {(5, 1): (0.5, 0.5), (5, 2): (0.4, 0.0), (5, 3): (0.0, 0.9), (4, 1): (0.3, 0.3), (1, 7): (0.02, 0.9)}
-    found = Made().neurons(shares).summary().mediators
+    found = mediating(Made().neurons(shares).table())
     assert list(zip(found["layer"], found["unit"], found["mediates"], strict=True)) == [
         (5, 1, True),
         (5, 2, False),  # did not hold up
@@ -132,7 +98,7 @@ def test_mediators_are_chosen_on_the_discovery_split_only() -> None:
 
 def test_mediators_are_reported_on_the_heldout_split() -> None:
     made = Made().neurons({(5, 1): (0.5, 0.25)})
-    (found,) = made.summary().mediators.to_dict("records")
+    (found,) = mediating(made.table()).to_dict("records")
     heldout = made.table().query("split == 'heldout'")
     assert found["nie"] == pytest.approx(heldout["nie"].mean())
     assert found["tie"] == pytest.approx(heldout["tie"].mean())
@@ -144,7 +110,7 @@ def test_a_share_that_chance_explains_makes_no_mediator() -> None:
     table = Made().neurons({(5, 1): (0.5, 0.5), (5, 2): (0.4, 0.4)}).table()
     unsteady = (table["split"] == "heldout") & (table["unit_start"] == 2)
     table.loc[unsteady, ["nie", "tie"]] = np.tile([[3.0], [-2.0]], (PAIRS // 4, 2))
-    found = summarise(table, set(), LAYERS, 0, BY).mediators.set_index("unit")
+    found = mediating(table).set_index("unit")
     assert found.loc[2, ["nie_share", "tie_share"]].min() > BY.min_share
     assert found["mediates"].to_dict() == {1: True, 2: False}
 
@@ -153,7 +119,7 @@ def test_a_mediator_is_sufficient_and_necessary() -> None:
     made = Made().neurons({(5, 1): (0.5, 0.5)})
     for effect in ("nie", "tie"):
         table = made.table().assign(**{effect: 0.0})
-        assert summarise(table, set(), LAYERS, 0, BY).mediators.empty
+        assert mediating(table).empty
 
 
 def test_identities_look_at_the_whole_stream_of_equal_pairs() -> None:
@@ -208,7 +174,7 @@ def test_estimates_of_sites() -> None:
 
 def test_no_answer_depends_on_which_other_questions_were_asked() -> None:
     alone = Made().modules(LATE, EARLY)
-    both = Made().modules(LATE, EARLY).neurons({(5, 1): (0.5, 0.5)}).gates()
+    both = Made().modules(LATE, EARLY).neurons({(5, 1): (0.5, 0.5)})
     first, second = alone.summary(), both.summary()
     modules = second.sites[second.sites["analysis"] == "modules"].reset_index(drop=True)
     pd.testing.assert_frame_equal(first.sites, modules)

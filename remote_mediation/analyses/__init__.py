@@ -1,58 +1,63 @@
-"""Questions. Each analysis compiles one to sites; the engine measures them all alike. A new analysis is one file.
-
-An analysis names the sites to measure on a pair, and may go on from there with a `Lab`.
-"""
+"""The analyses of this package, in the order in which they run; each is a folder, and a line or two here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import pandas as pd
+from remote_mediation.analyses.attacks import ATTACKS
+from remote_mediation.analyses.checks import CHECKS
+from remote_mediation.analyses.claims import CLAIMS
+from remote_mediation.analyses.detect import DETECT
+from remote_mediation.analyses.intervene import INTERVENE
+from remote_mediation.analyses.maps import HEADS, LAYERS, MODULES, TOKENS
+from remote_mediation.analyses.monitor import MONITOR
+from remote_mediation.analyses.neurons import NEURONS
+from remote_mediation.analyses.paths import PATHS
+from remote_mediation.analyses.total import TOTAL
+from remote_mediation.analyses.verify import VERIFY
+from remote_mediation.errors import SettingsError
+from remote_mediation.result import Analysis
+from remote_mediation.show.section import Section
 
-from remote_mediation.analyses import (
-    attacks,
-    checks,
-    detect,
-    heads,
-    intervene,
-    layers,
-    modules,
-    monitor,
-    neurons,
-    paths,
-    tokens,
+ALWAYS = (CHECKS, TOTAL)
+"""What every study runs first."""
+EVERY: tuple[Analysis, ...] = (
+    *(CLAIMS, LAYERS, MODULES, TOKENS, HEADS),
+    *(NEURONS, DETECT, PATHS, INTERVENE, ATTACKS, MONITOR, VERIFY),
 )
-from remote_mediation.analyses.claims import ask as claims
-from remote_mediation.config import StudyConfig
-from remote_mediation.lab import Lab
-from remote_mediation.sites import ModelInfo, Site
-from remote_mediation.tokens import TokenPair
-
-Tables = Mapping[str, pd.DataFrame]
+"""All that a study can name."""
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """One analysis of a study."""
+def chosen(names: Sequence[str], more: Sequence[Analysis] = ()) -> tuple[Analysis, ...]:
+    """The analyses of a study: those of every study first, then those named, in the order in which they run.
 
-    sites: Callable[[StudyConfig, ModelInfo, TokenPair], list[Site]] | None = None
-    """Sites to measure on a pair; those of all analyses are measured together."""
-    analyse: Callable[[Lab, Tables], dict[str, pd.DataFrame]] | None = None
-    """What to do once they are: tables by name of their CSV file, from those of the analyses before it."""
+    more: analyses from outside the package; one of a name that is known takes the place of that one. `verify` runs
+    last, as it takes up what all others found.
+
+    Raises:
+        SettingsError: a name that is not known.
+    """
+    known = {one.name: one for one in (*EVERY, *more)}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SettingsError(f"unknown analysis {unknown[0]!r}; known: {', '.join(known)}")
+    named = [one for name, one in known.items() if name in names]
+    return (*ALWAYS, *sorted(named, key=lambda one: one.name == VERIFY.name))
 
 
-ANALYSES: dict[str, Analysis] = {
-    "checks": Analysis(checks.sites),
-    "layers": Analysis(layers.sites),
-    "modules": Analysis(modules.sites),
-    "tokens": Analysis(tokens.sites),
-    "heads": Analysis(heads.sites),
-    "neurons": Analysis(neurons.sites, neurons.analyse),
-    "detect": Analysis(analyse=detect.analyse),
-    "paths": Analysis(analyse=paths.analyse),
-    "intervene": Analysis(analyse=intervene.analyse),
-    "attacks": Analysis(analyse=attacks.analyse),
-    "monitor": Analysis(analyse=monitor.analyse),
-    "claims": Analysis(analyse=claims.analyse),
-}
+def with_needed(names: Sequence[str]) -> list[str]:
+    """Names of analyses, each after those that it builds on, once.
+
+    Raises:
+        SettingsError: a name that is not known.
+    """
+    found: list[str] = []
+    for one in chosen(names)[len(ALWAYS) :]:
+        found += [*one.needs, one.name]
+    return list(dict.fromkeys(found))
+
+
+def stranger(name: str) -> Analysis:
+    """Stands for an analysis from outside the package where it was not given: its report says so."""
+    said = f"This analysis is not part of the package; `open_run(folder, analyses=[{name}])` shows what it found."
+    return Analysis(name, sections=lambda result: [Section(name, name, "", said)])

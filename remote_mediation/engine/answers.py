@@ -56,6 +56,8 @@ def _length(task: str, part: Part) -> int | None:
         return len(payload["stacks"][0]["queries"])
     if task == "generate":
         return len(payload["prompts"]) * int(payload["tokens"])
+    if task == "sample":
+        return 2 * int(payload["samples"]) * int(payload["tokens"])
     if task == "drift":
         return 3 * len(payload["answer"])
     return None

@@ -74,8 +74,10 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Rows it measures, base prompts not counted; contexts of the other tasks count as one each."""
-        return sum(sum(bool(row.writes) for row in part.rows) if self.task == "measure" else 1 for part in self.parts)
+        """Rows it measures, base prompts not counted; of the other tasks, as many as bring values back."""
+        if self.task != "measure":
+            return len(self.keys)
+        return sum(bool(row.writes) for part in self.parts for row in part.rows)
 
     @property
     def flops(self) -> float:

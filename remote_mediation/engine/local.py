@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from nnsight import TransformersModel
+from transformers import PreTrainedModel
 
 from remote_mediation.engine import program
 from remote_mediation.engine.backend import split_values
 from remote_mediation.engine.jobs import Job, Readout
-from remote_mediation.errors import LostJobError, ModelError
+from remote_mediation.errors import LostJobError, ModelError, innermost
 from remote_mediation.fetch import located
 from remote_mediation.models import load_info
 from remote_mediation.sites import ModelInfo
@@ -60,8 +61,18 @@ class LocalBackend:
                 dtype=getattr(torch, dtype),
                 device_map=device,
             )
-        except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
-            raise ModelError(f"cannot load {name!r} as {dtype} on {device!r}: {error}; try --device cpu") from error
+            missing = _missing_weights(model._module, located(name), revision)
+        except Exception as error:  # whatever a checkpoint's files make foreign code raise
+            raise ModelError(
+                f"cannot load {name!r} as {dtype} on {device!r}: {innermost(error)}; give a whole model "
+                "in transformers' format, or try --device cpu"
+            ) from error
+        if missing:
+            named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise ModelError(
+                f"cannot load {name!r}: its files lack {named}, which would be random; give the folder of the whole "
+                "language model"
+            )
         model.eval()
         return cls(model, info, limited=limited)
 
@@ -96,6 +107,19 @@ class LocalBackend:
         start = time.perf_counter()
         values = program.execute(self._model, self._jobs.pop(ticket).payload)
         return Readout(split_values(values), time.perf_counter() - start)
+
+
+def _missing_weights(module: Any, folder: str, revision: str) -> list[str]:
+    """Names of the parameters that a model's files do not have; tied ones need not be there.
+
+    Only the files' headers are read: transformers itself would fill such parameters at random.
+    """
+    if not isinstance(module, PreTrainedModel):
+        return []
+    _, found = type(module).from_pretrained(
+        folder, revision=revision or "main", device_map="meta", output_loading_info=True
+    )
+    return sorted(found["missing_keys"])
 
 
 def _keep_freed_memory() -> None:

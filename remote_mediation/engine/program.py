@@ -13,7 +13,8 @@ the work a row can change:
 
 Sequences are packed: prompt, then the teacher-forced tokens of both responses, which see the prompt and themselves but
 not each other. Smaller tasks serve what rows cannot: `read` activations, `screen` units by gradients, give the norms of
-their `columns` of weights, `generate` and measure the `drift` of an answer while units are held.
+their `columns` of weights, `generate` and measure the `drift` of an answer while units are held, and `sample` what a
+model says behind overwritten mediators.
 
 Everything here is plain functions over tensors, tuples, dicts and strings, because nnsight ships this
 source to the server, where `remote_mediation` is not installed. What the payload holds is written in `plan.py`.
@@ -25,15 +26,15 @@ from typing import Any
 
 import nnsight
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 
 def execute(model: Any, payload: dict[str, Any], backend: Any = None) -> list[torch.Tensor]:
     """Run a job in one nnsight session and return its tensors.
 
     A job of contexts gives one tensor `[key, value]` (float32) per context; `measure` has a key for each unpatched
-    prompt and then for each row, the other tasks one. A `probe` job gives an empty tensor of the model's type. A
-    backend that only hands the job over leaves the list empty.
+    prompt and then for each row, `sample` one for each row, the other tasks one. A `probe` job gives an empty tensor of
+    the model's type. A backend that only hands the job over leaves the list empty.
     """
     values: list[torch.Tensor] = []
     with model.session(backend=backend):
@@ -53,6 +54,7 @@ def perform(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
         "screen": screen,
         "generate": generate,
         "drift": drift,
+        "sample": sample,
     }
     task = tasks[payload["task"]]
     with torch.no_grad():
@@ -450,18 +452,115 @@ def generate(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch
 
     Every answer has all its tokens, whatever follows its end.
     """
-    width, tokens = max(len(ids) for ids in context["prompts"]), context["tokens"]
-    ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in context["prompts"]])
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in context["prompts"]])
-    never = spec["vocab"]  # no token ends an answer, so that every step runs
-    with model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=never, pad_token_id=0
-    ) as tracer:
-        for _ in tracer.iter[:tokens]:
+    ids, mask = left_padded(context["prompts"])
+    with model.generate(input_ids=ids, attention_mask=mask, **every_step(spec, context["tokens"])) as tracer:
+        for _ in tracer.iter[: context["tokens"]]:
             hold(model, spec, context["held"], 1)
         found = tracer.result
-    new: torch.Tensor = found[:, width:].float().reshape(1, -1)
+    new: torch.Tensor = found[:, ids.shape[1] :].float().reshape(1, -1)
     return new
+
+
+def sample(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
+    """Answers to prompts whose mediators are overwritten: `[row, (quantity, sample, token)]` of token ids and logits.
+
+    Generation goes on from the keys and values that the writes leave; where they are held, `later` writes hold them at
+    each new token. A token is drawn by the inverse of the cumulative distribution, tokens in the order of their ids, at
+    uniform numbers that all rows of one seed share; at temperature 0 it is the likeliest. Every answer has all its
+    tokens, whatever follows its end.
+    """
+    taken, samples = taken_values(model, spec, context), context["samples"]
+    ids, mask = left_padded(context["prompts"])
+    prompts = torch.tensor(context["rows"]).repeat_interleave(samples)
+    draws = torch.cat([uniform(seed, context["tokens"], samples) for seed in context["seeds"]], 1)
+    said = []
+    with model.generate(
+        input_ids=ids[prompts], attention_mask=mask[prompts], **every_step(spec, context["tokens"])
+    ) as tracer:
+        for step in tracer.iter[: context["tokens"]]:
+            writes = context["later"] if step else context["writes"]
+            for layer, components in writes.items():
+                for name, parts in components:
+                    write_samples(spec, module_at(model, spec["blocks"])[layer], name, parts, taken.get(layer), samples)
+            said.append(next_tokens(model.output.logits[:, -1], draws[step], context["temperature"]))
+    found = torch.stack(said, -1).reshape(2, len(context["rows"]), -1)
+    return found.transpose(0, 1).flatten(1)
+
+
+def taken_values(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> dict[int, dict[str, torch.Tensor]]:
+    """What writes take from plain runs of the prompts: by layer and component `[prompt, token, width]`, left-padded."""
+    taken: dict[int, dict[str, torch.Tensor]] = {}
+    if context["taken"]:
+        ids, mask = left_padded(context["prompts"])
+        with model.generate(input_ids=ids, attention_mask=mask, **every_step(spec, 1)):
+            for layer, names in context["taken"].items():
+                block = module_at(model, spec["blocks"])[layer]
+                taken[layer] = {name: tensor_of(spec, block, name).clone() for name in names}
+    return taken
+
+
+def left_padded(prompts: tuple[tuple[int, ...], ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask `[prompt, token]` of prompts that end together."""
+    width = max(len(ids) for ids in prompts)
+    ids = torch.tensor([[0] * (width - len(one)) + list(one) for one in prompts])
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts])
+    return ids, mask
+
+
+def every_step(spec: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Arguments of a greedy generation that no token ends, so that every step runs."""
+    return {**greedy(), "max_new_tokens": tokens, "eos_token_id": spec["vocab"]}
+
+
+def uniform(seed: int, tokens: int, samples: int) -> torch.Tensor:
+    """Numbers `[step, sample]` in [0, 1) that a seed alone decides."""
+    return torch.rand((tokens, samples), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def write_samples(
+    spec: dict[str, Any], block: Any, name: str, writes: tuple[Any, ...], taken: Any, samples: int
+) -> None:
+    """Overwrite a component of one layer, row by row; all samples of a row stand together and get the same."""
+    target, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
+    for row, places, columns, kind, value in writes:
+        where = (slice(row * samples, (row + 1) * samples), *grid(places, columns))
+        if kind == "source":
+            prompt, source_places = value
+            new = taken[name][prompt][grid(source_places, columns)] / factor
+        elif kind == "scale":
+            new = target[where] * value
+        else:
+            new = torch.tensor(value) / factor
+        target[where] = new.to(target.device, target.dtype)
+    replace_tensor(spec, block, name, target)
+
+
+def next_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Ids and logits `[quantity, sequence]` of the tokens that are drawn from logits `[sequence, vocab]`.
+
+    The drawn tokens' logits are then raised, in place, so that greedy generation takes them.
+    """
+    if temperature:
+        cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+        heights = draws.to(logits.device)[:, None] * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, heights, right=True)
+    else:
+        chosen = logits.argmax(-1, keepdim=True)
+    found = torch.cat([chosen.float(), logits.gather(1, chosen).float()], 1).T
+    logits.scatter_(1, chosen, torch.inf)
+    return found
+
+
+def greedy() -> dict[str, Any]:
+    """Every setting of generation, so that none is left to the checkpoint's own generation_config.
+
+    What is not given as an argument, transformers takes from there; `None` counts as given.
+    """
+    neutral = {**dict.fromkeys(vars(GenerationConfig())), **GenerationConfig._get_default_generation_params()}
+    for name in ("max_length", "transformers_version", "_from_model_config", "_commit_hash", "_original_object_hash"):
+        neutral.pop(name, None)
+    ours = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True, "pad_token_id": 0}
+    return {**neutral, **ours}
 
 
 def drift(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:

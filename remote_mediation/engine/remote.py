@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import pickle
+import re
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import httpx
 import torch
 import zstandard
 from nnsight import TransformersModel
-from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
+from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.ndif import register
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+from nnsight.schema.request import RequestModel
 
 from remote_mediation.engine import program
 from remote_mediation.engine.backend import split_values
+from remote_mediation.engine.exchange import MOST_RESULT, OddError, RefusedError, Server, download, exchange, plain
 from remote_mediation.engine.jobs import Job, Readout
-from remote_mediation.engine.server import Server, plain, preflight, refuse_bad
-from remote_mediation.errors import BackendError, JobError, LostJobError, PreflightError, TransportError
+from remote_mediation.engine.server import preflight, refuse_bad
+from remote_mediation.errors import JobError, LostJobError, PreflightError, TransportError
 from remote_mediation.models import load_info
 from remote_mediation.sites import family_of
 
@@ -36,12 +42,29 @@ _CRASHED = "Error submitting request to model deployment"
 _MOST_CRASHES = 2
 # Seconds until a model whose process ended is asked again; it takes about 10 to load a small one.
 _CRASH_PAUSE = 5.0
-# Seconds after which a job of which the server has never said anything is taken to be unknown to it.
-_UNKNOWN_FOR = 120.0
-# HTTP statuses below 500 that pass by themselves.
-_TRANSIENT = (408, 425, 429)
+# Seconds without news after which a job is given up, by what was last said of it; the empty state is none so far.
+_DEADLINES = {
+    "": 120.0,
+    "RECEIVED": 600.0,
+    "QUEUED": 7200.0,
+    "PROVISIONING": 3600.0,
+    "DEPLOYING": 3600.0,
+    "DISPATCHED": 1800.0,
+    "RUNNING": 3600.0,
+}
+_OTHER_DEADLINE = 1800.0
+# Seconds between two tries over a lost connection, at first and at most.
+_PAUSES = (0.5, 20.0)
+# Seconds for which a server that says so is left alone, all times together.
+_LONGEST_WAIT = 3600.0
+_SEND_TIMEOUT = httpx.Timeout(10.0, write=60.0, read=300.0)
+_POLL_TIMEOUT = httpx.Timeout(10.0, read=30.0)
+_ID = re.compile(r"[\w.-]{1,200}")
+_ZSTD = b"\x28\xb5\x2f\xfd"
 # What torch raises over bytes that are no file of its own, or a damaged one.
 _DAMAGE = (RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, OSError, MemoryError)
+
+_Found = TypeVar("_Found")
 
 
 @dataclass
@@ -58,6 +81,19 @@ class Traffic:
     """Time that the jobs which came back took on the server."""
 
 
+class _News(NamedTuple):
+    """What a server says of a job."""
+
+    state: str
+    """Empty where it says nothing (yet)."""
+    line: str
+    """For the user."""
+    seconds: float
+    """Time that it took on the server, once it is done."""
+    result: str
+    """Address of what it brought back, once it is done."""
+
+
 class NdifBackend:
     """Runs jobs on an NDIF server. The model here has shapes and no weights; only the outcomes' values come back."""
 
@@ -69,14 +105,12 @@ class NdifBackend:
         notify: Callable[[str], None],
         *,
         dtype: str | None = None,
-        patience: float = 1800.0,
         retry_for: float = 300.0,
     ) -> None:
         """Build the model's shape and make sure that the server runs it, in the precision that the study says.
 
-        notify: is told what the server says of a job. dtype: the study's precision, None for any. patience: seconds
-        without any news of a job after which it is given up. retry_for: seconds for which a lost connection is tried
-        again, and a model whose process ended is waited for.
+        notify: is told what the server says of a job. dtype: the study's precision, None for any. retry_for: seconds
+        for which a lost connection is tried again, and a model whose process ended is waited for.
 
         Raises:
             PreflightError: the server cannot be reached, refuses the key, or cannot run the model.
@@ -85,18 +119,9 @@ class NdifBackend:
         """
         self.info = load_info(name, revision)
         refuse_bad(preflight(server, name, revision))
-        self._server, self._notify, self._patience, self._retry_for = server, notify, patience, retry_for
+        self._server, self._notify, self._retry_for = server, notify, retry_for
         self._model = TransformersModel(name, revision=revision or "main", task="text-generation")
         self._model_key = self._model.to_model_key()
-        self._retry = Retrying(
-            retry=retry_if_exception_type(TransportError),
-            wait=wait_exponential(multiplier=0.5, max=20),
-            stop=stop_after_delay(retry_for),
-            before_sleep=lambda state: notify(
-                f"connection lost, trying again ({state.outcome and state.outcome.exception()})"
-            ),
-            reraise=True,
-        )
         self.traffic = Traffic()
         self._sent: dict[str, str] = {}
         self._crashes: Counter[str] = Counter()
@@ -147,10 +172,12 @@ class NdifBackend:
     def _ask_dtype(self) -> str:
         """The precision in which the server holds the model. The first job: it asks for the model to be deployed."""
         try:
-            (empty,) = self._probed()
-        except JobError as error:
+            found = self._probed()
+        except (JobError, LostJobError) as error:
             raise PreflightError(f"{self._server.host} cannot run {self.info.name}: {error}") from error
-        return str(empty.dtype).removeprefix("torch.")
+        if len(found) != 1:
+            raise PreflightError(f"{self._server.host} brings back {len(found)} tensors of a job that makes one")
+        return str(found[0].dtype).removeprefix("torch.")
 
     def _probe(self) -> dict[str, Any]:
         return {"task": "probe", "blocks": family_of(self.info.family).blocks}
@@ -182,125 +209,161 @@ class NdifBackend:
         )
 
     def _send(self, payload: dict[str, Any]) -> str:
-        return self._retry(self._send_once, payload)
+        return self._retry(partial(self._send_once, payload))
 
     def _send_once(self, payload: dict[str, Any]) -> str:
-        remote = self._remote(None)
-        with _translated(self._server):
-            program.execute(self._model, payload, remote)
-        return str(remote.job_id)
+        sender = _Sender(self._model_key, self._server, self._model._remoteable_get_env(), self.traffic)
+        program.execute(self._model, payload, sender)
+        return str(sender.job_id)
 
     def _wait(self, ticket: str) -> tuple[list[torch.Tensor], float]:
         """A job's tensors and the seconds it took on the server."""
-        remote = self._remote(ticket)
-        pause = 0.05
+        state, said, heard, pause = "", "", time.monotonic(), 0.05
         while True:
-            result = self._retry(self._poll_once, remote)
-            if result is not None:
-                seconds = float((remote.meta or {}).get("runtime") or 0.0)
-                self.traffic.seconds += seconds
-                return result["values"], seconds
-            silence = time.monotonic() - remote.heard
-            if remote.status is None and silence > min(self._patience, _UNKNOWN_FOR):
-                raise LostJobError(f"the server does not know job {ticket}")
-            if silence > self._patience:
-                raise LostJobError(f"no news of job {ticket} for {self._patience:.0f} s; it is given up")
+            news = self._retry(partial(self._ask_of, ticket))
+            if news.state == "COMPLETED":
+                content = self._retry(partial(download, news.result))
+                self.traffic.down += len(content)
+                self.traffic.seconds += news.seconds
+                return tensors_of(content, ticket), news.seconds
+            if news.line != said:
+                said, heard = news.line, time.monotonic()
+                self._notify(said)
+            state = news.state or state
+            self._check_deadline(ticket, state, said, time.monotonic() - heard)
             time.sleep(pause)
             pause = min(pause * 1.5, 2.0)
 
-    def _poll_once(self, remote: _Remote) -> dict[str, Any] | None:
-        with _translated(self._server):
-            result: dict[str, Any] | None = remote()
-        return result
-
-    def _remote(self, ticket: str | None) -> _Remote:
-        server = self._server
-        env = self._model._remoteable_get_env()
-        return _Remote(self._model_key, server, env, ticket, self._notify, self.traffic)
-
-
-class _Remote(RemoteBackend):  # type: ignore[misc]  # nnsight is untyped
-    """nnsight's non-blocking remote backend, with its status lines sent to us and the time of the last news kept."""
-
-    def __init__(
-        self,
-        model_key: str,
-        server: Server,
-        env: dict[str, Any],
-        ticket: str | None,
-        notify: Callable[[str], None],
-        traffic: Traffic,
-    ) -> None:
-        super().__init__(model_key, host=server.host, api_key=server.key, env=env, blocking=False, job_id=ticket)
-        self.api_key = server.key  # and no other that nnsight may know
-        self.display.enabled = self.verbose = False  # nnsight takes a `-v` of whatever command for its own
-        self.heard = time.monotonic()
-        self._notify, self._traffic = notify, traffic
-        self._said = ""
-
-    def _serialize(self, tracer: Any) -> bytes:
-        blob: bytes = super()._serialize(tracer)
-        self._traffic.jobs += 1
-        self._traffic.up += len(blob)
-        return blob
-
-    def finalize(self, content: bytes) -> Any:
-        """A result's dict of tensors, read without running what else it may hold, unlike nnsight's own reading.
+    def _check_deadline(self, ticket: str, state: str, said: str, silence: float) -> None:
+        """Give up a job of which nothing was heard for too long.
 
         Raises:
-            LostJobError: it is damaged, or holds more than tensors.
+            LostJobError: it is sent again then.
         """
-        self._traffic.down += len(content)
-        try:
-            if self.compress:
-                content = zstandard.ZstdDecompressor().decompress(content)
-            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except (zstandard.ZstdError, pickle.UnpicklingError, *_DAMAGE) as error:
-            raise LostJobError(f"the result of job {self.job_id} cannot be read as tensors alone") from error
-        values = found.get("values") if isinstance(found, dict) else None
-        if not isinstance(values, list) or not all(isinstance(value, torch.Tensor) for value in values):
-            raise LostJobError(f"the result of job {self.job_id} is no list of tensors")
-        return found
+        if silence <= _DEADLINES.get(state, _OTHER_DEADLINE):
+            return
+        if not state:
+            raise LostJobError(f"{self._server.host} does not know job {ticket}")
+        raise LostJobError(f'no news of job {ticket} for {silence:.0f} s after "{said}"; it is given up')
 
-    def note(self, response: Any) -> bool:
-        line = f"{response.status.value.lower()}: {plain(response.description or '', self.api_key)}".rstrip(": ")
-        if line != self._said:
-            self._said, self.heard = line, time.monotonic()
-            self._notify(line)
-        return bool(super().note(response))
+    def _ask_of(self, ticket: str) -> _News:
+        """What the server says of a job.
+
+        Raises:
+            JobError: it failed.
+            LostJobError: the answer is none about a job, or it is done and left nothing.
+            TransportError, PreflightError: the server cannot be asked.
+        """
+        server = self._server
+        try:
+            answer = exchange(server, "GET", f"/response/{ticket}", _POLL_TIMEOUT)
+        except RefusedError as error:
+            if error.status == 404:
+                return _News("", "", 0.0, "")
+            raise
+        except OddError as error:
+            raise LostJobError(str(error)) from error
+        state, description = answer.get("status"), answer.get("description") or ""
+        if not isinstance(state, str) or not state:
+            raise LostJobError(f"{server.host} says no state of job {ticket}, but {plain(str(state), server.key)}")
+        message = plain(str(description), server.key)
+        if state == "ERROR":
+            raise (_CrashError if _CRASHED in message else JobError)(message or "the job failed, without a reason")
+        result = answer.get("data")
+        if state == "COMPLETED" and not _is_address(result):
+            raise LostJobError(f"{server.host} says that job {ticket} is done and not where its result lies")
+        line = f"{plain(state, server.key).lower()}: {message}".rstrip(": ")
+        return _News(state, line, _seconds(answer.get("meta")), str(result))
+
+    def _retry(self, act: Callable[[], _Found]) -> _Found:
+        """Do something, again and again while the connection is lost; a server that asks for a pause gets it.
+
+        Raises:
+            TransportError: it stays lost, or the server asks for too long a pause.
+        """
+        end, pause, asked = time.monotonic() + self._retry_for, _PAUSES[0], 0.0
+        while True:
+            try:
+                return act()
+            except TransportError as error:
+                asked += error.wait
+                if asked > _LONGEST_WAIT:
+                    raise TransportError(f"{error}; it asks to be left alone for {error.wait:.0f} s") from error
+                end += error.wait
+                if time.monotonic() > end:
+                    raise
+                self._notify(f"connection lost, trying again ({error})")
+                time.sleep(max(pause, error.wait))
+                pause = min(2 * pause, _PAUSES[1])
+
+
+class _Sender(RemoteBackend):  # type: ignore[misc]  # nnsight is untyped
+    """nnsight's backend as far as it makes a request of a block; sending it is ours."""
+
+    def __init__(self, model_key: str, server: Server, env: dict[str, Any], traffic: Traffic) -> None:
+        super().__init__(model_key, host=server.host, api_key=server.key, env=env, blocking=False)
+        self.display.enabled = self.verbose = False  # nnsight takes a `-v` of whatever command for its own
+        self._server, self._traffic = server, traffic
+
+    def submit(self, tracer: Any) -> None:
+        """Send the block; `job_id` is the server's name for the job then.
+
+        Raises:
+            TransportError, PreflightError, JobError: as `exchange`; the answer has no such name.
+        """
+        blob: bytes = self._serialize(tracer)
+        self._traffic.jobs += 1
+        self._traffic.up += len(blob)
+        request = RequestModel(model_key=self.model_key, compress=self.compress, env=self.env)
+        answer = exchange(
+            self._server,
+            "POST",
+            "/request",
+            _SEND_TIMEOUT,
+            {
+                "ndif-timestamp": repr(time.time()),
+                "nnsight-version": metadata.version("nnsight"),
+                "python-version": sys.version,
+            },
+            data={"data": request.metadata()},
+            files={"blob": ("request", blob, "application/octet-stream")},
+        )
+        if not isinstance(answer.get("id"), str) or not _ID.fullmatch(answer["id"]):
+            said = plain(json.dumps(answer), self._server.key)
+            raise PreflightError(f"{self._server.host} takes a job and gives it no id: {said}; check NDIF_HOST")
+        self.job_id = answer["id"]
 
 
 class _CrashError(JobError):
     """The process that holds the model ended while it had the job, because of the job or of something else."""
 
 
-@contextlib.contextmanager
-def _translated(server: Server) -> Generator[None]:
-    """nnsight raises one error for lost connections, refused requests and failed jobs; tell them apart."""
+def tensors_of(content: bytes, ticket: str) -> list[torch.Tensor]:
+    """A result's tensors, read without running what else it may hold, unlike nnsight's own reading.
+
+    Raises:
+        LostJobError: it is damaged, or holds more than tensors.
+    """
     try:
-        yield
-    except RemoteError as error:
-        message, cause = plain(str(error), server.key), error.__cause__
-        if isinstance(cause, httpx.HTTPStatusError):
-            raise _refused(message, cause.response.status_code) from error
-        if isinstance(cause, httpx.HTTPError):
-            raise TransportError(message) from error
-        raise (_CrashError if _CRASHED in message else JobError)(message) from error
-    except httpx.HTTPStatusError as error:
-        status, asked = error.response.status_code, str(error.request.url)
-        if status in _TRANSIENT or status >= 500:
-            raise TransportError(f"{server.host} answers {status}") from error
-        if asked.startswith(server.host + "/response/") and status in (401, 403):
-            raise PreflightError(f"{server.host} refuses the API key ({status}); set NDIF_API_KEY") from error
-        raise LostJobError(f"the result is no longer kept ({status})") from error
-    except httpx.HTTPError as error:
-        raise TransportError(plain(str(error), server.key) or type(error).__name__) from error
+        if content.startswith(_ZSTD):
+            if zstandard.frame_content_size(content) > MOST_RESULT:
+                raise ValueError("larger than any result")
+            content = zstandard.ZstdDecompressor().decompress(content)
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (zstandard.ZstdError, pickle.UnpicklingError, *_DAMAGE) as error:
+        raise LostJobError(f"the result of job {ticket} cannot be read as tensors alone") from error
+    values = found.get("values") if isinstance(found, dict) else None
+    if not isinstance(values, list) or not all(isinstance(value, torch.Tensor) for value in values):
+        raise LostJobError(f"the result of job {ticket} is no list of tensors")
+    return values
 
 
-def _refused(message: str, status: int) -> BackendError:
-    """What an HTTP error to a request means: later, smaller, or not at all."""
-    if status in _TRANSIENT or status >= 500:
-        return TransportError(message)
-    if status == 413:
-        return JobError(message)
-    return PreflightError(f"the server refuses requests ({status}): {message}")
+def _is_address(result: Any) -> bool:
+    """Whether a result lies somewhere that can be asked for it."""
+    return isinstance(result, str) and result.startswith(("http://", "https://"))
+
+
+def _seconds(meta: Any) -> float:
+    """Time that a job took on the server, as it says; 0 where it does not."""
+    runtime = meta.get("runtime") if isinstance(meta, dict) else None
+    return float(runtime) if isinstance(runtime, (int, float)) and 0 <= runtime < 1e9 else 0.0

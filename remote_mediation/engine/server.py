@@ -6,7 +6,6 @@ keeps its name, because what to do about it differs.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -16,12 +15,12 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-from urllib.parse import quote, quote_plus
+from typing import Any, Literal
 
 import httpx
 
-from remote_mediation.errors import PreflightError
+from remote_mediation.engine.exchange import OddError, Server, exchange, plain
+from remote_mediation.errors import JobError, PreflightError, TransportError
 
 PUBLIC_HOST = "https://api.ndif.us"
 # Packages whose version decides whether a program means the same on both sides.
@@ -30,21 +29,8 @@ _TIMEOUT = httpx.Timeout(10.0, read=5.0)
 # Seconds for which a server that cannot reach its models is asked again: it takes so long after a restart.
 _RECONNECT_S = 30.0
 _RECONNECT_PAUSE_S = 2.0
-# A path of more than one folder, not one inside a URL.
-_PATH = re.compile(r"(?<![\w:/.])~?(?:/[^\s/'\",:;()]+){2,}/?")
-_LONGEST_MESSAGE = 300
 
 State = Literal["hot", "warm", "deploying", "cold", "unhealthy"]
-
-
-class Server(NamedTuple):
-    """Where jobs go, and with which key. The key is never printed or written."""
-
-    host: str
-    key: str
-
-    def __repr__(self) -> str:
-        return f"Server(host={self.host!r}, key={'set' if self.key else 'none'})"
 
 
 @dataclass(frozen=True)
@@ -99,43 +85,38 @@ class SilentError(PreflightError):
     """The server is there and one of its answers fails or does not come in time; jobs may run all the same."""
 
 
-def plain(message: str, key: str) -> str:
-    """A server's message in one line, fit for a user and a run folder: no traceback, no key, no paths of a machine."""
-    lines = [line.strip() for line in _without(key, message).splitlines() if line.strip()]
-    text = (lines[-1] if "Traceback" in message else " ".join(lines)) if lines else ""
-    text = _PATH.sub("<path>", text)
-    return text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + " ..."
-
-
-def _without(key: str, message: str) -> str:
-    """A message without the key, as it is or as URLs and Python write it."""
-    for written in (key, key.strip(), repr(key)[1:-1], quote(key, safe=""), quote_plus(key)):
-        message = message.replace(written, "<key>") if written else message
-    return message
-
-
-def ask(server: Server, path: str) -> Any:
-    """A server's JSON answer to GET `path`.
+def ask(server: Server, path: str) -> dict[str, Any]:
+    """A server's answer to GET `path`, an object of JSON.
 
     Raises:
         PreflightError: not reachable, not an NDIF server, or an error of its own; the message tells which.
         SilentError: it is there and fails to answer this, or not in time.
     """
-    headers = {"ndif-api-key": server.key} if server.key else {}
     try:
-        response = httpx.get(f"{server.host}{path}", headers=headers, timeout=_TIMEOUT)
-        response.raise_for_status()
-        return response.json()
-    except httpx.HTTPStatusError as error:
-        kind = SilentError if error.response.status_code >= 500 else PreflightError
-        raise kind(_status_message(server, path, error.response)) from error
-    except httpx.ReadTimeout as error:
-        raise SilentError(f"{server.host} does not answer {path} within {_TIMEOUT.read:.0f} s") from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        reason = plain(str(error), server.key) or type(error).__name__
-        raise PreflightError(f"cannot reach {server.host} ({reason}); check NDIF_HOST and the network") from error
-    except json.JSONDecodeError as error:
-        raise PreflightError(f"{server.host} does not answer as an NDIF server does; check NDIF_HOST") from error
+        return exchange(server, "GET", path, _TIMEOUT)
+    except TransportError as error:
+        if error.silent:
+            raise SilentError(str(error)) from error
+        if error.status == 200:
+            raise PreflightError(f"{error}, not as an NDIF server does; check NDIF_HOST") from error
+        if error.status is not None:
+            raise SilentError(f"{error}; try again in a few minutes") from error
+        raise PreflightError(f"{error}; check NDIF_HOST and the network") from error
+    except JobError as error:
+        raise PreflightError(str(error)) from error
+
+
+def _ask_about(server: Server, path: str) -> dict[str, Any]:
+    """The same of what a study can do without.
+
+    Raises:
+        PreflightError: not reachable, or not an NDIF server.
+        SilentError: it fails to answer this, not in time, or as no NDIF server does.
+    """
+    try:
+        return ask(server, path)
+    except OddError as error:
+        raise SilentError(str(error)) from error
 
 
 def await_connected(server: Server, patience: float = _RECONNECT_S) -> None:
@@ -148,14 +129,12 @@ def await_connected(server: Server, patience: float = _RECONNECT_S) -> None:
     while True:
         try:
             answer = ask(server, "/connected")
-        except PreflightError as error:
-            cause = error.__cause__
-            reconnecting = isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code == 503
-            if not (reconnecting or isinstance(error, SilentError)) or time.monotonic() > end:
+        except SilentError:
+            if time.monotonic() > end:
                 raise
             time.sleep(min(_RECONNECT_PAUSE_S, patience))
             continue
-        if not isinstance(answer, dict) or "status" not in answer:
+        if "status" not in answer:
             raise PreflightError(f"{server.host} does not answer as an NDIF server does; check NDIF_HOST")
         return
 
@@ -165,14 +144,18 @@ def deployments(server: Server) -> list[Deployment]:
 
     Raises:
         PreflightError: see `ask`.
+        SilentError: it does not say which.
     """
-    answer = ask(server, "/status")
-    if not isinstance(answer, dict) or "deployments" not in answer:
-        raise PreflightError(f"{server.host} does not answer as an NDIF server does; check NDIF_HOST")
+    entries = _ask_about(server, "/status").get("deployments")
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise SilentError(f"{server.host} answers /status without a table of deployments")
     groups: dict[tuple[str, str, str], list[State]] = {}
-    for name, entry in answer["deployments"].items():
-        key = (entry.get("repo_id") or name, entry.get("revision") or "main", entry.get("task") or "")
-        groups.setdefault(key, []).append(_state(entry))
+    for name, entry in entries.items():
+        known = {**entry, "repo_id": entry.get("repo_id") or name, "revision": entry.get("revision") or "main"}
+        repo_id, revision, task = (
+            plain(str(known.get(of) or ""), server.key) for of in ("repo_id", "revision", "task")
+        )
+        groups.setdefault((repo_id, revision, task), []).append(_state(entry))
     order: tuple[State, ...] = ("hot", "warm", "deploying", "cold", "unhealthy")
     return [Deployment(*key, min(states, key=order.index), len(states)) for key, states in sorted(groups.items())]
 
@@ -184,12 +167,13 @@ def check_versions(server: Server) -> list[Finding]:
         PreflightError: see `ask`.
     """
     try:
-        remote = ask(server, "/env")
+        remote = _ask_about(server, "/env")
     except SilentError as error:
         return [Finding("versions", True, f"not compared: {error}")]
-    packages = remote.get("packages") or {}
+    packages = remote.get("packages")
+    known = packages if isinstance(packages, dict) else {}
     theirs = {"python": str(remote.get("python_version") or "").split(" ")[0]}
-    theirs |= {name: str(packages.get(name) or "") for name in _SHARED}
+    theirs |= {name: plain(str(known.get(name) or ""), server.key) for name in _SHARED}
     ours = {"python": platform.python_version(), **{name: metadata.version(name) for name in _SHARED}}
     return [_compared(name, ours[name], theirs[name]) for name in ours]
 
@@ -247,22 +231,6 @@ def _model(found: list[Deployment], repo_id: str, revision: str) -> Finding:
     return Finding("model", True, f"{repo_id} is not deployed; its first job asks the server to deploy it")
 
 
-def _status_message(server: Server, path: str, response: httpx.Response) -> str:
-    try:
-        detail = plain(str(response.json().get("detail", "")), server.key)
-    except (ValueError, AttributeError):
-        detail = ""
-    if response.status_code in (401, 403):
-        return f"{server.host} refuses the API key ({detail or response.status_code}); set NDIF_API_KEY"
-    if response.status_code == 404:
-        return f"{server.host} has no {path}, so it is no NDIF server; check NDIF_HOST"
-    if response.status_code == 504:
-        return f"{server.host} does not answer {path} in time ({detail or 504})"
-    if response.status_code >= 500:
-        return f"{server.host} is up but not ready ({response.status_code} {detail}); try again in a few minutes"
-    return f"{server.host}{path} answers {response.status_code} {detail}".rstrip()
-
-
 def _state(entry: dict[str, Any]) -> State:
     application, level = entry.get("application_state"), str(entry.get("deployment_level", "")).lower()
     if application == "DEPLOYING":
@@ -277,7 +245,7 @@ def _state(entry: dict[str, Any]) -> State:
 def _key(server: Server) -> Finding:
     identity = ask(server, "/whoami")
     if identity.get("email"):
-        return Finding("key", True, f"accepted, {identity['email']}")
+        return Finding("key", True, f"accepted, {plain(str(identity['email']), server.key)}")
     if server.host == PUBLIC_HOST:
         what = "not recognised" if server.key else "not set"
         return Finding("key", False, f"{what}; register at https://login.ndif.us and set NDIF_API_KEY")

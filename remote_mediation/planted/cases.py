@@ -413,8 +413,8 @@ def _truth() -> dict[str, Said]:
     return {name: _all_five([_READ[word] for word in words]) for name, *words in table}
 
 
-def _all_five(words: list[str]) -> Said:
-    late, mlp, sparse, early, handed = words * 5 if len(words) == 1 else words
+def _all_five(words: Sequence[str]) -> Said:
+    late, mlp, sparse, early, handed = [words[0]] * 5 if len(words) == 1 else words
     return late, mlp, sparse, early, handed
 
 

@@ -17,10 +17,11 @@ from rich.table import Table
 
 from remote_mediation.config import LogitSettings, StatisticsSettings, StudyConfig
 from remote_mediation.engine.local import LocalBackend
-from remote_mediation.lab import Watch
 from remote_mediation.planted.cases import CASES, YES, Case, Neuron, Specimen, build
+from remote_mediation.result import Result
+from remote_mediation.runner import Watch
 from remote_mediation.store import Store
-from remote_mediation.study import Result, run_study
+from remote_mediation.study import run_study
 
 RESAMPLES = 999
 PLAIN = "gate"

@@ -40,6 +40,11 @@ def save_memory(table: pd.DataFrame, facts: dict[str, Any]) -> None:
     _save("memory", table, facts)
 
 
+def save_generate(table: pd.DataFrame, facts: dict[str, Any]) -> None:
+    """Keep what `generate` measured."""
+    _save("generate", table, facts)
+
+
 def write() -> Path:
     """Write report.md from what is there."""
     lines = [
@@ -289,6 +294,39 @@ def _memory_section() -> list[str]:
     ]
 
 
+def _generate_section() -> list[str]:
+    """Tokens per second of the engine's answers and of transformers', and their ratio round by round."""
+    facts, table = json.loads((OUT / "generate.json").read_text("utf-8")), pd.read_csv(OUT / "generate.csv")
+    produced, goal = facts["batch"] * facts["tokens"], 0.8
+    table["ratio"] = table["transformers"] / table["seconds"]
+    table["cpu_ratio"] = table["transformers_cpu"] / table["cpu_seconds"]
+    rows = [
+        (
+            str(way),
+            f"{produced / _median(part['seconds']):.0f}",
+            f"{produced / _median(part['transformers']):.0f}",
+            _each(part["ratio"], ".2f"),
+            f"{_median(part['cpu_ratio']):.2f}",
+            _verdict(_median(part["ratio"]), goal),
+        )
+        for way, part in table.groupby("way", sort=False)
+    ]
+    head = ("answers", "tokens/s", "transformers' tokens/s", "ratio, round by round", "of CPU times", f"goal: {goal}")
+    return [
+        "## Answers behind swapped mediators",
+        "",
+        f"{facts['model']}, float32: {facts['batch']} answers of {facts['tokens']} tokens side by side. The MLP output "
+        f"of the last {facts['layers']} layers is swapped at every token from the first difference on; the plain runs "
+        "that the values come from are included. Transformers' own greedy generation of the same prompts runs in turn.",
+        "",
+        *_machine_lines(facts),
+        f"Other processes used {_median(table['others']):.1f} cores (median).",
+        "",
+        *_table(head, rows),
+        "",
+    ]
+
+
 def _growth_section() -> list[str]:
     facts = json.loads((OUT / "growth.json").read_text("utf-8"))
     points = pd.read_csv(OUT / "growth.csv")
@@ -361,5 +399,6 @@ _SECTIONS = {
     "neurons": _neurons_section,
     "search": _search_section,
     "memory": _memory_section,
+    "generate": _generate_section,
     "growth": _growth_section,
 }

@@ -55,7 +55,7 @@ def _searched(width: int) -> dict[str, object]:
         )
         store = Store.create(folder / "run", config.identity())
         result = run_study(config, LocalBackend.load(config.model), store)
-    found = result.summary.mediators.query("mediates")
+    found = result.tables["mediators.csv"].query("mediates")
     late = {(int(one.layer), int(one.unit)) for one in found.itertuples() if one.layer >= organism.truth.gate.layer}
     steps = result.tables["search.csv"]
     row = {

@@ -19,7 +19,8 @@ from fakes import records, write_pairs
 from tiny import REPO_ID, ROOT
 
 from remote_mediation.config import StudyConfig
-from remote_mediation.engine.server import Server, await_connected, server_from_environment
+from remote_mediation.engine.exchange import Server
+from remote_mediation.engine.server import await_connected, server_from_environment
 from remote_mediation.errors import PreflightError
 
 START = "scripts/ndif/up $(scripts/ndif/test_models) && source .ndif/env.sh"

@@ -18,14 +18,19 @@ import zstandard
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine import program
 from remote_mediation.engine.budget import Budget, Setting
+from remote_mediation.engine.exchange import Server
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.remote import NdifBackend
-from remote_mediation.engine.server import Server
+from remote_mediation.engine.rows import Row, swap_all
+from remote_mediation.engine.samples import Manner, bare, plan_samples
 from remote_mediation.engine.tasks import generate_task, plan_tasks
 from remote_mediation.errors import PreflightError
 from remote_mediation.outcomes import Outcome
+from remote_mediation.pairs import load_pairs
+from remote_mediation.sites import band
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
+from remote_mediation.tokens import tokenise
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TOLERANCE = 1e-4
@@ -113,6 +118,26 @@ def test_greedy_answers_are_equal(server: Server) -> None:
     assert len(set(there.astype(int).tolist())) > 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("held", [False, True])
+def test_sampled_answers_are_equal(server: Server, held: bool) -> None:
+    """The same random numbers in both places, and the same swapped mediators."""
+    backend, manner = remote(server), Manner(2, 8, 1.0, held)
+    pairs = {pair.id: bare(pair) for pair in tokenise(load_pairs("builtin")[:2], backend.tokenizer).pairs}
+    sites = band("mlp_output", range(10, 14), "all")
+    rows = [Row(name, 0) for name in pairs]
+    rows += [swap_all(pair, sites, side, backend.info) for pair in pairs.values() for side in (0, 1)]
+    setting = Setting(backend.info, "float32", Outcome("response_logprob"))
+    (job,) = plan_samples(rows, pairs, manner, 0, setting, Budget(lambda: 1e18, 1e9))
+    both = [one.collect(one.submit(job)).values for one in (backend, LocalBackend.load(SMOLLM2))]
+    (ids, logits), (ids_here, logits_here) = (
+        np.array(values).reshape(len(rows), 2, -1).transpose(1, 0, 2) for values in both
+    )
+    np.testing.assert_array_equal(ids, ids_here)
+    np.testing.assert_allclose(logits, logits_here, rtol=0, atol=TOLERANCE)
+    assert len({tuple(row) for row in ids}) == len(rows)
+
+
 def test_bytes_down_grow_with_outcomes_and_not_with_the_model(
     server: Server, tiny: StudyConfig, tmp_path: Path
 ) -> None:
@@ -141,7 +166,7 @@ def test_the_payload_carries_the_source_of_program_py(
 ) -> None:
     backend = remote(server, tiny.model)
     blobs: list[bytes] = []
-    monkeypatch.setattr("remote_mediation.engine.remote._Remote._post", _keep(blobs))
+    monkeypatch.setattr("remote_mediation.engine.remote.exchange", _keep(blobs))
     with pytest.raises(_KeptError):
         backend._send({"task": "probe", "blocks": "model.layers"})
     content = zstandard.ZstdDecompressor().decompress(blobs[0], max_output_size=10_000_000)
@@ -192,8 +217,8 @@ class _KeptError(Exception):
 
 
 def _keep(blobs: list[bytes]) -> Any:
-    def post(remote: Any, request: Any, blob: bytes) -> Any:
-        blobs.append(blob)
+    def exchange(*asked: Any, files: dict[str, Any], **more: Any) -> Any:
+        blobs.append(files["blob"][1])
         raise _KeptError
 
-    return post
+    return exchange

@@ -24,10 +24,11 @@ from tiny import ROOT, VOCAB
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine import program
+from remote_mediation.engine.exchange import Server
 from remote_mediation.engine.jobs import Job, Part
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.remote import NdifBackend
-from remote_mediation.engine.server import Server, preflight, refuse_bad
+from remote_mediation.engine.server import preflight, refuse_bad
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.store import Store
 from remote_mediation.study import run_study

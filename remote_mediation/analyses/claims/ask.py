@@ -8,6 +8,7 @@ readable) is chosen on the discovery pairs. Sets are swapped together (`Lab.join
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from remote_mediation.analyses.claims.samples import Sample, failing
 from remote_mediation.analyses.claims.specification import Compared, specification
 from remote_mediation.analyses.claims.verdicts import ALL_LAYERS, FEWEST_LAYERS, Claim, Effect
 from remote_mediation.lab import Lab
+from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Site, band, thirds
 
 CLAIM_COLUMNS: dict[str, str] = {
@@ -63,16 +65,19 @@ class Tested(NamedTuple):
     claims: tuple[Claim, ...]
     tables: dict[str, pd.DataFrame]
     """By name of the CSV file."""
+    sets: Mapping[str, tuple[Site, ...]] = MappingProxyType({})
+    """What other analyses may put to further tests."""
 
 
-def analyse(lab: Lab, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def analyse(lab: Lab, before: Findings) -> Finding:
     """`claims.csv`, `sets.csv` and `specification.csv`; `gate_sets.csv` and `readable.csv` where they were measured."""
     found = measure_claims(lab)
-    return {
+    tables = {
         "claims.csv": pd.DataFrame(map(_claim_row, found.claims), columns=list(CLAIM_COLUMNS)),
         "sets.csv": pd.DataFrame(_set_rows(found.claims), columns=list(SET_COLUMNS)),
         **found.tables,
     }
+    return Finding(tables, found.sets)
 
 
 def measure_claims(lab: Lab) -> Tested:
@@ -84,13 +89,15 @@ def measure_claims(lab: Lab) -> Tested:
         shallow = f"{layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}"
         which, early, handed = (verdicts.untested(number, shallow) for number in (3, 4, 5))
         return Tested((where, what, which, early, handed), tables)
-    which, curve = sparse.measure_gate(discovery, heldout)
+    gate = sparse.measure_gate(discovery, heldout)
+    sets = {"late MLPs": tuple(band("mlp_output", thirds(layers).late, "all")), **gate.sets}
     edits = Sample.of(lab, "heldout", "edit")
     if not edits.pairs:
         early, handed = (verdicts.untested(number, _NO_EDIT) for number in (4, 5))
-        return Tested((where, what, which, early, handed), {**tables, **curve})
+        return Tested((where, what, gate.claim, early, handed), {**tables, **gate.tables}, sets)
     early, readable = understanding.measure_understanding(Sample.of(lab, "discovery", "edit"), edits)
-    return Tested((where, what, which, early, handed_on(edits)), {**tables, **curve, **readable})
+    claims = (where, what, gate.claim, early, handed_on(edits))
+    return Tested(claims, {**tables, **gate.tables, **readable}, sets)
 
 
 class _DirectClaims(NamedTuple):

@@ -11,9 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from remote_mediation.analyses.claims.specification import RANDOM
-from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF
+from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLPS
+from remote_mediation.result import Result
 from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
-from remote_mediation.show.tables import NONE, Note, Table, interval, notes_on, number, percent
+from remote_mediation.show.section import Section, Verdict
+from remote_mediation.show.tables import NONE, Table, interval, notes_on, number, percent
+from remote_mediation.show.words import UNMEASURED
 
 _SPLITS = ("discovery", "heldout", "all", RANDOM)
 _SIGNS = {"positive": "#0072B2", "unclear": "0.8", "negative": "#D55E00"}
@@ -21,7 +24,71 @@ _SIGNS = {"positive": "#0072B2", "unclear": "0.8", "negative": "#D55E00"}
 _SHARES = "shares of TE with 95% intervals, NIE then TIE; of claim 4 the gain in accuracy"
 
 
-def claims_table(claims: pd.DataFrame, sets: pd.DataFrame) -> Table:
+def sections(result: Result) -> list[Section]:
+    """The five claims. Their own gate says whether there is an effect, so nothing is held back here."""
+    name, title = "claims", "The five claims"
+    did = (
+        "Joint and direct effects of sets, each measured together and in both directions, on held-out pairs and on "
+        "their placebos: other harmless prompts that differ from the harmless one in the same words. What had to be "
+        "chosen was chosen on the discovery pairs."
+    )
+    if "claims.csv" not in result.tables:
+        return [Section(name, title, did, UNMEASURED)]
+    claims, sets = result.tables["claims.csv"], result.tables["sets.csv"]
+    said = "; ".join(f"{claim.claim}: {claim.said}" for claim in claims.itertuples())
+    finding = f"{said[0].upper()}{said[1:]}."
+    tables = (reasons_table(claims), measures_table(sets))
+    return [Section(name, title, did, finding, tables), *_curve(result, sets), *_choices(result)]
+
+
+def _curve(result: Result, sets: pd.DataFrame) -> list[Section]:
+    """How much the first late neurons carry together; nothing where they could not be ranked."""
+    curve = result.tables.get("gate_sets.csv")
+    if curve is None or curve.empty:
+        return []
+    did = (
+        "Late neurons, ranked by a screen on the discovery pairs, were swapped together, the first ones first; what "
+        "each set carries is given on the held-out pairs. Dashed: its direct effect at `last` alone."
+    )
+    chosen = curve[curve["chosen"]]
+    finding = "No size does 80% of the late MLPs' work in both directions on the discovery pairs."
+    if len(chosen):
+        one = chosen.iloc[0]
+        finding = (
+            f"The first {one['size']} ({100 * one['part']:.2g}% of the late neurons) do the late MLPs' work on the "
+            f"discovery pairs; held out they carry {_cell(one, 'nie')} of TE by NIE and {_cell(one, 'tie')} by TIE."
+        )
+    bands = sets[(sets["number"] == 3) & (sets["measure"] == LATE_MLPS)]
+    return [Section("gate-curve", "How few late neurons", did, finding, figure=curve_figure(curve, bands))]
+
+
+def _choices(result: Result) -> list[Section]:
+    """How far claim 2 depends on layers, direction and pairs."""
+    choices = result.tables.get("specification.csv")
+    if choices is None:
+        return []
+    did = (
+        "The direct effect of the MLPs minus that of attention, as a share of TE, over each set of layers, in both "
+        "directions, on each split and on random halves of the pairs."
+    )
+    halves = choices[choices["pairs"] == RANDOM][list(_SIGNS)].sum()
+    counts = ", ".join(f"{number} {name}" for name, number in halves.items())
+    finding = f"On random halves of the pairs, over all layer sets and both directions: {counts}."
+    title, table, figure = (
+        "How far claim 2 depends on choices",
+        specification_table(choices),
+        specification_figure(choices),
+    )
+    return [Section("specification", title, did, finding, (table,), figure, appendix=True)]
+
+
+def verdicts(result: Result) -> list[Verdict]:
+    """The five claims' rows of the report's first table."""
+    tables = result.tables
+    return verdicts_of(tables["claims.csv"], tables["sets.csv"]) if "claims.csv" in tables else []
+
+
+def verdicts_of(claims: pd.DataFrame, sets: pd.DataFrame) -> list[Verdict]:
     """A claim a row: harm, placebo, verdict.
 
     claims: `ask.CLAIM_COLUMNS`. sets: `ask.SET_COLUMNS`.
@@ -30,14 +97,9 @@ def claims_table(claims: pd.DataFrame, sets: pd.DataFrame) -> Table:
     rows = []
     for claim in claims.itertuples():
         own = deciding[deciding["number"] == claim.number]
-        cells = ("; ".join(_with_slope(row, side) for _, row in own.iterrows()) for side in _SIDES)
-        rows.append((f"{claim.number}. {claim.claim}", *cells, claim.said))
-    undefined = "a share is n/a where the TE of the placebo spans 0, a slope β is defined there too"
-    notes = [
-        Note("harm", f"{_SHARES}; claim 5 is the mean of both directions"),
-        Note("placebo", undefined),
-    ]
-    return Table(("claim", "harm", "placebo", "verdict"), rows, tuple(notes))
+        harm, placebo = ("; ".join(_with_slope(row, side) for _, row in own.iterrows()) for side in _SIDES)
+        rows.append(Verdict(f"claim {claim.number}", f"{claim.number}. {claim.claim}", harm, placebo, claim.said))
+    return rows
 
 
 def reasons_table(claims: pd.DataFrame) -> Table:
@@ -151,9 +213,11 @@ def _cell(row: pd.Series, name: str) -> str:
 
 def _with_slope(row: pd.Series, side: str) -> str:
     """A share, and the slope on TE; an accuracy has none."""
-    shown = NONE if pd.isna(row[side]) else _cell(row, side)
+    parts = [] if pd.isna(row[side]) else [_cell(row, side)]
     slope = row[f"beta_{side}"]
-    return shown if row["of"] != "TE" or pd.isna(slope) else f"{shown}, β {number(slope)}"
+    if row["of"] == "TE" and not pd.isna(slope):
+        parts.append(f"β {number(slope)}")
+    return ", ".join(parts) or NONE
 
 
 def _label(row: pd.Series) -> str:

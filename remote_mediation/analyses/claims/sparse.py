@@ -56,16 +56,28 @@ RANDOM_SETS = (50, 150)
 Neuron = tuple[int, int]
 
 
-def measure_gate(discovery: Sample, heldout: Sample) -> tuple[Claim, dict[str, pd.DataFrame]]:
-    """Claim 3, and `gate_sets.csv` where the neurons could be ranked."""
+class Gated(NamedTuple):
+    """Claim 3 with what stands beside it."""
+
+    claim: Claim
+    tables: dict[str, pd.DataFrame]
+    """`gate_sets.csv` where the neurons could be ranked."""
+    sets: dict[str, tuple[Site, ...]]
+    """The neurons that do the late MLPs' work on the discovery pairs, where there are such."""
+
+
+def measure_gate(discovery: Sample, heldout: Sample) -> Gated:
+    """Claim 3."""
     position = "all" if _has_all(discovery) and _has_all(heldout) else "last"
     lab = discovery.lab
     problem = failing(lab, "claims-screen", lambda: lab.run(_screen(discovery, position)))
     if problem:
-        return verdicts.untested(3, f"the late neurons could not be ranked: {problem}"), {}
+        return Gated(verdicts.untested(3, f"the late neurons could not be ranked: {problem}"), {}, {})
     search = Search.of(discovery, position)
     found = search.judged(heldout)
-    return verdicts.sparse_gate(heldout.bench(), found), {"gate_sets.csv": search.curve(heldout)}
+    claim = verdicts.sparse_gate(heldout.bench(), found)
+    sets = {} if search.size is None else {"late gate neurons": tuple(first(search.ranked, search.size, position))}
+    return Gated(claim, {"gate_sets.csv": search.curve(heldout)}, sets)
 
 
 class Search(NamedTuple):

@@ -39,6 +39,8 @@ SPARSE = 0.01
 """Claim 3: largest part of the late neurons that counts as few."""
 CARRIED = 0.8
 """Claim 3: of the late MLPs' own effect."""
+LATE_MLPS = "late MLPs together"
+"""What stands beside claim 3's set."""
 MOST_REACHING = 2
 """Claim 3: matched random sets that may do as much."""
 MATCHED = 0.8
@@ -388,7 +390,7 @@ class Sparse:
 def sparse_gate(bench: Bench, found: Sparse) -> Claim:
     """Claim 3."""
     most = bench.measures(f"first {found.few} neurons (1%)", found.most)
-    band = bench.measures("late MLPs together", found.band)
+    band = bench.measures(LATE_MLPS, found.band)
     chosen = bench.measures(f"first {found.size} neurons", found.chosen) if found.chosen else ()
     ruling = bench.too_shallow or _sparse(bench, found, chosen, most)
     return bench.claim(3, ruling, chosen or most, (*(most if chosen else ()), *band))

@@ -1,0 +1,59 @@
+"""What a judge says of answers, and how far to trust it; the run folder keeps verdicts, and no texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from remote_mediation.engine.payload import digest
+from remote_mediation.judges import BUILTIN, check_judge, load_judge, load_labelled
+from remote_mediation.lab import Lab
+
+JUDGE_COLUMNS: dict[str, str] = {
+    "judge": "its spec",
+    "measure": "accuracy, recall of complying answers, specificity, or Cohen's kappa",
+    "n": "labelled answers it was measured on",
+    "value": "the measure",
+    "low": "lower end of its 95% interval",
+    "high": "upper end",
+    "reason": "why a number is missing, or why to read it with care",
+}
+
+
+def complied(
+    lab: Lab, judge: str, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]
+) -> list[bool]:
+    """The judge's verdicts, kept in the run folder; the texts are not. judge: its spec."""
+
+    def judged(tokenizer: Any) -> list[bool]:
+        texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in (prompts, answers)]
+        return [bool(verdict) for verdict in load_judge(judge)(*texts)]
+
+    verdicts: list[bool] = lab.noted(f"judged-{digest([judge, prompts, answers])}", judged)
+    return verdicts
+
+
+def judge_quality(lab: Lab, judge: str, labelled: str = BUILTIN) -> pd.DataFrame:
+    """How a judge agrees with labelled answers (`JUDGE_COLUMNS`): the package's, or those of a file."""
+
+    def measured(tokenizer: Any) -> list[dict[str, Any]]:
+        found = check_judge(load_judge(judge), load_labelled(labelled), lab.rng("judge"))
+        measures = ("accuracy", "recall", "specificity", "kappa")
+        intervals = [(name, getattr(found, name)) for name in measures]
+        return [
+            {
+                "judge": judge,
+                "measure": name,
+                "n": one.n_pairs,
+                "value": one.value,
+                "low": one.low,
+                "high": one.high,
+                "reason": one.reason,
+            }
+            for name, one in intervals
+        ]
+
+    named = judge if labelled == BUILTIN else [judge, labelled]
+    return pd.DataFrame(lab.noted(f"judge-{digest(named)}", measured), columns=list(JUDGE_COLUMNS))

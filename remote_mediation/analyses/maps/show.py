@@ -1,0 +1,158 @@
+"""Maps as they are read: a figure of every site, and the strongest ones in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from remote_mediation.result import Result
+from remote_mediation.show.figures import (
+    QUESTIONS,
+    by_layer,
+    describe,
+    estimates_of,
+    heat_maps,
+    legend,
+    lines,
+    panels,
+    ticks,
+    title,
+)
+from remote_mediation.show.section import Section
+from remote_mediation.show.sites import site_section
+from remote_mediation.stats import Estimate
+from remote_mediation.summary import stream_nie
+from remote_mediation.tokens import SPANS
+
+_MODULES = {"mlp_output": "MLP", "attention_output": "attention"}
+_PASSED = (0.1, 0.5, 0.9)
+"""Shares of TE whose passage is told."""
+_MOST_TOKENS = 24
+"""Labels along the token axis; they stand upright and need less room than others."""
+
+
+def layers(result: Result) -> list[Section]:
+    """The residual stream, layer by layer: where the effect leaves the changed words and arrives at the answer."""
+    swapped = "the residual stream after one layer, at one position"
+    found = _map(result, "layers", "Layers", swapped, lambda sites: layers_figure(sites, result.summary.total))
+    said = passage(result.summary.sites, result.summary.total)
+    return [part._replace(lead=said if part.figure else "", brief=said) if said else part for part in found]
+
+
+def passage(sites: pd.DataFrame, total: Estimate) -> str:
+    """From which layer on 10, 50 and 90% of TE have left `edit` and arrived at `last`, by mean NIE; empty without TE.
+
+    sites: `Summary.sites`.
+    """
+    if not total.sign:
+        return ""
+    said = []
+    for position, words in (("edit", "have left the changed words"), ("last", "have arrived where the answer is read")):
+        means = stream_nie(sites, position).set_index("layer")["mean"].sort_index() / total.value
+        if means.empty:
+            continue
+        passed = 1 - means if position == "edit" else means
+        at = [_first(passed, share) for share in _PASSED]
+        said.append(f"{', '.join(f'{share:.0%}' for share in _PASSED)} {words} after layer {', '.join(at)}")
+    return f"Of TE, by the residual stream's mean NIE: {'; '.join(said)}." if said else ""
+
+
+def _first(passed: pd.Series, share: float) -> str:
+    """The first layer from which on a share of TE has passed and stays so; `none` where it never does."""
+    below = passed[passed < share]
+    after = passed.index[passed.index > below.index[-1]] if len(below) else passed.index
+    return str(after[0]) if len(after) else "none"
+
+
+def modules(result: Result) -> list[Section]:
+    """MLP beside attention, layer by layer."""
+    swapped = "what the MLP or the attention of one layer adds to the residual stream"
+    return _map(result, "modules", "Modules", swapped, modules_figure)
+
+
+def tokens(result: Result) -> list[Section]:
+    """The residual stream, token by token and layer by layer."""
+    swapped, alpha = "the residual stream after one layer, at one token", result.study.config.statistics.alpha
+    return _map(result, "tokens", "Tokens", swapped, lambda sites: tokens_figure(sites, alpha))
+
+
+def heads(result: Result) -> list[Section]:
+    """Attention heads."""
+    alpha = result.study.config.statistics.alpha
+    return _map(result, "heads", "Heads", "the output of one attention head", lambda sites: heads_figure(sites, alpha))
+
+
+def _map(
+    result: Result, name: str, heading: str, swapped: str, draw: Callable[[pd.DataFrame], Figure]
+) -> list[Section]:
+    section = site_section(result, name, heading, swapped, draw)
+    return [section] if section else []
+
+
+def layers_figure(sites: pd.DataFrame, total: Estimate) -> Figure:
+    """Residual stream by layer, a line per position, with TE for comparison.
+
+    sites: `Summary.sites` (all tables named `sites` here are), analysis `layers`.
+    """
+    return by_layer(estimates_of(sites, "layers"), total, "Residual stream after each layer, swapped at one position")
+
+
+def modules_figure(sites: pd.DataFrame) -> Figure:
+    """MLP beside attention by layer, a row per position; the last third of the layers is shaded."""
+    part = estimates_of(sites, "modules")
+    part = part.assign(name=part["component"].map(_MODULES))
+    layers = int(part["layer"].max()) + 1
+    positions = list(dict.fromkeys(part["position"]))
+    figure, axes = panels(len(positions))
+    title(figure, "What MLP and attention add, swapped layer by layer", part, "mean and 95% interval")
+    for row, position in zip(axes, positions, strict=True):
+        for axis, quantity in zip(row, QUESTIONS, strict=True):
+            estimates = part[(part["quantity"] == quantity) & (part["position"] == position)]
+            lines(axis, estimates)
+            axis.axvspan(2 * layers / 3 - 0.5, layers - 0.5, color="0.92", zorder=0, label="last third of layers")
+            describe(axis, estimates, position)
+    legend(figure, axes[0, 0])
+    return figure
+
+
+def tokens_figure(sites: pd.DataFrame, alpha: float) -> Figure:
+    """Residual stream by token and layer; the number of pairs that have a token stands above its column.
+
+    alpha: cells whose q is at most this carry a dot, here and in the other maps.
+    """
+    part = estimates_of(sites, "tokens")
+    part = part.assign(name=part["position"])
+    figure, axes = heat_maps({"": part}, "position", _token_order, alpha)
+    title(figure, "Residual stream after each layer, swapped at one token", part, "mean")
+    counts = part.groupby("position")["n"].max()
+    names = sorted(counts.index, key=_token_order)
+    for axis in axes[0]:
+        axis.set_xlabel("token, counted within its span")
+        axis.set_xticks(*ticks(names, _MOST_TOKENS), rotation=90, fontsize=8)
+        above = axis.secondary_xaxis("top")
+        above.set_xlabel("pairs", fontsize=8)
+        above.set_xticks(*ticks([counts[name] for name in names], _MOST_TOKENS), fontsize=8)
+    return figure
+
+
+def heads_figure(sites: pd.DataFrame, alpha: float) -> Figure:
+    """Attention heads by layer, a row per position."""
+    part = estimates_of(sites, "heads")
+    return _unit_maps(part.assign(name="head " + part["unit_start"]), "Single attention heads", "head", alpha)
+
+
+def _unit_maps(part: pd.DataFrame, text: str, x_label: str, alpha: float) -> Figure:
+    facets = {str(position): facet for position, facet in part.groupby("position", sort=False)}
+    figure, axes = heat_maps(facets, "unit_start", int, alpha)
+    for axis in axes[-1]:
+        axis.set_xlabel(x_label)
+    title(figure, text, part, "mean")
+    return figure
+
+
+def _token_order(position: str) -> tuple[int, int]:
+    """Order of tokens in the prompt: spans in reading order, then the number in the brackets."""
+    span, _, number = position.rstrip("]").partition("[")
+    return SPANS.index(span), int(number)

@@ -1,0 +1,114 @@
+"""Detectors as they are read: AUROC and false alarms of the gates beside a probe and random neurons."""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from remote_mediation.analyses.monitor.detectors import RANDOM, RECALLS
+from remote_mediation.result import Result
+from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
+from remote_mediation.show.section import Section
+from remote_mediation.show.tables import Table, interval, notes_on, number
+from remote_mediation.show.words import UNMEASURED, no_gates, share_of
+
+
+def sections(result: Result) -> list[Section]:
+    """The gates as a detector."""
+    name, title = "monitor", "Monitor"
+    did = (
+        "The gates' activity at the last prompt token, as a score of harmful prompts, beside a linear probe on the "
+        "residual stream of their layer and random neurons. Directions and thresholds are from the discovery pairs; "
+        "they are judged on held-out pairs"
+    )
+    absent, table = no_gates(result, "watch"), result.tables.get("detectors.csv")
+    hard = result.study.config.monitor.hard_negatives
+    did += " and on hard negatives." if hard else "; hard negatives were not given."
+    if absent or table is None or table.empty:
+        return [Section(name, title, did, absent or UNMEASURED)]
+    said = [_detector_in_words(part, str(name)) for name, part in table.groupby("evaluation", sort=False)]
+    return [Section(name, title, did, " ".join(said), (_detectors_table(table),), detector_figure(table))]
+
+
+def _detector_in_words(part: pd.DataFrame, evaluation: str) -> str:
+    by = part.set_index("detector")
+    gates, probe = by.loc["gates"], by.loc["residual probe"]
+    area = interval(gates["auroc"], gates["auroc_low"], gates["auroc_high"])
+    text = f"On {_evaluation(evaluation)} the gates' AUROC is {area}"
+    if not np.isnan(gates["rank"]):
+        text += f", rank {gates['rank']:.0f} beside {gates['random_sets']} random sets (p = {gates['p']:.2g})"
+    if np.isnan(gates["auroc_low"]) or np.isnan(probe["auroc_low"]):
+        return f"{text}; how it compares with the residual probe is not known."
+    if gates["auroc_low"] > probe["auroc_high"]:
+        return f"{text}, above the residual probe's."
+    if gates["auroc_high"] < probe["auroc_low"]:
+        return f"{text}, below the residual probe's."
+    return f"{text}; it is not told apart from the residual probe's."
+
+
+def _detectors_table(table: pd.DataFrame) -> Table:
+    percents = [round(100 * recall) for recall in RECALLS]
+    rows = [
+        (
+            row["detector"],
+            _evaluation(str(row["evaluation"])),
+            interval(row["auroc"], row["auroc_low"], row["auroc_high"]),
+            "" if np.isnan(row["p"]) else number(row["p"]),
+            *(
+                "" if row["detector"] == RANDOM else share_of(row, f"{name}_{recall}")
+                for recall in percents
+                for name in ("recall", "false_alarms")
+            ),
+        )
+        for _, row in table.iterrows()
+    ]
+    columns = [f"{name} ({recall}%)" for recall in percents for name in ("recall", "false alarms")]
+    asked = "at the threshold with that recall on the discovery pairs; prompts count as independent there (Wilson)"
+    reasons = table[table["reason"] != ""].groupby("reason", sort=False)["detector"].unique()
+    cared = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    notes = (*notes_on("", cared), *notes_on(columns[0], [asked]))
+    return Table(("detector", "judged on", "AUROC", "p", *columns), rows, notes)
+
+
+def _evaluation(name: str) -> str:
+    return "held-out pairs" if name == "heldout" else name
+
+
+def detector_figure(table: pd.DataFrame, recall: int = 95) -> Figure:
+    """Detectors of harm: AUROC on the left, false alarms at a recall on the right; a colour per set of prompts.
+
+    table: `detectors.DETECTOR_COLUMNS`. recall: percent, a column of the table.
+    """
+    names = list(dict.fromkeys(table["detector"]))
+    evaluations = list(dict.fromkeys(table["evaluation"]))
+    figure = Figure((WIDTH, 2.2 + 0.45 * len(names)), DPI, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    counts = ", ".join(f"{name}: {table.loc[table['evaluation'] == name, 'n'].max()}" for name in evaluations)
+    title = "Detectors of harmful prompts, thresholds from other prompts"
+    figure.suptitle(f"{title}\n95% intervals; prompts: {counts}", fontsize=11)
+    for axis, column in zip(axes, ("auroc", f"false_alarms_{recall}"), strict=True):
+        _detectors(axis, table[table[column].notna()], column, names, evaluations)
+    axes[0].axvline(0.5, color="0.5", linewidth=0.8)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].set_title("AUROC: are harmful prompts scored higher?", fontsize=10, loc="left")
+    axes[0].set(xlabel="AUROC (random sets: median and 95% range)")
+    axes[1].set_title(f"False alarms at the threshold for {recall}% recall", fontsize=10, loc="left")
+    axes[1].set(xlabel="share of harmless prompts", xlim=(-0.03, 1.03))
+    legend(figure, axes[0])
+    return figure
+
+
+def _detectors(axis: Axes, table: pd.DataFrame, column: str, names: list[str], evaluations: list[str]) -> None:
+    """A dot with its interval per detector; sets of prompts side by side, each in its colour."""
+    styles = zip(evaluations, cycle(COLOURS), cycle(MARKERS), strict=False)
+    for place, (evaluation, colour, marker) in enumerate(styles):
+        part = table[table["evaluation"] == evaluation]
+        beside = 0.25 * (place - (len(evaluations) - 1) / 2)
+        rows = [names.index(name) + beside for name in part["detector"]]
+        axis.hlines(rows, part[f"{column}_low"], part[f"{column}_high"], color=colour)
+        axis.plot(part[column], rows, color=colour, marker=marker, linestyle="", label=evaluation)

@@ -1,0 +1,281 @@
+"""How single neurons are found; each way ends in exact measurements on the discovery split.
+
+- `gradient`: attribution patching ranks all neurons in a few passes (`program.screen`), the first ones are measured.
+  What it may have missed is estimated from a random sample of the others.
+- `windows`: whole layers are split into ever smaller windows, only where an interval leaves room for a mediator. Rows
+  grow with the number of mediators and the logarithm of the width. Neurons that cancel within a window are missed.
+- `all`: every neuron is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from remote_mediation.config import StudyConfig
+from remote_mediation.engine.tasks import screen_tasks
+from remote_mediation.errors import JobError, SiteError
+from remote_mediation.lab import Floats, Lab
+from remote_mediation.sites import ModelInfo, Site
+from remote_mediation.stats import estimate_means, sparsity, wilson
+from remote_mediation.summary import UNITS
+from remote_mediation.tokens import TokenPair
+
+LAYERS, WINDOWS, SAMPLE = "neurons", "neurons:windows", "neurons:sample"
+"""What the effects of whole MLPs, of windows and of the random sample count as; single neurons are `summary.UNITS`."""
+# A window that may hold a mediator is split into so many.
+BRANCHES = 4
+_RESAMPLES = 999
+
+SEARCH_COLUMNS: dict[str, str] = {
+    "step": "what was measured",
+    "sites": "neurons or windows measured",
+    "pairs": "pairs they were measured on",
+    "kept": "those that may be or hold a mediator, as far as the discovery split can tell",
+    "followed": "those of them that were followed; fewer than kept where the study's limit cut the search short",
+    "missed": "estimated mediators among the neurons that were not measured",
+    "missed_high": "upper end of its 95% interval",
+}
+SPARSITY_COLUMNS: dict[str, str] = {
+    "layer": "decoder layer, from 0",
+    "gini": "Gini index of the neurons' NIE (its positive part)",
+    "fewest": "fewest neurons whose NIE adds up to 80% of all positive ones",
+    "of": "neurons of the layer",
+    "negative_share": "share of the profile that works the other way",
+    "by": "measured, or estimated by attribution patching",
+}
+
+
+class Found(NamedTuple):
+    """What a search leaves."""
+
+    ranked: dict[int, list[int]]
+    """By layer its neurons, the strongest first; perhaps not all of them."""
+    steps: list[dict[str, Any]]
+    """Rows of `SEARCH_COLUMNS`."""
+    profiles: pd.DataFrame
+    """Rows of `SPARSITY_COLUMNS`."""
+
+
+def search(lab: Lab) -> Found:
+    """The first way of searching that the backend can go.
+
+    Raises:
+        SiteError: it can go none.
+    """
+    ways = {"gradient": _by_gradient, "windows": _by_windows, "all": _all}
+    refusals = []
+    for way in lab.study.config.neurons.search:
+        try:
+            return ways[way](lab)
+        except JobError as error:  # a sandboxed server, or a model whose weights allow no gradient
+            refusals.append(f"{way}: {error}")
+    raise SiteError(
+        f"the neurons could not be searched ({'; '.join(refusals)}); allow another way, as neurons.search = "
+        '["gradient", "windows"]'
+    )
+
+
+def _by_gradient(lab: Lab) -> Found:
+    """Rank by attribution, measure the first `exact` and a sample of the others."""
+    study, settings, position = lab.study, lab.study.config.neurons, position_of(lab)
+    scores = _screened(lab, position)
+    order = [
+        (int(flat // study.info.d_ff), int(flat % study.info.d_ff))
+        for flat in np.argsort(-scores.rank, axis=None, kind="stable")
+        if np.isfinite(scores.rank.flat[flat])
+    ]
+    first, rest = order[: settings.exact], order[settings.exact :]
+    sample = [rest[i] for i in sorted(lab.rng("sample").permutation(len(rest))[: settings.exact])]
+    measured = lab.measure_sites(UNITS, [_unit(position, *one) for one in first])
+    checked = lab.measure_sites(SAMPLE, [_unit(position, *one) for one in sample], "discovery")
+    strong, missed = strengths(measured), strengths(checked)
+    least = _least(lab, checked)
+    hits = wilson(int((missed >= least).sum()), len(missed))
+    steps = [
+        _step("screened by gradients", study.info.d_ff * len(layers_of(study.config, study.info)), lab, len(first)),
+        _step("measured, first ranks", len(first), lab, int((strong >= _least(lab, measured)).sum()), "all"),
+        {
+            **_step("measured, random others", len(sample), lab, int((missed >= least).sum())),
+            "missed": hits.value * len(rest),
+            "missed_high": hits.high * len(rest),
+        },
+    ]
+    exact = dict.fromkeys((int(layer), int(unit)) for layer, unit, _ in strong[strong > 0].index)
+    ranked = _by_layer([*exact, *(one for one in order if one not in exact)])
+    profiles = [
+        _profile(layer, scores.nie[layer], "attribution patching") for layer in layers_of(study.config, study.info)
+    ]
+    return Found(ranked, steps, pd.DataFrame(profiles, columns=list(SPARSITY_COLUMNS)))
+
+
+class _Scores(NamedTuple):
+    """Attribution scores `[layer, unit]`."""
+
+    rank: Floats
+    """By which neurons are ranked: the smaller of NIE and TIE, GradDrop's size; -inf in layers not searched."""
+    nie: Floats
+    """AtP's estimate of NIE in TE's direction."""
+
+
+def _screened(lab: Lab, position: str) -> _Scores:
+    study = lab.study
+    pairs = pairs_at(lab, "discovery")
+    found = lab.run(screen_tasks(pairs, "mlp_neurons", position, study.setting))
+    shape = (-1, 2, 2, study.info.layers, study.info.d_ff)
+    mean = np.array(found, dtype=np.float64).reshape(shape).sum(0) / max(len(pairs), 1)
+    rank = mean[:, 1].min(0)
+    unsearched = sorted(set(range(study.info.layers)) - set(layers_of(study.config, study.info)))
+    rank[unsearched] = -np.inf
+    return _Scores(rank, direction_of(lab.effects) * mean[0, 0])
+
+
+def _by_windows(lab: Lab) -> Found:
+    """Split windows, breadth first, wherever the discovery split leaves room for a mediator."""
+    position, settings = position_of(lab), lab.study.config.neurons
+    effects, steps, leaves = of_whole_mlps(lab.effects, position), [], []
+    width = lab.study.info.d_ff
+    while not effects.empty:
+        kept = _plausible(lab, effects)
+        leaves += [window for window in kept if window.stop - window.start == 1]
+        wide = [window for window in kept if window.stop - window.start > 1]
+        followed = wide[: settings.max_windows]
+        count = len(effects.groupby(["layer", "unit_start"]))
+        step = _step(f"windows of up to {width} neurons", count, lab, len(kept))
+        steps.append({**step, "followed": len(kept) - len(wide) + len(followed)})
+        parts = [part for window in followed for part in _split(window)]
+        width = max((part.stop - part.start for part in parts), default=0)
+        sites = [Site("mlp_neurons", part.layer, position, tuple(range(part.start, part.stop))) for part in parts]
+        effects = lab.measure_sites(WINDOWS, sites, "discovery")
+    units = lab.measure_sites(UNITS, [_unit(position, leaf.layer, leaf.start) for leaf in leaves])
+    ranked = _by_layer((layer, unit) for layer, unit, _ in strengths(units).index)
+    return Found(ranked, steps, pd.DataFrame(columns=list(SPARSITY_COLUMNS)))
+
+
+class _Window(NamedTuple):
+    layer: int
+    start: int
+    stop: int
+
+
+def _plausible(lab: Lab, effects: pd.DataFrame) -> list[_Window]:
+    """Windows whose NIE and TIE may both reach `min_share` of TE by their intervals, the strongest first."""
+    used = effects[effects["split"] == "discovery"]
+    least, direction = _least(lab, used), direction_of(used)
+    kept = None
+    for quantity in ("nie", "tie"):
+        table = direction * used.pivot_table(
+            index=["layer", "unit_start", "unit_stop"], columns=["pair_id", "cluster"], values=quantity
+        )
+        clusters = table.columns.get_level_values("cluster")
+        found = estimate_means(table.to_numpy(), clusters, lab.rng("windows"), _RESAMPLES)
+        reach = [one.value if np.isnan(one.high) else one.high for one in found]
+        possible = set(table.index[np.array(reach) >= least])
+        kept = possible if kept is None else kept & possible
+    return [_Window(*map(int, window)) for window in strengths(used).index if window in (kept or ())]
+
+
+def _split(window: _Window) -> list[_Window]:
+    bounds = np.unique(np.linspace(window.start, window.stop, BRANCHES + 1).round().astype(int))
+    return [_Window(window.layer, int(low), int(high)) for low, high in pairwise(bounds)]
+
+
+def _all(lab: Lab) -> Found:
+    """Measure every neuron on every pair."""
+    study, position = lab.study, position_of(lab)
+    layers = layers_of(study.config, study.info)
+    units = [_unit(position, layer, unit) for layer in layers for unit in range(study.info.d_ff)]
+    effects = lab.measure_sites(UNITS, units)
+    strong = strengths(effects)
+    ranked = _by_layer((layer, unit) for layer, unit, _ in strong.index)
+    used = effects[effects["split"] == "discovery"]
+    nie = direction_of(used) * used.groupby(["layer", "unit_start"])["nie"].mean()
+    profiles = [_profile(layer, nie[layer].to_numpy(float), "measured") for layer in layers]
+    step = _step("every neuron", len(units), lab, int((strong >= _least(lab, used)).sum()), "all")
+    return Found(ranked, [step], pd.DataFrame(profiles, columns=list(SPARSITY_COLUMNS)))
+
+
+def strengths(effects: pd.DataFrame) -> pd.Series:
+    """By layer, first and last unit the smaller of mean NIE and mean TIE on the discovery split, in TE's direction.
+
+    A mediator is both sufficient and necessary. Sorted, the strongest first.
+    """
+    used = effects[effects["split"] == "discovery"]
+    means = used.groupby(["layer", "unit_start", "unit_stop"])[["nie", "tie"]].mean()
+    strength: pd.Series = (direction_of(used) * means).min(axis=1).sort_values(ascending=False)
+    return strength
+
+
+def of_whole_mlps(effects: pd.DataFrame, position: str) -> pd.DataFrame:
+    """The effects of each layer's neurons together."""
+    return effects[(effects["analysis"] == LAYERS) & (effects["position"] == position)]
+
+
+def whole_mlp(lab: Lab, layer: int) -> Site:
+    """All neurons of a layer, at the position that is searched."""
+    return Site("mlp_neurons", layer, position_of(lab), tuple(range(lab.study.info.d_ff)))
+
+
+def position_of(lab: Lab) -> str:
+    """Where neurons are searched."""
+    return lab.study.config.positions.neurons[0]
+
+
+def pairs_at(lab: Lab, split: str) -> list[TokenPair]:
+    """Those that have the position."""
+    return [pair for pair in lab.pairs(split) if pair.places(position_of(lab)).x0]
+
+
+def layers_of(config: StudyConfig, info: ModelInfo) -> Sequence[int]:
+    """Layers to search."""
+    return range(info.layers) if config.neurons.layers is None else config.neurons.layers
+
+
+def first_units(lab: Lab, layer: int, ranked: Sequence[int], size: int) -> Site:
+    """The first neurons of a layer by rank, as one site."""
+    return Site("mlp_neurons", layer, position_of(lab), tuple(sorted(ranked[:size])))
+
+
+def direction_of(effects: pd.DataFrame) -> int:
+    """1 where the harmful prompts raise the outcome, else -1."""
+    return -1 if effects["te"].mean() < 0 else 1
+
+
+def _by_layer(ranked: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    """Layers and units in order, as units by layer in that order."""
+    units: dict[int, list[int]] = {}
+    for layer, unit in ranked:
+        units.setdefault(int(layer), []).append(int(unit))
+    return units
+
+
+def _unit(position: str, layer: int, unit: int) -> Site:
+    return Site("mlp_neurons", layer, position, (unit,))
+
+
+def _least(lab: Lab, effects: pd.DataFrame) -> float:
+    """The effect from which on a neuron counts as a mediator, on the discovery split."""
+    te = effects[effects["split"] == "discovery"].drop_duplicates("pair_id")["te"].mean()
+    return abs(float(te)) * lab.study.config.statistics.min_share
+
+
+def _step(name: str, count: int, lab: Lab, kept: int, split: str = "discovery") -> dict[str, Any]:
+    pairs = len(pairs_at(lab, split))
+    unknown = {"missed": np.nan, "missed_high": np.nan}
+    return {"step": name, "sites": count, "pairs": pairs, "kept": kept, "followed": kept, **unknown}
+
+
+def _profile(layer: int, nie: Floats, by: str) -> dict[str, Any]:
+    found = sparsity(nie)
+    return {
+        "layer": layer,
+        "gini": found.gini,
+        "fewest": found.fewest,
+        "of": found.n_units,
+        "negative_share": found.negative_share,
+        "by": by,
+    }

@@ -1,0 +1,123 @@
+"""The outcome on the prompts as they are: how much of what a model says the openings of `refusal` cover.
+
+An outcome of openings that are never said is hardly defined.
+
+What counts is the refusing side after harmful prompts and the compliant side after harmless ones (METHOD, section 2).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from remote_mediation.engine.rows import Row
+from remote_mediation.lab import Lab
+from remote_mediation.result import Finding, Findings
+from remote_mediation.stats import Estimate, estimate_means
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COVERAGE_COLUMNS: dict[str, str] = {
+    "pair_id": "the prompt pair",
+    "cluster": "what statistics resample",
+    "split": "discovery or heldout",
+    "prompts": "harmless (x0) or harmful (x1)",
+    "compliant": "summed probability of the compliant openings after that prompt",
+    "refusing": "summed probability of the refusing openings",
+}
+OPENING_COLUMNS: dict[str, str] = {
+    "side": "compliant or refusing",
+    "opening": "its text",
+    "tokens": "its tokens",
+    "harmless": "its mean probability after harmless prompts",
+    "harmful": "its mean probability after harmful prompts",
+}
+SIDES = ("compliant", "refusing")
+PROMPTS = ("harmless", "harmful")
+ASKED = {"harmful": "refusing", "harmless": "compliant"}
+"""By prompts, the side that has to cover what is said to them."""
+HALF, HARDLY = 0.5, 0.01
+"""Below the first the report says so; below the second the outcome is hardly defined."""
+
+
+class Coverage(NamedTuple):
+    """Mean summed probability of a side's openings after some prompts."""
+
+    prompts: str
+    side: str
+    found: Estimate
+
+    @property
+    def wanting(self) -> bool:
+        """Whether this side has to cover these prompts, and covers less than half."""
+        return ASKED[self.prompts] == self.side and self.found.value < HALF
+
+    @property
+    def hardly(self) -> bool:
+        """Whether it leaves the outcome hardly defined."""
+        return self.wanting and self.found.value < HARDLY
+
+
+def analyse(lab: Lab, before: Findings) -> Finding:
+    """`coverage.csv` and `openings.csv`; nothing where the outcome has no openings."""
+    if lab.study.outcome.name != "refusal":
+        return Finding()
+    return Finding({"coverage.csv": coverage_table(lab), "openings.csv": openings_table(lab)})
+
+
+def coverage_table(lab: Lab) -> pd.DataFrame:
+    """Both sides' probability after every prompt (`COVERAGE_COLUMNS`), of a study whose outcome is of openings.
+
+    Raises:
+        UnmeasuredError: some prompt was not run.
+    """
+    outcome, pairs, splits = lab.study.outcome, lab.pairs(), lab.study.splits()
+    records = []
+    for number, prompts in enumerate(PROMPTS):
+        read = lab.readouts([Row(pair.id, number) for pair in pairs])
+        for pair, values in zip(pairs, read, strict=True):
+            covered = np.exp(outcome.side_logprobs(pair, values))
+            record = {"pair_id": pair.id, "cluster": pair.cluster, "split": splits[pair.id], "prompts": prompts}
+            records.append({**record, **dict(zip(SIDES, covered, strict=True))})
+    return pd.DataFrame(records, columns=list(COVERAGE_COLUMNS))
+
+
+def openings_table(lab: Lab) -> pd.DataFrame:
+    """Every opening as text, with its mean probability after the prompts of either kind (`OPENING_COLUMNS`).
+
+    Raises:
+        UnmeasuredError: some prompt was not run, or the texts were never noted and there is no backend.
+    """
+    outcome, pairs = lab.study.outcome, lab.pairs()
+
+    def texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        return [tokenizer.decode(list(opening)) for opening in outcome.openings]
+
+    means = {
+        prompts: np.mean(
+            [
+                np.exp(np.concatenate(outcome.opening_logprobs(pair, values)))
+                for pair, values in zip(pairs, lab.readouts([Row(pair.id, number) for pair in pairs]), strict=True)
+            ],
+            axis=0,
+        )
+        for number, prompts in enumerate(PROMPTS)
+    }
+    sides = np.repeat(SIDES, (len(outcome.compliant), len(outcome.refusing)))
+    lengths = [len(opening) for opening in outcome.openings]
+    described = {"side": sides, "opening": lab.noted("opening-texts", texts), "tokens": lengths}
+    return pd.DataFrame({**described, **means}, columns=list(OPENING_COLUMNS))
+
+
+def coverages(table: pd.DataFrame, seed: int, resamples: int) -> list[Coverage]:
+    """Mean coverage of both sides after both kinds of prompts, with clustered intervals. table: `COVERAGE_COLUMNS`."""
+    found = []
+    for prompts in reversed(PROMPTS):
+        part = table[table["prompts"] == prompts]
+        rng = np.random.default_rng(seed)
+        estimates = estimate_means(part[list(SIDES)].T, part["cluster"], rng, resamples)
+        found += [Coverage(prompts, side, one) for side, one in zip(SIDES, estimates, strict=True)]
+    return found

@@ -1,0 +1,126 @@
+"""Is what a run folder was begun with still what it was? Models and files are known by content, not by name.
+
+A folder goes on only with the same model, and with the same other files that its analyses read: hard negatives,
+checkpoints, judges. Folders of older versions hold less; what they hold is compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from remote_mediation.config import StudyConfig
+from remote_mediation.errors import ModelError, StoreError
+from remote_mediation.models import dated_fingerprint, fingerprint
+from remote_mediation.pairs import load_pairs
+from remote_mediation.sites import ModelInfo
+from remote_mediation.texts import load_texts
+
+# How the name of a local folder begins that can be nothing else.
+_LOCAL = ("/", "./", "../", "~")
+
+
+def look_at(config: StudyConfig) -> None:
+    """Read every file that a study names, before anything runs.
+
+    Raises:
+        PairsError, SettingsError, ModelError: one of them cannot be used.
+    """
+    load_texts(config)
+    config.prompt.form()
+    if "monitor" in config.analyses and config.monitor.hard_negatives:
+        load_pairs(config.monitor.hard_negatives)
+    for name in config.attacks.checkpoints if "attacks" in config.analyses else ():
+        if name.startswith(_LOCAL) and not Path(name).is_dir():
+            raise ModelError(f"attacks.checkpoints names {name!r}, and there is no such folder; give one, or a hub id")
+
+
+def as_begun(info: ModelInfo, begun: dict[str, Any], folder: Path) -> ModelInfo:
+    """A model as a run folder names it in its row keys, so that what older versions measured stays valid.
+
+    begun: what `run.json` holds; empty for a new run.
+
+    Raises:
+        StoreError: the files of the model have changed since.
+    """
+    if not begun:
+        return info
+    named: str = begun["model"].get("weights", "")
+    same = info.weights in (named, begun.get("content", named))
+    if not same and "content" not in begun:
+        # Older versions noted names, sizes and times of some files, or nothing at all where there were none of these.
+        same = named in ("", dated_fingerprint(info.name))
+    if not same:
+        raise StoreError(
+            f"{folder} holds a run on other files of {info.name!r}: its weights, configuration or tokenizer have "
+            "changed since; choose another --out"
+        )
+    return replace(info, weights=named)
+
+
+def unchanged_files(config: StudyConfig, begun: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Hashes of the other files that a study's analyses read, by setting and name, and those of earlier runs.
+
+    Raises:
+        StoreError: one of them has changed since the run was begun.
+    """
+    known: dict[str, str] = begun.get("files", {})
+    found = {name: digest for name, digest in _files(config).items() if digest}
+    for name, digest in found.items():
+        if known.get(name, digest) != digest:
+            raise StoreError(
+                f"{folder} holds a run with another {name}: its content has changed since; choose another --out"
+            )
+    return {**known, **found}
+
+
+def _files(config: StudyConfig) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if config.prompt.template:
+        found[f"prompt.template {config.prompt.template!r}"] = _file(config.prompt.template)
+    if "monitor" in config.analyses and config.monitor.hard_negatives:
+        found[f"monitor.hard_negatives {config.monitor.hard_negatives!r}"] = _file(config.monitor.hard_negatives)
+    if "attacks" in config.analyses:
+        found |= {f"attacks.checkpoints {name!r}": fingerprint(name) for name in config.attacks.checkpoints}
+    if "intervene" in config.analyses or "attacks" in config.analyses:
+        found[f"intervene.judge {config.intervene.judge!r}"] = _judge(config.intervene.judge)
+    if "verify" in config.analyses:
+        found[f"verify.judge {config.verify.judge!r}"] = _judge(config.verify.judge)
+        found[f"verify.labelled {config.verify.labelled!r}"] = _file(config.verify.labelled)
+    return found
+
+
+def _judge(spec: str) -> str:
+    kind, _, rest = spec.partition(":")
+    return _JUDGES[kind](rest) if kind in _JUDGES else ""
+
+
+def _file(name: str) -> str:
+    path = Path(name).expanduser()
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() if path.is_file() else ""
+
+
+def _judge_model(rest: str) -> str:
+    """Of a classifier's or embedding's folder; a label may stand behind it."""
+    return fingerprint(rest) or fingerprint(rest.rpartition(":")[0] or rest)
+
+
+def _judge_module(rest: str) -> str:
+    origin: str | None = None
+    with contextlib.suppress(ImportError, ValueError):  # the judge's own loader says so
+        found = find_spec(rest.partition(":")[0])
+        origin = found.origin if found else None
+    return _file(origin) if origin else ""
+
+
+_JUDGES: dict[str, Callable[[str], str]] = {
+    "classifier": _judge_model,
+    "embedding": _judge_model,
+    "openings+embedding": _judge_model,
+    "python": _judge_module,
+}

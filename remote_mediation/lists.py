@@ -1,0 +1,178 @@
+"""Lists of prompts, as published, and how harmful ones are matched with harmless ones into pairs.
+
+AdvBench, HarmBench, JailbreakBench, StrongREJECT and lists of instructions hold prompts, not pairs. Their texts cannot
+be aligned, so a pair of them is compared from the end of the prompt only, and should be alike in length. Prompts of the
+same length are matched first, then the nearest, each prompt once. A placebo is a second harmless prompt,
+matched with the same harmful one in the same way.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from remote_mediation.errors import PairsError
+from remote_mediation.pairs import PromptPair, named, text_of
+from remote_mediation.records import read_records
+
+# Columns that hold the prompt in the layouts that are published, the most telling first: beside a goal, a `behavior` is
+# the name of its kind (JailbreakBench); elsewhere it is the prompt (HarmBench).
+_PROMPTS = (
+    "forbidden_prompt",
+    "goal",
+    "behavior",
+    "instruction",
+    "prompt",
+    "request",
+    "question",
+    "query",
+    "text",
+    "harmful",
+    "harmless",
+)
+_CATEGORIES = ("category", "semanticcategory", "functionalcategory")
+# Columns whose text belongs to the prompt: HarmBench puts it before, lists of instructions after.
+_BEFORE, _AFTER = "contextstring", "input"
+_PIECES = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A prompt of a list."""
+
+    text: str
+    category: str = ""
+    notes: tuple[tuple[str, str], ...] = ()
+    """Its other columns."""
+
+    @property
+    def length(self) -> int:
+        """Words and signs, which stand in for tokens: the matching is the same for every model."""
+        return len(_PIECES.findall(self.text))
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """A file of prompts."""
+
+    source: str
+    column: str
+    """The column that was read as the prompt; empty where the file has no columns."""
+    prompts: tuple[Listed, ...]
+
+
+def read_list(source: str, column: str = "") -> PromptList:
+    """The prompts of a file, each once, in its order. column: the one that holds them; found by its name by default.
+
+    Raises:
+        PairsError: unreadable, without prompts, or without a column that is known to hold them.
+    """
+    records = read_records(source)
+    if records and all(isinstance(record, str) for record in records):
+        found = [Listed(text_of(record, "prompt", f"{source}, record {i}")) for i, record in enumerate(records, 1)]
+        return PromptList(source, "", _once(found, source))
+    fields = [_lowered(record, f"{source}, record {number}") for number, record in enumerate(records, 1)]
+    column = column.strip().lower() or _prompt_column(fields, source)
+    prompts = [_listed(record, column, f"{source}, record {number}") for number, record in enumerate(fields, 1)]
+    return PromptList(source, column, _once(prompts, source))
+
+
+def matched(harmful: PromptList, harmless: PromptList) -> tuple[PromptPair, ...]:
+    """Pairs of prompts of two lists, in the order of the harmful one, and their placebos where harmless ones are left.
+
+    Raises:
+        PairsError: fewer harmless prompts than harmful ones, or a prompt that stands in both lists.
+    """
+    both = {one.text for one in harmful.prompts} & {one.text for one in harmless.prompts}
+    if both:
+        raise PairsError(f"{harmful.source} and {harmless.source} both hold {min(both)[:60]!r}; take it out of one")
+    if len(harmless.prompts) < len(harmful.prompts):
+        raise PairsError(
+            f"{harmful.source} has {len(harmful.prompts)} prompts and {harmless.source} {len(harmless.prompts)}; give "
+            "as many harmless ones, or twice as many for placebos"
+        )
+    partners = _nearest(harmful.prompts, harmless.prompts)
+    taken = set(partners)
+    left = [one for number, one in enumerate(harmless.prompts) if number not in taken]
+    placebos = dict(enumerate(_nearest(harmful.prompts, left)))
+    pairs = [
+        PromptPair(
+            "",
+            one.text,
+            harmless.prompts[partners[number]].text,
+            one.category,
+            "",
+            placebo=left[placebos[number]].text if number in placebos else "",
+            notes=one.notes,
+            aligned=False,
+        )
+        for number, one in enumerate(harmful.prompts)
+    ]
+    return named(pairs)
+
+
+def _nearest(wanted: Sequence[Listed], offered: Sequence[Listed]) -> list[int]:
+    """For each of the first prompts the index of another of its length, or of the nearest, each used once.
+
+    As far as they go: where fewer are offered, the last ones have none.
+    """
+    wanted = wanted[: len(offered)]
+    free = sorted((one.length, number) for number, one in enumerate(offered))
+    found: dict[int, int] = {}
+    for same in (True, False):
+        for number, one in enumerate(wanted):
+            if number in found:
+                continue
+            place = _closest(free, one.length)
+            if not same or free[place][0] == one.length:
+                found[number] = free.pop(place)[1]
+    return [found[number] for number in range(len(wanted))]
+
+
+def _closest(free: Sequence[tuple[int, int]], length: int) -> int:
+    """Place of the entry nearest in length; of two, the shorter, and the first of its file."""
+    above = bisect.bisect_left(free, (length, -1))
+    if above == 0 or (above < len(free) and free[above][0] == length):
+        return above
+    below = bisect.bisect_left(free, (free[above - 1][0], -1))
+    if above == len(free) or length - free[below][0] <= free[above][0] - length:
+        return below
+    return above
+
+
+def _lowered(record: Any, where: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise PairsError(f"{where} is {type(record).__name__}; a list of prompts has objects, rows or texts")
+    return {str(key).strip().lower(): value for key, value in record.items()}
+
+
+def _prompt_column(records: Sequence[dict[str, Any]], source: str) -> str:
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    found = next((name for name in _PROMPTS if name in columns), None)
+    if found is None:
+        raise PairsError(
+            f"{source} has the columns {columns}, and none is known to hold prompts; name it with --harmful-column or "
+            "--harmless-column"
+        )
+    return found
+
+
+def _listed(record: dict[str, Any], column: str, where: str) -> Listed:
+    if column not in record:
+        raise PairsError(f"{where} has {sorted(record)} and lacks {column!r}; name another column")
+    text, before, after = (text_of(record.get(key), key, where) for key in (column, _BEFORE, _AFTER))
+    category = next((text_of(record[name], name, where) for name in _CATEGORIES if record.get(name)), "")
+    parts = (f"{before}\n\n---" if before.strip() else "", text, after)
+    others = {key: text_of(value, key, where, anything=True) for key, value in record.items() if key != column}
+    return Listed("\n\n".join(part for part in parts if part.strip()), category, tuple(others.items()))
+
+
+def _once(prompts: Sequence[Listed], source: str) -> tuple[Listed, ...]:
+    """The prompts that are not empty, each the first time it stands there."""
+    found = {one.text: one for one in reversed(prompts) if one.text.strip()}
+    if not found:
+        raise PairsError(f"{source} holds no prompts")
+    return tuple(one for one in prompts if found.get(one.text) is one)

@@ -1,0 +1,290 @@
+"""How a request becomes the text and the tokens that a model is given: one way for every command.
+
+The user's text is found in a rendered prompt by rendering a marker in its place, never by searching for the text, which
+may stand in the template too. Templates that print today's date are given `DATE`. What a tokenizer or a template makes
+of a text that would be measured wrongly (control tokens that a user wrote, an end of text before the answer, text that
+is lost) is refused, pair by pair, as a `PairsError` whose message is the reason.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from remote_mediation.errors import ModelError, PairsError, innermost
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DATE = datetime(2024, 7, 26)
+"""What templates take for today; the day that those of Llama 3 name where they are told none."""
+NO_TEMPLATE = "none"
+ALONE = ("",)
+"""Prompts of a continuation that stands behind none."""
+_DIRECTIVES = "aAbBdeHIjmMpSuUVwWyYZ"
+"""Letters of strftime that a template may use."""
+_MARKER = "qzmarkzq"
+# Added tokens that are not marked special and still look like parts of a template.
+_CONTROL = re.compile(r"[<\[|].*[>\]|]")
+_THINKS = re.compile(r"<(think|thinking|reasoning)>\s*(</\1>\s*)?$")
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """What stands around the user's text, beside what the model's own template writes."""
+
+    system: str = ""
+    """System message; empty: none."""
+    template: str = ""
+    """Chat template: empty for the tokenizer's own, `none` for the bare text, the name of a variant, or Jinja text."""
+    arguments: tuple[tuple[str, Any], ...] = ()
+    """Further variables of the template, such as `enable_thinking`."""
+    prefill: str = ""
+    """Beginning of the assistant's answer, part of the prompt."""
+    think: Literal["", "before", "after"] = ""
+    """Whether the answer is read before a think block or after a closed, empty one; empty: as the template has it."""
+    control_tokens: Literal["refuse", "allow"] = "refuse"
+    """What to do with a user's text that holds tokens of the template."""
+
+
+PLAIN = PromptForm()
+
+
+class Turn(NamedTuple):
+    """A message before the user's last."""
+
+    role: str
+    content: str
+
+
+class Rendered(NamedTuple):
+    """A prompt as text."""
+
+    text: str
+    begin: int
+    """Where the user's (last) text begins in it."""
+    end: int
+    """Where it ends."""
+    templated: bool
+    """Whether a template wrote it, with the special tokens that belong there."""
+
+
+class Encoded(NamedTuple):
+    """A prompt as tokens."""
+
+    ids: tuple[int, ...]
+    post: int
+    """Tokens that lie wholly after the user's text."""
+    rendered: Rendered
+    offsets: tuple[tuple[int, int], ...]
+    """Where each token begins and ends in the rendered text."""
+
+
+def encode_prompt(
+    request: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN, turns: Sequence[Turn] = ()
+) -> Encoded:
+    """A user's text as the model is given it. turns: messages before it.
+
+    Raises:
+        PairsError: why it cannot be.
+        ModelError: the tokenizer does not say where in a text its tokens lie.
+    """
+    if form.control_tokens == "refuse":
+        for text in (request, *(turn.content for turn in turns)):
+            _refuse_control(text, tokenizer)
+    rendered = render(request, tokenizer, form, turns)
+    encoding = _encoded(rendered, tokenizer)
+    ids, offsets = tuple(encoding["input_ids"]), tuple(map(tuple, encoding["offset_mapping"]))
+    if not rendered.templated:  # what a tokenizer adds behind a text would end it before the answer
+        added = encoding["special_tokens_mask"]
+        ids = ids[: len(ids) - next((i for i, special in enumerate(reversed(added)) if not special), len(ids))]
+    _check_ends(ids, tokenizer)
+    inside = [
+        i for i, (start, stop) in enumerate(offsets[: len(ids)]) if stop > rendered.begin and start < rendered.end
+    ]
+    _check_round_trip(rendered.text, [(ids[i], *offsets[i]) for i in inside], tokenizer)
+    behind = sum(start >= rendered.end for start, _ in offsets)
+    return Encoded(ids, behind if rendered.templated or form.prefill else 0, rendered, offsets)
+
+
+def render(
+    request: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN, turns: Sequence[Turn] = ()
+) -> Rendered:
+    """A user's text in its template, with the think block and the beginning of the answer that the study asks for.
+
+    Raises:
+        PairsError: the template fails, does not print the text once, or prints other things around it.
+    """
+    if form.template == NO_TEMPLATE or not (form.template or getattr(tokenizer, "chat_template", None)):
+        if form.system or turns or form.think:
+            raise PairsError("without a chat template there are no messages but one; give [prompt] a template")
+        return Rendered(request + form.prefill, 0, len(request), templated=False)
+    text, marker = _template(request, tokenizer, form, turns), _marker(request)
+    before, after = _around(_template(marker, tokenizer, form, turns), marker)
+    if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
+        raise PairsError("the chat template prints other things around this text than around others")
+    end = len(text) - len(after)
+    return Rendered(_thought(text, form) + form.prefill, len(before), end, templated=True)
+
+
+def encode_after(prompts: Sequence[str], continuation: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of a text as they are behind prompts, all as the model is given them (rendered).
+
+    Encoded alone a text may begin otherwise: SentencePiece puts a blank before it. Where it would run into the last
+    word of a prompt, or merge with its end, a blank stands between.
+
+    Raises:
+        PairsError: it has no tokens there, or none that are the same behind all of these prompts.
+    """
+    if not continuation.strip():
+        raise PairsError(f"{continuation!r} has no tokens behind the prompt; give text")
+    one_word = continuation[0].isalnum() and any(prompt[-1:].isalnum() for prompt in prompts)
+    for blank in (" ",) if one_word else ("", " "):
+        found = {_behind(prompt, blank + continuation, tokenizer) for prompt in prompts}
+        if len(found) == 1 and () not in found:
+            return found.pop()
+    raise PairsError(f"{continuation!r} merges with the end of a prompt; begin it with another character")
+
+
+def template_reads_date(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> bool:
+    """Whether the prompts depend on what day it is taken to be."""
+    try:
+        one, other = (_template(_MARKER, tokenizer, form, (), day) for day in (DATE, DATE + timedelta(days=400)))
+    except PairsError:
+        return False
+    return one != other
+
+
+def _template(
+    request: str,
+    tokenizer: PreTrainedTokenizerBase,
+    form: PromptForm,
+    turns: Sequence[Turn],
+    day: datetime = DATE,
+) -> str:
+    """What a template makes of messages, on a day.
+
+    Raises:
+        PairsError: it fails, or there is no such template.
+    """
+    variants = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if form.template and "{" not in form.template and form.template not in variants:
+        raise PairsError(f"the tokenizer has no chat template {form.template!r}; it has {sorted(variants) or 'one'}")
+    own = any(turn.role == "system" for turn in turns)  # a conversation's own goes before the study's
+    system = [Turn("system", form.system)] if form.system and not own else []
+    messages = [turn._asdict() for turn in (*system, *turns, Turn("user", request))]
+    try:
+        template = _dated(tokenizer.get_chat_template(form.template or None), day)
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True, **dict(form.arguments)
+            )
+        )
+    except Exception as error:  # whatever a template's code raises
+        raise PairsError(f"the chat template fails: {innermost(error)}; see [prompt] in the README") from error
+
+
+def _dated(template: str, day: datetime) -> str:
+    """A template whose `strftime_now` formats a day, in place of the function of this name that transformers gives."""
+    if "strftime_now" not in template:
+        return template
+    written = "".join(f" | replace('%{letter}', '{day.strftime(f'%{letter}')}')" for letter in _DIRECTIVES)
+    return "{%- macro strftime_now(format) -%}{{ format" + written + " }}{%- endmacro %}{{ '' }}" + template
+
+
+def _marker(request: str) -> str:
+    marker = _MARKER
+    while marker in request.casefold():
+        marker += "q"
+    return marker
+
+
+def _around(text: str, marker: str) -> tuple[str, str]:
+    """What a template writes before and after the user's text."""
+    places = [found.start() for found in re.finditer(re.escape(marker), text, re.IGNORECASE)]
+    if len(places) != 1:
+        raise PairsError(f"the chat template prints the user's text {len(places)} times, not once")
+    return text[: places[0]], text[places[0] + len(marker) :]
+
+
+def _thought(text: str, form: PromptForm) -> str:
+    """A prompt without the think block that its template opens, or with a closed, empty one."""
+    if not form.think:
+        return text
+    found = _THINKS.search(text)
+    bare, tag = (text[: found.start()], found[1]) if found else (text, "think")
+    return bare if form.think == "before" else f"{bare}<{tag}>\n\n</{tag}>\n\n"
+
+
+def in_think_block(text: str) -> bool:
+    """Whether a rendered prompt ends in a think block that is still open, so that a thought would be read."""
+    found = _THINKS.search(text)
+    return bool(found and not found[2])
+
+
+def _encoded(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Any:
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path!r} does not say where in a text its tokens lie; give a model "
+            "with a fast tokenizer (tokenizer.json)"
+        )
+    try:
+        return tokenizer(
+            rendered.text,
+            add_special_tokens=not rendered.templated,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+        )
+    except Exception as error:  # whatever a tokenizer makes of a text
+        raise PairsError(f"the tokenizer fails on it: {innermost(error)}") from error
+
+
+def _refuse_control(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.content in text and (token.special or _CONTROL.fullmatch(token.content)):
+            raise PairsError(
+                f"the text holds the control token {token.content!r}; take it out, or set [prompt] control_tokens to "
+                "'allow'"
+            )
+
+
+def _check_ends(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if begin is not None and tuple(ids[:2]) == (begin, begin):
+        raise PairsError(f"the prompt begins with {tokenizer.bos_token!r} twice; take one out of the template")
+    if end is not None and ids and ids[-1] == end:
+        raise PairsError(
+            f"the prompt ends with {tokenizer.eos_token!r}, behind which nothing is said; mend the template"
+        )
+
+
+def _check_round_trip(text: str, tokens: Sequence[tuple[int, int, int]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a text that its tokens do not spell. tokens: id, and where it begins and ends.
+
+    Blanks count as one, and a tokenizer may normalise characters and fold capitals.
+    """
+    if not tokens:
+        raise PairsError("the text has no tokens")
+    ids = [token for token, _, _ in tokens]
+    if tokenizer.unk_token_id in ids:
+        return  # what is unknown cannot be spelled; that both prompts have the same tokens is seen elsewhere
+    meant = text[min(start for _, start, _ in tokens) : max(stop for _, _, stop in tokens)]
+    spelled = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if _plain(spelled) != _plain(meant):
+        raise PairsError(f"its tokens spell {spelled[:60]!r}, not {meant[:60]!r}; the tokenizer cannot encode it")
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _behind(prompt: str, continuation: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens of a text behind a prompt; none where the prompt's own tokens become others."""
+    before, whole = (
+        tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, prompt + continuation)
+    )
+    return whole[len(before) :] if whole[: len(before)] == before else ()

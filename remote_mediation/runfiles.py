@@ -1,0 +1,237 @@
+"""The files of a run folder as bytes: how each is written, and how it is doubted when it is read.
+
+Any of them may be empty, cut, flipped in a bit, of another program or edited by hand. `run.json` ends in a digest of
+itself and binds the pairs by theirs; readouts and notes carry checksums; a ticket is named by the keys in it. What
+cannot be what was written is a `DamagedError`. Files of versions that wrote no digests are read all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from remote_mediation.engine.answers import lengths_of
+from remote_mediation.engine.jobs import Job, Readout
+from remote_mediation.engine.payload import digest
+from remote_mediation.tokens import Prepared, Refusal, from_record, to_record
+
+# What numpy and zipfile raise over damaged bytes.
+_DAMAGE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+# Keys of `run.json` that are no part of what it says: its own digest, and those of files by name.
+_OWN, _OTHERS = "digest", "digests"
+
+
+class DamagedError(ValueError):
+    """A file is not what was written."""
+
+
+class Submitted(NamedTuple):
+    """A job that was handed over to a backend."""
+
+    id: str
+    ticket: str
+    keys: list[str]
+    rows: int
+    flops: float
+    lengths: Sequence[int | None] = ()
+    """As of `lengths_of`; empty where an older version handed it over."""
+
+
+class Sealed(NamedTuple):
+    """`run.json`."""
+
+    record: dict[str, Any]
+    """What it says."""
+    digests: dict[str, list[str]]
+    """By file, those that it may have; the last is that of the newest version."""
+
+
+def record_text(sealed: Sealed) -> str:
+    """`run.json`, with a digest of all of it."""
+    content = json.loads(json.dumps({**sealed.record, _OTHERS: sealed.digests}))
+    return json.dumps({**content, _OWN: _digest_of(content)}, indent=2, sort_keys=True) + "\n"
+
+
+def read_record(content: bytes) -> Sealed:
+    """What `run.json` holds.
+
+    Raises:
+        DamagedError: it is no JSON, or not as it was written.
+    """
+    found = _json(content)
+    if not isinstance(found, dict):
+        raise DamagedError("it holds no record")
+    rest = {name: value for name, value in found.items() if name != _OWN}
+    if _OWN in found and found[_OWN] != _digest_of(rest):
+        raise DamagedError("its digest is another one: it was changed by hand, or cut")
+    if _OTHERS in found and _OWN not in found:
+        raise DamagedError("its own digest was taken out")
+    return Sealed(rest, rest.pop(_OTHERS, {}))
+
+
+def pairs_text(prepared: Prepared) -> str:
+    """Tokenised pairs and refused ones, one a line."""
+    records = [*map(to_record, prepared.pairs), *map(asdict, prepared.refusals)]
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def read_pairs(content: bytes, allowed: Sequence[str]) -> Prepared:
+    """Tokenised pairs and refused ones. allowed: digests, of which they must have one; any if there are none.
+
+    Raises:
+        DamagedError: they are not those that were written.
+    """
+    if allowed and digest_of(content) not in allowed:
+        raise DamagedError("its digest is not the one in run.json")
+    records = [_json(line) for line in content.splitlines()]
+    try:
+        return Prepared(
+            tuple(from_record(record) for record in records if "reason" not in record),
+            tuple(Refusal(**record) for record in records if "reason" in record),
+        )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(f"a line of it is no pair ({error})") from error
+
+
+def ticket_text(ticket: str, job: Job) -> str:
+    """What is kept of a job that was handed over."""
+    content = {"ticket": ticket, "keys": job.keys, "rows": job.rows, "flops": job.flops, "lengths": lengths_of(job)}
+    return json.dumps(content)
+
+
+def read_ticket(job: str, content: bytes) -> Submitted:
+    """A job that was handed over, by its id.
+
+    Raises:
+        DamagedError: it is none, or another one.
+    """
+    try:
+        found = Submitted(job, **_json(content))
+    except TypeError as error:
+        raise DamagedError("it is no ticket") from error
+    numbers = [found.rows, found.flops, *(length for length in found.lengths if length is not None)]
+    if not isinstance(found.ticket, str) or not all(isinstance(number, (int, float)) for number in numbers):
+        raise DamagedError("it is no ticket")
+    if digest(found.keys) != job:
+        raise DamagedError("its keys are those of another job")
+    return found
+
+
+def readout_bytes(job: Job | Submitted, readout: Readout) -> bytes:
+    """What a job brought back, with a checksum."""
+    buffer = io.BytesIO()
+    keys, lengths = np.array(job.keys), np.array([len(values) for values in readout.values])
+    values = np.concatenate(readout.values)
+    np.savez(
+        buffer,
+        keys=keys,
+        lengths=lengths,
+        values=values,
+        seconds=readout.seconds,
+        flops=job.flops,
+        checksum=_checksum(keys, lengths, values),
+    )
+    return buffer.getvalue()
+
+
+def read_readout(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
+    """Values of one readout, by key. One without a checksum is of an older version.
+
+    Raises:
+        DamagedError: they are not those that were written.
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as data:
+            keys, lengths, values = data["keys"], data["lengths"], data["values"]
+            if "checksum" in data and str(data["checksum"]) != _checksum(keys, lengths, values):
+                raise DamagedError("its checksum is another one")
+        if values.dtype != np.float32 or len(keys) != len(lengths) or lengths.sum() != len(values):
+            raise DamagedError("its values do not belong to its keys")
+        parts: Sequence[npt.NDArray[np.float32]] = np.split(values, np.cumsum(lengths)[:-1])
+        return dict(zip(keys.tolist(), parts, strict=True))
+    except DamagedError:
+        raise
+    except _DAMAGE as error:
+        raise DamagedError(str(error) or type(error).__name__) from error
+
+
+def note_text(content: Any) -> str:
+    """JSON data with a checksum."""
+    content = json.loads(json.dumps(content))
+    return json.dumps({"note": content, "checksum": _digest_of(content)})
+
+
+def read_note(content: bytes) -> Any:
+    """JSON data. Data without a checksum are of an older version.
+
+    Raises:
+        DamagedError: they are not those that were written.
+    """
+    found = _json(content)
+    if not isinstance(found, dict) or set(found) != {"note", "checksum"}:
+        return found
+    if found["checksum"] != _digest_of(found["note"]):
+        raise DamagedError("its checksum is another one")
+    return found["note"]
+
+
+def failures_text(failures: Mapping[str, str]) -> str:
+    """Pairs whose jobs failed, with the reason."""
+    return json.dumps(failures, indent=2) + "\n"
+
+
+def read_failures(content: bytes) -> dict[str, str]:
+    """Pairs whose jobs failed, with the reason.
+
+    Raises:
+        DamagedError: it is no such table.
+    """
+    found = _json(content)
+    if not isinstance(found, dict) or not all(isinstance(reason, str) for reason in found.values()):
+        raise DamagedError("it is no table of pairs and reasons")
+    return found
+
+
+def digest_of(content: bytes) -> str:
+    """Hash of a file."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest_of(content: Any) -> str:
+    """Hash of JSON data, however they are laid out."""
+    return digest_of(json.dumps(content, sort_keys=True).encode())
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"it is no JSON ({error})" if content.strip() else "it is empty") from error
+
+
+def _checksum(keys: npt.NDArray[np.str_], lengths: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> str:
+    """Hash of what a readout says."""
+    return hashlib.sha256(b"".join(array.tobytes() for array in (keys, lengths, values))).hexdigest()

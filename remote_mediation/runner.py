@@ -1,0 +1,197 @@
+"""Gets values: submits jobs, collects them, retries what is lost, finds out which pair is to blame, keeps the rest.
+
+Values go into the run folder job by job, so that whatever stops a run loses one job at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from math import inf
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from remote_mediation.engine.answers import NOT_FINITE, check_shape, lengths_of, not_finite, rows_of
+from remote_mediation.engine.backend import Backend
+from remote_mediation.engine.budget import Budget, Setting
+from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs
+from remote_mediation.engine.rows import Row
+from remote_mediation.engine.samples import Manner, plan_samples
+from remote_mediation.engine.tasks import Task, plan_tasks
+from remote_mediation.errors import JobError, LostJobError
+from remote_mediation.store import Store, Submitted
+from remote_mediation.tokens import TokenPair
+
+# First guess of a backend's speed, operations per second; jobs are cut anew once it is measured.
+FIRST_RATE = 2e10
+# So often a job is handed over before its loss ends the study; what is measured is kept.
+MOST_TRIES = 4
+
+
+class Watch(Protocol):
+    """Sees how far a study is."""
+
+    def total(self, rows: int) -> None:
+        """So many rows are to be measured from here on."""
+        ...
+
+    def advance(self, rows: int) -> None:
+        """So many more are done."""
+        ...
+
+
+class Unwatched:
+    """Nobody watches."""
+
+    def total(self, rows: int) -> None:
+        """Nothing."""
+
+    def advance(self, rows: int) -> None:
+        """Nothing."""
+
+
+class Runner:
+    """A run folder and, while a study is being measured, the backend that fills it."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        pairs: Mapping[str, TokenPair],
+        store: Store,
+        backend: Backend | None,
+        watch: Watch | None,
+        seconds: float,
+        batch_bytes: float,
+    ) -> None:
+        """pairs: by id. seconds: aimed at for a job. batch_bytes: most memory of a batch's activations."""
+        self.values: dict[str, npt.NDArray[np.float32]] = store.values()
+        """What is measured, by key."""
+        self.key = Keys(setting, pairs.values())
+        """Names rows."""
+        self._setting, self._pairs, self._store, self._backend = setting, pairs, store, backend
+        self._watch = watch or Unwatched()
+        self._seconds, self._batch_bytes, self._rate = seconds, batch_bytes, FIRST_RATE
+
+    @property
+    def runnable(self) -> dict[str, TokenPair]:
+        """Pairs whose jobs have not failed, by id."""
+        failed = self._store.failures()
+        return {name: pair for name, pair in self._pairs.items() if name not in failed}
+
+    def run_rows(self, rows: Iterable[Row]) -> None:
+        """Run the rows that are not in the run folder yet, job by job, and keep each job's values as it ends."""
+        if not self._backend:
+            return
+        self._collect_submitted(self._backend)
+        pairs = self.runnable
+        wanted = (row for row in dict.fromkeys(rows) if row.pair in pairs)
+        missing = [row for row in wanted if self.key(row) not in self.values]
+        if missing:
+            self._work(sum(bool(row.writes) for row in missing), partial(self._jobs, missing), self._backend)
+
+    def run_tasks(self, tasks: Mapping[str, Task]) -> None:
+        """The same of tasks, by key."""
+        if not self._backend:
+            return
+        self._collect_submitted(self._backend)
+        missing = [task for key, task in tasks.items() if key not in self.values]
+        if missing:
+            plan = partial(plan_tasks, missing, self._setting)
+            self._work(len(missing), plan, self._backend)
+
+    def run_samples(self, rows: Mapping[str, Row], pairs: Mapping[str, TokenPair], manner: Manner, seed: int) -> None:
+        """The same of sampled answers, by key. pairs: `bare`, by id. seed: of the uniform numbers."""
+        if not self._backend:
+            return
+        self._collect_submitted(self._backend)
+        missing = [row for key, row in rows.items() if key not in self.values]
+        if missing:
+            plan = partial(plan_samples, missing, pairs, manner, seed, self._setting)
+            self._work(len(missing), plan, self._backend)
+
+    def _jobs(self, rows: Sequence[Row], budget: Budget) -> Iterator[Job]:
+        return plan_jobs(rows, self._pairs, self._setting, budget, self.key)
+
+    def _work(self, count: int, plan: Callable[[Budget], Iterator[Job]], backend: Backend) -> None:
+        """Run planned jobs, cut by the speed of those before."""
+        if count:
+            self._watch.total(count)
+        for job in plan(Budget(lambda: self._seconds * self._rate, self._batch_bytes)):
+            seconds = self._run(job, backend)
+            self._rate = job.flops / seconds if seconds else self._rate
+            self._watch.advance(job.rows)
+
+    def _run(self, job: Job, backend: Backend, tries: int = MOST_TRIES) -> float:
+        """Run one job and keep its values; where rows fail, find out of which pairs. Returns the seconds it took."""
+        ticket = backend.submit(job)
+        self._store.save_ticket(ticket, job)
+        try:
+            readout = backend.collect(ticket)
+            check_shape(job.keys, lengths_of(job), readout)
+        except LostJobError:
+            self._store.forget(job.id)
+            if tries == 1:
+                raise
+            return self._run(job, backend, tries - 1)
+        except JobError as error:
+            self._store.forget(job.id)
+            if job.task != "measure":
+                raise
+            if len(job.pairs) == 1:
+                self._store.save_failure(job.pairs[0], str(error))
+                return 0.0
+            return sum(self._run(one, backend) for one in self._apart(job))
+        bad = not_finite(job, readout)
+        if bad:
+            self._keep_finite(job, readout, bad)
+        else:
+            self._keep(job, readout)
+        return readout.seconds
+
+    def _keep_finite(self, job: Job, readout: Readout, bad: set[str]) -> None:
+        """Keep what a job brought back of its other pairs, and let those fail whose values are no numbers.
+
+        Raises:
+            JobError: no pair of this study has had an outcome so far, or the job is of a task other than `measure`.
+        """
+        self._store.forget(job.id)
+        if job.task != "measure":
+            raise JobError(f"{job.task} brought back values that are not finite; try bfloat16")
+        rows = rows_of(job)
+        good = [index for index, row in enumerate(rows) if row.pair not in bad]
+        if good:
+            keys, values = [job.keys[index] for index in good], [readout.values[index] for index in good]
+            written = sum(bool(rows[index].writes) for index in good)
+            self._keep(Submitted(job.id, "", keys, written, job.flops), Readout(values, readout.seconds))
+        for pair in sorted(bad):
+            self._store.save_failure(pair, NOT_FINITE)
+        failed = list(self._store.failures().values()).count(NOT_FINITE)
+        if failed > 1 and not any(self.key(Row(pair, 0)) in self.values for pair in self.runnable):
+            raise JobError(f"{NOT_FINITE} (the first {failed} pairs have none)")
+
+    def _apart(self, job: Job) -> Iterator[Job]:
+        """The rows of a job as one job per pair, so that one pair's failure is its own."""
+        whole = Budget(lambda: inf, self._batch_bytes)
+        for pair in job.pairs:
+            yield from self._jobs([row for part in job.parts for row in part.rows if row.pair == pair], whole)
+
+    def _collect_submitted(self, backend: Backend) -> None:
+        """Fetch what an earlier process handed over and did not live to see; what is lost will be planned anew."""
+        for job in self._store.submitted():
+            try:
+                readout = backend.collect(job.ticket)
+                check_shape(job.keys, job.lengths or [None] * len(job.keys), readout)
+            except (JobError, LostJobError):
+                self._store.forget(job.id)
+                continue
+            if all(np.isfinite(value).all() for value in readout.values):
+                self._keep(job, readout)
+            else:
+                self._store.forget(job.id)
+
+    def _keep(self, job: Job | Submitted, readout: Readout) -> None:
+        """A job's values, first in the run folder, then at hand."""
+        self._store.save_readout(job, readout)
+        self.values.update(zip(job.keys, readout.values, strict=True))

@@ -1,0 +1,161 @@
+"""Single sites as they are read: which are the strongest, and a table of them. Used by the maps and by neurons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from remote_mediation.effects import SITE_COLUMNS
+from remote_mediation.lab import Study
+from remote_mediation.result import Result
+from remote_mediation.show.section import Section
+from remote_mediation.show.tables import Table, count, estimate, interval, notes_on, number, percent
+from remote_mediation.show.words import BOTH
+from remote_mediation.stats import Estimate, Interval, ratio_of_means
+from remote_mediation.summary import pivot
+
+NOUNS = {
+    "layer_output": "residual stream",
+    "attention_output": "attention",
+    "mlp_output": "MLP",
+    "mlp_neurons": "neuron",
+    "attention_heads": "head",
+}
+MOST_SITES = 5
+CHOICE = (
+    "the sites strongest on the discovery pairs, by the smaller of mean NIE and mean TIE; mean, q and share of TE are "
+    "over all pairs and flatter the sites chosen, only the held-out columns are free of that choice"
+)
+
+
+def informative_sites(result: Result) -> pd.DataFrame:
+    """Estimates, without the residual stream at all positions, where NIE = TE whatever the model does."""
+    sites = result.summary.sites
+    return sites[(sites["component"] != "layer_output") | (sites["position"] != "all")]
+
+
+def site_section(
+    result: Result, name: str, title: str, swapped: str, draw: Callable[[pd.DataFrame], Figure | None]
+) -> Section | None:
+    """A section on the sites of an analysis; None where none was measured.
+
+    name: the analysis, as the effects have it. swapped: what takes the value it has on the other prompt. draw: the
+    figure of `Summary.sites`.
+    """
+    if name not in set(result.effects["analysis"]):
+        return None
+    did, sites = f"Swapped between the two prompts: {swapped}.", informative_sites(result)
+    if name not in set(sites["analysis"]):
+        return Section(name, title, did, "Only sites whose effects follow by construction were measured.")
+    table = sites_table(result, name, MOST_SITES)
+    return Section(name, title, did, _strongest_in_words(table, result), (table,), draw(sites))
+
+
+def _strongest_in_words(table: Table, result: Result) -> str:
+    """The first row of the table, which is the strongest site by both effects, chosen without the held-out pairs."""
+    if not table.rows:
+        return "No discovery pair has been measured yet, so no site can be called strongest."
+    site, _, _, _, nie, _, nie_share = table.rows[0]
+    _, _, _, _, tie, _, tie_share = table.rows[1]
+    unit = result.study.outcome.unit
+    return (
+        f"Strongest on the discovery pairs: {site}. Held out its mean NIE is {nie} and its mean TIE {tie} {unit}; over "
+        f"all pairs these are {nie_share.split(' ')[0]} and {tie_share.split(' ')[0]} of TE."
+    )
+
+
+def sites_table(result: Result, analysis: str, most: int) -> Table:
+    """The sites strongest on the discovery split, as all pairs and as the held-out pairs see them."""
+    sites = informative_sites(result)
+    sites = sites[sites["analysis"] == analysis]
+    shown = [(*site, quantity) for site in strongest(sites, result.summary.total, most) for quantity in BOTH]
+    everywhere, heldout = (_looked_up(sites, shown, split) for split in ("all", "heldout"))
+    shares = _shares(result, shown)
+    rows = [
+        (
+            site_name(*key[1:-1]),
+            key[-1].upper(),
+            interval(found.mean, found.ci_low, found.ci_high),
+            *map(number, (found.q, fair.mean, fair.q)),
+            estimate(share, percent),
+        )
+        for key, found, fair, share in zip(shown, everywhere.itertuples(), heldout.itertuples(), shares, strict=True)
+    ]
+    mean, share_of_te = mean_header(result.study), "share of TE"
+    notes = (
+        *notes_on("", [CHOICE if shown else "no discovery pair has been measured yet"]),
+        *notes_on(mean, everywhere["reason"]),
+        *notes_on("q", _resolution(result, analysis)),
+        *notes_on("held-out q", heldout["reason"]),
+        *notes_on(share_of_te, [share.reason for share in shares]),
+    )
+    return Table(("site", "effect", mean, "q", "held-out mean", "held-out q", share_of_te), rows, notes)
+
+
+def strongest(sites: pd.DataFrame, total: Estimate, most: int) -> list[tuple[Any, ...]]:
+    """Values of `SITE_COLUMNS` by the smaller of mean NIE and mean TIE on the discovery split, in TE's direction."""
+    discovery = sites[sites["split"] == "discovery"]
+    means = discovery.pivot_table(index=SITE_COLUMNS, columns="quantity", values="mean", sort=False)
+    direction = -1 if total.value < 0 else 1
+    return list((direction * means.reindex(columns=BOTH)).min(axis=1).nlargest(most).index)
+
+
+def _looked_up(sites: pd.DataFrame, shown: list[tuple[Any, ...]], split: str) -> pd.DataFrame:
+    """Estimates of sites and quantities on a split, in the order given; NaN where there are none."""
+    index = pd.MultiIndex.from_tuples(shown, names=[*SITE_COLUMNS, "quantity"])
+    found = sites[sites["split"] == split].set_index(index.names).reindex(index)
+    return found.fillna({"reason": "not measured on these pairs"})
+
+
+def _shares(result: Result, shown: list[tuple[Any, ...]]) -> list[Interval]:
+    """Mean effect over mean TE of sites and quantities (VanderWeele 2013: of NIE, the proportion mediated)."""
+    config = result.study.config
+    part = result.effects[result.effects["analysis"].isin({key[0] for key in shown})]
+    tables = {quantity: pivot(part, quantity, SITE_COLUMNS) for quantity in (*BOTH, "te")}
+    total, clusters = tables["te"]
+    return [
+        ratio_of_means(
+            tables[quantity][0].loc[:, tuple(site)],
+            total.loc[:, tuple(site)],
+            clusters,
+            np.random.default_rng(config.seed),
+            config.statistics.resamples,
+        )
+        for *site, quantity in shown
+    ]
+
+
+def _resolution(result: Result, analysis: str) -> list[str]:
+    """Says so where the test is too coarse to find a site on its own (see `stats.estimate_means`)."""
+    family = result.summary.sites[result.summary.sites["analysis"] == analysis]
+    by, clusters = result.study.config.statistics, int(family["clusters"].max())
+    size = len(family[SITE_COLUMNS].drop_duplicates())
+    floor = max(2.0 ** (1 - clusters), 1 / (by.resamples + 1))
+    needed = math.ceil(size * floor / by.alpha)
+    if needed <= 1:
+        return []
+    reach = f"reached by {needed} together or by none" if needed <= size else "out of reach"
+    return [
+        f"{count(clusters, 'cluster')} and {by.resamples} resamples give no p below {floor:.2g}, so among {size} "
+        f"sites q ≤ {by.alpha:g} is {reach}; a large q is no evidence that a site does nothing"
+    ]
+
+
+def site_name(component: str, layer: int, position: str, start: str, stop: str) -> str:
+    """A site in words. start, stop: its units, empty where it has all."""
+    where = f"layer {layer} at '{position}'"
+    if not start:
+        return f"{NOUNS[component]}, {where}"
+    last = int(stop) - 1
+    units = f" {start}" if last == int(start) else f"s {start}-{last}"
+    return f"{NOUNS[component]}{units}, {where}"
+
+
+def mean_header(study: Study) -> str:
+    """Header of a column of means."""
+    return f"mean [95% interval], {study.outcome.unit}"

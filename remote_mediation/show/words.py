@@ -1,0 +1,85 @@
+"""Words and cells that several sections share: what is missing and why, shares, and what a sign of TE means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from remote_mediation.result import Result
+from remote_mediation.show.tables import NONE, estimate, interval, number, percent
+from remote_mediation.stats import Estimate, estimate_means
+
+UNMEASURED = "Not measured yet: run the study again, and it goes on where this run ended."
+BOTH = ("nie", "tie")
+"""What a mediator must show: it is sufficient and necessary."""
+ENDS = ("low", "high")
+
+
+def share_cell(row: Any, name: str) -> str:
+    """A share with its interval, from the columns of that name."""
+    return share_of(row._asdict(), name)
+
+
+def share_of(row: Any, name: str) -> str:
+    """The same from a row of a table."""
+    value, low, high = (row[column] for column in (name, f"{name}_low", f"{name}_high"))
+    return interval(value, low, high, percent) if not np.isnan(value) else NONE
+
+
+def no_effect(result: Result) -> str:
+    """Why there is nothing to carry; empty where there is."""
+    total = result.summary.total
+    if total.sign:
+        return ""
+    if np.isnan(total.low):
+        return f"Whether there is a total effect to mediate is not known: {total.reason or 'it has no interval'}."
+    return f"There is no total effect to mediate: {estimate(total)} {result.study.outcome.unit} spans 0."
+
+
+def heldout_total(result: Result) -> Estimate:
+    """TE of the held-out pairs, which shares on them are of."""
+    effects = result.effects
+    pairs = effects[effects["split"] == "heldout"].drop_duplicates("pair_id")
+    config = result.study.config
+    rng = np.random.default_rng(config.seed)
+    if pairs.empty:
+        return Estimate(0, 0, np.nan, np.nan, np.nan, "no held-out pair has been measured", np.nan)
+    return estimate_means([pairs["te"]], pairs["cluster"], rng, config.statistics.resamples)[0]
+
+
+def why_no_share(total: Estimate) -> str:
+    """Why there are no shares of it; empty where there are."""
+    if total.sign:
+        return ""
+    if np.isnan(total.low):
+        return f"TE has no interval: {total.reason}"
+    return f"TE, {number(total.low)} to {number(total.high)}, spans 0"
+
+
+def defined(result: Result, share: float) -> float:
+    """A share of the held-out pairs' TE; NaN where that spans 0."""
+    return np.nan if why_no_share(heldout_total(result)) else share
+
+
+def refusal_in_words(result: Result) -> str:
+    """What the gates carry where the harmful prompts lower the outcome."""
+    if result.summary.total.sign >= 0:
+        return ""
+    return (
+        "Here the harmful prompts lower the outcome, so the gates carry what turns the model away from the harmful "
+        "answer, that is, refusal. Holding them at their harmless mean works against it, as circumventing safety "
+        "training does, and does not make the model any safer. Whether fewer answers refuse, only judged answers say."
+    )
+
+
+def no_gates(result: Result, use: str) -> str:
+    """Why there is no gate set to use; empty where there is one."""
+    absent, tables = no_effect(result), result.tables
+    if absent or ("gates.csv" in tables and len(tables["gates.csv"])):
+        return absent
+    if "search.csv" in tables:
+        return f"The search found no gate set, so there is none to {use}."
+    if "neurons" in result.study.config.analyses:
+        return f"No gate set has been measured yet, so there is none to {use}."
+    return f"There is no gate set to {use}: the analysis `neurons`, which finds it, was not part of this study."

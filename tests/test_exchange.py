@@ -1,0 +1,569 @@
+"""What can come back in place of an answer: a study survives it, or ends in one line that says what came from where.
+
+Every fault stands between the client and a small server that runs real jobs (small_ndif.py).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fakes import records, write_pairs
+from nnsight.modeling import huggingface
+from oracle import Subject, token_pair
+from small_ndif import KEY, Answer, Fault, SmallNdif, answer, packed, unpacked
+
+from remote_mediation.config import StudyConfig
+from remote_mediation.engine import exchange as exchange_module
+from remote_mediation.engine import remote as remote_module
+from remote_mediation.engine.exchange import Server, download, exchange
+from remote_mediation.engine.jobs import Job
+from remote_mediation.engine.local import LocalBackend
+from remote_mediation.engine.remote import NdifBackend, tensors_of
+from remote_mediation.engine.rows import swap
+from remote_mediation.errors import BackendError, JobError, LostJobError, PreflightError, TransportError
+from remote_mediation.outcomes import Outcome
+from remote_mediation.sites import Site
+from remote_mediation.store import Store
+from remote_mediation.study import run_study
+
+HTML = answer("<!doctype html><html>Please log in to the network</html>", Content_Type="text/html")
+BEFORE = 2  # jobs of a study that pass before a fault
+
+
+class Client:
+    """A backend on a small server, and a study to measure on it."""
+
+    def __init__(self, model: LocalBackend, pairs: Path) -> None:
+        self.said: list[str] = []
+        self.local, self.small = model, SmallNdif(model.model)
+        self.study = StudyConfig(
+            model=model.info.name,
+            pairs=str(pairs),
+            backend="ndif",
+            analyses=["layers"],
+            positions={"layers": ["last"]},
+            outcome="logit_diff",
+            logit_diff={"plus": ["sure"], "minus": ["sorry"]},
+            statistics={"resamples": 100},
+            job_seconds=1e-9,
+        )
+        self.backend = NdifBackend(self.study.model, "", self.small.server, self.note, retry_for=0.5)
+
+    def note(self, line: str) -> None:
+        self.said.append(line)
+
+    def run(self, folder: Path, fault: Fault = lambda path, found: found) -> Run:
+        """Measure the study with a fault on the way."""
+        self.said.clear()
+        self.small.fault, before = fault, self.small.jobs()
+        effects = run_study(self.study, self.backend, Store.create(folder, self.study.identity())).effects
+        assert not any("\n" in line or KEY in line for line in self.said)
+        return Run(effects, self.small.jobs() - before)
+
+    def measure(self, job: Job) -> list[np.ndarray[Any, Any]]:
+        """Values of one job."""
+        self.said.clear()
+        values = self.backend.collect(self.backend.submit(job)).values
+        assert not any("\n" in line or KEY in line for line in self.said)
+        return values
+
+    def end(self, folder: Path, fault: Fault) -> BackendError:
+        """The error in which the study ends: one line without a key."""
+        with pytest.raises(BackendError) as caught:
+            self.run(folder, fault)
+        assert KEY not in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return caught.value
+
+
+class Run(NamedTuple):
+    """A measured study."""
+
+    effects: pd.DataFrame
+    jobs: int
+    """Jobs that the server was sent."""
+
+
+@pytest.fixture(scope="module")
+def client(subject: Callable[[str], Subject], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    model = subject("llama_chat").backend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setitem(huggingface._ID_CACHE, model.info.name, "org/tiny")
+        patch.setattr(remote_module, "_PAUSES", (0.001, 0.01))
+        patch.setattr(remote_module, "_CRASH_PAUSE", 0.001)
+        found = Client(model, write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", records()[:4]))
+        yield found
+        found.small.close()
+
+
+@pytest.fixture(scope="module")
+def job(subject: Callable[[str], Subject]) -> Job:
+    """Rows on one pair."""
+    pair, model = token_pair("pair", answers=(3, 2)), subject("llama_chat")
+    sites = [Site("layer_output", 1, "last"), Site("mlp_output", 2, "edit")]
+    rows = [swap(pair, site, side, model.info) for site in sites for side in (0, 1)]
+    return model.plan([pair], rows, Outcome("response_logprob"))[0]
+
+
+@pytest.fixture(scope="module")
+def whole(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The study undisturbed."""
+    found = client.run(tmp_path_factory.mktemp("whole") / "run")
+    assert found.jobs > BEFORE + 1
+    assert found.effects["nie"].abs().max() > 0.1
+    return found
+
+
+def at(kind: str, spoil: Callable[[Answer], Answer | None], times: int = 1, after: int = BEFORE) -> Fault:
+    """A fault in the answers to one kind of request from a job on, so many times."""
+    seen = {"requests": 0, "times": 0}
+
+    def fault(path: str, found: Answer) -> Answer | None:
+        seen["requests"] += path == "/request"
+        mine = path.startswith(f"/{kind}") and seen["requests"] > after and found.status == 200
+        if not mine or seen["times"] >= times:
+            return found
+        seen["times"] += 1
+        return spoil(found)
+
+    return fault
+
+
+def always(kind: str, spoil: Callable[[Answer], Answer | None]) -> Fault:
+    return at(kind, spoil, times=10**9, after=0)
+
+
+def changed(**fields: Any) -> Callable[[Answer], Answer]:
+    """A JSON answer with other fields; those that are `...` are left out."""
+
+    def spoil(found: Answer) -> Answer:
+        content = {**json.loads(found.body), **fields}
+        return answer({name: value for name, value in content.items() if value is not ...})
+
+    return spoil
+
+
+def values(change: Callable[[list[torch.Tensor]], Any]) -> Callable[[Answer], Answer]:
+    """A result with other values."""
+    return lambda found: answer(packed({"values": change(unpacked(found.body)["values"])}))
+
+
+PASSING: dict[str, Callable[[Answer], Answer | None]] = {
+    "disconnected": lambda found: None,
+    "empty": lambda found: answer(b""),
+    "blank": lambda found: answer(b" \n"),
+    "page": lambda found: HTML,
+    "cut JSON": lambda found: answer(found.body[: len(found.body) // 2]),
+    "cut on the way": lambda found: found._replace(cut=len(found.body) // 2),
+    "text": lambda found: answer("OK"),
+    "no UTF-8": lambda found: answer(b"\xff\xfe\x00"),
+    "deep JSON": lambda found: answer("[" * 100_000),
+    "no gzip": lambda found: answer(found.body, Content_Encoding="gzip"),
+    "cut gzip": lambda found: answer(gzip.compress(found.body)[:20], Content_Encoding="gzip"),
+    "408": lambda found: answer({"detail": "Timeout"}, 408),
+    "425": lambda found: answer({"detail": "Too early"}, 425),
+    "429": lambda found: answer({"detail": "Slow down"}, 429),
+    "429 with a wait": lambda found: answer({"detail": "Slow down"}, 429, Retry_After="0"),
+    "500": lambda found: answer("Internal Server Error", 500),
+    "502 page": lambda found: HTML._replace(status=502),
+    "503": lambda found: answer({"detail": "compute backend is reconnecting"}, 503),
+    "504": lambda found: answer(None, 504),
+    "520": lambda found: answer([], 520),
+}
+OF_A_RESULT = {"cut on the way", "disconnected", "no gzip", "408", "429", "500", "502 page", "503", "504", "520"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *[(kind, name) for kind in ("request", "response") for name in PASSING],
+        *[("results", name) for name in PASSING if name in OF_A_RESULT],
+    ],
+)
+def test_what_passes_is_tried_again(client: Client, job: Job, kind: str, name: str) -> None:
+    client.small.fault, before = at(kind, PASSING[name], times=2, after=0), client.small.jobs()
+    for found, wanted in zip(client.measure(job), client.local.collect(client.local.submit(job)).values, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert sum("connection lost, trying again" in line for line in client.said) == 2
+    assert client.small.jobs() - before == (3 if kind == "request" else 1)  # taken before the answer was spoilt
+
+
+LOST: dict[str, tuple[str, Callable[[Answer], Answer | None]]] = {
+    "null": ("response", lambda found: answer(None)),
+    "list": ("response", lambda found: answer([1, 2])),
+    "number": ("response", lambda found: answer(7)),
+    "string": ("response", lambda found: answer('"COMPLETED"')),
+    "no state": ("response", changed(status=...)),
+    "state null": ("response", changed(status=None)),
+    "state a list": ("response", changed(status=["COMPLETED"])),
+    "done without data": ("response", changed(data=...)),
+    "done with null": ("response", changed(data=None)),
+    "done with nothing": ("response", changed(data="")),
+    "done with a number": ("response", changed(data=1)),
+    "done with values": ("response", changed(data={"values": [1.0]})),
+    "result in a file": ("response", changed(data="file:///etc/passwd")),
+    "result nowhere": ("response", changed(data="results/job-1")),
+    "result gone": ("results", lambda found: answer("", 404)),
+    "result expired": ("results", lambda found: answer("<Error>", 403)),
+    "result moved": ("results", lambda found: answer("", 302, Location="http://127.0.0.1:9/")),
+    "result empty": ("results", lambda found: answer(b"")),
+    "result a page": ("results", lambda found: HTML),
+    "result cut": ("results", lambda found: answer(found.body[: len(found.body) // 2])),
+    "result flipped": ("results", lambda found: answer(found.body[:300] + b"\x00\xff" + found.body[302:])),
+    "result of another job": ("results", lambda found: answer(packed({"values": [torch.zeros(1, 2)]}))),
+    "no values": ("results", values(lambda found: [])),
+    "values in float64": ("results", values(lambda found: [value.double() for value in found])),
+    "values of one row": ("results", values(lambda found: [value[0] for value in found])),
+    "values too few": ("results", values(lambda found: [value[:-1] for value in found])),
+    "values too many": ("results", values(lambda found: [torch.cat([value, value]) for value in found])),
+}
+
+
+@pytest.mark.parametrize("kind", ["response", "results"])
+def test_a_job_whose_answer_is_none_is_sent_again(client: Client, whole: Run, tmp_path: Path, kind: str) -> None:
+    """Each time one fault more, to two jobs of three."""
+    spoils = [spoil for where, spoil in LOST.values() if where == kind]
+    left, seen = iter(spoils), list[str]()
+
+    def fault(path: str, found: Answer) -> Answer | None:
+        if not path.startswith(f"/{kind}") or found.status != 200 or path in seen:
+            return found
+        seen.append(path)
+        spoil = next(left, None) if len(seen) % 3 else None
+        return spoil(found) if spoil else found
+
+    found = client.run(tmp_path / "run", fault)
+    pd.testing.assert_frame_equal(found.effects, whole.effects)
+    assert next(left, None) is None
+    assert found.jobs == whole.jobs + len(spoils)
+
+
+# What a study ends in when a fault stays: kind of request, what happens to it, the error, and what is said.
+STAYING: dict[str, tuple[str, Callable[[Answer], Answer | None], type[BackendError], str]] = {
+    "page": ("request", lambda found: HTML, TransportError, r"answers /request with a web page$"),
+    "empty": ("request", lambda found: answer(b""), TransportError, r"answers /request with nothing$"),
+    "text": ("request", lambda found: answer("OK"), TransportError, r"with 2 bytes that are no JSON$"),
+    "null": ("request", lambda found: answer(None), PreflightError, r"answers /request with null, not as an NDIF"),
+    "list": ("request", lambda found: answer([]), PreflightError, r"answers /request with a list, not as an NDIF"),
+    "no id": ("request", changed(id=...), PreflightError, r"takes a job and gives it no id: \{.*check NDIF_HOST$"),
+    "id a path": ("request", changed(id="../status"), PreflightError, r"takes a job and gives it no id"),
+    "id a number": ("request", changed(id=3), PreflightError, r"takes a job and gives it no id"),
+    "redirect": (
+        "request",
+        lambda found: answer("", 307, Location="https://elsewhere/request"),
+        PreflightError,
+        r"sends on to https://elsewhere/request \(307\); set NDIF_HOST to where it lies$",
+    ),
+    "400": (
+        "request",
+        lambda found: answer({"detail": "nnsight is too old"}, 400),
+        PreflightError,
+        r"/request answers 400 nnsight is too old$",
+    ),
+    "401": (
+        "request",
+        lambda found: answer({"detail": f"no {KEY}"}, 401),
+        PreflightError,
+        r"key \(no <key>\); set NDIF",
+    ),
+    "407": ("request", lambda found: answer("", 407), PreflightError, r"a proxy on the way to .* asks for a password"),
+    "413": ("request", lambda found: answer("", 413), JobError, r"takes no request of this size \(413\)$"),
+    "500": ("request", lambda found: answer("", 500), TransportError, r"is up but not ready \(500\)$"),
+    "poll 403": ("response", lambda found: answer("", 403), PreflightError, r"refuses the API key \(403\)"),
+    "poll null": ("response", lambda found: answer(None), LostJobError, r"answers /response/job-\d+ with null"),
+    "poll state": ("response", changed(status=5), LostJobError, r"says no state of job job-\d+, but 5$"),
+    "no data": ("response", changed(data=None), LostJobError, r"job-\d+ is done and not where its result lies$"),
+    "gone": ("results", lambda found: answer("", 404), LostJobError, r"result is no longer kept \(404 from 127"),
+    "result 500": ("results", lambda found: answer("", 500), TransportError, r"which keeps results, answers 500$"),
+    "bad zstd": ("results", lambda found: answer(found.body[:60]), LostJobError, r"cannot be read as tensors alone$"),
+    "NaN": ("results", values(lambda found: [value * torch.nan for value in found]), JobError, r"no finite outcome"),
+}
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_a_fault_that_stays_ends_the_study_in_one_line(client: Client, tmp_path: Path, name: str) -> None:
+    kind, spoil, error, said = STAYING[name]
+    found = client.end(tmp_path / "run", always(kind, spoil))
+    assert isinstance(found, error)
+    assert re.search(said, str(found)), str(found)
+
+
+def test_what_was_measured_before_a_fault_is_kept(client: Client, whole: Run, tmp_path: Path) -> None:
+    client.end(tmp_path / "run", at("response", lambda found: HTML, times=10**9))
+    found = client.run(tmp_path / "run")
+    pd.testing.assert_frame_equal(found.effects, whole.effects)
+    assert found.jobs == whole.jobs - BEFORE - 1  # and the job that was under way was not sent again
+
+
+# --- states ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["QUEUED", "RUNNING", "DEPLOYING", "LOG", "THAWING", "done"])
+def test_a_job_that_is_under_way_is_waited_for(client: Client, job: Job, state: str) -> None:
+    news = changed(status=state, description="wait", data=..., meta=...)
+    client.small.fault = at("response", news, times=3, after=0)
+    assert len(client.measure(job)) == len(job.keys)
+    assert client.said.count(f"{state.lower()}: wait") == 1
+
+
+@pytest.mark.parametrize(
+    "state", ["RECEIVED", "QUEUED", "PROVISIONING", "DEPLOYING", "DISPATCHED", "RUNNING", "THAWING"]
+)
+def test_every_state_has_a_deadline(client: Client, job: Job, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    monkeypatch.setattr(remote_module, "_DEADLINES", {**remote_module._DEADLINES, state: 0.2})
+    client.small.fault = always("response", changed(status=state, description="wait", data=..., meta=...))
+    said = rf'^no news of job job-\d+ for 0 s after "{state.lower()}: wait"; it is given up$'
+    with pytest.raises(LostJobError, match=said):
+        client.measure(job)
+
+
+def test_news_puts_the_deadline_off(client: Client, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module, "_DEADLINES", {"QUEUED": 1.0})
+    places = iter(range(10**6))
+
+    def queued(found: Answer) -> Answer:
+        return changed(status="QUEUED", description=f"place {next(places)}")(found)
+
+    client.small.fault = at("response", queued, times=8, after=0)
+    client.measure(job)
+    assert sum("queued: place" in line for line in client.said) == 8
+
+
+def test_a_job_that_the_server_does_not_know_is_sent_again(
+    client: Client, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_module, "_DEADLINES", {"": 0.2})
+    lost = [f"/response/job-{client.small.jobs() + BEFORE}"]
+    found = client.run(tmp_path / "run", lambda path, it: answer({}, 404) if path in lost else it)
+    pd.testing.assert_frame_equal(found.effects, whole.effects)
+    assert found.jobs == whole.jobs + 1
+
+
+def test_a_failed_job_says_why(client: Client, tmp_path: Path) -> None:
+    failed = changed(
+        status="ERROR", description=f"Traceback (most recent call last):\n  at /a/b/c\nBoom: \x1b[2J {KEY}"
+    )
+    client.small.fault = always("response", failed)
+    with pytest.raises(JobError, match=r"^Boom: \ufffd\[2J <key>$"):
+        client.backend._wait(client.backend._send(client.backend._probe()))
+
+
+@pytest.mark.parametrize("description", [None, "", ...])
+def test_a_failed_job_without_a_reason(client: Client, description: Any) -> None:
+    client.small.fault = always("response", changed(status="ERROR", description=description))
+    with pytest.raises(JobError, match=r"^the job failed, without a reason$"):
+        client.backend._wait(client.backend._send(client.backend._probe()))
+
+
+@pytest.mark.parametrize("meta", [None, [], {"runtime": "soon"}, {"runtime": -1}, {"runtime": 1e300}, {}])
+def test_odd_costs_of_a_job_count_as_none(client: Client, meta: Any) -> None:
+    client.small.fault = always("response", changed(meta=meta))
+    assert client.backend._wait(client.backend._send(client.backend._probe()))[1] == 0.0
+
+
+# --- being asked to wait ---------------------------------------------------------------------------------------------
+
+
+def test_retry_after_is_obeyed(client: Client, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    slow = at("response", lambda found: answer({}, 429, Retry_After="7"), times=2)
+    pd.testing.assert_frame_equal(client.run(tmp_path / "run", slow).effects, whole.effects)
+    assert slept.count(7.0) == 2
+
+
+def test_a_server_that_wants_to_be_left_alone_for_long_ends_the_study(client: Client, tmp_path: Path) -> None:
+    found = client.end(tmp_path / "run", always("request", lambda found: answer({}, 429, Retry_After="86400")))
+    assert re.search(r"/request answers 429; it asks to be left alone for 86400 s$", str(found))
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("3", 3),
+        ("soon", 0),
+        ("-5", 0),
+        ("", 0),
+        ("1e9", 0),
+        ("²", 0),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 0),
+        (format_datetime(datetime.now(UTC) + timedelta(seconds=600), usegmt=True), 600),
+    ],
+)
+def test_the_wait_that_is_asked_for(said: str, seconds: float) -> None:
+    response = httpx.Response(429, headers={"retry-after": said.encode()})
+    assert exchange_module._wait(response) == pytest.approx(seconds, abs=60 if seconds > 100 else 0)
+
+
+# --- slow and large --------------------------------------------------------------------------------------------------
+
+
+def test_a_silent_server_is_named(client: Client) -> None:
+    client.small.fault = lambda path, found: found._replace(after=0.5)
+    with pytest.raises(TransportError, match=r"does not answer /status within 0 s$") as caught:
+        exchange(client.small.server, "GET", "/status", httpx.Timeout(0.2))
+    assert caught.value.silent
+
+
+def test_an_answer_that_trickles_has_an_end(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange_module, "_WHOLE_JSON_S", 0.0)
+    client.small.fault = lambda path, found: found
+    with pytest.raises(TransportError, match=r"/status has not sent all of its answer within 0 s$"):
+        exchange(client.small.server, "GET", "/status", httpx.Timeout(5.0))
+
+
+def test_an_answer_without_an_end_is_not_read_to_it(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange_module, "MOST_JSON", 2**20)
+    bomb = answer(gzip.compress(b" " * 2**24), Content_Encoding="gzip")
+    client.small.fault = lambda path, found: bomb
+    with pytest.raises(PreflightError, match=r"/status answers with more than 1 MiB$"):
+        exchange(client.small.server, "GET", "/status", httpx.Timeout(5.0))
+    monkeypatch.setattr(exchange_module, "MOST_RESULT", 2**20)
+    with pytest.raises(LostJobError, match=r"^the result cannot be one: 127.0.0.1 answers with more than 1 MiB$"):
+        download(f"{client.small.server.host}/results/job-0")
+
+
+def test_a_result_that_says_to_be_huge_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module, "MOST_RESULT", 100)
+    with pytest.raises(LostJobError, match="cannot be read as tensors alone"):
+        tensors_of(packed({"values": [torch.zeros(1000)]}), "t")
+
+
+# --- what stands between ---------------------------------------------------------------------------------------------
+
+
+def asked(host: str) -> BackendError:
+    with pytest.raises(BackendError) as caught:
+        exchange(Server(host, KEY), "GET", "/status", httpx.Timeout(5.0))
+    assert KEY not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("host", "error", "said"),
+    [
+        ("http://127.0.0.1:9", TransportError, r"cannot reach http://127.0.0.1:9 \(.*refused\)$"),
+        ("http://no.such.host.invalid", TransportError, r"cannot reach http://no.such.host.invalid \("),
+        ("localhost:5000", PreflightError, r"cannot reach localhost:5000 .*; check NDIF_HOST"),
+        ("ftp://host", PreflightError, r"cannot reach ftp://host .*; check NDIF_HOST"),
+        ("http://host:port", PreflightError, r"cannot reach http://host:port .*; check NDIF_HOST"),
+        ("http://", PreflightError, r"cannot reach http:// .*; check NDIF_HOST"),
+        ("", PreflightError, r"cannot reach  .*; check NDIF_HOST"),
+    ],
+)
+def test_addresses(host: str, error: type[BackendError], said: str) -> None:
+    found = asked(host)
+    assert type(found) is error
+    assert re.search(said, str(found)), str(found)
+
+
+@pytest.fixture
+def through(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
+    """Everything goes through a proxy that answers so."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+    def start(said: bytes) -> None:
+        def serve() -> None:
+            try:
+                taken, _ = listening.accept()
+            except OSError:
+                return
+            with taken:
+                taken.recv(2**16)
+                taken.sendall(said)
+
+        threading.Thread(target=serve, daemon=True).start()
+        for name in ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"):
+            monkeypatch.setenv(name, f"http://me:secret@127.0.0.1:{listening.getsockname()[1]}")
+
+    yield start
+    listening.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "said", "error", "told"),
+    [
+        ("https://ndif", b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", PreflightError, r"answers 407 Proxy"),
+        (
+            "https://ndif",
+            b"HTTP/1.1 403 Forbidden\r\n\r\n",
+            PreflightError,
+            r"answers 403 Forbidden; check HTTPS_PROXY",
+        ),
+        ("https://ndif", b"HTTP/1.1 502 Bad Gateway\r\n\r\n", TransportError, r"answers 502 Bad Gateway"),
+        ("https://ndif", b"", TransportError, r"cannot reach https://ndif"),
+        (
+            "http://ndif",
+            b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n",
+            PreflightError,
+            r"asks for a password \(407\)",
+        ),
+        ("http://ndif", b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>", TransportError, r"with a web page$"),
+        ("http://ndif", b"garbage\r\n\r\n", TransportError, r"cannot reach http://ndif"),
+    ],
+)
+def test_proxies(through: Any, host: str, said: bytes, error: type[BackendError], told: str) -> None:
+    through(said)
+    found = asked(host)
+    assert isinstance(found, error)
+    assert re.search(told, str(found)), str(found)
+    assert "secret" not in str(found)
+
+
+@pytest.mark.parametrize("proxy", ["foo://me:secret@host", "socks5://me:secret@host", "http://me:secret@host:port"])
+def test_proxies_that_are_none(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    found = asked("https://ndif")
+    assert isinstance(found, PreflightError)
+    assert re.search(
+        r"^cannot ask https://ndif \(.*\); check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE$", str(found)
+    )
+    assert "secret" not in str(found)
+
+
+def test_certificates_that_nobody_vouches_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    subprocess.run([*command, "-subj", "/CN=127.0.0.1", "-keyout", key, "-out", cert], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    small = SmallNdif()
+    small.http.socket = context.wrap_socket(small.http.socket, server_side=True)
+    host = small.server.host.replace("http://", "https://")
+    found = asked(host)
+    assert type(found) is PreflightError
+    assert re.search(rf"^the certificate of {host} is not trusted \(.*\); check NDIF_HOST, or name the", str(found))
+    small.close()
+
+
+def test_a_server_without_encryption_and_one_without_its_certificates(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.small.fault = lambda path, found: found
+    assert isinstance(asked(client.small.server.host.replace("http://", "https://")), TransportError)
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file.pem")
+    assert "check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE" in str(asked("https://ndif"))
