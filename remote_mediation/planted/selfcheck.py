@@ -41,7 +41,7 @@ class SelfCheck:
     truth: tuple[str, ...]
     """What has to be said of claims 1 to 5."""
     said: tuple[str, ...]
-    """What was said."""
+    """What was said: the gate's word, or else the verdict."""
     why: tuple[str, ...]
     """Why it was said."""
     gates: tuple[Neuron, ...]
@@ -117,7 +117,7 @@ def _compared(case: Case, seed: int, specimen: Specimen, result: Result) -> Self
         about=case.about,
         seed=seed,
         truth=case.said,
-        said=tuple(claims["said"]),
+        said=tuple(gate or verdict for gate, verdict in zip(claims["gate"], claims["verdict"], strict=True)),
         why=tuple(claims["why"]),
         gates=tuple(sorted(gates)),
         missed=tuple(sorted(gates - _chosen(result.tables["gate_sets.csv"]))),
