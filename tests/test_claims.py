@@ -136,7 +136,7 @@ def test_what_any_edit_does_is_not_specific_to_harm() -> None:
 
 
 def test_the_slope_of_a_placebo_that_does_nothing_is_that_of_noise() -> None:
-    """All of it goes through the mediator: by the rule that makes the claim one of any edit, `common` says otherwise."""
+    """All of it goes through the mediator: by the rule the claim is one of any edit, `common` shows otherwise."""
     nothing = 20 * NOISE
     on = bench(placebo=nothing)
     through = Both(0.9 * TE + NOISE, nothing)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from remote_mediation.config import LogitSettings, StatisticsSettings, StudyConfig
 from remote_mediation.engine.local import LocalBackend
-from remote_mediation.planted.cases import CASES, YES, Case, Neuron, Specimen, build
+from remote_mediation.planted.cases import CASES, OR, YES, Case, Neuron, Specimen, build
 from remote_mediation.result import Result
 from remote_mediation.runner import Watch
 from remote_mediation.store import Store
@@ -52,7 +52,12 @@ class SelfCheck:
     @property
     def passed(self) -> bool:
         """All five verdicts are true, and no gate was missed."""
-        return self.truth == self.said and not self.missed
+        return all(self.right) and not self.missed
+
+    @property
+    def right(self) -> list[bool]:
+        """By claim, whether what was said is true."""
+        return [said in true.split(OR) for said, true in zip(self.said, self.truth, strict=True)]
 
     def as_data(self) -> dict[str, Any]:
         """JSON data."""
@@ -60,17 +65,17 @@ class SelfCheck:
 
     def line(self) -> str:
         """In one line, for the terminal."""
-        wrong = sum(said != true for said, true in zip(self.said, self.truth, strict=True))
-        verdicts = f"{len(self.truth) - wrong} of {len(self.truth)} verdicts true"
+        verdicts = f"{sum(self.right)} of {len(self.right)} verdicts true"
         missed = f", {len(self.missed)} of {len(self.gates)} gate neurons missed" if self.missed else ""
         return f"{'passed' if self.passed else 'FAILED'}  {self.case}, seed {self.seed}: {verdicts}{missed}"
 
     def table(self) -> Table:
         """Claim by claim, for the terminal."""
         table = Table("claim", "truth", "said", "because", title=f"{self.case}, seed {self.seed}: {self.about}")
-        for number, (true, said, why) in enumerate(zip(self.truth, self.said, self.why, strict=True), 1):
-            colour = "green" if said == true else "red"
-            table.add_row(str(number), true, f"[{colour}]{said}[/]", why)
+        for number, right in enumerate(self.right):
+            colour = "green" if right else "red"
+            said, why = self.said[number], self.why[number]
+            table.add_row(str(number + 1), self.truth[number], f"[{colour}]{said}[/]", why)
         if self.gates:
             table.add_row("", f"gate {_listed(self.gates)}", f"missed {_listed(self.missed)}", "")
         return table

@@ -33,6 +33,8 @@ MOST, LEAST = 2 / 3, 1 / 3
 """Claim 1: shares of TE."""
 HALF = 0.5
 """Claim 1, of what arrives; claim 3, of TE; claim 5, of the early site's own effect."""
+TRIFLE = 0.05
+"""Claim 2: share of TE below which layers that say the opposite are called a trifle."""
 SPARSE = 0.01
 """Claim 3: largest part of the late neurons that counts as few."""
 CARRIED = 0.8
@@ -339,17 +341,24 @@ def mlp_not_attention(
 
 def _mlp_not_attention(whole: Sequence[Measure], parts: Sequence[Measure]) -> Ruling:
     text = _text(whole[:1])
-    against = [part.label for part in parts if part.harm.high < 0]
-    speaking_for = [part.label for part in parts if part.harm.low > 0]
+    against = [part for part in parts if part.harm.high < 0]
+    speaking_for = [part for part in parts if part.harm.low > 0]
     if _all_above(whole, 0):
         if against:
-            return Ruling("undecided", f"{text}, but it is below 0 for {'; '.join(against)}")
+            return Ruling("undecided", f"{text}, but it is below 0 for {_opposing(against)}")
         return Ruling("supported", f"{text}, and below 0 for no layers")
     if _all_below(whole, 0):
         if speaking_for:
-            return Ruling("undecided", f"{text}, but it is above 0 for {'; '.join(speaking_for)}")
+            return Ruling("undecided", f"{text}, but it is above 0 for {_opposing(speaking_for)}")
         return Ruling("not supported", f"{text}, and above 0 for no layers")
     return Ruling("undecided", f"{text}: not clear of 0")
+
+
+def _opposing(parts: Sequence[Measure]) -> str:
+    """The layers that say the opposite; whether all of it is a trifle, which the rule does not ask."""
+    listed = "; ".join(f"{part.label} {_ends(part.harm)}" for part in parts)
+    trifle = all(abs(part.harm.value) < TRIFLE for part in parts)
+    return f"{listed}: each less than {TRIFLE:.0%} of TE" if trifle else listed
 
 
 @dataclass(frozen=True)
