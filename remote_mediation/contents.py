@@ -35,13 +35,9 @@ def look_at(config: StudyConfig) -> None:
     config.prompt.form()
     if "monitor" in config.analyses and config.monitor.hard_negatives:
         load_pairs(config.monitor.hard_negatives)
-    named = {"model": [config.model]}
-    if "attacks" in config.analyses:
-        named["attacks.checkpoints"] = config.attacks.checkpoints
-    for setting, names in named.items():
-        for name in names:
-            if name.startswith(_LOCAL) and not Path(name).is_dir():
-                raise ModelError(f"{setting} names {name!r}, and there is no such folder; give one, or a hub id")
+    for name in config.attacks.checkpoints if "attacks" in config.analyses else ():
+        if name.startswith(_LOCAL) and not Path(name).is_dir():
+            raise ModelError(f"attacks.checkpoints names {name!r}, and there is no such folder; give one, or a hub id")
 
 
 def as_begun(info: ModelInfo, begun: dict[str, Any], folder: Path) -> ModelInfo:

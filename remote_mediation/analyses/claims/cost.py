@@ -23,7 +23,7 @@ def cost(study: Study) -> Later:
     both = [*heldout, *(beside[name] for pair in heldout if (name := placebo_id(pair.id)) in beside)]
     sets = [band("mlp_output", range(info.layers), "last")] * (2 * len(layer_sets(info.layers)) + 1)
     direct = of_tasks([direct_task(pair, sets, study.setting) for pair in every], 2 * len(sets) * _reads(study))
-    bands = of_rows(study, both, _late_site(study, "all")).times(2)
+    bands = of_rows(study, both, _late_site(study, _widest(study))).times(2)
     found = of_bases(study, every).times(2).plus(direct, bands)
     return found if info.layers < FEWEST_LAYERS else found.plus(_claims_of_place(study, discovery, both, heldout))
 
@@ -34,10 +34,10 @@ def _claims_of_place(
     """both: held-out pairs and their placebos."""
     info = study.info
     sizes = len(sparse.grid(len(thirds(info.layers).late) * info.d_ff))
-    late = _late_site(study, "all")
+    late = _late_site(study, _widest(study))
     stream = [Site("layer_output", layer, "last") for layer in range(info.layers)]
     frozen = 1 + 1 + 2 + handed.RANDOM_SETS  # the early site alone, twice named; middle and late MLPs; others
-    screened = screen_tasks(discovery, "mlp_neurons", "all", study.setting)
+    screened = screen_tasks(discovery, "mlp_neurons", _widest(study), study.setting)
     return (
         of_bases(study, [*discovery, *both])
         .times(8)
@@ -59,6 +59,11 @@ def _late_site(study: Study, position: str) -> Site:
     """The first module of the late third; of a model without one, of its last layer."""
     late = thirds(study.info.layers).late
     return Site("mlp_output", min(late.start, study.info.layers - 1), position)
+
+
+def _widest(study: Study) -> str:
+    """The position of the bands: everything from the edit on, or `last` where prompts have none."""
+    return "all" if all(pair.aligned for pair in study.pairs) else "last"
 
 
 def _reads(study: Study) -> int:
