@@ -196,6 +196,13 @@ def test_the_layers_that_disagree_are_named() -> None:
     assert "below 0 for MLPs minus attention, layers 8-11, TIE" in _mlp(0.5, [(0.5, 0.5), (0.4, 0.4), (0.3, -0.3)]).why
 
 
+@pytest.mark.parametrize(("opposite", "trifle"), [(-0.03, True), (-0.3, False)])
+def test_a_trifle_that_opposes_is_called_one(opposite: float, trifle: bool) -> None:
+    found = _mlp(0.5, [(0.5, 0.5), (opposite, opposite), (0.3, 0.3)])
+    assert found.verdict == "undecided"
+    assert ("each less than 5% of TE" in found.why) == trifle
+
+
 def _sparse(
     size: int | None,
     chosen: tuple[float, float],
