@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from remote_mediation.analyses.claims import handed, sparse
 from remote_mediation.analyses.claims.ask import layer_sets
 from remote_mediation.analyses.claims.verdicts import FEWEST_LAYERS
-from remote_mediation.engine.tasks import direct_task, screen_tasks
+from remote_mediation.engine.tasks import columns_task, direct_task, screen_tasks
 from remote_mediation.lab import Study, placebo_id
 from remote_mediation.later import Later, of_bases, of_readings, of_rows, of_tasks, pairs_of
 from remote_mediation.sites import Site, band, thirds
@@ -49,6 +49,7 @@ def _claims_of_place(
             of_rows(study, heldout, Site("mlp_output", 0, "last")).times(sizes),
             of_rows(study, both, handed.early_site(info.layers)).times(frozen),
             of_tasks(screened, 4 * info.layers * info.d_ff),
+            of_tasks([columns_task("mlp_neurons", study.setting)], info.layers * info.d_ff),
             of_readings(study, discovery, info.layers * info.d_ff),
             of_readings(study, [*discovery, *both], (1 + info.layers) * info.d_model).times(2),
         )
