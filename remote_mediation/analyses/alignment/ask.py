@@ -43,6 +43,7 @@ ALIGNMENT_COLUMNS: dict[str, str] = {
 }
 PROMPTS = ("harmless", "harmful")
 Mediator = tuple[Component, int]
+_KINDS: dict[str, Component] = {"MLPs": "mlp_output", "attention": "attention_output"}
 
 
 class _Models(NamedTuple):
@@ -70,9 +71,6 @@ def mediator_sets(layers: int) -> dict[str, tuple[Mediator, ...]]:
         if part:
             found[f"stream after the {name} third"] = (("layer_output", part[-1]),)
     return found
-
-
-_KINDS: dict[str, Component] = {"MLPs": "mlp_output", "attention": "attention_output"}
 
 
 def cost(study: Study) -> Later:
