@@ -172,6 +172,7 @@ def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
         ({"intervene": {"tokens": 3}}, True),
         ({"attacks": {"checkpoints": ["other"]}}, True),
         ({"monitor": {"hard_negatives": "hard.csv"}}, True),
+        ({"alignment": {"base": "other"}}, True),
         ({"verify": {"samples": 4}}, True),
         ({"statistics": {"resamples": 100}}, True),
     ],

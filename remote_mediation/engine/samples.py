@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from remote_mediation.engine.budget import DTYPE_BYTES, Budget, Setting, layer_flops
 from remote_mediation.engine.jobs import Job, Part
 from remote_mediation.engine.payload import brief, digest, model_spec, shifted
-from remote_mediation.engine.rows import Constant, Row, Scale, Source, Write
+from remote_mediation.engine.rows import Constant, Given, Row, Scale, Source, Write
 from remote_mediation.sites import FORWARD_ORDER, ModelInfo
 from remote_mediation.tokens import TokenPair
 
@@ -170,10 +170,14 @@ def _value(
             return "scale", factor
         case Constant(values):
             return "constant", values
+        case Given(_, load):
+            return "constant", load().tolist()
 
 
 def _at_last(kind: str, value: Any) -> tuple[str, Any]:
     """A value at its last place alone."""
+    if kind == "constant" and isinstance(value, list):  # a row of values per place
+        return kind, value[-1:]
     if kind != "source":
         return kind, value
     prompt, places = value
