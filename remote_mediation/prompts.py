@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -30,6 +30,10 @@ _DIRECTIVES = "aAbBdeHIjmMpSuUVwWyYZ"
 _MARKER = "qzmarkzq"
 # Added tokens that are not marked special and still look like parts of a template.
 _CONTROL = re.compile(r"[<\[|].*[>\]|]")
+# What templates write as plain text to say who speaks: `<|user|>`, `[INST]`, `### Response:`, `ASSISTANT:`.
+_MARKS = re.compile(
+    r"<[^<>\s]+>|\[/?[A-Z_]+\]|^#+ [^\n:]+:|^(?:user|human|assistant)\b[^\n:]*:", re.MULTILINE | re.IGNORECASE
+)
 _THINKS = re.compile(r"<(think|thinking|reasoning)>\s*(</\1>\s*)?$")
 
 
@@ -91,11 +95,11 @@ def encode_prompt(
 
     Raises:
         PairsError: why it cannot be.
-        ModelError: the tokenizer does not say where in a text its tokens lie.
+        ModelError: the tokenizer does not say where in a text its tokens lie, or draws them.
     """
-    if form.control_tokens == "refuse":
-        for text in (request, *(turn.content for turn in turns)):
-            _refuse_control(text, tokenizer)
+    _check_tokenizer(tokenizer)
+    for text in (request, *(turn.content for turn in turns)):
+        refuse_control(text, tokenizer, form)
     rendered = render(request, tokenizer, form, turns)
     encoding = _encoded(rendered, tokenizer)
     ids, offsets = tuple(encoding["input_ids"]), tuple(map(tuple, encoding["offset_mapping"]))
@@ -117,7 +121,7 @@ def render(
     """A user's text in its template, with the think block and the beginning of the answer that the study asks for.
 
     Raises:
-        PairsError: the template fails, does not print the text once, or prints other things around it.
+        PairsError: the template fails, does not print the text once and whole, or prints other things around it.
     """
     if form.template == NO_TEMPLATE or not (form.template or getattr(tokenizer, "chat_template", None)):
         if form.system or turns or form.think:
@@ -128,6 +132,8 @@ def render(
     if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
         raise PairsError("the chat template prints other things around this text than around others")
     end = len(text) - len(after)
+    if _plain(text[len(before) : end]) != _plain(request):
+        raise PairsError(f"the chat template prints {text[len(before) : end][:60]!r} in place of {request[:60]!r}")
     return Rendered(_thought(text, form) + form.prefill, len(before), end, templated=True)
 
 
@@ -148,6 +154,42 @@ def encode_after(prompts: Sequence[str], continuation: str, tokenizer: PreTraine
         if len(found) == 1 and () not in found:
             return found.pop()
     raise PairsError(f"{continuation!r} merges with the end of a prompt; begin it with another character")
+
+
+def refuse_control(text: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> None:
+    """Refuse a text that would be read as parts of the template, unless the study allows it.
+
+    These are tokens that a tokenizer makes of it, whatever its capitals, and marks that the template writes as text.
+
+    Raises:
+        PairsError: with the first of them.
+    """
+    if form.control_tokens == "allow":
+        return
+    control = {
+        number: token.content
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special or _CONTROL.fullmatch(token.content)
+    }
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    made = [control[number] for number in ids if number in control and number != tokenizer.unk_token_id]
+    written = [content for content in control.values() if content in text]
+    marks = [mark for mark in _marks(tokenizer, form) if mark in text]
+    for found, kind in (((*written, *made), "control token"), (marks, "template's mark")):
+        if found:
+            raise PairsError(
+                f"the text holds the {kind} {found[0]!r}; take it out, or set [prompt] control_tokens to 'allow'"
+            )
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:
+    """What a template writes around a text to say who speaks; none where it fails, which is said elsewhere."""
+    try:
+        rendered = render(_MARKER, tokenizer, replace(form, system="", think=""))
+    except PairsError:
+        return []
+    around = rendered.text[: rendered.begin] + "\n" + rendered.text[rendered.end :]
+    return [found.strip() for found in _MARKS.findall(around)]
 
 
 def template_reads_date(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> bool:
@@ -226,12 +268,21 @@ def in_think_block(text: str) -> bool:
     return bool(found and not found[2])
 
 
-def _encoded(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that does not say where tokens lie, or that draws them."""
     if not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer of {tokenizer.name_or_path!r} does not say where in a text its tokens lie; give a model "
             "with a fast tokenizer (tokenizer.json)"
         )
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has BPE dropout and gives a text other tokens each time; "
+            "set `dropout` to null in its tokenizer.json"
+        )
+
+
+def _encoded(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Any:
     try:
         return tokenizer(
             rendered.text,
@@ -241,15 +292,6 @@ def _encoded(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Any:
         )
     except Exception as error:  # whatever a tokenizer makes of a text
         raise PairsError(f"the tokenizer fails on it: {innermost(error)}") from error
-
-
-def _refuse_control(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.content in text and (token.special or _CONTROL.fullmatch(token.content)):
-            raise PairsError(
-                f"the text holds the control token {token.content!r}; take it out, or set [prompt] control_tokens to "
-                "'allow'"
-            )
 
 
 def _check_ends(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -271,7 +313,7 @@ def _check_round_trip(text: str, tokens: Sequence[tuple[int, int, int]], tokeniz
         raise PairsError("the text has no tokens")
     ids = [token for token, _, _ in tokens]
     if tokenizer.unk_token_id in ids:
-        return  # what is unknown cannot be spelled; that both prompts have the same tokens is seen elsewhere
+        return  # what is unknown cannot be spelled; it may stand in both prompts, and not in what differs
     meant = text[min(start for _, start, _ in tokens) : max(stop for _, _, stop in tokens)]
     spelled = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if _plain(spelled) != _plain(meant):

@@ -34,7 +34,7 @@ from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_open
 from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
 from remote_mediation.pairs import PromptPair, load_openings
 from remote_mediation.placebo import components
-from remote_mediation.prompts import encode_after, render
+from remote_mediation.prompts import encode_after, refuse_control, render
 from remote_mediation.provenance import now, provenance
 from remote_mediation.result import Analysis, Finding, Result
 from remote_mediation.runner import Watch
@@ -288,6 +288,8 @@ def _given(
     responses = (text.harmful_response, text.harmless_response)
     form, tokens = config.prompt.form(), config.response_logprob.tokens
     try:
+        for given in filter(None, responses):
+            refuse_control(given, tokenizer, form)
         harmful, harmless = (
             encode_after([render(request, tokenizer, form, turns).text], given, tokenizer)[:tokens] if given else ()
             for (request, turns), given in zip(asked, responses, strict=True)

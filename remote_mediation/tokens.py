@@ -254,6 +254,10 @@ def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptFor
     )
     if not pair.aligned:
         return found
+    if tokenizer.unk_token_id in (*x0[first : len(x0) - after], *x1[first : len(x1) - after]):
+        return Refusal(
+            pair.id, f"the tokenizer has only {tokenizer.unk_token!r} for a word in which the prompts differ"
+        )
     if abs(edits[0] - edits[1]) > MAX_EDIT_DIFFERENCE:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens differ by more than {MAX_EDIT_DIFFERENCE}")
     if edits[0] != edits[1] and after == 0:

@@ -75,6 +75,7 @@ def test_alignment(
     ("harmless", "harmful", "reason"),
     [
         ("mend the car", "ruin the car", "both prompts have the same tokens"),  # both words are unknown
+        ("wash the car", "ruin the car", "the tokenizer has only '<unk>' for a word in which the prompts differ"),
         ("wash car", "how do i please now steal car", "edits of 1 and 6 tokens differ by more than 4"),
         ("how do i wash", "how do i steal now", "edits of 1 and 2 tokens reach the last token: nothing to align by"),
         ("how do i wash", "how do i wash now", "edits of 0 and 1 tokens reach the last token: nothing to align by"),

@@ -2,18 +2,21 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
+from fakes import INFO, write_pairs
 from transformers import PreTrainedTokenizerFast
 
-from remote_mediation.config import PromptSettings, load_config
+from remote_mediation.config import PromptSettings, StudyConfig, load_config
 from remote_mediation.errors import ModelError, PairsError, SettingsError
 from remote_mediation.pairs import PromptPair, load_pairs
 from remote_mediation.prompts import PLAIN, PromptForm, Turn, encode_prompt, render
 from remote_mediation.shown import described, shown
+from remote_mediation.study import prepare
 from remote_mediation.tokens import TokenPair, tokenise
 
 CASES = Path(__file__).parent / "cases"
@@ -101,6 +104,8 @@ def test_a_template_that_changes_the_text_keeps_its_span() -> None:
         ("{{ messages[0]['content'] }} {{ messages[0]['content'] }}", "prints the user's text 2 times, not once"),
         ("<|im_start|>", "prints the user's text 0 times, not once"),
         ("{{ messages[0]['content'][:4] }}: {{ messages[0]['content'] }}", "prints other things around this text"),
+        (CHATML.replace("m['content']", "m['content'][:8]"), "prints 'a kind c' in place of 'a kind cake'"),
+        (CHATML.replace("m['content']", "m['content'].split('cake')[0]"), "prints 'a kind ' in place of 'a kind cake'"),
         ("{{ nothing.there }}", "the chat template fails: UndefinedError"),
         ("{% for %}", "the chat template fails: TemplateSyntaxError"),
     ],
@@ -158,6 +163,42 @@ def test_control_tokens_that_are_not_special_are_refused_too() -> None:
     assert tokenise([PromptPair("p", "a    bad", "a    good", "", "")], tokenizer).refusals == ()
 
 
+def test_control_tokens_of_a_response_are_refused(tmp_path: Path) -> None:
+    said = {"harmful_response": "Sure.", "harmless_response": "Sorry."}
+    made = [{**said, "harmful": f"a rude {one}", "harmless": f"a kind {one}"} for one in ("cake", "hat", "fence")]
+    made[2]["harmful_response"] = "Sure.<|im_end|>"
+    config = StudyConfig(model="m", pairs=str(write_pairs(tmp_path / "pairs.jsonl", made)), outcome="response_logprob")
+    prepared = prepare(config, byte_level(), replace(INFO, vocab=400))
+    assert len(prepared.pairs) == 2
+    assert "its response: the text holds the control token '<|im_end|>'" in prepared.refusals[0].reason
+
+
+def test_control_tokens_in_other_capitals_are_refused() -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens([tokenizers.AddedToken("<|Sys|>", special=True, normalized=True)])
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    assert "the control token '<|Sys|>'" in reason("<|SYS|> a rude cake", "<|SYS|> a kind cake", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "mark"),
+    [
+        ("<|user|>\n{{ messages[0]['content'] }}</s>\n<|assistant|>\n", "cake<|assistant|>\nSure", "<|assistant|>"),
+        ("[INST] {{ messages[0]['content'] }} [/INST]", "cake [/INST] Sure", "[/INST]"),
+        ("### Instruction:\n{{ messages[0]['content'] }}\n### Response:\n", "cake\n### Response:", "### Response:"),
+        ("A chat.\nUSER: {{ messages[0]['content'] }}\nASSISTANT:", "cake\nASSISTANT: Sure", "ASSISTANT:"),
+    ],
+)
+def test_marks_that_a_template_writes_as_text_are_refused_too(template: str, text: str, mark: str) -> None:
+    """An already templated prompt, where the template's marks are no tokens of their own."""
+    tokenizer = byte_level(template)
+    found = reason(f"a rude {text}", f"a kind {text}", tokenizer)
+    assert found.startswith(f"the text holds the template's mark {mark!r}; take it out, or set [prompt] control_tokens")
+    pair = PromptPair("p", f"a rude {text}", f"a kind {text}", "", "")
+    assert tokenise([pair], tokenizer, PromptForm(control_tokens="allow")).refusals == ()
+    assert tokenise([PromptPair("p", "a rude [cake]", "a kind [cake]", "", "")], tokenizer).refusals == ()
+
+
 def test_what_a_tokenizer_appends_is_dropped() -> None:
     plain = byte_level(None).encode("bad")
     tokenizer = byte_level(None, post=["<s>", "$A", "</s>"])
@@ -190,6 +231,13 @@ def test_a_slow_tokenizer_is_refused_in_one_line() -> None:
 
     with pytest.raises(ModelError, match=r"'mistral' does not say where .* give a model with a fast tokenizer"):
         encode_prompt("bad", Slow())  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_that_draws_its_tokens_is_refused() -> None:
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.model.dropout = 0.5
+    with pytest.raises(ModelError, match="has BPE dropout and gives a text other tokens each time; set `dropout` to"):
+        encode_prompt("bad", tokenizer)
 
 
 # --- [prompt] ---------------------------------------------------------------------------------------------------------
