@@ -222,7 +222,7 @@ def check(
     from remote_mediation.config import load_config
     from remote_mediation.models import load_tokenizer
     from remote_mediation.pairs import find_pair
-    from remote_mediation.shown import balanced, shown
+    from remote_mediation.shown import balanced, printable, shown
     from remote_mediation.texts import described_lists, load_texts
     from remote_mediation.tokens import tokenise
 
@@ -240,10 +240,13 @@ def check(
     table = Table("pair", "cluster", "tokens x0", "tokens x1", "edit from", "after edit", "template after")
     for pair in prepared.pairs:
         counts = (len(pair.x0), len(pair.x1), pair.first, pair.after, pair.post)
-        table.add_row(Text(pair.id, overflow="fold"), Text(pair.cluster, overflow="fold"), *map(str, counts))
+        names = (Text(printable(name), overflow="fold") for name in (pair.id, pair.cluster))
+        table.add_row(*names, *map(str, counts))
     console.print(table)
     for refusal in prepared.refusals:
-        console.print(f"refused {refusal.id}: {refusal.reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"refused {printable(refusal.id)}: {refusal.reason}", highlight=False, markup=False, soft_wrap=True
+        )
     for line in (*described_lists(config), *balanced(texts, tokenizer)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)

@@ -342,7 +342,7 @@ def _assign(data: dict[str, Any], assignment: str) -> None:
         raise SettingsError(f"cannot read the setting {assignment!r}; write it as section.key=value")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value.strip()
     for key in keys[:-1]:
         inner = data.get(key)
@@ -356,7 +356,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read study file {str(path)!r}: {error}; give a TOML file") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no TOML, a number of thousands of digits, brackets without end
         raise SettingsError(f"study file {str(path)!r} is not TOML: {error}") from error
 
 

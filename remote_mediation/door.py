@@ -121,6 +121,7 @@ def load_variants(config: StudyConfig, note: Callable[[str], None] = lambda line
         SettingsError: it runs on a server, which has no such model.
     """
     from remote_mediation.fetch import checkpoint
+    from remote_mediation.models import fingerprint
 
     found: dict[str, Backend] = {}
     for setting, names in config.checkpoints.items():
@@ -129,7 +130,7 @@ def load_variants(config: StudyConfig, note: Callable[[str], None] = lambda line
         for name in names:
             if name not in found:
                 note(f"loading {name}")
-                found[name] = _local(config, checkpoint(name, config.model), "")
+                found[name] = _local(config, checkpoint(name, config.model, fingerprint(config.model)), "")
     return found
 
 

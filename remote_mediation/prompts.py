@@ -172,7 +172,7 @@ def refuse_control(text: str, tokenizer: PreTrainedTokenizerBase, form: PromptFo
         if token.special or _CONTROL.fullmatch(token.content)
     }
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    made = [control[number] for number in ids if number in control and number != tokenizer.unk_token_id]
+    made = [control[number] for number in ids if number in control and _plain(control[number]) in _plain(text)]
     written = [content for content in control.values() if content in text]
     marks = [mark for mark in _marks(tokenizer, form) if mark in text]
     for found, kind in (((*written, *made), "control token"), (marks, "template's mark")):

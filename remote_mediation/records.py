@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from remote_mediation.errors import PairsError
+from remote_mediation.errors import PairsError, innermost
 
 STANDARD_INPUT = "-"
 _TABLES = (".csv", ".tsv", ".tab")
@@ -100,7 +100,12 @@ def _json(text: str, where: str) -> Any:
         if name != "NaN":  # as pandas writes a missing value
             raise PairsError(f"{where} has the number {name}; write a text, or null")
 
-    return json.loads(text, object_pairs_hook=once, parse_constant=constant)
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=constant)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise PairsError(f"{where} cannot be read as JSON: {innermost(error)}; mend it") from error
 
 
 def _decoded(raw: bytes, name: str) -> str:

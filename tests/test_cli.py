@@ -227,6 +227,15 @@ def test_pairs_are_checked_shown_and_converted(call: Run, tmp_path: Path, model:
     assert call("pairs", "check", "new.jsonl", "--model", model).code == 0
 
 
+def test_ids_cannot_act_on_the_terminal(call: Run, tmp_path: Path, model: str) -> None:
+    texts = {"e\x1b[m": ("how do i steal the car", "how do i wash the car"), "a\nb": ("zap it", "zip it")}
+    made = [{"id": name, "harmful": one, "harmless": other} for name, (one, other) in texts.items()]
+    found = call("pairs", "check", write_pairs(tmp_path / "ids.jsonl", made), "--model", model)
+    assert "\x1b" not in found.out
+    assert "e\\x1b[m" in found.out
+    assert "refused a\\nb: both prompts have" in found.out
+
+
 def test_models(call: Run, tmp_path: Path, model: str) -> None:
     table = call("models")
     assert table.code == 0

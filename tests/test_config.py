@@ -122,6 +122,8 @@ def test_what_is_named_twice_counts_once() -> None:
         ('model = "m"\n[neurons]\nrandom_sets = 0', r"neurons.random_sets: .*greater than or equal to 1 \(got 0\)"),
         ('model = "m"\n[statistics]\nalpha = 0.5', r"statistics.alpha: .*less than 0.5 \(got 0.5\)"),
         ("model = ", r"is not TOML: "),
+        ("seed = " + "1" * 5000, r"is not TOML: Exceeds the limit"),
+        ("pairs = " + "[" * 5000, r"is not TOML: maximum recursion depth exceeded"),
     ],
 )
 def test_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -58,6 +58,17 @@ def argmax(subject: Subject, prompt: tuple[int, ...], tokens: int) -> tuple[int,
         {"suppress_tokens": list(range(20, 60))},
         {"forced_eos_token_id": 2},
         {"begin_suppress_tokens": list(range(20, 60))},
+        {"guidance_scale": 3.0},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "low"},
+        {"sequence_bias": [[[30], 9.0]]},
+        {"exponential_decay_length_penalty": [1, 2.0]},
+        {"max_length": 3, "max_time": 0.0001},
+        {"watermarking_config": {"greenlist_ratio": 0.5, "bias": 9.0}},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"custom_generate": "someone/some-code"},
     ],
 )
 def test_decoding_is_ours(subject: Subjects, tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -100,3 +111,11 @@ def test_a_broken_generation_config_is_refused_in_one_line(subject: Subjects, tm
     with pytest.raises(ModelError, match=r"cannot read .*generation_config\.json: .*; mend it") as raised:
         ends_of_answers(str(tmp_path), "", backend.tokenizer)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("ends", [[1, "</s>"], [[1]], "</s>", 1.5, True])
+def test_ends_that_are_no_token_ids_are_refused(subject: Subjects, tmp_path: Path, ends: Any) -> None:
+    backend = with_generation_config(subject("llama"), tmp_path, {})
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), "utf-8")
+    with pytest.raises(ModelError, match=r"has eos_token_id .*, which is no list of token ids; mend it"):
+        ends_of_answers(str(tmp_path), "", backend.tokenizer)

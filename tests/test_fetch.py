@@ -10,10 +10,12 @@ import pytest
 import torch
 from oracle import Subject
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from remote_mediation.errors import ModelError
 from remote_mediation.fetch import cache_folder, checkpoint
+from remote_mediation.models import fingerprint
 
 IDS = torch.tensor([[4, 7, 8, 9, 11, 12, 25], [5, 7, 8, 9, 11, 14, 23]])
 
@@ -68,6 +70,38 @@ def test_it_is_merged_once_for_each_base_and_adapter(adapter: Path, base: str) -
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")  # other weights in the same place
     assert checkpoint(str(adapter), base) != str(merged)
     assert len(list(merged.parent.iterdir())) == 2
+
+
+def test_a_base_that_has_changed_is_merged_anew(adapter: Path, base: str, tmp_path: Path) -> None:
+    """In the same folder, as where it was trained on."""
+    model, folder = AutoModelForCausalLM.from_pretrained(base), tmp_path / "base"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    first = checkpoint(str(adapter), str(folder), fingerprint(str(folder)))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(folder)
+    second = checkpoint(str(adapter), str(folder), fingerprint(str(folder)))
+    expected = logits(PeftModel.from_pretrained(model, str(adapter)))
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(second)), expected, atol=1e-5, rtol=1e-5)
+    assert first != second
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # peft only warns
+def test_an_adapter_that_is_not_whole_is_refused(adapter: Path, base: str) -> None:
+    """Under other names its weights would be left out, and the base measured as the checkpoint."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    renamed = {name.replace("layers.0", "blocks.0"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"its files lack .*layers\.0\..*, one of 4 that its"):
+        checkpoint(str(adapter), base)
+
+
+def test_an_adapter_of_no_kind_is_refused_in_one_line(adapter: Path, base: str) -> None:
+    (adapter / "adapter_config.json").write_text("{}", "utf-8")
+    with pytest.raises(ModelError, match=r"cannot merge adapter .*; give one of this model") as raised:
+        checkpoint(str(adapter), base)
+    assert "\n" not in str(raised.value)
 
 
 def test_an_adapter_of_another_model_is_refused(adapter: Path, subject: Callable[[str], Subject]) -> None:

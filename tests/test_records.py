@@ -122,3 +122,18 @@ def test_half_an_xstest_is_refused(tmp_path: Path) -> None:
     (tmp_path / "half.csv").write_text("".join(lines[:7]), "utf-8")
     with pytest.raises(PairsError, match=r"half\.csv has 4 prompts of type 'homonyms' and 2 of 'contrast_homonyms'"):
         load_pairs(str(tmp_path / "half.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "cause"),
+    [
+        ("deep.json", "[" * 200_000, "RecursionError"),
+        ("deep.jsonl", '{"a":' * 200_000, "line 1 cannot be read as JSON: RecursionError"),
+        ("digits.jsonl", '{"id": %s, "harmful": "a", "harmless": "b"}' % ("1" * 5000), "line 1 .* Exceeds the limit"),
+    ],
+)
+def test_json_that_python_gives_up_is_refused_in_one_line(tmp_path: Path, name: str, text: str, cause: str) -> None:
+    (tmp_path / name).write_text(text, "utf-8")
+    with pytest.raises(PairsError, match=cause) as raised:
+        load_pairs(str(tmp_path / name))
+    assert "\n" not in str(raised.value)

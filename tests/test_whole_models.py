@@ -48,6 +48,70 @@ def test_tied_weights_are_not_missing(subject: Subjects, tmp_path: Path) -> None
     assert LocalBackend.load(str(copy(subject("llama_chat"), tmp_path))).info.tied
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.3.mlp.down_proj.weight",
+        "model.layers.1.mlp.down_proj.weight_scale_inv",
+        "model.layers.1.mlp.down_proj.lora_A.default.weight",
+    ],
+)
+def test_weights_for_which_the_configuration_has_no_place_are_refused(
+    subject: Subjects, tmp_path: Path, name: str
+) -> None:
+    """Biases that are switched off, layers that are cut off, scales and adapters that are not applied."""
+    folder = copy(subject("llama"), tmp_path)
+    change(folder, lambda tensors: tensors.update({name: torch.ones(1)}))
+    with pytest.raises(ModelError, match=f"its files hold {name}, for which its config.json has no place"):
+        LocalBackend.load(str(folder))
+
+
+@pytest.mark.parametrize("name", ["v_head.summary.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"])
+def test_weights_beside_the_language_model_may_be_there(subject: Subjects, tmp_path: Path, name: str) -> None:
+    folder = copy(subject("llama"), tmp_path)
+    change(folder, lambda tensors: tensors.update({name: torch.ones(1)}))
+    assert LocalBackend.load(str(folder)).info.layers == 3
+
+
+def test_masks_of_older_checkpoints_may_be_there(subject: Subjects, tmp_path: Path) -> None:
+    folder = copy(subject("gptj"), tmp_path)
+    masks = {f"transformer.h.0.attn.{name}": torch.ones(1) for name in ("bias", "masked_bias")}
+    change(folder, lambda tensors: tensors.update(masks))
+    assert LocalBackend.load(str(folder)).info.layers == 3
+
+
+def test_an_adapter_is_no_model(subject: Subjects, tmp_path: Path) -> None:
+    """Transformers would read its base from the folder that it names, and no fingerprint would know."""
+    folder = copy(subject("llama"), tmp_path)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}', "utf-8")
+    with pytest.raises(ModelError, match="is a PEFT adapter and no whole model; merge it into its base"):
+        LocalBackend.load(str(folder))
+
+
+def test_no_code_of_a_checkpoint_is_run_and_nobody_is_asked(
+    subject: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy(subject("llama"), tmp_path)
+    configured(model_type="mine", auto_map={"AutoConfig": "mine.Mine"})(folder)
+    (folder / "mine.py").write_text("raise AssertionError('this was run')\n", "utf-8")
+    monkeypatch.setattr("builtins.input", lambda *text: "y")
+    with pytest.raises(ModelError, match=r"cannot load model .* contains custom code which must be executed"):
+        LocalBackend.load(str(folder))
+
+
+def test_a_configuration_without_names_of_outputs_changes_nothing(subject: Subjects, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", records())
+    effects = []
+    for name, more in (("plain", {}), ("tuples", {"return_dict": False})):
+        folder = copy(subject("llama"), tmp_path / name)
+        configured(**more)(folder)
+        config = study_of(folder, pairs)
+        store = Store.create(tmp_path / f"run-{name}", config.identity())
+        effects.append(run_study(config, LocalBackend.load(str(folder)), store).effects)
+    pd.testing.assert_frame_equal(*effects)
+
+
 def test_weights_of_another_shape_are_refused(subject: Subjects, tmp_path: Path) -> None:
     folder = copy(subject("llama"), tmp_path)
     change(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(3, 32)}))
@@ -89,6 +153,10 @@ def configured(**settings: Any) -> Callable[[Path], object]:
         (configured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "bitsandbytes"),
         (configured(hidden_act="nonsense"), "KeyError: 'nonsense'"),
         (configured(num_attention_heads=5), "attention heads"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text('{"compile_config": {}}'),
+            "'cpu': ValueError: You provided `compile_config`",  # and not the tracebacks that transformers quotes
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 2000), "SafetensorError"),
         (shard_lost, "model-00001-of-00001.safetensors"),

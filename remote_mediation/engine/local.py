@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ from remote_mediation.sites import ModelInfo
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# A parameter of a layer; the group is what stands before the layer's number.
+_LAYER = re.compile(r"(.*?)\.\d+\.")
+# Causal masks and frequencies that older checkpoints hold in their layers and newer code computes.
+_MASKS = (".masked_bias", ".attn.bias", ".attention.bias", ".inv_freq")
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MOST_KEPT = -1, -3, 2**30
 
@@ -60,20 +65,26 @@ class LocalBackend:
                 dispatch=True,
                 dtype=getattr(torch, dtype),
                 device_map=device,
+                trust_remote_code=False,
             )
-            missing = _missing_weights(model._module, located(name), revision)
+            missing, unread = _other_weights(model._module, located(name), revision)
         except Exception as error:  # whatever a checkpoint's files make foreign code raise
             raise ModelError(
                 f"cannot load {name!r} as {dtype} on {device!r}: {innermost(error)}; give a whole model "
                 "in transformers' format, or try --device cpu"
             ) from error
         if missing:
-            named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise ModelError(
-                f"cannot load {name!r}: its files lack {named}, which would be random; give the folder of the whole "
-                "language model"
+                f"cannot load {name!r}: its files lack {_named(missing)}, which would be random; give the folder of "
+                "the whole language model"
+            )
+        if unread:
+            raise ModelError(
+                f"cannot load {name!r}: its files hold {_named(unread)}, for which its config.json has no place, so "
+                "that another model would run; give the config.json of these weights, or merge adapters"
             )
         model.eval()
+        model._module.config.return_dict = True  # whatever its config.json says; the program reads names
         return cls(model, info, limited=limited)
 
     @property
@@ -114,17 +125,31 @@ class LocalBackend:
         return Readout(split_values(values), time.perf_counter() - start, made["job"])
 
 
-def _missing_weights(module: Any, folder: str, revision: str) -> list[str]:
-    """Names of the parameters that a model's files do not have; tied ones need not be there.
+def _other_weights(module: Any, folder: str, revision: str) -> tuple[list[str], list[str]]:
+    """Names of parameters that a model's files do not have, and of those in its layers that only they have.
 
-    Only the files' headers are read: transformers itself would fill such parameters at random.
+    Only the files' headers are read: transformers itself would fill the first at random and leave out the second. Tied
+    ones need not be there, and heads or towers beside the layers may be. What quantised weights have beside them is
+    left to those who read it.
     """
     if not isinstance(module, PreTrainedModel):
-        return []
-    _, found = type(module).from_pretrained(
+        return [], []
+    loaded, found = type(module).from_pretrained(
         folder, revision=revision or "main", device_map="meta", output_loading_info=True
     )
-    return sorted(found["missing_keys"])
+    layers = {match[1] for name in loaded.state_dict() if (match := _LAYER.match(name))}
+    quantised = getattr(module.config, "quantization_config", None)
+    unread = [
+        name
+        for name in found["unexpected_keys"]
+        if (match := _LAYER.match(name)) and match[1] in layers and not (name.endswith(_MASKS) or quantised)
+    ]
+    return sorted(found["missing_keys"]), sorted(unread)
+
+
+def _named(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _keep_freed_memory() -> None:
