@@ -1,7 +1,7 @@
 """Is what a run folder was begun with still what it was? Models and files are known by content, not by name.
 
 A folder goes on only with the same model, and with the same other files that its analyses read: hard negatives,
-checkpoints, judges. Folders of older versions hold less; what they hold is compared.
+checkpoints, judges, and a hub's model on this machine. Folders of older versions hold less; what they hold is compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.errors import ModelError, StoreError
-from remote_mediation.models import dated_fingerprint, fingerprint
+from remote_mediation.models import dated_fingerprint, fingerprint, hub_contents
 from remote_mediation.pairs import load_pairs
 from remote_mediation.sites import ModelInfo
 from remote_mediation.texts import load_texts
@@ -65,7 +65,9 @@ def as_begun(info: ModelInfo, begun: dict[str, Any], folder: Path) -> ModelInfo:
 
 
 def unchanged_files(config: StudyConfig, begun: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Hashes of the other files that a study's analyses read, by setting and name, and those of earlier runs.
+    """Hashes of the other files that a study reads, by setting and name, and those of earlier runs.
+
+    Of a hub's model these are its own files too, as far as they are on this machine.
 
     Raises:
         StoreError: one of them has changed since the run was begun.
@@ -82,6 +84,9 @@ def unchanged_files(config: StudyConfig, begun: dict[str, Any], folder: Path) ->
 
 def _files(config: StudyConfig) -> dict[str, str]:
     found: dict[str, str] = {}
+    if config.backend == "local":
+        contents = hub_contents(config.model, config.revision)
+        found |= {f"{name} of {config.model!r}": digest for name, digest in contents.items()}
     if config.prompt.template:
         found[f"prompt.template {config.prompt.template!r}"] = _file(config.prompt.template)
     if "monitor" in config.analyses and config.monitor.hard_negatives:

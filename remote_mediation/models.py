@@ -215,6 +215,18 @@ def fingerprint(name: str) -> str:
     return hashlib.blake2b(repr(digests).encode(), digest_size=8).hexdigest() if digests else ""
 
 
+def hub_contents(name: str, revision: str = "") -> dict[str, str]:
+    """Hashes by name of a model's files in the hub's cache on this machine; none of a local folder.
+
+    A hub's `main` moves: what a run was begun with is told from what is there now by these.
+    """
+    config = _at_hand(name, revision, "config.json")
+    if config is None or Path(located(name)).is_dir():
+        return {}
+    facts = [(path, path.stat()) for path in _telling_files(config.parent)]
+    return {path.name: _content(path, fact.st_size, fact.st_mtime_ns) for path, fact in facts}
+
+
 def dated_fingerprint(name: str) -> str:
     """What run folders of older versions hold in place of `fingerprint`: names, sizes and times of safetensors."""
     folder = Path(located(name))

@@ -282,6 +282,32 @@ def test_other_files_that_a_study_reads_are_known_by_content(tmp_path: Path) -> 
     assert unchanged_files(config, {}, tmp_path) != files  # an older folder has none
 
 
+def test_a_hub_s_model_that_has_moved_is_another(
+    subject: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that come or change beside it do not matter; a folder of an older version has none noted."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--me--tiny"
+    (cached / "refs").mkdir(parents=True)
+    for commit in ("one", "two", "three"):
+        copy(subject("llama"), cached / "snapshots" / commit)
+    (cached / "snapshots/two/README.md").write_text("news")
+    change(cached / "snapshots/three", lambda tensors: tensors["lm_head.weight"].mul_(2))
+    config = StudyConfig(model="me/tiny")
+
+    def begun_at(commit: str, files: dict[str, str]) -> dict[str, str]:
+        (cached / "refs/main").write_text(commit)
+        return unchanged_files(config, {"files": files} if files else {}, tmp_path)
+
+    files = begun_at("one", {})
+    assert "model.safetensors of 'me/tiny'" in files
+    assert begun_at("two", files) == files
+    with pytest.raises(StoreError, match=r"another model\.safetensors of 'me/tiny': its content has changed since"):
+        begun_at("three", files)
+    pinned = config.model_copy(update={"revision": "one"})
+    assert unchanged_files(pinned, {"files": files}, tmp_path) == files
+
+
 def test_checkpoints_and_judges_are_known_by_content(
     subject: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
