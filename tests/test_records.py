@@ -58,6 +58,7 @@ def test_what_is_unambiguous_is_read(name: str, prompts: tuple[str, str], catego
         ("02-spreadsheets/unquoted_comma.csv", "record 5 has 7 cells under 5 columns; put quotes"),
         ("03-json/dup_key.jsonl", "line 1 has the key 'harmful' twice"),
         ("03-json/trailing_comma.jsonl", r"line 1 is not JSON \(Extra data\); write one object per line"),
+        ("05-odd/whitespace.jsonl", "record 1: 'harmful' is empty; give a prompt"),
         ("04-surrogate/id.jsonl", r"record 1: 'id' holds half a character \(U\+D83D\)"),
         ("04-surrogate/prompt.jsonl", "record 1: 'harmful' holds half a character"),
         ("04-surrogate/category.jsonl", "record 1: 'category' holds half a character"),

@@ -90,6 +90,16 @@ def test_short_prompts_of_the_case() -> None:
     assert [pair.id for pair in prepared.pairs][:3] == ["s1", "s2", "s3"]
 
 
+@pytest.mark.parametrize("name", ["odd", "trim"])
+def test_odd_characters_reach_the_model(name: str) -> None:
+    """Emoji, right to left, zero width, NUL, marks of Markdown and LaTeX, blanks at the ends."""
+    tokenizer = byte_level()
+    for pair in load_pairs(str(CASES / f"05-odd/{name}.jsonl")):
+        for text in (pair.harmful, pair.harmless):
+            encoded = encode_prompt(text, tokenizer)
+            assert spelled(tokenizer, encoded.ids) == (f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+
+
 def test_a_template_that_changes_the_text_keeps_its_span() -> None:
     encoded = encode_prompt("Bake a CAKE", byte_level(case("t_lower")))
     assert encoded.rendered.text[encoded.rendered.begin : encoded.rendered.end] == "bake a cake"
@@ -271,6 +281,12 @@ def test_an_open_think_block_is_recorded() -> None:
     pairs = [PromptPair("p", "bad", "good", "", "")]
     assert described(pairs, byte_level(case("t_think")), PLAIN)["think"] == "open"
     assert "think" not in described(pairs, byte_level(case("t_think")), PromptForm(think="after"))
+
+
+@pytest.mark.parametrize(("name", "repeats"), [("six", None), ("six_times_four", 18), ("six_spaced", 18)])
+def test_repeats_are_recorded(name: str, repeats: int | None) -> None:
+    pairs = load_pairs(str(CASES / f"06-duplicates/{name}.csv"))
+    assert described(pairs, byte_level(), PLAIN).get("repeats") == repeats
 
 
 def test_system_arguments_turns_and_prefill() -> None:

@@ -183,6 +183,28 @@ def test_a_broken_tokenizer_is_refused_in_one_line(subject: Subjects, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("instead", "content", "cause"),
+    [
+        ("", "", "Couldn't instantiate the backend tokenizer"),
+        ("tekken.json", '{"config": {}, "vocab": []}', "(KeyError|mistral-common)"),
+    ],
+)
+def test_without_a_fast_tokenizer_every_command_says_the_same(
+    subject: Subjects, tmp_path: Path, instead: str, content: str, cause: str
+) -> None:
+    """As Mistral's own folders have it: never a prompt without its template."""
+    folder = copy(subject("llama"), tmp_path)
+    for path in folder.glob("token*"):
+        path.unlink()
+    if instead:
+        (folder / instead).write_text(content, "utf-8")
+    for load in (load_tokenizer, LocalBackend.load):
+        with pytest.raises(ModelError, match=f"cannot load .*{cause}") as raised:
+            load(str(folder))
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "pytorch_model.bin"]
 )
 def test_every_file_that_matters_is_in_the_fingerprint(subject: Subjects, tmp_path: Path, name: str) -> None:
