@@ -442,11 +442,12 @@ def columns(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.
 
 
 def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
-    """First-order estimates of NIE, then TIE, of every unit of one component, in two variants, summed over pairs.
+    """First-order estimates of NIE, then TIE, of every unit of one component, summed over pairs.
 
-    Attribution patching (AtP) is the change of the activation times the gradient of Y; GradDrop averages its size over
-    backward passes in which one layer at a time passes on nothing but the residual stream (Kramar et al. 2024,
-    arXiv 2403.00745, sections 3.1 and 3.2). `[1, (base, variant, layer, unit)]`, in the unit of Y.
+    Attribution patching (AtP) is the change of the activation times the gradient of Y; GradDrop, a second variant where
+    `cuts` asks for it, averages its size over backward passes in which one layer at a time passes on nothing but the
+    residual stream (Kramar et al. 2024, arXiv 2403.00745, sections 3.1 and 3.2). `[1, (base, variant, layer, unit)]`,
+    in the unit of Y.
     """
     if sandboxed(model):
         raise RuntimeError("this server runs blocks in a sandbox and gives no gradients")
@@ -468,13 +469,15 @@ def attributions(model: Any, spec: dict[str, Any], pair: dict[str, Any], context
     for side in (0, 1):
         where, change = grid(pair["places"][side], ())[0], [one - zero for zero, one in zip(*held, strict=True)]
         products = []  # of the change and the gradient, `[layer, unit]` each: as it is, then with a layer cut off
-        for first in range(0, spec["layers"] + 1, context["rows"]):
-            cuts = range(first, min(first + context["rows"], spec["layers"] + 1))
+        for first in range(0, context["cuts"], context["rows"]):
+            cuts = range(first, min(first + context["rows"], context["cuts"]))
             gradients = gradients_of(model, spec, pair, side, name, bases[side]["keyvalues"], cuts)
             by_layer = [(change[layer] * gradient[:, where]).sum(1).cpu() for layer, gradient in enumerate(gradients)]
             products.append(torch.stack(by_layer, 1))
         by_cut = torch.cat(products)
-        scores += [by_cut[0], by_cut[1:].abs().sum(0) / (spec["layers"] - 1)]
+        scores.append(by_cut[0])
+        if len(by_cut) > 1:
+            scores.append(by_cut[1:].abs().sum(0) / (spec["layers"] - 1))
     return torch.stack(scores)
 
 
