@@ -69,7 +69,7 @@ class Job:
 
     @property
     def payload(self) -> dict[str, Any]:
-        """What `program.execute` takes: strings, numbers, tuples, ranges and dicts only."""
+        """What `program.execute` takes: strings, numbers, tuples, ranges, dicts and tensors only."""
         return {"task": self.task, "model": self.model, "contexts": tuple(part.payload for part in self.parts)}
 
     @property
