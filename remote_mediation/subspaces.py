@@ -107,11 +107,11 @@ class Basis:
     def __repr__(self) -> str:
         return f"Basis({self.size} of {self.width}, {self.digest})"
 
-    def safetensors(self) -> bytes:
-        """As a safetensors file with one tensor, `basis`."""
+    def safetensors(self, **about: str) -> bytes:
+        """As a safetensors file with one tensor, `basis`. about: what its metadata say."""
         from safetensors.numpy import save
 
-        return bytes(save({_NAME: np.ascontiguousarray(self.vectors)}))
+        return bytes(save({_NAME: np.ascontiguousarray(self.vectors)}, about))
 
     @classmethod
     def load(cls, path: Path) -> Basis:
