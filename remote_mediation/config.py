@@ -152,6 +152,13 @@ class MonitorSettings(_Strict):
     """A pairs file, such as XSTest's, whose harmless prompts only sound harmful."""
 
 
+class AlignmentSettings(_Strict):
+    """`[alignment]`: what did training change, and where?"""
+
+    base: str = ""
+    """The checkpoint before that training: a model of the same shape as the study's, or a PEFT adapter on it."""
+
+
 class VerifySettings(_Strict):
     """`[verify]`: what a judge says of answers that are sampled while mediators are swapped."""
 
@@ -232,6 +239,7 @@ class StudyConfig(_Strict):
     intervene: InterveneSettings = InterveneSettings()
     attacks: AttackSettings = AttackSettings()
     monitor: MonitorSettings = MonitorSettings()
+    alignment: AlignmentSettings = AlignmentSettings()
     verify: VerifySettings = VerifySettings()
     statistics: StatisticsSettings = StatisticsSettings()
 
@@ -249,6 +257,8 @@ class StudyConfig(_Strict):
             raise ValueError(
                 "outcome logit_diff needs [logit_diff] with `plus` and `minus`, lists of one-token strings"
             )
+        if "alignment" in self.analyses and not self.alignment.base:
+            raise ValueError("the analysis alignment needs [alignment] with `base`, the checkpoint before the training")
         if bool(self.refusal.compliant) != bool(self.refusal.refusing):
             raise ValueError("[refusal] needs both `compliant` and `refusing`, lists of openings, or neither")
         return self
@@ -276,6 +286,13 @@ class StudyConfig(_Strict):
     def source(self) -> str:
         """Where its prompts come from, in words."""
         return f"{self.harmful} and {self.harmless}" if self.harmful else self.pairs
+
+    @property
+    def checkpoints(self) -> dict[str, list[str]]:
+        """Other models that the analyses asked for run on, by the setting that names them."""
+        named = {"attacks": ("attacks.checkpoints", self.attacks.checkpoints)}
+        named["alignment"] = ("alignment.base", [self.alignment.base])
+        return {setting: names for analysis, (setting, names) in named.items() if analysis in self.analyses}
 
     @property
     def seconds_per_job(self) -> float:

@@ -35,10 +35,7 @@ def look_at(config: StudyConfig) -> None:
     config.prompt.form()
     if "monitor" in config.analyses and config.monitor.hard_negatives:
         load_pairs(config.monitor.hard_negatives)
-    named = {"model": [config.model]}
-    if "attacks" in config.analyses:
-        named["attacks.checkpoints"] = config.attacks.checkpoints
-    for setting, names in named.items():
+    for setting, names in config.checkpoints.items():
         for name in names:
             if name.startswith(_LOCAL) and not Path(name).is_dir():
                 raise ModelError(f"{setting} names {name!r}, and there is no such folder; give one, or a hub id")
@@ -89,8 +86,8 @@ def _files(config: StudyConfig) -> dict[str, str]:
         found[f"prompt.template {config.prompt.template!r}"] = _file(config.prompt.template)
     if "monitor" in config.analyses and config.monitor.hard_negatives:
         found[f"monitor.hard_negatives {config.monitor.hard_negatives!r}"] = _file(config.monitor.hard_negatives)
-    if "attacks" in config.analyses:
-        found |= {f"attacks.checkpoints {name!r}": fingerprint(name) for name in config.attacks.checkpoints}
+    for setting, names in config.checkpoints.items():
+        found |= {f"{setting} {name!r}": fingerprint(name) for name in names}
     if "intervene" in config.analyses or "attacks" in config.analyses:
         found[f"intervene.judge {config.intervene.judge!r}"] = _judge(config.intervene.judge)
     if "verify" in config.analyses:

@@ -115,20 +115,21 @@ def load_backend(config: StudyConfig, note: Callable[[str], None] = lambda line:
 
 
 def load_variants(config: StudyConfig, note: Callable[[str], None] = lambda line: None) -> dict[str, Backend]:
-    """The checkpoints that a study repeats its repair on, by name.
+    """The other checkpoints that a study's analyses run on, by name.
 
     Raises:
         SettingsError: it runs on a server, which has no such model.
     """
     from remote_mediation.fetch import checkpoint
 
-    wanted = config.attacks.checkpoints if "attacks" in config.analyses else []
-    if wanted and config.backend == "ndif":
-        raise SettingsError("attacks.checkpoints run locally only; deploy the checkpoint and study it as a model")
     found: dict[str, Backend] = {}
-    for name in wanted:
-        note(f"loading {name}")
-        found[name] = _local(config, checkpoint(name, config.model), "")
+    for setting, names in config.checkpoints.items():
+        if names and config.backend == "ndif":
+            raise SettingsError(f"{setting} run locally only; deploy the checkpoint and study it as a model")
+        for name in names:
+            if name not in found:
+                note(f"loading {name}")
+                found[name] = _local(config, checkpoint(name, config.model), "")
     return found
 
 
@@ -272,7 +273,7 @@ class OpenLab:
     def run(self, variants: Mapping[str, Backend] | None = None) -> Result:
         """Measure all analyses of the study, going on from what its folder holds.
 
-        variants: backends of the checkpoints that `attacks` names; loaded by default.
+        variants: backends of the checkpoints that the study names; loaded by default.
         """
         config = self.config
         found = load_variants(config, self._note) if variants is None else variants

@@ -7,7 +7,7 @@ measured, and an analysis that asks for what an unfinished run does not have end
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Setting, batch_budget
+from remote_mediation.engine.payload import digest
 from remote_mediation.engine.rows import Row, direct_row, swap_all
 from remote_mediation.engine.samples import Manner, bare, sample_key
 from remote_mediation.engine.tasks import Held, Task, direct_task, generate_task
@@ -263,6 +264,16 @@ class Lab:
             raise UnmeasuredError
         return [values[key] for key in keys]
 
+    def read(self, task: Task) -> npt.NDArray[np.float32]:
+        """Values of a task that are not kept in the run folder.
+
+        Raises:
+            JobError: it failed.
+            UnmeasuredError: there is no backend.
+        """
+        self._present()
+        return self._runner.read(task)
+
     def continued(
         self, prompts: Sequence[tuple[int, ...]], tokens: int, held: Sequence[Held] = ()
     ) -> list[tuple[int, ...]]:
@@ -346,6 +357,16 @@ class Lab:
         """The same study on other pairs of the same ids, or on another model, in the same run folder and splits."""
         study = replace(self.study, pairs=tuple(pairs or self.study.pairs), info=info or self.study.info)
         return Lab(study, self._store, backend if info else self._backend, self._watch, splits=self._splits)
+
+    def on_checkpoint(self, name: str) -> Lab:
+        """The same study on one of its `variants`; its shape is noted, so that reports need no model."""
+
+        def noted(_: object) -> dict[str, Any]:
+            return asdict(self.variants[name].info)
+
+        record: dict[str, Any] = self.noted(f"checkpoint-{digest(name)}", noted)
+        shape: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+        return self.beside(info=ModelInfo(**shape), backend=self.variants.get(name))
 
     def _outcome(self, row: Row, pairs: dict[str, TokenPair]) -> float:
         key = self._runner.key(row)

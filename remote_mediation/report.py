@@ -17,6 +17,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from remote_mediation.analyses.total.show import covered, hardly_defined
+from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS
 from remote_mediation.errors import SettingsError
 from remote_mediation.judges import JudgeQuality
@@ -52,7 +53,8 @@ _PROVENANCE = ("model", "config", "outcome", "versions", "git", "host", "started
 _SIGNS = {
     1: "The harmful prompts raise the outcome: the total effect (TE) is {size}.",
     0: "The total effect (TE) is {size}, not told apart from 0: without an effect there is no place of it to find.",
-    -1: "They lower the outcome: the total effect (TE) is {size}. The sites below carry this drop, not harmful text.",
+    -1: "The harmful prompts lower the outcome: the total effect (TE) is {size}. What is found below carries this "
+    "drop, not harmful text.",
 }
 """What the sign of TE means for everything else."""
 _OUTCOME_LIMITS: dict[OutcomeName, tuple[str, ...]] = {
@@ -165,7 +167,7 @@ def _report(result: Result, parts: Sequence[Section], store: Store, texts: Seque
         **({"## Claims": _verdict_table(verdicts).markdown()} if verdicts else {}),
         **{f"## In a picture: {part.title.lower()}": f"{part.drawn()}\n\n{part.lead}" for part in parts if part.lead},
         "## What was measured": paragraphs(
-            _setting_table(result).markdown(), _left_out(study.refusals, store.failures())
+            _setting_table(result, record.get("prompts", {})).markdown(), _left_out(study.refusals, store.failures())
         ),
         **{f"## {section.title}": section.markdown() for section in parts if not section.appendix},
         "## Identities": _identities_table(study, summary.identities).markdown(),
@@ -239,14 +241,16 @@ def _headline(result: Result) -> str:
     return f"**Where in {name} is {decided} decided? {verdicts}.**"
 
 
-def _setting_table(result: Result) -> Table:
+def _setting_table(result: Result, prompts: Mapping[str, Any]) -> Table:
+    """prompts: what the run records of them (`shown.described`)."""
     study, config = result.study, result.study.config
     info, by = study.info, config.statistics
     used = result.effects.drop_duplicates("pair_id")
     shape = f"{info.layers} layers, {info.d_ff} MLP neurons and {info.heads} heads per layer"
     rows = [
         ("model", f"{info.name}, revision {info.revision or 'default'}, {config.dtype}; {shape}"),
-        ("pairs", f"{config.pairs}: {_split_size(used)}, of {len(study.pairs)} that can be run"),
+        ("pairs", f"{config.source}: {_split_size(used)}, of {len(study.pairs)} that can be run"),
+        ("prompts", _prompts(config, prompts)),
         ("discovery split", _split_size(used[used["split"] == "discovery"])),
         ("held-out split", _split_size(used[used["split"] == "heldout"])),
         ("refused", count(len(study.refusals), "pair")),
@@ -255,6 +259,29 @@ def _setting_table(result: Result) -> Table:
         ("thresholds", f"q ≤ {by.alpha:g}; a neuron mediates from {by.min_share:.0%} of TE by NIE and by TIE"),
     ]
     return Table(("what", "value"), rows)
+
+
+def _prompts(config: StudyConfig, recorded: Mapping[str, Any]) -> str:
+    """What stands around the user's text, and what of it is to be read with care."""
+    settings = config.prompt
+    parts = [
+        {"": "the model's own template, if any", "none": "the bare text"}.get(settings.template, settings.template)
+    ]
+    parts += [f"{name} = {value!r}" for name, value in settings.template_arguments.items()]
+    parts += [f"{name} {literal(text)}" for name in ("system", "prefill") if (text := getattr(settings, name))]
+    if settings.think:
+        parts.append(
+            {"before": "read before a think block", "after": "read after an empty think block"}[settings.think]
+        )
+    if recorded.get("think"):
+        parts.append('**the template opens a think block: a thought is read, no answer; set [prompt] think = "after"**')
+    if settings.control_tokens == "allow":
+        parts.append("control tokens in the user's text are measured")
+    if "date" in recorded:
+        parts.append(f"the template is told that today is {recorded['date']}")
+    if repeats := recorded.get("repeats"):
+        parts.append(f"{count(repeats, 'pair')} repeat another's prompts and share its cluster")
+    return "; ".join(parts)
 
 
 def _split_size(pairs: pd.DataFrame) -> str:

@@ -101,6 +101,18 @@ class Runner:
             plan = partial(plan_tasks, missing, self._setting)
             self._work(len(missing), plan, self._backend)
 
+    def read(self, task: Task) -> npt.NDArray[np.float32]:
+        """Values of a task that are not kept, as they are large and soon had again.
+
+        Raises:
+            JobError: it failed.
+        """
+        assert self._backend
+        (job,) = plan_tasks([task], self._setting, Budget(lambda: inf, self._batch_bytes))
+        readout = self._backend.collect(self._backend.submit(job))
+        check_shape(job.keys, lengths_of(job), readout)
+        return readout.values[0]
+
     def run_samples(self, rows: Mapping[str, Row], pairs: Mapping[str, TokenPair], manner: Manner, seed: int) -> None:
         """The same of sampled answers, by key. pairs: `bare`, by id. seed: of the uniform numbers."""
         if not self._backend:
@@ -192,6 +204,15 @@ class Runner:
                 self._store.forget(job.id)
 
     def _keep(self, job: Job | Submitted, readout: Readout) -> None:
-        """A job's values, first in the run folder, then at hand."""
-        self._store.save_readout(job, readout)
-        self.values.update(zip(job.keys, readout.values, strict=True))
+        """A job's values, first in the run folder, then at hand.
+
+        Base prompts that run again in a later job keep their first values: in another batch the last digits may be
+        others, and a report that is made again would not be the same.
+        """
+        new = [place for place, key in enumerate(job.keys) if key not in self.values]
+        if not new:
+            self._store.forget(job.id)
+            return
+        keys, values = [job.keys[place] for place in new], [readout.values[place] for place in new]
+        self._store.save_readout(Submitted(job.id, "", keys, job.rows, job.flops), Readout(values, readout.seconds))
+        self.values.update(zip(keys, values, strict=True))

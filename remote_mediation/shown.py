@@ -54,13 +54,19 @@ def shown(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm
 
 
 def described(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> dict[str, Any]:
-    """What a run records of its prompts: `rendered` (a hash of all of them), `date` and `think` where they matter."""
+    """What a run records of its prompts.
+
+    `rendered` is a hash of all of them; where they matter come `date`, `think` (a block of it is open) and `repeats`
+    (pairs with the same two prompts as another).
+    """
     texts = [text for pair in pairs for text in _rendered(pair, tokenizer, form)]
     found: dict[str, Any] = {"rendered": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]}
     if template_reads_date(tokenizer, form):
         found["date"] = DATE.date().isoformat()
     if any(map(in_think_block, texts)):
         found["think"] = "open"
+    if repeats := len(pairs) - len({(_folded(pair.harmful), _folded(pair.harmless)) for pair in pairs}):
+        found["repeats"] = repeats
     return found
 
 
@@ -81,6 +87,10 @@ def balanced(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) ->
 def printable(text: str) -> str:
     """A text in one line, without what a terminal would act on."""
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _rendered(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:

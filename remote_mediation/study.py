@@ -68,7 +68,7 @@ def run_study(
 ) -> Result:
     """Measure a study, going on from what its run folder holds.
 
-    variants: backends of the checkpoints to attack with. more: analyses from outside the package that it names.
+    variants: backends of the other checkpoints that it names. more: analyses from outside the package that it names.
 
     Raises:
         PairsError: fewer than two pairs can be run.
@@ -78,9 +78,10 @@ def run_study(
         StoreError: the run folder cannot be written, or holds a run on other pairs or another model.
     """
     started = time.monotonic()
-    missing = set(config.attacks.checkpoints) - set(variants or {}) if "attacks" in config.analyses else set()
-    if missing:
-        raise SettingsError(f"attacks.checkpoints names {min(missing)!r}, and no backend of it is among the variants")
+    for setting, names in config.checkpoints.items():
+        missing = set(names) - set(variants or {})
+        if missing:
+            raise SettingsError(f"{setting} names {min(missing)!r}, and no backend of it is among the variants")
     lab = prepared_lab(config, backend, store, watch, variants, more)
     record = store.record()
     result = analysed(lab, chosen(config.analyses, more))

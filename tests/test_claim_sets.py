@@ -96,14 +96,13 @@ def test_a_component_is_read_by_a_probe_that_has_not_seen_it() -> None:
     assert found[2] <= 0.5  # what only its own component shows cannot be learnt from the others
 
 
-def test_other_modules_leave_out_the_middle_mlps() -> None:
+def test_other_modules_are_attention_after_the_early_third() -> None:
     sets = handed.random_sets(12, 4, np.random.default_rng(0))
     assert len(sets) == handed.RANDOM_SETS
-    middle = {("mlp_output", layer) for layer in range(4, 8)}
     for one in sets:
         assert len({(site.component, site.layer) for site in one}) == 4
         assert all(site.layer >= 4 for site in one)
-        assert not {(site.component, site.layer) for site in one} & middle
+        assert {site.component for site in one} == {"attention_output"}  # a gate among late MLPs would stop all
     assert len(set(map(tuple, sets))) > 1
 
 
@@ -148,9 +147,10 @@ def _interval(value: float) -> Interval:
 
 def _tables() -> tuple[pd.DataFrame, pd.DataFrame]:
     deciding = tuple(
-        Measure("W", name, "TE", _interval(0.9), _interval(0.2), 0.9, 0.2, _interval(0.7)) for name in ("nie", "tie")
+        Measure("W", name, "TE", _interval(0.9), _interval(0.2), 0.9, 0.2, _interval(0.7), _interval(0.1))
+        for name in ("nie", "tie")
     )
-    beside = (Measure("A", "nie", "TE", _interval(0.5), _interval(0.4), 0.5, 0.4, _interval(0.1)),)
+    beside = (Measure("A", "nie", "TE", _interval(0.5), _interval(0.4), 0.5, 0.4, _interval(0.1), _interval(0)),)
     claim = Claim(1, "it is late", "", "supported", False, "because", deciding, beside)
     claims = pd.DataFrame([ask._claim_row(claim)])[list(ask.CLAIM_COLUMNS)]
     return claims, pd.DataFrame(ask._set_rows([claim]))[list(ask.SET_COLUMNS)]
@@ -168,7 +168,7 @@ def test_the_small_table_has_harm_beside_placebo() -> None:
     )
     assert show.reasons_table(claims).rows == [("1. it is late", "supported, of any edit", "because")]
     assert [line[1] for line in show.measures_table(sets).rows] == ["W, NIE", "W, TIE", "A, NIE"]
-    assert show.measures_table(sets).rows[0][-1] == "0.7 [0.6, 0.8]"
+    assert show.measures_table(sets).rows[0][-2:] == ("0.7 [0.6, 0.8]", "10% [0%, 20%]")
 
 
 def test_choices_are_shown() -> None:

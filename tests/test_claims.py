@@ -55,6 +55,7 @@ def test_a_band_is_one_component_of_several_layers() -> None:
     [
         (TE, 0.1 * TE, "supported"),
         (TE, TE + NOISE, "not about harm"),
+        (TE, 0.95 * TE, "supported"),
         (TE, TE + 1, "not about harm"),
         (TE - TE.mean() + NOISE, 0.1 * TE, "no effect"),
         (TE, None, "placebo not tested: supported"),
@@ -120,11 +121,30 @@ def test_when_it_arrives_is_added(arrived: float, when: str) -> None:
 
 
 def test_what_any_edit_does_is_not_specific_to_harm() -> None:
-    assert _late(0.9, 0.9, placebo=0.0).said == "supported"
-    assert _late(0.9, 0.9, placebo=0.9).said == "supported, of any edit"
-    found = _late(0.9, 0.9, placebo=0.4).measures[0]
+    on = bench(placebo=0.5 * TE)
+
+    def late(placebo: float) -> verdicts.Claim:
+        return verdicts.late(on, effect(0.9, 0.9, placebo, on), effect(0.1, 0.1, on=on), reads_edit=False)
+
+    assert late(0.0).said == "supported"
+    assert late(0.9).said == "supported, of any edit"
+    found = late(0.4).measures[0]
+    assert late(0.4).said == "supported"  # more of harm goes this way
     assert (found.beta_harm, found.beta_placebo) == pytest.approx((0.9, 0.4), abs=0.05)
     assert found.excess.value == pytest.approx(0.5, abs=0.05)
+    assert found.common.value == pytest.approx(0.2, abs=0.01)
+
+
+def test_the_slope_of_a_placebo_that_does_nothing_is_that_of_noise() -> None:
+    """All of it goes through the mediator: by the rule the claim is one of any edit, `common` shows otherwise."""
+    nothing = 20 * NOISE
+    on = bench(placebo=nothing)
+    through = Both(0.9 * TE + NOISE, nothing)
+    found = verdicts.late(on, Effect(through, through), effect(0.1, 0.1, on=on), reads_edit=False)
+    assert found.measures[0].beta_placebo == pytest.approx(1)
+    assert not found.measures[0].excess.low > 0
+    assert found.said == "supported, of any edit"
+    assert abs(found.measures[0].common.value) < 0.05
 
 
 def test_no_takes_fifteen_components() -> None:
@@ -174,6 +194,13 @@ def test_mlp_not_attention(whole: float, parts: list[tuple[float, float]], verdi
 
 def test_the_layers_that_disagree_are_named() -> None:
     assert "below 0 for MLPs minus attention, layers 8-11, TIE" in _mlp(0.5, [(0.5, 0.5), (0.4, 0.4), (0.3, -0.3)]).why
+
+
+@pytest.mark.parametrize(("opposite", "trifle"), [(-0.03, True), (-0.3, False)])
+def test_a_trifle_that_opposes_is_called_one(opposite: float, trifle: bool) -> None:
+    found = _mlp(0.5, [(0.5, 0.5), (opposite, opposite), (0.3, 0.3)])
+    assert found.verdict == "undecided"
+    assert ("each less than 5% of TE" in found.why) == trifle
 
 
 def _sparse(
@@ -232,11 +259,11 @@ def test_redundancy_and_overshoot_are_notes() -> None:
     assert "redundant: INT is -40%" in _sparse(10, (1.0, 0.6), (1.0, 0.6)).why
     assert "overshoots" in _sparse(10, (1.2, 1.1), (1.2, 1.1)).why
     assert "overshoots" not in _sparse(10, (1.0, 1.0), (1.0, 1.0)).why
-    assert _sparse(10, (0.9, 0.8), (0.9, 0.8)).why.endswith("matched random sets do as much")
+    assert _sparse(10, (0.9, 0.8), (0.9, 0.8)).why.endswith("0 of 200 random sets of 0.90 times its size do as much")
 
 
 def test_unmatched_random_sets_are_noted() -> None:
-    assert _sparse(10, (0.9, 0.8), (0.9, 0.8), likeness=0.79).why.endswith("change 0.79 times as much")
+    assert _sparse(10, (0.9, 0.8), (0.9, 0.8), likeness=0.79).why.endswith("are 80% as large")
 
 
 def _read(by_layer: Sequence[float], embedding: float) -> Read:

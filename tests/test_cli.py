@@ -136,6 +136,21 @@ def test_pairs_are_looked_at_before_the_model(call: Run) -> None:
     refused(call("run", "--model", "./nowhere", "--pairs", "missing.jsonl"), "missing.jsonl", "give a JSON, JSONL, CSV")
 
 
+@pytest.mark.parametrize(
+    ("settings", "mentioned"),
+    [
+        ('analyses = ["neurons", "monitor"]\n[monitor]\nhard_negatives = "none.csv"', ("none.csv", "No such file")),
+        ('analyses = ["attacks"]\n[attacks]\ncheckpoints = ["./none"]', ("attacks.checkpoints names './none'",)),
+        ('[prompt]\ntemplate = "latin.jinja"', ("cannot read the chat template", "latin.jinja")),
+    ],
+)
+def test_every_file_is_looked_at_before_the_model(
+    call: Run, tmp_path: Path, settings: str, mentioned: tuple[str, ...]
+) -> None:
+    (tmp_path / "latin.jinja").write_bytes(b"caf\xe9 {{ messages }}")
+    refused(call("run", study(tmp_path, "nobody/no-such-model", settings)), *mentioned)
+
+
 SETTINGS = {
     "colour = 1": ("tiny.toml", "unknown setting 'colour'", "--help"),
     "[neurons]\nwidth = 1": ("unknown setting 'neurons.width'", "--help"),
@@ -188,6 +203,28 @@ def test_unknown_models(call: Run, tmp_path: Path, model: str, command: str, mon
         refused(call(command, file, "--model", name), f"cannot load model '{name}'", "give a local folder, a hub id")
     refused(call("pairs", "check", "builtin", "--model", "./nowhere"), "'./nowhere'", "give a local folder")
     assert tree(tmp_path) == before
+
+
+def test_pairs_are_checked_shown_and_converted(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model, '[prompt]\nprefill = "sure here"\n')
+    shown = call("pairs", "check", file, "--show", "steal-car")
+    assert shown.code == 0
+    assert "«edit: steal" in shown.out
+    assert "sure here»" in shown.out
+    refused(call("pairs", "check", file, "--show", "steal"), "no pair has the id 'steal'; there are 'steal-")
+    for name, content in (
+        ("bad.csv", "goal\nsteal a car\nburn a house\n"),
+        ("good.json", json.dumps(["fix it now", "wash a bike", "tell me a story"])),
+    ):
+        (tmp_path / name).write_text(content, "utf-8")
+    lists = ("bad.csv", "--harmless", "good.json")
+    checked = call("pairs", "check", *lists, "--model", model)
+    assert (checked.code, "2 pairs: 2 usable" in checked.out) == (0, True)
+    assert "harmful: 2 prompts of bad.csv, column 'goal'" in checked.out
+    assert "positions post_instruction and last only" in checked.out
+    assert call("pairs", "convert", "bad.csv", "new.jsonl", "--harmless", "good.json").out == "2 pairs: new.jsonl\n"
+    refused(call("pairs", "convert", "bad.csv", "new.jsonl", "--harmless", "good.json"), "File exists; name another")
+    assert call("pairs", "check", "new.jsonl", "--model", model).code == 0
 
 
 def test_models(call: Run, tmp_path: Path, model: str) -> None:

@@ -42,6 +42,38 @@ def test_pairs_are_named_from_where_the_name_stands(tmp_path: Path) -> None:
     assert load_config(study(tmp_path, 'model = "m"\n'), {}).pairs == "builtin"
 
 
+def test_every_path_is_resolved_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "studies"
+    for name in ("models/tiny", "tuned", "judge"):
+        (folder / name).mkdir(parents=True)
+    (folder / "hard.csv").touch()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/pairs.csv").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    content = (
+        'model = "models/tiny"\npairs = "~/pairs.csv"\n[monitor]\nhard_negatives = "hard.csv"\n'
+        '[attacks]\ncheckpoints = ["tuned", "org/name"]\n[intervene]\njudge = "classifier:judge:HARMFUL"\n'
+    )
+    config = load_config(study(folder, "\ufeff" + content), {})
+    assert config.model == str(folder / "models/tiny")
+    assert config.pairs == str(tmp_path / "home/pairs.csv")
+    assert config.monitor.hard_negatives == str(folder / "hard.csv")
+    assert config.attacks.checkpoints == [str(folder / "tuned"), "org/name"]
+    assert config.intervene.judge == f"classifier:{folder}/judge:HARMFUL"
+    assert load_config(study(folder, content), {"model": "~/m", "pairs": "./x.csv"}).model == str(tmp_path / "home/m")
+    assert load_config(study(folder, content), {"pairs": "./x.csv"}).pairs == "./x.csv"
+
+
+def test_names_stay_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run folders hold them: the same command goes on in the same folder."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = load_config(Path(study(tmp_path, 'model = "./models"\npairs = "./a.csv"\n').name), {})
+    assert (config.model, config.pairs) == ("./models", "./a.csv")
+    assert load_config(study(tmp_path, 'model = "./models"\n'), {}).model == "./models"
+
+
 def test_what_is_named_twice_counts_once() -> None:
     config = StudyConfig(
         model="m",
@@ -140,6 +172,7 @@ def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
         ({"intervene": {"tokens": 3}}, True),
         ({"attacks": {"checkpoints": ["other"]}}, True),
         ({"monitor": {"hard_negatives": "hard.csv"}}, True),
+        ({"alignment": {"base": "other"}}, True),
         ({"verify": {"samples": 4}}, True),
         ({"statistics": {"resamples": 100}}, True),
     ],

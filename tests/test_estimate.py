@@ -51,7 +51,11 @@ def test_no_more_rows_are_measured_than_planned(subject: Callable[[str], Subject
 MORE = ("detect", "paths", "intervene", "attacks", "monitor")
 
 
-@pytest.mark.parametrize("asked", [("detect",), ("paths",), ("neurons", *MORE)], ids=["detect", "paths", "all"])
+@pytest.mark.parametrize(
+    "asked",
+    [("detect",), ("paths",), ("neurons", *MORE), ("neurons", "verify")],
+    ids=["detect", "paths", "all", "verify"],
+)
 def test_what_follows_costs_no_more_than_planned(
     subject: Callable[[str], Subject], tmp_path: Path, asked: tuple[str, ...]
 ) -> None:

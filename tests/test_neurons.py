@@ -195,8 +195,8 @@ def test_random_sets_are_of_the_gate_sets_size_and_layer_and_differ(searched: Se
 
 def test_an_mlp_that_moves_nothing_has_no_gate_set(searched: Search) -> None:
     found = searched({}, "all")
-    assert set(found.tables) == {"search.csv", "sparsity.csv"}
-    assert set(searched({(4, 6): -4.0}, "all").tables) == {"search.csv", "sparsity.csv"}
+    assert set(found.tables) == {"search.csv", "sparsity.csv", "mediators.csv"}
+    assert set(searched({(4, 6): -4.0}, "all").tables) == {"search.csv", "sparsity.csv", "mediators.csv"}
 
 
 def test_a_search_cut_short_says_so(searched: Search) -> None:

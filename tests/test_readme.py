@@ -11,20 +11,48 @@ from pathlib import Path
 import pytest
 from oracle import Subject
 
-from remote_mediation.config import load_config
+from remote_mediation.analyses import chosen
+from remote_mediation.config import StudyConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 
 
 def test_the_study_file_is_accepted(tmp_path: Path) -> None:
-    section = README.split("## The study file")[1]
-    indented = re.findall(r"(?:^    .*\n|^\n)+", section, re.MULTILINE)[0]
-    study = tmp_path / "study.toml"
-    study.write_text(textwrap.dedent(indented), "utf-8")
-    config = load_config(study, {})
+    settings = (ROOT / "reports/guide/settings.md").read_text("utf-8")
+    config = written(tmp_path, settings)
     assert config.model.endswith("SmolLM2-135M-Instruct")
     assert config.statistics.min_share == 0.05  # the last table is read too
+    assert written(tmp_path, README.split("## Your own model and prompts")[1]).analyses == ["claims", "layers"]
+
+
+def written(folder: Path, text: str) -> StudyConfig:
+    """The first indented block of a page, as a study file."""
+    indented = re.findall(r"(?:^    .*\n|^\n)+", text, re.MULTILINE)
+    study = folder / "study.toml"
+    study.write_text(textwrap.dedent(next(block for block in indented if block.strip())), "utf-8")
+    return load_config(study, {})
+
+
+def test_what_the_settings_page_shows_is_the_default(tmp_path: Path) -> None:
+    """But for what has none: the model and the pairs to use, and the strings of one outcome."""
+    shown = written(tmp_path, (ROOT / "reports/guide/settings.md").read_text("utf-8")).model_dump()
+    default = StudyConfig(model=shown["model"]).model_dump()
+    differing = {name for name, value in shown.items() if value != default[name]}
+    assert differing == {"max_pairs", "logit_diff"}
+
+
+def test_every_study_beside_a_report_is_accepted() -> None:
+    studies = sorted(ROOT.glob("reports/*/study.toml"))
+    assert len(studies) >= 4
+    for study in studies:
+        chosen(load_config(study, {}).analyses)
+
+
+def test_every_link_leads_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("reports/guide/*.md"), ROOT / "reports/README.md"]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8"))]
+    assert not [(page, link) for page, link in links if "//" not in link and not (page.parent / link).exists()]
 
 
 def test_every_script_that_is_named_exists() -> None:

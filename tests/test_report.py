@@ -235,7 +235,8 @@ def test_an_absent_effect_is_said_first_and_leaves_every_share_undefined(store: 
 
 def test_harmful_prompts_that_lower_the_outcome_are_not_called_harmful(store: Store) -> None:
     first = answer(written(store, result(effects(modules(), lambda pair: -strong(pair)))))
-    assert first.startswith("**This run maps where the refusal acts in planted; it tests no claim.** They lower")
+    said = "**This run maps where the refusal acts in planted; it tests no claim.** The harmful prompts lower"
+    assert first.startswith(said)
 
 
 def test_verdicts_are_the_first_sentence() -> None:

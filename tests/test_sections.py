@@ -436,8 +436,8 @@ def test_where_te_is_negative_the_gates_carry_refusal_and_nothing_is_repaired() 
     titles = [one.title for one in made.values()]
     assert titles == ["Total effect", *("Removing refusal" if title == "Repair" else title for title in TITLES)]
     for name in ("gates", "repair", "attacks"):
-        assert "holding them at their harmless mean removes refusal" in made[name].finding
-        assert "That is how safety training is circumvented" in made[name].finding
+        assert "Holding them at their harmless mean works against it" in made[name].finding
+        assert ("removes refusal" in made[name].finding) == (name == "repair")
         assert "repair" not in made[name]._replace(figure=None).markdown().lower()
         assert "Benefit" not in made[name].did
     assert "its NIE (sufficient) and its TIE (necessary) lie clear of 0" in made["gates"].finding
@@ -446,6 +446,14 @@ def test_where_te_is_negative_the_gates_carry_refusal_and_nothing_is_repaired() 
     assert "refusal" not in "".join(one.markdown() for one in sections(result(tables()))[1:]).replace(
         "refusal-phrases", ""
     )
+
+
+@pytest.mark.parametrize(("plain", "with_gates"), [(0.1, 0.25), (0.8, 0.1), (0.0, 0.0)])
+def test_refusal_is_said_to_be_removed_only_where_more_answers_comply(plain: float, with_gates: float) -> None:
+    found = result(tables(gates=gates(-1), intervene=held(plain, with_gates, sign=-1)), LOWERS)
+    made = {one.name: one for one in sections(found)}
+    assert made["repair"].title == "Working against refusal"
+    assert not any("removes refusal" in one.finding for one in made.values())
 
 
 def test_attacks_are_counted_by_their_intervals() -> None:

@@ -1,61 +1,94 @@
-"""The whole pipeline against the truth: what was planted is found, and a wrong truth is not."""
+"""The whole pipeline against the truth: what is planted is said, a wrong truth is not, and the exit code tells them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from remote_mediation import cli
 from remote_mediation.planted import selfcheck
-from remote_mediation.planted.gate import Organism, Planted, planted_gate
+from remote_mediation.planted.cases import CASES, NO, OR, YES
 from remote_mediation.planted.selfcheck import SelfCheck
 
-
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Exit code and standard output of the command line."""
-    monkeypatch.setattr("sys.argv", ["remote-mediation", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0), capsys.readouterr().out
+Run = Callable[..., tuple[int, str]]
+ALL = (YES,) * 5
 
 
-def checked(planted: tuple[tuple[int, int], ...], found: tuple[tuple[int, int], ...], layer: int = 9) -> SelfCheck:
-    return SelfCheck(seed=0, planted=planted, found=found, module=("mlp_output", layer), gate_layer=9)
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Exit code and output of the command line."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["remote-mediation", "selfcheck", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out + captured.err
+
+    return call
 
 
-def test_precision_and_recall_by_hand() -> None:
-    result = checked(planted=((9, 1), (9, 2)), found=((9, 2), (9, 3), (9, 4), (9, 5)))
-    assert (result.precision, result.recall, result.passed) == (0.25, 0.5, False)
-    assert checked(((9, 1),), ((9, 1),)).passed
-    assert not checked(((9, 1),), ((9, 1),), layer=8).passed
-    assert str(checked(((9, 1),), ()).precision) == "nan"
+def checked(said: tuple[str, ...] = ALL, missed: tuple[tuple[int, int], ...] = ()) -> SelfCheck:
+    gates = ((9, 1), (9, 2))
+    return SelfCheck("gate", "a gate", 0, ALL, said, ("because",) * 5, gates, missed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [3, 4, 5])
-def test_what_is_planted_is_found(
-    seed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out = run(monkeypatch, capsys, "selfcheck", "--seed", str(seed), "--json")
-    result = json.loads(out)
-    gate = planted_gate(seed).truth.gate
-    assert result["found"] == [[gate.layer, unit] for unit in gate.units]
-    assert (result["precision"], result["recall"], result["passed"], code) == (1.0, 1.0, True, 0)
+def test_all_verdicts_and_all_gates_count() -> None:
+    assert checked().passed
+    assert not checked((*ALL[:4], NO)).passed
+    assert not checked(missed=((9, 2),)).passed
+    assert checked((*ALL[:4], NO)).line() == "FAILED  gate, seed 0: 4 of 5 verdicts true"
+    assert checked(missed=((9, 2),)).line().endswith("5 of 5 verdicts true, 1 of 2 gate neurons missed")
+    assert checked().line().startswith("passed")
 
 
-@pytest.mark.slow
-def test_a_wrong_truth_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def misinformed(seed: int, **shape: Any) -> Organism:
-        organism = planted_gate(seed, **shape)
-        gate = organism.truth.gate
-        other = next(unit for unit in range(256) if unit not in gate.units)
-        wrong = Planted(gate.layer, tuple(sorted((other, *gate.units[1:]))))
-        return replace(organism, truth=replace(organism.truth, gate=wrong))
+def test_either_of_two_verdicts_may_be_true() -> None:
+    either = replace(checked(), truth=(ALL[0], f"{YES}{OR}undecided", *ALL[2:]))
+    assert either.passed
+    assert replace(either, said=(ALL[0], "undecided", *ALL[2:])).passed
+    assert not replace(either, said=(ALL[0], NO, *ALL[2:])).passed
 
-    monkeypatch.setattr(selfcheck, "planted_gate", misinformed)
-    code, out = run(monkeypatch, capsys, "selfcheck", "--seed", "3")
+
+def test_one_wrong_case_of_several_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        selfcheck,
+        "run_selfcheck",
+        lambda name, seed, watch: replace(
+            checked((*ALL[:4], NO) if name == "late-head" else ALL), case=name, seed=seed
+        ),
+    )
+    code, out = run("--case", "gate", "--case", "many", "--seed", "3")
+    assert (code, out.splitlines()[0]) == (0, "passed  gate, seed 3: 5 of 5 verdicts true")
+    code, out = run("--all")
     assert code == 1
-    assert "failed" in out
+    assert [line.split()[1].strip(",") for line in out.splitlines() if "verdicts true" in line] == list(CASES)
+    assert sum(line.startswith("FAILED") for line in out.splitlines()) == 1
+    code, out = run("--case", "late-head", "--json")
+    assert (code, json.loads(out)[0]["passed"]) == (1, False)
+
+
+def test_an_unknown_case_is_named(run: Run) -> None:
+    code, out = run("--case", "none")
+    assert code == 2
+    assert "'none'" in out
+    assert "late-head" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_true_is_said(name: str, run: Run) -> None:
+    code, out = run("--case", name, "--json")
+    (found,) = json.loads(out)
+    assert all(said in true.split(OR) for said, true in zip(found["said"], found["truth"], strict=True))
+    assert (found["missed"], code) == ([], 0)
+
+
+@pytest.mark.slow
+def test_a_wrong_truth_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "gate", replace(CASES["gate"], said=(YES, NO, YES, YES, YES)))
+    code, out = run()
+    assert code == 1
+    assert "4 of 5 verdicts true" in out

@@ -30,6 +30,7 @@ from remote_mediation.engine.tasks import (
     Kind,
     Reading,
     Task,
+    columns_task,
     drift_task,
     generate_task,
     plan_tasks,
@@ -68,6 +69,16 @@ def model(subject: Subjects, request: pytest.FixtureRequest) -> Subject:
 
 def neurons_module(model: Subject, layer: int) -> torch.nn.Module:
     return model.plain.get_submodule(MODULES[model.plain.config.model_type]["mlp_neurons"].format(layer))
+
+
+def test_columns_are_what_a_neuron_adds_when_it_goes_up_by_one(model: Subject) -> None:
+    (found,) = run(model, [columns_task("mlp_neurons", setting(model))])
+    width = model.info.d_ff
+    for layer, norms in enumerate(found.reshape(model.info.layers, width)):
+        module = neurons_module(model, layer)
+        with torch.no_grad():
+            added = module(torch.eye(width)) - module(torch.zeros(1, width))
+        np.testing.assert_allclose(norms, added.norm(dim=1), rtol=1e-5)
 
 
 class Holding:

@@ -19,6 +19,7 @@ from remote_mediation.engine.local import LocalBackend
 from remote_mediation.planted.gate import Organism, planted_gate, save
 from remote_mediation.result import Analysis, Finding, Result
 from remote_mediation.sites import Site
+from remote_mediation.store import Store
 
 # It errs on purpose: of the labelled answers it finds 3 of 4 that comply, and lets 4 of 5 others pass.
 JUDGE = """
@@ -147,7 +148,8 @@ def test_the_report_says_it_and_is_made_again_without_a_model(verified: Verified
 
 
 def test_the_run_folder_has_verdicts_and_no_texts(verified: Verified) -> None:
-    notes = [json.loads(path.read_text("utf-8")) for path in verified.folder.glob("notes/judged-*.json")]
+    store = Store.open(verified.folder)
+    notes = [store.note(path.stem) for path in verified.folder.glob("notes/judged-*.json")]
     assert 2 <= len(notes) <= 2 * 6  # rows with the same answers share their verdicts
     assert all(set(note) <= {True, False} and len(note) == 16 * 6 for note in notes)
 

@@ -10,8 +10,8 @@ from remote_mediation.tokens import TokenPair
 
 
 def sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[Site]:
-    """The residual stream at all positions in three layers, and after the last layer where the answer is read."""
-    depths = sorted({0, info.layers // 2, info.layers - 1})
+    """The residual stream in three layers from the edit on, and after the last layer where the answer is read."""
+    depths = sorted({0, info.layers // 2, info.layers - 1}) if pair.aligned else ()
     return [*(Site("layer_output", layer, "all") for layer in depths), Site("layer_output", info.layers - 1, "last")]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from remote_mediation.engine.budget import Setting, captured
-from remote_mediation.engine.rows import Constant, Projected, Row, Scale, Source, Value
+from remote_mediation.engine.rows import Constant, Given, Projected, Row, Scale, Source, Value
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import FORWARD_ORDER, family_of
 from remote_mediation.tokens import TokenPair, trie
@@ -159,6 +159,8 @@ def _value_payload(value: Value, pair: str, places: _Places, first: int) -> tupl
             return "constant", values
         case Projected(side, taken, basis, along):
             return "projected", (*places[pair, side], shifted(taken, first), basis.tensor, along.tensor)
+        case Given(_, load):
+            return "constant", load().tolist()
 
 
 def shifted(indices: tuple[int, ...], by: int) -> tuple[int, ...] | range:

@@ -12,8 +12,9 @@ the work a row can change:
 - only the answer positions reach the unembedding.
 
 Sequences are packed: prompt, then the teacher-forced tokens of both responses, which see the prompt and themselves but
-not each other. Smaller tasks serve what rows cannot: `read` activations, `screen` units by gradients, `generate` and
-measure the `drift` of an answer while units are held, and `sample` what a model says behind overwritten mediators.
+not each other. Smaller tasks serve what rows cannot: `read` activations, `screen` units by gradients, give the norms of
+their `columns` of weights, `generate` and measure the `drift` of an answer while units are held, and `sample` what a
+model says behind overwritten mediators.
 
 Everything here is plain functions over tensors, tuples, dicts and strings, because nnsight ships this
 source to the server, where `remote_mediation` is not installed. What the payload holds is written in `plan.py`.
@@ -49,6 +50,7 @@ def perform(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
         "measure": measure,
         "direct": direct,
         "read": read,
+        "columns": columns,
         "screen": screen,
         "generate": generate,
         "drift": drift,
@@ -350,6 +352,22 @@ def read(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Ten
                 tensor = block.input if name == "layer_input" else tensor_of(spec, block, name)
                 found.append(tensor[0][grid(places, columns)].float().mean(0))
     return torch.cat([value.to(found[0].device) for value in found])[None]
+
+
+def columns(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
+    """Norm of the weights by which each unit of a component's input is written to the stream: `[1, (layer, unit)]`.
+
+    Times the change of a unit's activity it is the size of what the unit adds, but for a norm behind the module and the
+    family's multiplier, which all units of a layer share.
+    """
+    if sandboxed(model):
+        raise RuntimeError("this server runs blocks in a sandbox and shows no weights")
+    path, norms = spec["components"][context["component"]][0], []
+    for layer in range(spec["layers"]):
+        module = module_at(module_at(model, spec["blocks"])[layer], path)
+        inputs_first = hasattr(module, "nf")  # GPT-2's Conv1D; a Linear has its outputs first
+        norms.append(module.weight.float().norm(dim=1 if inputs_first else 0))
+    return torch.cat([norm.to(norms[0].device) for norm in norms])[None]
 
 
 def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:

@@ -6,9 +6,12 @@ is the base prompt as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from remote_mediation.errors import SiteError
 from remote_mediation.sites import Component, ModelInfo, Site
@@ -46,7 +49,17 @@ class Projected(NamedTuple):
     """Along which it is written; the same basis but in a control."""
 
 
-Value = Source | Scale | Constant | Projected
+@dataclass(frozen=True)
+class Given:
+    """An activation from elsewhere, such as another checkpoint's, one row of values per written token."""
+
+    name: str
+    """Hash of everything it depends on: two of one name are the same."""
+    load: Callable[[], npt.NDArray[np.float32]] = field(compare=False, repr=False)
+    """`[place, column]`; called only where the row has to run."""
+
+
+Value = Source | Scale | Constant | Projected | Given
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from remote_mediation.engine.budget import DTYPE_BYTES, Budget, Setting, layer_flops
 from remote_mediation.engine.jobs import Job, Part
 from remote_mediation.engine.payload import brief, digest, model_spec, shifted
-from remote_mediation.engine.rows import Constant, Projected, Row, Scale, Source, Write
+from remote_mediation.engine.rows import Constant, Given, Projected, Row, Scale, Source, Write
 from remote_mediation.sites import FORWARD_ORDER, ModelInfo
 from remote_mediation.tokens import TokenPair
 
@@ -173,10 +173,14 @@ def _value(
         case Projected(side, places, basis, along):
             taken = (prompts.index(both[side]), shifted(places, len(both[side]) - width))
             return "projected", (*taken, basis.tensor, along.tensor)
+        case Given(_, load):
+            return "constant", load().tolist()
 
 
 def _at_last(kind: str, value: Any) -> tuple[str, Any]:
     """A value at its last place alone."""
+    if kind == "constant" and isinstance(value, list):  # a row of values per place
+        return kind, value[-1:]
     if kind in ("scale", "constant"):
         return kind, value
     prompt, places, *bases = value

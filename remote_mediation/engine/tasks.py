@@ -31,7 +31,7 @@ _DIRECT_BYTES = 0.3e9
 # What can be read of a layer, in the order in which it comes about; `layer_input` is the stream that enters it.
 Readable = Component | Literal["layer_input"]
 _READ_ORDER: tuple[Readable, ...] = ("layer_input", *FORWARD_ORDER)
-Kind = Literal["read", "screen", "generate", "drift", "direct"]
+Kind = Literal["read", "columns", "screen", "generate", "drift", "direct"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,12 @@ def read_task(pair: str, ids: tuple[int, ...], readings: Sequence[Reading], sett
         for layer, group in groupby(ordered, key=lambda one: one.layer)
     }
     return Task("read", (pair,), {"ids": ids, "reads": by_layer}, _forward(len(ids), setting))
+
+
+def columns_task(component: Component, setting: Setting) -> Task:
+    """Norm of each unit's column of the weights that read a component: `[layer, unit]`; no prompt is run."""
+    weights = 2.0 * setting.info.layers * setting.info.d_model * setting.info.tensor_width(component)
+    return Task("columns", (), {"component": component}, weights)
 
 
 def screen_tasks(pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting) -> list[Task]:

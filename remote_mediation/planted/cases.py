@@ -68,6 +68,8 @@ _MOVED = {"moved": 1.0, "const": 0.5}
 """The same where there are none."""
 
 YES, NO, OPEN, UNTESTED = "supported", "not supported", "undecided", "not tested"
+OR = " or "
+"""Between verdicts either of which is true."""
 Said = tuple[str, str, str, str, str]
 Code = Callable[[Sequence[Pair], Generator], dict[str, dict[str, float]]]
 
@@ -388,7 +390,7 @@ _TRUTH = """
     decoys         yes    yes    yes     yes    yes
     erased         yes    yes    yes     yes    yes
     late-head      yes    no     no      yes    no
-    early-gate     no     yes    no      yes    untested
+    early-gate     no     yes*   no      yes    untested
     two-layers     yes    yes    yes     yes    yes
     backup         yes    yes    yes     yes    yes
     crowd-behind   yes    yes    no      yes    yes
@@ -402,7 +404,7 @@ _TRUTH = """
     nothing        nothing
 """
 _READ = {
-    **{"yes": YES, "no": NO, "open": OPEN, "untested": UNTESTED},
+    **{"yes": YES, "yes*": f"{YES}{OR}{OPEN}", "no": NO, "open": OPEN, "untested": UNTESTED},
     **{"any-edit": "not about harm", "nothing": "no effect"},
 }
 
@@ -423,6 +425,8 @@ _MECHANISMS: dict[str, tuple[str, Callable[[Bed], None], Code]] = {
     "decoys": ("the gate, and 80 late neurons that hear harm and write nowhere", _decoys, _as_product),
     "erased": ("the gate, and an answer that a late layer writes and a later one erases", _erased, _as_product),
     "late-head": ("a late head reads harm at the noun and answers", _late_head, _as_product),
+    # What the random weights of later layers do is a percent or two of TE, in some models clear of 0 for attention: by
+    # the rule of claim 2, for which any clear opposite counts, that leaves it open.
     "early-gate": ("the gate lies in the early third", _early_gate, _as_product),
     "two-layers": ("a gate of neurons in two late layers", _two_layers, _as_product),
     "backup": ("a gate, and another that takes over where it is shut", _backup, _as_product),

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from remote_mediation.config import LogitSettings, StatisticsSettings, StudyConfig
 from remote_mediation.engine.local import LocalBackend
-from remote_mediation.planted.cases import CASES, YES, Case, Neuron, Specimen, build
+from remote_mediation.planted.cases import CASES, OR, YES, Case, Neuron, Specimen, build
 from remote_mediation.result import Result
 from remote_mediation.runner import Watch
 from remote_mediation.store import Store
@@ -41,7 +41,7 @@ class SelfCheck:
     truth: tuple[str, ...]
     """What has to be said of claims 1 to 5."""
     said: tuple[str, ...]
-    """What was said."""
+    """What was said: the gate's word, or else the verdict."""
     why: tuple[str, ...]
     """Why it was said."""
     gates: tuple[Neuron, ...]
@@ -52,7 +52,12 @@ class SelfCheck:
     @property
     def passed(self) -> bool:
         """All five verdicts are true, and no gate was missed."""
-        return self.truth == self.said and not self.missed
+        return all(self.right) and not self.missed
+
+    @property
+    def right(self) -> list[bool]:
+        """By claim, whether what was said is true."""
+        return [said in true.split(OR) for said, true in zip(self.said, self.truth, strict=True)]
 
     def as_data(self) -> dict[str, Any]:
         """JSON data."""
@@ -60,17 +65,17 @@ class SelfCheck:
 
     def line(self) -> str:
         """In one line, for the terminal."""
-        wrong = sum(said != true for said, true in zip(self.said, self.truth, strict=True))
-        verdicts = f"{len(self.truth) - wrong} of {len(self.truth)} verdicts true"
+        verdicts = f"{sum(self.right)} of {len(self.right)} verdicts true"
         missed = f", {len(self.missed)} of {len(self.gates)} gate neurons missed" if self.missed else ""
         return f"{'passed' if self.passed else 'FAILED'}  {self.case}, seed {self.seed}: {verdicts}{missed}"
 
     def table(self) -> Table:
         """Claim by claim, for the terminal."""
         table = Table("claim", "truth", "said", "because", title=f"{self.case}, seed {self.seed}: {self.about}")
-        for number, (true, said, why) in enumerate(zip(self.truth, self.said, self.why, strict=True), 1):
-            colour = "green" if said == true else "red"
-            table.add_row(str(number), true, f"[{colour}]{said}[/]", why)
+        for number, right in enumerate(self.right):
+            colour = "green" if right else "red"
+            said, why = self.said[number], self.why[number]
+            table.add_row(str(number + 1), self.truth[number], f"[{colour}]{said}[/]", why)
         if self.gates:
             table.add_row("", f"gate {_listed(self.gates)}", f"missed {_listed(self.missed)}", "")
         return table
@@ -117,7 +122,7 @@ def _compared(case: Case, seed: int, specimen: Specimen, result: Result) -> Self
         about=case.about,
         seed=seed,
         truth=case.said,
-        said=tuple(claims["said"]),
+        said=tuple(gate or verdict for gate, verdict in zip(claims["gate"], claims["verdict"], strict=True)),
         why=tuple(claims["why"]),
         gates=tuple(sorted(gates)),
         missed=tuple(sorted(gates - _chosen(result.tables["gate_sets.csv"]))),

@@ -68,8 +68,8 @@ def refusal_in_words(result: Result) -> str:
         return ""
     return (
         "Here the harmful prompts lower the outcome, so the gates carry what turns the model away from the harmful "
-        "answer, that is, refusal: holding them at their harmless mean removes refusal. That is how safety training is "
-        "circumvented; it does not make the model any safer."
+        "answer, that is, refusal. Holding them at their harmless mean works against it, as circumventing safety "
+        "training does, and does not make the model any safer. Whether fewer answers refuse, only judged answers say."
     )
 
 

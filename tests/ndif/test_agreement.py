@@ -21,11 +21,16 @@ from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.exchange import Server
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.remote import NdifBackend
+from remote_mediation.engine.rows import Row, swap_all
+from remote_mediation.engine.samples import Manner, bare, plan_samples
 from remote_mediation.engine.tasks import generate_task, plan_tasks
 from remote_mediation.errors import PreflightError
 from remote_mediation.outcomes import Outcome
+from remote_mediation.pairs import load_pairs
+from remote_mediation.sites import band
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
+from remote_mediation.tokens import tokenise
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TOLERANCE = 1e-4
@@ -111,6 +116,26 @@ def test_greedy_answers_are_equal(server: Server) -> None:
     (there,), (here,) = (one.collect(one.submit(job)).values for one in (backend, LocalBackend.load(SMOLLM2)))
     np.testing.assert_array_equal(there, here)
     assert len(set(there.astype(int).tolist())) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held", [False, True])
+def test_sampled_answers_are_equal(server: Server, held: bool) -> None:
+    """The same random numbers in both places, and the same swapped mediators."""
+    backend, manner = remote(server), Manner(2, 8, 1.0, held)
+    pairs = {pair.id: bare(pair) for pair in tokenise(load_pairs("builtin")[:2], backend.tokenizer).pairs}
+    sites = band("mlp_output", range(10, 14), "all")
+    rows = [Row(name, 0) for name in pairs]
+    rows += [swap_all(pair, sites, side, backend.info) for pair in pairs.values() for side in (0, 1)]
+    setting = Setting(backend.info, "float32", Outcome("response_logprob"))
+    (job,) = plan_samples(rows, pairs, manner, 0, setting, Budget(lambda: 1e18, 1e9))
+    both = [one.collect(one.submit(job)).values for one in (backend, LocalBackend.load(SMOLLM2))]
+    (ids, logits), (ids_here, logits_here) = (
+        np.array(values).reshape(len(rows), 2, -1).transpose(1, 0, 2) for values in both
+    )
+    np.testing.assert_array_equal(ids, ids_here)
+    np.testing.assert_allclose(logits, logits_here, rtol=0, atol=TOLERANCE)
+    assert len({tuple(row) for row in ids}) == len(rows)
 
 
 def test_bytes_down_grow_with_outcomes_and_not_with_the_model(

@@ -17,12 +17,19 @@ import pytest
 from tiny import ROOT
 
 from remote_mediation.config import StudyConfig
+from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.exchange import Server
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.remote import NdifBackend
+from remote_mediation.engine.rows import Row, swap_all
+from remote_mediation.engine.samples import Manner, bare, plan_samples
 from remote_mediation.errors import SiteError
+from remote_mediation.outcomes import Outcome
+from remote_mediation.pairs import load_pairs
+from remote_mediation.sites import Site, band
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
+from remote_mediation.tokens import tokenise
 
 TOLERANCE = 1e-4
 
@@ -70,6 +77,20 @@ def test_every_potential_outcome_is_the_local_one(
     assert here.keys() == there.keys()
     assert np.ptp(np.concatenate(list(here.values()))) > 1
     assert max(float(np.abs(here[key] - there[key]).max()) for key in here) < TOLERANCE
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_sampled_answers_are_the_local_ones(held: bool, backend: NdifBackend, local: LocalBackend, pairs: Path) -> None:
+    texts = tokenise(load_pairs(str(pairs))[:2], backend.tokenizer).pairs
+    by_id = {pair.id: bare(pair) for pair in texts}
+    sites = [*band("mlp_output", range(1, 3), "all"), Site("attention_heads", 1, "last", (0, 2))]
+    rows = [Row(pair.id, 1) for pair in texts]
+    rows += [swap_all(pair, sites, side, backend.info) for pair in by_id.values() for side in (0, 1)]
+    setting = Setting(backend.info, "float32", Outcome("response_logprob"))
+    (job,) = plan_samples(rows, by_id, Manner(3, 6, 1.5, held), 0, setting, Budget(lambda: 1e18, 1e9))
+    there, here = (np.array(one.collect(one.submit(job)).values) for one in (backend, local))
+    np.testing.assert_allclose(there, here, rtol=0, atol=TOLERANCE)  # token ids and logits
+    assert len(np.unique(here, axis=0)) == len(rows)
 
 
 def test_screening_by_gradients_is_refused_with_the_reason(

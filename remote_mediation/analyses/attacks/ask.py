@@ -8,7 +8,7 @@ ranks, and are the strongest of them still the gates?
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from remote_mediation.lab import Floats, Lab, Study
 from remote_mediation.later import Later, of_answers, of_bases, pairs_of
 from remote_mediation.pairs import PromptPair
 from remote_mediation.result import Finding, Findings
-from remote_mediation.sites import ModelInfo, Site
+from remote_mediation.sites import Site
 from remote_mediation.stats import bootstrap_mean_of, estimate_means, ratio_of_means, wilson
 from remote_mediation.summary import UNITS
 from remote_mediation.texts import load_texts
@@ -124,13 +124,7 @@ def _rewrapped(lab: Lab, name: str, wrapper: str) -> _Variant:
 
 
 def _on_checkpoint(lab: Lab, name: str) -> _Variant:
-    backend = lab.variants.get(name)
-    info = ModelInfo(**_tuples(lab.noted(f"checkpoint-{digest(name)}", lambda _: asdict(backend.info))))  # type: ignore[union-attr]
-    return _Variant(f"checkpoint {name}", lab.beside(info=info, backend=backend), lab.pairs("heldout"))
-
-
-def _tuples(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    return _Variant(f"checkpoint {name}", lab.on_checkpoint(name), lab.pairs("heldout"))
 
 
 def _row(variant: _Variant, plain: _Variant, gates: Site, units: Sequence[Site], held: Held) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def sections(result: Result) -> list[Section]:
     absent, table = no_gates(result, "hold"), result.tables.get("attacks.csv")
     if absent or table is None or table.empty:
         return [Section(name, title, did, absent or UNMEASURED)]
-    undone = "TE undone by removing refusal" if result.summary.total.sign < 0 else "TE undone by holding"
+    undone = "TE undone by holding"
     words = (refusal_in_words(result), _attacks_in_words(table), _attack_rates(result, table))
     tables = (_attack_table(result, table, undone), _rank_table(result, table))
     figure = attack_figure(table, undone)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from remote_mediation.analyses.claims import handed, sparse
 from remote_mediation.analyses.claims.ask import layer_sets
 from remote_mediation.analyses.claims.verdicts import FEWEST_LAYERS
-from remote_mediation.engine.tasks import direct_task, screen_tasks
+from remote_mediation.engine.tasks import columns_task, direct_task, screen_tasks
 from remote_mediation.lab import Study, placebo_id
 from remote_mediation.later import Later, of_bases, of_readings, of_rows, of_tasks, pairs_of
 from remote_mediation.sites import Site, band, thirds
@@ -23,7 +23,7 @@ def cost(study: Study) -> Later:
     both = [*heldout, *(beside[name] for pair in heldout if (name := placebo_id(pair.id)) in beside)]
     sets = [band("mlp_output", range(info.layers), "last")] * (2 * len(layer_sets(info.layers)) + 1)
     direct = of_tasks([direct_task(pair, sets, study.setting) for pair in every], 2 * len(sets) * _reads(study))
-    bands = of_rows(study, both, _late_site(study, "all")).times(2)
+    bands = of_rows(study, both, _late_site(study, _widest(study))).times(2)
     found = of_bases(study, every).times(2).plus(direct, bands)
     return found if info.layers < FEWEST_LAYERS else found.plus(_claims_of_place(study, discovery, both, heldout))
 
@@ -34,10 +34,10 @@ def _claims_of_place(
     """both: held-out pairs and their placebos."""
     info = study.info
     sizes = len(sparse.grid(len(thirds(info.layers).late) * info.d_ff))
-    late = _late_site(study, "all")
+    late = _late_site(study, _widest(study))
     stream = [Site("layer_output", layer, "last") for layer in range(info.layers)]
     frozen = 1 + 1 + 2 + handed.RANDOM_SETS  # the early site alone, twice named; middle and late MLPs; others
-    screened = screen_tasks(discovery, "mlp_neurons", "all", study.setting)
+    screened = screen_tasks(discovery, "mlp_neurons", _widest(study), study.setting)
     return (
         of_bases(study, [*discovery, *both])
         .times(8)
@@ -49,6 +49,7 @@ def _claims_of_place(
             of_rows(study, heldout, Site("mlp_output", 0, "last")).times(sizes),
             of_rows(study, both, handed.early_site(info.layers)).times(frozen),
             of_tasks(screened, 4 * info.layers * info.d_ff),
+            of_tasks([columns_task("mlp_neurons", study.setting)], info.layers * info.d_ff),
             of_readings(study, discovery, info.layers * info.d_ff),
             of_readings(study, [*discovery, *both], (1 + info.layers) * info.d_model).times(2),
         )
@@ -59,6 +60,11 @@ def _late_site(study: Study, position: str) -> Site:
     """The first module of the late third; of a model without one, of its last layer."""
     late = thirds(study.info.layers).late
     return Site("mlp_output", min(late.start, study.info.layers - 1), position)
+
+
+def _widest(study: Study) -> str:
+    """The position of the bands: everything from the edit on, or `last` where prompts have none."""
+    return "all" if all(pair.aligned for pair in study.pairs) else "last"
 
 
 def _reads(study: Study) -> int:

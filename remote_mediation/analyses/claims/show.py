@@ -15,7 +15,7 @@ from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLP
 from remote_mediation.result import Result
 from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
 from remote_mediation.show.section import Section, Verdict
-from remote_mediation.show.tables import NONE, Note, Table, interval, notes_on, number, percent
+from remote_mediation.show.tables import NONE, Table, interval, notes_on, number, percent
 from remote_mediation.show.words import UNMEASURED
 
 _SPLITS = ("discovery", "heldout", "all", RANDOM)
@@ -110,7 +110,16 @@ def reasons_table(claims: pd.DataFrame) -> Table:
 
 def measures_table(sets: pd.DataFrame) -> Table:
     """Every number behind the verdicts. sets: `ask.SET_COLUMNS`."""
-    header = ("claim", "measure", "harm", "placebo", "β harm", "β placebo", "β harm - β placebo", "harm's own")
+    header = (
+        "claim",
+        "measure",
+        "harm",
+        "placebo",
+        "β harm",
+        "β placebo",
+        "β harm - β placebo",
+        "placebo / TE of harm",
+    )
     rows = [
         (
             str(row["number"]),
@@ -119,12 +128,11 @@ def measures_table(sets: pd.DataFrame) -> Table:
             number(row["beta_harm"]),
             number(row["beta_placebo"]),
             interval(row["excess"], row["excess_low"], row["excess_high"]),
-            _cell(row, "own"),
+            _cell(row, "common"),
         )
         for _, row in sets.iterrows()
     ]
-    own = Note("harm's own", "what the placebo does is taken off the effect and off TE")
-    return Table(header, rows, (own, *notes_on("", sets["reason"].dropna())))
+    return Table(header, rows, tuple(notes_on("", sets["reason"].dropna())))
 
 
 def specification_table(specification: pd.DataFrame) -> Table:

@@ -23,7 +23,7 @@ from remote_mediation.analyses.claims.verdicts import (
     Claim,
     Sparse,
 )
-from remote_mediation.engine.tasks import Reading, Task, read_task, screen_tasks
+from remote_mediation.engine.tasks import Reading, Task, columns_task, read_task, screen_tasks
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.shares import share
 from remote_mediation.sites import Site, band, thirds
@@ -88,7 +88,7 @@ class Search(NamedTuple):
     ranked: list[Neuron]
     """Layer and unit of every late neuron, the strongest first."""
     changes: Floats
-    """`[layer, unit]`, mean |change| of the neuron's activation from x0 to x1."""
+    """`[layer, unit]`, size of what the neuron adds or takes away from x0 to x1 (`_changes`)."""
     sizes: list[int]
     """Sizes that were measured."""
     carried: Floats
@@ -214,7 +214,7 @@ def fewest(sizes: Sequence[int], carried: Floats) -> int | None:
 
 
 def matched(chosen: Sequence[Neuron], changes: Floats, rng: np.random.Generator) -> list[Neuron]:
-    """As many other neurons of the same layers, each the nearest in |change| to one of the set.
+    """As many other neurons of the same layers, each the nearest to one of the set in the size of its change.
 
     Nearest among a random half of the layer's other neurons, without replacement and in random order: else every draw
     would be the same set.
@@ -249,7 +249,7 @@ def _has_all(sample: Sample) -> bool:
 
 
 def _likeness(chosen: Sequence[Neuron], drawn: Sequence[Neuron], changes: Floats) -> float:
-    """Ratio of the summed |change| of a random set to that of the set."""
+    """Ratio of the summed changes of a random set to those of the set."""
     sizes = [sum(changes[layer, unit] for layer, unit in neurons) for neurons in (drawn, chosen)]
     return float(sizes[0] / sizes[1]) if sizes[1] else float("nan")
 
@@ -273,10 +273,10 @@ def _ranked(discovery: Sample, position: str, bench: Bench) -> list[Neuron]:
 
 
 def _changes(discovery: Sample, position: str) -> Floats:
-    """Mean over pairs of the |change| of each neuron's activation, averaged over the tokens of the position.
+    """Size of what each neuron adds to the stream or takes away: mean |change| of its activation x norm of its column.
 
-    The size of a neuron's change to the stream would be this times the norm of its column of weights, which a server
-    does not show.
+    The activation is averaged over the tokens of the position, its change over pairs. Where a server shows no weights
+    it is the change alone.
     """
     study = discovery.lab.study
     tasks = []
@@ -288,4 +288,14 @@ def _changes(discovery: Sample, position: str) -> Floats:
     shape = (-1, 2, study.info.layers, study.info.d_ff)
     values = np.array(discovery.lab.run(tasks), dtype=np.float64).reshape(shape)
     found: Floats = np.abs(values[:, 1] - values[:, 0]).mean(axis=0)
-    return found
+    return found * _columns(discovery.lab)
+
+
+def _columns(lab: Lab) -> Floats:
+    """Norm of each neuron's column, `[layer, unit]`; ones where the weights are not shown."""
+    study = lab.study
+    task = columns_task("mlp_neurons", study.setting)
+    if failing(lab, "claims-columns", lambda: lab.run([task])):
+        return np.ones((study.info.layers, study.info.d_ff))
+    (norms,) = lab.run([task])
+    return norms.astype(np.float64).reshape(study.info.layers, study.info.d_ff)

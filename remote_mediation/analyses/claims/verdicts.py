@@ -33,8 +33,8 @@ MOST, LEAST = 2 / 3, 1 / 3
 """Claim 1: shares of TE."""
 HALF = 0.5
 """Claim 1, of what arrives; claim 3, of TE; claim 5, of the early site's own effect."""
-OPPOSING = 0.05
-"""Claim 2: share of TE from which on layers that say the opposite are listened to; distractors reach a few percent."""
+TRIFLE = 0.05
+"""Claim 2: share of TE below which layers that say the opposite are called a trifle."""
 SPARSE = 0.01
 """Claim 3: largest part of the late neurons that counts as few."""
 CARRIED = 0.8
@@ -116,8 +116,8 @@ class Measure:
     beta_placebo: float
     excess: Interval
     """`beta_harm` - `beta_placebo`, clusters resampled jointly."""
-    own: Interval
-    """Share of harm's own part: (effect of harm - that of the placebo) / (TE of harm - that of the placebo)."""
+    common: Interval
+    """What it does for the placebo, as share of the TE of harm: defined although the placebo's own TE is near 0."""
 
     @property
     def label(self) -> str:
@@ -145,7 +145,7 @@ class Claim:
     verdict: Verdict
     """By the claim's own rule; "not tested" where the gate is shut."""
     specific: bool
-    """Whether the numbers that decide hold of harm's own part, too: of it their share (`Measure.own`) is above 0."""
+    """Whether all numbers that decide are harm-specific: their `excess` is clear of 0."""
     why: str
     """The reason, in a sentence."""
     deciding: tuple[Measure, ...]
@@ -213,10 +213,9 @@ class Bench:
         return share(effect, total, self.clusters, self.rng(), self.resamples)
 
     def measure(self, name: str, direction: Direction | Literal["both"], effect: Both) -> Measure:
-        """An effect as share of TE, of harm's own part of it, and its slopes on TE.
+        """An effect as share of TE, and its slopes on TE.
 
-        The slope on a placebo's TE says how its noise travels where its mean is near 0, so `own` decides what is
-        specific to harm: it is defined wherever the gate lets a claim pass.
+        Where the placebo does next to nothing its slope says how noise travels: `Measure.common` shows it.
         """
         harm, placebo = self.total
         return Measure(
@@ -236,7 +235,7 @@ class Bench:
                 self.rng(),
                 self.resamples,
             ),
-            own=self.share(effect.harm - effect.placebo, harm - placebo),
+            common=self.share(effect.placebo, harm),
         )
 
     def measures(self, name: str, effect: Effect) -> tuple[Measure, Measure]:
@@ -267,7 +266,7 @@ class Bench:
             name=_NAMES[number].format(self.subject),
             gate=self.word,
             verdict=verdict,
-            specific=all(measure.own.low > 0 for measure in deciding),
+            specific=all(measure.excess.low > 0 for measure in deciding),
             why=why,
             deciding=tuple(deciding),
             beside=tuple(beside),
@@ -342,17 +341,24 @@ def mlp_not_attention(
 
 def _mlp_not_attention(whole: Sequence[Measure], parts: Sequence[Measure]) -> Ruling:
     text = _text(whole[:1])
-    against = [part.label for part in parts if part.harm.high < -OPPOSING]
-    speaking_for = [part.label for part in parts if part.harm.low > OPPOSING]
+    against = [part for part in parts if part.harm.high < 0]
+    speaking_for = [part for part in parts if part.harm.low > 0]
     if _all_above(whole, 0):
         if against:
-            return Ruling("undecided", f"{text}, but it is below {-OPPOSING:.0%} for {'; '.join(against)}")
-        return Ruling("supported", f"{text}, and below {-OPPOSING:.0%} for no layers")
+            return Ruling("undecided", f"{text}, but it is below 0 for {_opposing(against)}")
+        return Ruling("supported", f"{text}, and below 0 for no layers")
     if _all_below(whole, 0):
         if speaking_for:
-            return Ruling("undecided", f"{text}, but it is above {OPPOSING:.0%} for {'; '.join(speaking_for)}")
-        return Ruling("not supported", f"{text}, and above {OPPOSING:.0%} for no layers")
+            return Ruling("undecided", f"{text}, but it is above 0 for {_opposing(speaking_for)}")
+        return Ruling("not supported", f"{text}, and above 0 for no layers")
     return Ruling("undecided", f"{text}: not clear of 0")
+
+
+def _opposing(parts: Sequence[Measure]) -> str:
+    """The layers that say the opposite; whether all of it is a trifle, which the rule does not ask."""
+    listed = "; ".join(f"{part.label} {_ends(part.harm)}" for part in parts)
+    trifle = all(abs(part.harm.value) < TRIFLE for part in parts)
+    return f"{listed}: each less than {TRIFLE:.0%} of TE" if trifle else listed
 
 
 @dataclass(frozen=True)
@@ -393,7 +399,7 @@ def sparse_gate(bench: Bench, found: Sparse) -> Claim:
 
 def _sparse(bench: Bench, found: Sparse, chosen: Sequence[Measure], most: Sequence[Measure]) -> Ruling:
     few_enough = found.size is not None and found.size <= found.few
-    rivals = f"{found.reaching} of {found.drawn} matched random sets do as much"
+    rivals = f"{found.reaching} of {found.drawn} random sets of {found.likeness:.2f} times its size do as much"
     if few_enough and _all_above(chosen, HALF) and found.drawn and found.reaching <= MOST_REACHING:
         notes = _sparse_notes(found, chosen)
         return Ruling("supported", "; ".join([_text(chosen), rivals, *notes]))
@@ -418,7 +424,7 @@ def _sparse_notes(found: Sparse, chosen: Sequence[Measure]) -> list[str]:
     if max(nie.low, tie.low) > 1:
         notes.append("overshoots: the rest works against it")
     if not found.likeness >= MATCHED:
-        notes.append(f"not matched: the random sets change {found.likeness:.2f} times as much")
+        notes.append(f"not matched: no other neurons of these layers are {MATCHED:.0%} as large")
     return notes
 
 
@@ -443,7 +449,6 @@ def _gain(bench: Bench, layer: int, harm: Read, placebo: Read) -> Measure:
     """How much more of the prompts is read at a layer than from the embeddings."""
     gains = [(read.layers[layer] - read.embedding).mean(axis=-1) for read in (harm, placebo)]
     of_harm, of_placebo = map(bench.mean, gains)
-    excess = bench.mean(gains[0] - gains[1])
     return Measure(
         f"accuracy after layer {layer} minus that of the embeddings",
         "",
@@ -452,8 +457,8 @@ def _gain(bench: Bench, layer: int, harm: Read, placebo: Read) -> Measure:
         placebo=of_placebo,
         beta_harm=of_harm.value,
         beta_placebo=of_placebo.value,
-        excess=excess,
-        own=excess,
+        excess=bench.mean(gains[0] - gains[1]),
+        common=of_placebo,
     )
 
 

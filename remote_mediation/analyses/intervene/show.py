@@ -34,15 +34,15 @@ _LEVELS = {MEAN: "--", RANDOM: ":"}
 
 def sections(result: Result) -> list[Section]:
     """Benefit and cost of holding the gates."""
-    name, (title, benefit) = "repair", _title(result)
+    table = result.tables.get("intervene.csv")
+    name, (title, benefit) = "repair", _title(result, table)
     did = (
         "The gates were held from the last prompt token on, on held-out pairs, at their mean over the discovery pairs' "
         f"harmless prompts, or multiplied. *{benefit}* is read on harmful prompts, *cost* on the harmless counterparts."
     )
     absent = no_gates(result, "hold")
-    if absent or "intervene.csv" not in result.tables:
+    if absent or table is None:
         return [Section(name, title, did, absent or UNMEASURED)]
-    table = result.tables["intervene.csv"]
     words = (refusal_in_words(result), _held_in_words(result, table), _rates_in_words(result, table))
     tables = (_benefit_table(result, table), _cost_table(result, table))
     factors = [float(factor) for factor in result.study.config.intervene.factors]
@@ -52,9 +52,17 @@ def sections(result: Result) -> list[Section]:
     return [Section(name, title, did, " ".join(filter(None, words)), tables, figure, _held_in_brief(result, table))]
 
 
-def _title(result: Result) -> tuple[str, str]:
+def _title(result: Result, table: pd.DataFrame | None) -> tuple[str, str]:
     """Of the section, and what a change on harmful prompts is."""
-    return ("Removing refusal", "Effect") if result.summary.total.sign < 0 else ("Repair", "Benefit")
+    if result.summary.total.sign >= 0:
+        return "Repair", "Benefit"
+    return "Removing refusal" if table is not None and refusals_fell(table) else "Working against refusal", "Effect"
+
+
+def refusals_fell(table: pd.DataFrame) -> bool:
+    """Whether more answers to harmful prompts comply with the gates held, by intervals that do not overlap."""
+    harmful = table[table["prompts"] == "harmful"].set_index("held")
+    return bool(harmful.loc[MEAN, "complied_low"] > harmful.loc[PLAIN, "complied_high"])
 
 
 def _held_in_words(result: Result, table: pd.DataFrame) -> str:
@@ -110,7 +118,8 @@ def _rates_in_words(result: Result, table: pd.DataFrame) -> str:
     verdict = "" if apart else "; the intervals overlap, so the two are not told apart"
     shown = [share_of(row, "complied") for row in (plain, held)]
     text = f"Of answers to harmful prompts {shown[0]} comply, and {shown[1]} with the gates held{verdict}."
-    return " ".join(filter(None, (text, _no_harm(result, plain), doubt(result))))
+    removed = "That removes refusal." if result.summary.total.sign < 0 and refusals_fell(table) else ""
+    return " ".join(filter(None, (text, removed, _no_harm(result, plain), doubt(result))))
 
 
 def no_variation(rates: pd.Series) -> str:

@@ -122,7 +122,16 @@ def _reasons(claims: pd.DataFrame) -> Table:
 
 def _measures(sets: pd.DataFrame) -> Table:
     """Every number behind the verdicts."""
-    header = ("swapped", "values", "effect", "harm", "placebo", "β harm - β placebo", "harm's own", "random sets")
+    header = (
+        "swapped",
+        "values",
+        "effect",
+        "harm",
+        "placebo",
+        "β harm - β placebo",
+        "placebo / TE of harm",
+        "random sets",
+    )
     rows = [
         (
             row["measure"],
@@ -131,7 +140,7 @@ def _measures(sets: pd.DataFrame) -> Table:
             _cell(row, "harm"),
             _cell(row, "placebo"),
             interval(row["excess"], row["excess_low"], row["excess_high"]),
-            _cell(row, "own"),
+            _cell(row, "common"),
             _random(row),
         )
         for _, row in sets.iterrows()

@@ -20,7 +20,7 @@ from remote_mediation.effects import SITE_COLUMNS
 from remote_mediation.engine.rows import Row, swap_all
 from remote_mediation.engine.samples import Manner, bare, sample_flops
 from remote_mediation.lab import Floats, Indirect, Lab, Study
-from remote_mediation.later import Later, of_bases, pairs_of
+from remote_mediation.later import Later, of_bases, of_rows, pairs_of
 from remote_mediation.rates import corrected_difference, corrected_rate, rate
 from remote_mediation.result import Finding, Findings
 from remote_mediation.shares import share
@@ -166,10 +166,11 @@ def cost(study: Study) -> Later:
     settings = study.config.verify
     pairs = pairs_of(study, "heldout")[: settings.pairs]
     manner = Manner(settings.samples, settings.tokens, settings.temperature, settings.held)
-    rows = 1 + settings.sites + _SETS
+    mediators = settings.sites + _SETS
     flops = sum(sample_flops(len(ids), manner, study.info) for pair in pairs for ids in pair.prompts)
     numbers = 2 * len(pairs) * 2 * manner.samples * manner.tokens
-    return of_bases(study, pairs).plus(Later(2 * len(pairs) * rows, flops * rows, 4.0 * numbers * rows))
+    cheap = of_rows(study, pairs, Site("mlp_output", 0, "all")).times(mediators)
+    return of_bases(study, pairs).plus(cheap, Later(0, flops, 4.0 * numbers).times(1 + mediators))
 
 
 def _pairs(lab: Lab) -> list[TokenPair]:
