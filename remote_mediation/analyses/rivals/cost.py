@@ -15,9 +15,16 @@ from remote_mediation.tokens import TokenPair
 def directions(study: Study) -> Later:
     """The map, the direction held out, and random ones beside it at the middle layer."""
     info, discovery, heldout = study.info, pairs_of(study, "discovery"), pairs_of(study, "heldout")
-    positions, few, both = positions_of([*study.pairs, *study.placebos]), few_pairs(discovery), _both(study, heldout)
+    positions, few, both = (
+        positions_of([*study.pairs, *study.placebos]),
+        few_pairs(discovery),
+        _both(study, heldout),
+    )
     sites = [Site("layer_output", layer, position) for layer in range(info.layers) for position in positions]
-    middle, everywhere = Site("layer_output", info.layers // 2, positions[0]), Site("layer_output", 0, "all")
+    middle, everywhere = (
+        Site("layer_output", info.layers // 2, positions[0]),
+        Site("layer_output", 0, "all"),
+    )
     return of_bases(study, [*few, *both]).plus(
         of_readings(study, discovery, len(sites) * info.d_model),
         *(of_rows(study, few, site) for site in sites),
@@ -30,7 +37,11 @@ def directions(study: Study) -> Later:
 def sets(study: Study) -> Later:
     """Neurons of all layers, bands of thirds, and heads; all as if they began at the first layer."""
     info, discovery, heldout = study.info, pairs_of(study, "discovery"), pairs_of(study, "heldout")
-    both, few, lowest = _both(study, heldout), few_pairs(discovery), Site("attention_output", 0, "all")
+    both, few, lowest = (
+        _both(study, heldout),
+        few_pairs(discovery),
+        Site("attention_output", 0, "all"),
+    )
     heads = [Site("attention_heads", layer, "all", (0,)) for layer in range(info.layers)]
     found = of_bases(study, [*discovery, *both]).plus(
         *(of_rows(study, both, third_band(layers, "all")[0]) for layers in thirds(info.layers) if layers),

@@ -17,7 +17,13 @@ import pandas as pd
 from remote_mediation.analyses.claims.samples import Sample
 from remote_mediation.analyses.rivals import rulings
 from remote_mediation.analyses.rivals.rulings import DIRECTION, Carrier, Judged, values_of
-from remote_mediation.analyses.rivals.samples import activations, beside_random, few_pairs, swapped_at
+from remote_mediation.analyses.rivals.samples import (
+    Drawn,
+    activations,
+    beside_random,
+    few_pairs,
+    swapped_at,
+)
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Site
@@ -84,7 +90,10 @@ def analyse(lab: Lab, before: Findings) -> Finding:
     discovery, heldout = Sample.of(lab, "discovery"), Sample.of(lab, "heldout")
     found = mapped(discovery, positions_of([*lab.pairs(), *lab.placebos(lab.pairs())]))
     site = found.site(*found.chosen)
-    lab.keep(FILE, site.basis.safetensors(model=lab.study.info.name, layer=str(site.layer), position=site.position))
+    lab.keep(
+        FILE,
+        site.basis.safetensors(model=lab.study.info.name, layer=str(site.layer), position=site.position),
+    )
     everywhere = at_all_layers(site, lab.study.info.layers, swapped_at([discovery, heldout]))
     judged = tested(heldout, site, everywhere)
     tables = {
@@ -92,7 +101,11 @@ def analyse(lab: Lab, before: Findings) -> Finding:
         "direction.csv": rulings.claim_table([judged]),
         "direction_sets.csv": rulings.set_table([judged]),
     }
-    return Finding(tables, {"the direction": (site,), "the direction at all layers": tuple(everywhere)}, site.basis)
+    return Finding(
+        tables,
+        {"the direction": (site,), "the direction at all layers": tuple(everywhere)},
+        site.basis,
+    )
 
 
 def mapped(discovery: Sample, positions: list[str]) -> Map:
@@ -130,8 +143,11 @@ def tested(heldout: Sample, site: Subspace, everywhere: list[Site]) -> Judged:
         for (name, sites), effect in zip(sets.items(), effects, strict=True)
     )
     rng, basis = lab.rng("directions: random ones"), site.basis
-    beside = beside_random(heldout, own.effect, lambda: [_elsewhere(site, Basis.random(1, basis.width, rng))])
-    own, bench = own._replace(beside=beside), heldout.bench()
+
+    def draw() -> Drawn:
+        return Drawn([_elsewhere(site, Basis.random(1, basis.width, rng))])
+
+    own, bench = own._replace(beside=beside_random(heldout, own.effect, draw)), heldout.bench()
     return rulings.judged(bench, DIRECTION, rulings.one_direction(bench, own, all_layers), [own], [all_layers, whole])
 
 

@@ -17,12 +17,14 @@ import pandas as pd
 from remote_mediation.analyses.claims.verdicts import (
     FEWEST_LAYERS,
     HALF,
+    MATCHED,
     MOST_REACHING,
     Bench,
     Claim,
     Effect,
     Measure,
     Ruling,
+    Verdict,
 )
 from remote_mediation.intervals import Interval
 from remote_mediation.sites import ModelInfo, Site
@@ -116,6 +118,7 @@ class Beside(NamedTuple):
     reached: int
     """Those whose mean NIE or TIE is at least that of the set."""
     drawn: int
+    """Those that were measured."""
     likeness: float = 1.0
     """Mean size of their change over that of the set's."""
 
@@ -156,12 +159,20 @@ def untested(rival: Rival, why: str) -> Judged:
 
 
 def judged(
-    bench: Bench, rival: Rival, ruling: Ruling, deciding: Sequence[Carrier], others: Sequence[Carrier]
+    bench: Bench,
+    rival: Rival,
+    ruling: Ruling,
+    deciding: Sequence[Carrier],
+    others: Sequence[Carrier],
 ) -> Judged:
     """A ruling with what holds for all claims: the gate, and enough components to say no."""
     own, beside = ([m for one in part for m in bench.measures(one.name, one.effect)] for part in (deciding, others))
     claim = bench.claim(1, ruling, own, beside)  # of the five claims it takes all but number and name
-    return Judged(rival, replace(claim, number=0, name=rival.claim.format(bench.subject)), (*deciding, *others))
+    return Judged(
+        rival,
+        replace(claim, number=0, name=rival.claim.format(bench.subject)),
+        (*deciding, *others),
+    )
 
 
 def few(bench: Bench, carrier: Carrier) -> Ruling:
@@ -174,8 +185,11 @@ def few(bench: Bench, carrier: Carrier) -> Ruling:
         return Ruling("undecided", f"{text}: not clear of {HALF:.0%}")
     if carrier.beside is None or not carrier.beside.drawn:
         return Ruling("undecided", f"{text}: no random set could be drawn beside it")
-    rivals = f"{carrier.beside.reached} of {carrier.beside.drawn} random sets do as much"
-    return Ruling("supported" if carrier.beside.reached <= MOST_REACHING else "undecided", f"{text}; {rivals}")
+    reached, drawn, likeness = carrier.beside
+    rivals = f"{reached} of {drawn} random sets of {likeness:.2f} times its size do as much"
+    note = "" if likeness >= MATCHED else f"; not matched: no others are {MATCHED:.0%} as large"
+    verdict: Verdict = "supported" if reached <= MOST_REACHING else "undecided"
+    return Ruling(verdict, f"{text}; {rivals}{note}")
 
 
 def one_direction(bench: Bench, own: Carrier, everywhere: Carrier) -> Ruling:
@@ -189,7 +203,10 @@ def one_direction(bench: Bench, own: Carrier, everywhere: Carrier) -> Ruling:
 def early_layers(bench: Bench, early: Carrier, late: Carrier) -> Ruling:
     """Whether the early third carries half of TE, and more than the late third."""
     if bench.layers < FEWEST_LAYERS:
-        return Ruling("not tested", f"{bench.layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}")
+        return Ruling(
+            "not tested",
+            f"{bench.layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}",
+        )
     shares, more = _shares(bench, early.effect), _shares(bench, early.effect.less(late.effect))
     text = f"{_text(early.name, shares)}; {_text('more than the late third by', more)}"
     if any(share.high < HALF for share in shares):
@@ -206,7 +223,12 @@ def claim_table(found: Sequence[Judged]) -> pd.DataFrame:
     rows = [
         {
             **{name: getattr(one.claim, name) for name in ("said", "gate", "verdict", "specific", "why")},
-            **{"rival": one.rival.name, "paper": one.rival.paper, "claim": one.claim.name, "rule": one.rival.rule},
+            **{
+                "rival": one.rival.name,
+                "paper": one.rival.paper,
+                "claim": one.claim.name,
+                "rule": one.rival.rule,
+            },
         }
         for one in found
     ]
@@ -255,4 +277,4 @@ def _text(name: str, shares: Sequence[Interval]) -> str:
 def _ends(share: Interval) -> str:
     if np.isnan(share.value):
         return f"unknown ({share.reason})"
-    return f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
+    return f"{share.value:z.0%} [{share.low:z.0%}, {share.high:z.0%}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,14 @@ FEW_PAIRS = 12
 """Discovery pairs on which single sites are measured: maps and ranks need many sites more than many pairs."""
 Unit = tuple[int, int]
 """Layer and number of a neuron or head."""
+
+
+class Drawn(NamedTuple):
+    """A random set."""
+
+    sites: Sequence[Site]
+    likeness: float = 1.0
+    """Size of its change over that of the set that it stands beside."""
 
 
 def few_pairs(pairs: Sequence[TokenPair]) -> list[TokenPair]:
@@ -62,16 +71,17 @@ def direction_of(effect: Floats) -> float:
     return -1.0 if np.nanmean(effect) < 0 else 1.0
 
 
-def beside_random(heldout: Sample, chosen: Effect, draw: Callable[[], Sequence[Site]]) -> Beside:
+def beside_random(heldout: Sample, chosen: Effect, draw: Callable[[], Drawn]) -> Beside:
     """How many random sets do as much in either direction: 50 first, and more where at most 2 of these do."""
     sign = direction_of(heldout.bench().total.harm)
     bars = [sign * np.nanmean(both.harm) for both in chosen]
-    reached = drawn = 0
+    reached, likeness = 0, list[float]()
     for count in RANDOM_SETS:
-        found = heldout.lab.joint([draw() for _ in range(count)], heldout.pairs)
+        drawn = [draw() for _ in range(count)]
+        likeness += [one.likeness for one in drawn]
+        found = heldout.lab.joint([one.sites for one in drawn], heldout.pairs)
         nie, tie = (sign * np.nanmean(table, axis=1) for table in (found.nie, found.tie))
         reached += int(((nie >= bars[0]) | (tie >= bars[1])).sum())
-        drawn += count
         if reached > MOST_REACHING:
             break
-    return Beside(reached, drawn)
+    return Beside(reached, len(likeness), float(np.mean(likeness)))
