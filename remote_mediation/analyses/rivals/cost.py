@@ -6,8 +6,9 @@ from remote_mediation.analyses.claims.sparse import RANDOM_SETS
 from remote_mediation.analyses.rivals.directions import positions_of
 from remote_mediation.analyses.rivals.samples import few_pairs
 from remote_mediation.analyses.rivals.sets import PARTS, head_sizes, third_band
+from remote_mediation.engine.tasks import columns_task
 from remote_mediation.lab import Study, placebo_id
-from remote_mediation.later import Later, of_bases, of_readings, of_rows, pairs_of
+from remote_mediation.later import Later, of_bases, of_readings, of_rows, of_tasks, pairs_of
 from remote_mediation.sites import Site, family_of, thirds
 from remote_mediation.tokens import TokenPair
 
@@ -57,6 +58,7 @@ def sets(study: Study) -> Later:
         of_rows(study, both, lowest).times(len(PARTS)),
         of_rows(study, heldout, lowest).times(sum(RANDOM_SETS)),
         of_readings(study, discovery, 2 * info.layers * info.d_ff),
+        of_tasks([columns_task("mlp_neurons", study.setting)], info.layers * info.d_ff),
     )
 
 

@@ -196,10 +196,12 @@ def fewest_heads(discovery: Sample, units: Units, ranked: Sequence[Unit]) -> int
     found = discovery.lab.joint([units.sites(ranked[:size]) for size in sizes], discovery.pairs)
     whole = np.nanmean(found.te)
     nie, tie = (np.nanmean(table, axis=1) / whole for table in (found.nie, found.tie))
-    return next(
-        (size for size, share in zip(sizes, np.minimum(nie, tie), strict=True) if share >= HALF),
-        None,
-    )
+    return reaching(sizes, np.minimum(nie, tie))
+
+
+def reaching(sizes: Sequence[int], shares: Floats) -> int | None:
+    """The first size at which half is carried."""
+    return next((size for size, share in zip(sizes, shares, strict=True) if share >= HALF), None)
 
 
 def few_of(heads: int) -> int:

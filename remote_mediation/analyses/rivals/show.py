@@ -89,9 +89,9 @@ def rivals(result: Result) -> list[Section]:
 
 
 def _one_axis(result: Result) -> list[Section]:
-    """All mediators by the numbers that they swap; nothing where there is no effect to carry."""
+    """All mediators by the numbers that they swap; nothing where no share is defined."""
     every = carriers(result)
-    if (every["said"] == _NOTHING).any():
+    if every["harm"].isna().all() or (every["said"] == _NOTHING).any():
         return []
     did = (
         "Share of TE that each mediator carries, against the numbers that it swaps at each token. "
@@ -125,7 +125,7 @@ def _of_claim_3(result: Result) -> list[pd.DataFrame]:
         ends = {way: "harm", f"{way}_low": "harm_low", f"{way}_high": "harm_high"}
         part = curve.rename(columns={"size": "values", "chosen": "decides", **ends})
         parts.append(part.assign(measure="late neurons by rank", direction=way))
-    return [part.assign(rival="claim 3", said=said) for part in parts]
+    return [part.assign(rival="sparse late gate, claim 3", said=said) for part in parts]
 
 
 def _verdicts(result: Result, analysis: str) -> list[Verdict]:
