@@ -359,7 +359,7 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
     """Nested settings as rows with dotted names."""
     if isinstance(value, dict) and value:
         return [row for key, inner in value.items() for row in _flat(f"{name}.{key}", inner)]
-    return [(name, _UNRECORDED if value is None else str(value))]
+    return [(name, _UNRECORDED if value in (None, "") else str(value))]
 
 
 def judge_table(qualities: Sequence[JudgeQuality]) -> Table:

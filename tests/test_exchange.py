@@ -405,6 +405,16 @@ def test_a_server_that_changes_between_two_processes_is_refused(
         monkeypatch.undo()
 
 
+def test_a_folder_of_an_older_version_goes_on(client: Client, whole: Run, tmp_path: Path) -> None:
+    """Nobody noted what had made its values: what makes them from now on is noted."""
+    client.end(tmp_path / "run", at("results", said("torch", "9.9"), times=10**9))
+    store = Store.open(tmp_path / "run")
+    store.save_record({name: value for name, value in store.record().items() if name != "served"})
+    found = client.run(tmp_path / "run")
+    pd.testing.assert_frame_equal(found.effects, whole.effects)
+    assert Store.open(tmp_path / "run").record()["served"] == client.backend.served
+
+
 def test_other_weights_have_another_hash(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     client.small.fault = lambda path, found: found
     weight = client.local.model._module.model.layers[1].mlp.down_proj.weight

@@ -433,6 +433,14 @@ def test_provenance_is_flattened_and_gaps_are_named(store: Store) -> None:
     assert (table["host"], table["versions"]) == ("not recorded", "not recorded")
 
 
+def test_what_really_ran_is_told(store: Store) -> None:
+    served = {"host": "https://ndif.example", "torch": "2.9", "revision": "", "weights": "0123456789abcdef"}
+    store.save_record({**store.record(), "served": served})
+    table = dict(rows(section(written(store, result(effects(modules()))), "Provenance")))
+    found = {name.removeprefix("served."): value for name, value in table.items() if name.startswith("served.")}
+    assert found == {**served, "revision": "not recorded"}
+
+
 def test_a_run_that_has_not_ended_says_so_first(store: Store) -> None:
     found = result(effects(modules()))
     assert "not finished" not in written(store, found)

@@ -35,6 +35,14 @@ def test_the_checksum_is_the_one_by_hand() -> None:
     assert checksum([]).tolist() == []
 
 
+def test_a_long_table_has_the_checksum_by_hand_too() -> None:
+    values = np.random.default_rng(1).normal(size=(3, 2**18 - 5)).astype(np.float32)
+    bits = values.view(np.int32).ravel().astype(np.int64)
+    odd = (2 * np.arange(bits.size) + 1) * np.int64(0x1E3779B97F4A7C15)
+    total = int((bits * odd).sum()) + sum(size * 7919 ** (axis + 1) for axis, size in enumerate(values.shape))
+    assert checksum([torch.from_numpy(values)]).tolist() == [total]
+
+
 def test_nothing_can_change_without_the_checksum() -> None:
     rng = np.random.default_rng(0)
     values = torch.tensor(rng.normal(size=(5, 7)), dtype=torch.float32)
