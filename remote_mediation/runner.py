@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from remote_mediation.engine.answers import NOT_FINITE, check_shape, lengths_of, not_finite, rows_of
+from remote_mediation.engine.answers import NOT_FINITE, check_answer, lengths_of, not_finite, rows_of
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs
@@ -110,7 +110,7 @@ class Runner:
         assert self._backend
         (job,) = plan_tasks([task], self._setting, Budget(lambda: inf, self._batch_bytes))
         readout = self._backend.collect(self._backend.submit(job))
-        check_shape(job.keys, lengths_of(job), readout)
+        self._check(job, lengths_of(job), readout)
         return readout.values[0]
 
     def run_samples(self, rows: Mapping[str, Row], pairs: Mapping[str, TokenPair], manner: Manner, seed: int) -> None:
@@ -141,7 +141,7 @@ class Runner:
         self._store.save_ticket(ticket, job)
         try:
             readout = backend.collect(ticket)
-            check_shape(job.keys, lengths_of(job), readout)
+            self._check(job, lengths_of(job), readout)
         except LostJobError:
             self._store.forget(job.id)
             if tries == 1:
@@ -161,6 +161,10 @@ class Runner:
         else:
             self._keep(job, readout)
         return readout.seconds
+
+    def _check(self, job: Job | Submitted, lengths: Sequence[int | None], readout: Readout) -> None:
+        """Refuse what is not the answer to a job. Raises: as `check_answer`."""
+        check_answer(job.id, job.keys, lengths, readout, self.values, self._setting.dtype)
 
     def _keep_finite(self, job: Job, readout: Readout, bad: set[str]) -> None:
         """Keep what a job brought back of its other pairs, and let those fail whose values are no numbers.
@@ -194,7 +198,7 @@ class Runner:
         for job in self._store.submitted():
             try:
                 readout = backend.collect(job.ticket)
-                check_shape(job.keys, job.lengths or [None] * len(job.keys), readout)
+                self._check(job, job.lengths or [None] * len(job.keys), readout)
             except (JobError, LostJobError):
                 self._store.forget(job.id)
                 continue

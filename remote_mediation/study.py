@@ -25,6 +25,7 @@ from remote_mediation.analyses import EVERY, chosen, stranger
 from remote_mediation.config import StudyConfig
 from remote_mediation.contents import as_begun, unchanged_files
 from remote_mediation.effects import Request
+from remote_mediation.engine.answers import changes
 from remote_mediation.engine.backend import Backend
 from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
@@ -106,6 +107,9 @@ def prepared_lab(
         raise StoreError(
             f"{store.folder} holds a run on other pairs, {config.source} has changed; choose another --out"
         )
+    changed = changes(begun.get("served", {}), backend.served)
+    if changed:
+        raise StoreError(f"{store.folder} holds a run made by other means ({changed}); choose another --out")
     info = as_begun(backend.info, begun, store.folder)
     files = unchanged_files(config, begun, store.folder)
     prompts = described(select(load_texts(config), config.max_pairs), backend.tokenizer, config.prompt.form())
@@ -122,6 +126,7 @@ def prepared_lab(
     first_requests(study, chosen(config.analyses, more))
     lab = Lab(study, store, backend, watch, variants)
     known = {"texts": texts, "content": backend.info.weights, "files": files, "prompts": prompts}
+    known |= {"served": dict(backend.served)} if backend.served else {}
     record = {**provenance(), **begun, **_described(study), **known, "seconds": begun.get("seconds", 0.0)}
     store.save_record(record)
     store.save_prepared(prepared)

@@ -7,7 +7,7 @@ over outlives it on a `shelf`, as jobs on a server outlive the process that sent
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class Counting:
     def __init__(self, backend: Any) -> None:
         self.backend, self.rows, self.flops, self.numbers = backend, 0, 0.0, 0
         self.info, self.tokenizer = backend.info, backend.tokenizer
-        self.dtype, self.model = backend.dtype, backend.model
+        self.dtype, self.model, self.served = backend.dtype, backend.model, backend.served
 
     def submit(self, job: Job) -> str:
         self.rows += job.rows if job.task == "measure" else 0
@@ -117,6 +117,7 @@ class CannedBackend:
 
     dtype = "float32"
     model = None
+    served: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -171,7 +172,7 @@ class CannedBackend:
             ]
         count = {
             "measure": lambda: len(part.payload["stacks"][0]["queries"]),
-            "screen": lambda: 4 * self.info.layers * self.info.d_ff,
+            "screen": lambda: 2 * min(part.payload["cuts"], 2) * self.info.layers * self.info.d_ff,
             "drift": lambda: 3 * len(part.payload["answer"]),
         }[task]()
         return [canned(key, count) for key in part.keys]

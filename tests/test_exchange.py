@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import platform
 import re
 import socket
 import ssl
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ import torch
 from fakes import records, write_pairs
 from nnsight.modeling import huggingface
 from oracle import Subject, token_pair
-from small_ndif import KEY, Answer, Fault, SmallNdif, answer, packed, unpacked
+from small_ndif import KEY, Answer, Fault, SmallNdif, answer, packed, resealed, unpacked
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine import exchange as exchange_module
@@ -37,7 +39,7 @@ from remote_mediation.engine.jobs import Job
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.remote import NdifBackend, tensors_of
 from remote_mediation.engine.rows import swap
-from remote_mediation.errors import BackendError, JobError, LostJobError, PreflightError, TransportError
+from remote_mediation.errors import BackendError, JobError, LostJobError, PreflightError, StoreError, TransportError
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import Site
 from remote_mediation.store import Store
@@ -161,9 +163,37 @@ def changed(**fields: Any) -> Callable[[Answer], Answer]:
     return spoil
 
 
-def values(change: Callable[[list[torch.Tensor]], Any]) -> Callable[[Answer], Answer]:
-    """A result with other values."""
+def values(change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Callable[[Answer], Answer]:
+    """A result with other values, and with the checksum of these."""
+
+    def spoil(found: Answer) -> Answer:
+        *known, weights, text, _ = unpacked(found.body)["values"]
+        return answer(packed({"values": resealed([*change(known), weights, text])}))
+
+    return spoil
+
+
+def tensors(change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Callable[[Answer], Answer]:
+    """A result with other tensors."""
     return lambda found: answer(packed({"values": change(unpacked(found.body)["values"])}))
+
+
+def said(name: str, value: str) -> Callable[[Answer], Answer]:
+    """A result made by something else."""
+
+    def change(found: list[torch.Tensor]) -> list[torch.Tensor]:
+        lines = bytes(found[-2].tolist()).decode().splitlines()
+        text = "\n".join(f"{name} {value}" if line.startswith(f"{name} ") else line for line in lines)
+        return resealed([*found[:-2], torch.tensor(list(text.encode()), dtype=torch.uint8)])
+
+    return tensors(change)
+
+
+def flipped(value: torch.Tensor) -> torch.Tensor:
+    """A table with the lowest bit of its last number flipped."""
+    changed = value.clone()
+    changed.view(torch.int32)[-1, -1] ^= 1
+    return changed
 
 
 PASSING: dict[str, Callable[[Answer], Answer | None]] = {
@@ -227,19 +257,29 @@ LOST: dict[str, tuple[str, Callable[[Answer], Answer | None]]] = {
     "result empty": ("results", lambda found: answer(b"")),
     "result a page": ("results", lambda found: HTML),
     "result cut": ("results", lambda found: answer(found.body[: len(found.body) // 2])),
-    "result flipped": ("results", lambda found: answer(found.body[:300] + b"\x00\xff" + found.body[302:])),
+    "result flipped": ("results", lambda found: answer(found.body[:300] + bytes(99) + found.body[399:])),
     "result of another job": ("results", lambda found: answer(packed({"values": [torch.zeros(1, 2)]}))),
     "no values": ("results", values(lambda found: [])),
     "values in float64": ("results", values(lambda found: [value.double() for value in found])),
     "values of one row": ("results", values(lambda found: [value[0] for value in found])),
     "values too few": ("results", values(lambda found: [value[:-1] for value in found])),
+    "a bit of a value": ("results", tensors(lambda found: [flipped(found[0]), *found[1:]])),
+    "no checksum": ("results", tensors(lambda found: found[:-1])),
+    "a checksum of nothing": ("results", tensors(lambda found: [*found[:-1], found[-1][:0]])),
+    "a checksum alone": ("results", tensors(lambda found: found[-1:])),
+    "other weights": ("results", tensors(lambda found: [*found[:-3], found[-3] + 1, *found[-2:]])),
+    "nobody's": ("results", tensors(lambda found: resealed([*found[:-2], torch.zeros(0, dtype=torch.uint8)]))),
+    "no text": ("results", tensors(lambda found: resealed([*found[:-2], torch.full((9,), 255, dtype=torch.uint8)]))),
+    "numbers for text": ("results", tensors(lambda found: resealed([*found[:-2], torch.full((9,), 0.5)]))),
+    "nothing made": ("results", tensors(lambda found: resealed([]))),
+    "another job's": ("results", said("job", "0123456789abcdef01234567")),
     "values too many": ("results", values(lambda found: [torch.cat([value, value]) for value in found])),
 }
 
 
 @pytest.mark.parametrize("kind", ["response", "results"])
 def test_a_job_whose_answer_is_none_is_sent_again(client: Client, whole: Run, tmp_path: Path, kind: str) -> None:
-    """Each time one fault more, to two jobs of three."""
+    """Each time one fault more, to three jobs of four."""
     spoils = [spoil for where, spoil in LOST.values() if where == kind]
     left, seen = iter(spoils), list[str]()
 
@@ -247,7 +287,7 @@ def test_a_job_whose_answer_is_none_is_sent_again(client: Client, whole: Run, tm
         if not path.startswith(f"/{kind}") or found.status != 200 or path in seen:
             return found
         seen.append(path)
-        spoil = next(left, None) if len(seen) % 3 else None
+        spoil = next(left, None) if len(seen) % 4 else None
         return spoil(found) if spoil else found
 
     found = client.run(tmp_path / "run", fault)
@@ -294,6 +334,19 @@ STAYING: dict[str, tuple[str, Callable[[Answer], Answer | None], type[BackendErr
     "gone": ("results", lambda found: answer("", 404), LostJobError, r"result is no longer kept \(404 from 127"),
     "result 500": ("results", lambda found: answer("", 500), TransportError, r"which keeps results, answers 500$"),
     "bad zstd": ("results", lambda found: answer(found.body[:60]), LostJobError, r"cannot be read as tensors alone$"),
+    "a bit": (
+        "results",
+        tensors(lambda found: [found[0] + 1, *found[1:]]),
+        LostJobError,
+        r"^job job-\d+ brought back values that are not those that were made there: their checksum is another one$",
+    ),
+    "job": ("results", said("job", "f00d"), LostJobError, r"^the answer to job [0-9a-f]{24} is that to job f00d$"),
+    "torch": (
+        "results",
+        said("torch", "9.9"),
+        PreflightError,
+        r"has changed while the study ran: torch \S+ before and 9.9",
+    ),
     "NaN": ("results", values(lambda found: [value * torch.nan for value in found]), JobError, r"no finite outcome"),
 }
 
@@ -311,6 +364,72 @@ def test_what_was_measured_before_a_fault_is_kept(client: Client, whole: Run, tm
     found = client.run(tmp_path / "run")
     pd.testing.assert_frame_equal(found.effects, whole.effects)
     assert found.jobs == whole.jobs - BEFORE - 1  # and the job that was under way was not sent again
+
+
+# --- what made the values ---------------------------------------------------------------------------------------------
+
+
+def test_run_json_says_what_really_ran(client: Client, whole: Run, tmp_path: Path) -> None:
+    client.run(tmp_path / "run")
+    served = Store.open(tmp_path / "run").record()["served"]
+    assert served.pop("weights") == client.backend.served["weights"]
+    assert re.fullmatch("[0-9a-f]{16}", client.backend.served["weights"])
+    assert served == {
+        **{"host": client.small.server.host, "python": platform.python_version(), "torch": torch.__version__},
+        **{name: metadata.version(name) for name in ("transformers", "nnsight")},
+        **{"revision": "", "dtype": "float32", "device": "cpu"},
+    }
+
+
+@pytest.mark.parametrize("name", ["python", "torch", "transformers", "nnsight", "revision", "dtype"])
+def test_a_server_that_changes_between_two_jobs_is_refused(client: Client, tmp_path: Path, name: str) -> None:
+    found = client.end(tmp_path / "run", at("results", said(name, "9.9"), times=10**9))
+    assert isinstance(found, PreflightError)
+    assert re.search(
+        rf"has changed while the study ran: {name} \S+ before and 9.9 now; .* choose another --out$", str(found)
+    )
+    assert len(list((tmp_path / "run/readouts").iterdir())) == BEFORE
+
+
+def test_a_server_that_changes_between_two_processes_is_refused(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.run(tmp_path / "run")
+    for name, refused in (("weights", True), ("torch", True), ("host", False), ("device", False)):
+        monkeypatch.setattr(client.backend, "served", {**client.backend.served, name: "other"})
+        if refused:
+            with pytest.raises(StoreError, match=rf"made by other means \({name} \S+ before and other now\)"):
+                client.run(tmp_path / "run")
+        else:
+            client.run(tmp_path / "run")
+        monkeypatch.undo()
+
+
+def test_other_weights_have_another_hash(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    client.small.fault = lambda path, found: found
+    weight = client.local.model._module.model.layers[1].mlp.down_proj.weight
+    before = weight[0, 3].item()
+    try:
+        with torch.no_grad():
+            weight[0, 3] += 0.001
+        made = client.backend._probed()[1]
+    finally:
+        with torch.no_grad():
+            weight[0, 3] = before
+    assert made["weights"] != client.backend.served["weights"]
+    assert client.backend._probed()[1]["weights"] == client.backend.served["weights"]
+
+
+def test_base_prompts_that_come_back_otherwise_are_noticed(client: Client, whole: Run, tmp_path: Path) -> None:
+    # The fourth job is the second one of its pair.
+    shifted = at("results", values(lambda found: [found[0] + 0.01]), after=3)
+    found = client.run(tmp_path / "once", shifted)
+    pd.testing.assert_frame_equal(found.effects, whole.effects)
+    assert found.jobs == whole.jobs + 1
+    error = client.end(tmp_path / "always", at("results", values(lambda found: [found[0] + 0.01]), 10**9, after=3))
+    assert re.search(r"^a job brought back base prompts that lie \S+ times as far from what earlier jobs", str(error))
+    near = at("results", values(lambda found: [found[0] + 1e-5]), times=10**9)
+    assert client.run(tmp_path / "near", near).jobs == whole.jobs
 
 
 # --- states ----------------------------------------------------------------------------------------------------------

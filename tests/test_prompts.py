@@ -203,7 +203,7 @@ def test_pairs_that_a_model_cannot_take_are_refused_alone() -> None:
     assert found.refusals == (
         Refusal("before", "x"),
         Refusal("long", "9 tokens and 3 of an answer are more than the model's context of 10"),
-        Refusal("odd", "token 99 is beyond the 32 that the model embeds"),
+        Refusal("odd", "token 99 is beyond the 40 that the model embeds"),
     )
     assert fitting(prepared, INFO, 3).pairs == (short, long)  # a model that does not say
 

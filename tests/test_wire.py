@@ -45,7 +45,8 @@ tracer = RequestModel.deserialize(open(blob, "rb").read(), model._remoteable_per
 from nnsight.tracing import tracer as tracing
 tracing.inc()
 tracer.execute(tracer.info.code)
-np.savez(out, *[values.numpy() for values in tracer.info.frame.f_locals["values"]])
+*contexts, weights, witness, checksum = tracer.info.frame.f_locals["values"]
+np.savez(out, *[values.numpy() for values in contexts])
 assert "remote_mediation" not in sys.modules
 """
 

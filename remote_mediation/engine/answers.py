@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from remote_mediation.engine.jobs import Job, Part, Readout
 from remote_mediation.engine.rows import Row
@@ -12,11 +13,61 @@ from remote_mediation.errors import LostJobError
 
 # Why a pair fails whose outcome is no number.
 NOT_FINITE = "no finite outcome; try bfloat16"
+# How far a value may lie from itself when it is measured again: in its unit (logits, nats), and as a share of it.
+_ALLOWED = {"float32": (1e-3, 1e-4), "float16": (0.1, 0.02), "bfloat16": (0.5, 0.05)}
+# What may differ between replicas of one deployment, or belongs to a single job.
+_MAY_CHANGE = ("host", "device", "job")
+
+Known = Mapping[str, npt.NDArray[np.float32]]
 
 
 def lengths_of(job: Job) -> list[int | None]:
     """Values that each key of a job stands for, in the order of its keys; None where the model's shape decides."""
     return [length for part in job.parts for length in [_length(job.task, part)] * len(part.keys)]
+
+
+def check_answer(
+    job: str, keys: Sequence[str], lengths: Sequence[int | None], readout: Readout, known: Known, dtype: str
+) -> None:
+    """Refuse an answer that is not the one to this job; the job is then as good as lost.
+
+    job: its id. keys, lengths: as of `lengths_of`. known: values of a run so far, by key, in precision `dtype`.
+
+    Raises:
+        LostJobError: it is the answer to another job, of another shape, or contradicts what was measured before.
+    """
+    if readout.job not in ("", job):
+        raise LostJobError(f"the answer to job {job} is that to job {readout.job}")
+    check_shape(keys, lengths, readout)
+    worst = _contradiction(keys, readout, known, dtype)
+    if worst > 1:
+        raise LostJobError(
+            f"a job brought back base prompts that lie {worst:.3g} times as far from what earlier jobs measured as "
+            f"{dtype} allows: the server or its answers have changed; choose another --out"
+        )
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What runs jobs now and did not before, in words; empty where nothing that matters has changed."""
+    names = [name for name in before if name in now and name not in _MAY_CHANGE]
+    found = [(name, before[name] or "none", now[name] or "none") for name in names if before[name] != now[name]]
+    return ", ".join(f"{name} {old} before and {new} now" for name, old, new in found)
+
+
+def _contradiction(keys: Sequence[str], readout: Readout, known: Known, dtype: str) -> float:
+    """How far values measured again lie from what they were, at most, as a multiple of what is allowed.
+
+    Every job measures its pairs' base prompts. They are the same to the last digit where the same prompts run together,
+    and else differ by the order of additions.
+    """
+    absolute, relative = _ALLOWED[dtype]
+    worst = 0.0
+    for key, value in zip(keys, readout.values, strict=True):
+        if key in known and known[key].shape == value.shape:
+            before = known[key].astype(np.float64)
+            apart = np.abs(value - before) / (absolute + relative * np.abs(before))
+            worst = max(worst, float(np.nanmax(apart, initial=0.0)))
+    return worst
 
 
 def check_shape(keys: Sequence[str], lengths: Sequence[int | None], readout: Readout) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -25,6 +26,11 @@ class Backend(Protocol):
     @property
     def dtype(self) -> str:
         """Precision in which it holds the model, as torch names it."""
+        ...
+
+    @property
+    def served(self) -> Mapping[str, str]:
+        """What runs the jobs where that is not this machine: its host, versions and precision, a hash of weights."""
         ...
 
     @property

@@ -70,7 +70,8 @@ class Job:
     @property
     def payload(self) -> dict[str, Any]:
         """What `program.execute` takes: strings, numbers, tuples, ranges, dicts and tensors only."""
-        return {"task": self.task, "model": self.model, "contexts": tuple(part.payload for part in self.parts)}
+        contexts = tuple(part.payload for part in self.parts)
+        return {"task": self.task, "id": self.id, "model": self.model, "contexts": contexts}
 
     @property
     def rows(self) -> int:
@@ -92,6 +93,8 @@ class Readout(NamedTuple):
     """Per key of the job, the values of the outcome's reads."""
     seconds: float
     """Time the job took where it ran."""
+    job: str = ""
+    """Id of the job, as it was told where it ran; empty where nobody says."""
 
 
 class Keys:

@@ -82,6 +82,11 @@ class LocalBackend:
         return str(self._model.dtype).removeprefix("torch.")
 
     @property
+    def served(self) -> dict[str, str]:
+        """Nothing: `run.json` has this machine's versions."""
+        return {}
+
+    @property
     def model(self) -> Any:
         """The dispatched nnsight model."""
         return self._model
@@ -105,8 +110,8 @@ class LocalBackend:
         if ticket not in self._jobs:
             raise LostJobError(f"job {ticket} was not submitted in this process")
         start = time.perf_counter()
-        values = program.execute(self._model, self._jobs.pop(ticket).payload)
-        return Readout(split_values(values), time.perf_counter() - start)
+        values, made = program.opened(program.execute(self._model, self._jobs.pop(ticket).payload))
+        return Readout(split_values(values), time.perf_counter() - start, made["job"])
 
 
 def _missing_weights(module: Any, folder: str, revision: str) -> list[str]:

@@ -22,6 +22,8 @@ source to the server, where `remote_mediation` is not installed. What the payloa
 
 from __future__ import annotations
 
+import sys
+from importlib import metadata
 from typing import Any
 
 import nnsight
@@ -30,7 +32,7 @@ from transformers import DynamicCache, GenerationConfig
 
 
 def execute(model: Any, payload: dict[str, Any], backend: Any = None) -> list[torch.Tensor]:
-    """Run a job in one nnsight session and return its tensors.
+    """Run a job in one nnsight session and return its tensors, `opened` by who asked for them.
 
     A job of contexts gives one tensor `[key, value]` (float32) per context; `measure` has a key for each unpatched
     prompt and then for each row, `sample` one for each row, the other tasks one. A `probe` job gives an empty tensor of
@@ -43,6 +45,16 @@ def execute(model: Any, payload: dict[str, Any], backend: Any = None) -> list[to
 
 
 def perform(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
+    """The job's values, then what made them (`weights_sum`, `witness`), then the `checksum` of all that."""
+    blocks = payload["blocks"] if payload["task"] == "probe" else payload["model"]["blocks"]
+    # Whatever the caller has switched on, products are made in the model's own precision.
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        values = tasked(model, payload)
+        made = [*values, weights_sum(model, module_at(model, blocks)), witness(model, payload.get("id", ""))]
+        return [*made, checksum(made)]
+
+
+def tasked(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
     """The job's task, context by context, so that one context's activations are held at a time."""
     if payload["task"] == "probe":
         return [probe(model, payload["blocks"])]
@@ -57,8 +69,74 @@ def perform(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
         "sample": sample,
     }
     task = tasks[payload["task"]]
-    with torch.no_grad():
-        return [task(model, payload["model"], context).cpu() for context in payload["contexts"]]
+    return [task(model, payload["model"], context).cpu() for context in payload["contexts"]]
+
+
+def checksum(values: list[torch.Tensor]) -> torch.Tensor:
+    """`[tensor]` int64: the bits of a tensor's numbers, each times an odd number of its own, and its shape.
+
+    No number can change, and no two can change places, without a change of it.
+    """
+    sums = []
+    for value in values:
+        whole = value if value.dtype == torch.int64 else value.float()
+        bits = whole.contiguous().view(torch.int32).flatten().long()
+        weights = (2 * torch.arange(len(bits)) + 1) * 0x1E3779B97F4A7C15
+        sums.append((bits * weights).sum() + sum(size * 7919 ** (axis + 1) for axis, size in enumerate(value.shape)))
+    return torch.stack(sums) if sums else torch.empty(0, dtype=torch.int64)
+
+
+def weights_sum(model: Any, blocks: Any) -> torch.Tensor:
+    """`[1]` int64: checksum of the first numbers of each parameter of three blocks and of the unembedding.
+
+    0 where a server does not show its weights.
+    """
+    if sandboxed(model):
+        return torch.zeros(1, dtype=torch.int64)
+    parameters = [model.lm_head.weight]
+    for layer in sorted({0, len(blocks) // 2, len(blocks) - 1}):
+        parameters += list(blocks[layer]._module.parameters())
+    first = [parameter.detach().reshape(-1)[:64].float().cpu() for parameter in parameters]
+    return checksum([torch.cat(first)])
+
+
+def witness(model: Any, job: str) -> torch.Tensor:
+    """What ran a job, as the bytes of lines of a name and a value."""
+    facts = {
+        "job": job,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "nnsight": metadata.version("nnsight"),
+        "revision": getattr(model.config, "_commit_hash", None) or "",
+        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+        "device": model.lm_head.weight.device.type,
+    }
+    text = "\n".join(f"{name} {value}" for name, value in facts.items())
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def opened(found: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, str]]:
+    """What `perform` returned: the values, and what made them by name.
+
+    Raises:
+        ValueError: it is not what was returned.
+    """
+    *made, sums = found or [torch.empty(0)]
+    if not torch.equal(checksum(made), sums):
+        raise ValueError("values that are not those that were made there: their checksum is another one")
+    try:
+        *values, weights, text = made
+        lines = bytes(text.tolist()).decode().splitlines()
+        named = {name: value for name, _, value in (line.partition(" ") for line in lines)}
+        return values, {"job": named.pop("job"), **named, "weights": hexadecimal(int(weights))}
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise ValueError("values and nothing of what made them") from error
+
+
+def hexadecimal(total: int) -> str:
+    """A checksum as it is written; nothing for 0."""
+    return f"{total % 2**64:016x}" if total else ""
 
 
 def probe(model: Any, blocks: str) -> torch.Tensor:
@@ -371,11 +449,12 @@ def columns(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.
 
 
 def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
-    """First-order estimates of NIE, then TIE, of every unit of one component, in two variants, summed over pairs.
+    """First-order estimates of NIE, then TIE, of every unit of one component, summed over pairs.
 
-    Attribution patching (AtP) is the change of the activation times the gradient of Y; GradDrop averages its size over
-    backward passes in which one layer at a time passes on nothing but the residual stream (Kramar et al. 2024,
-    arXiv 2403.00745, sections 3.1 and 3.2). `[1, (base, variant, layer, unit)]`, in the unit of Y.
+    Attribution patching (AtP) is the change of the activation times the gradient of Y; GradDrop, a second variant where
+    `cuts` asks for it, averages its size over backward passes in which one layer at a time passes on nothing but the
+    residual stream (Kramar et al. 2024, arXiv 2403.00745, sections 3.1 and 3.2). `[1, (base, variant, layer, unit)]`,
+    in the unit of Y.
     """
     if sandboxed(model):
         raise RuntimeError("this server runs blocks in a sandbox and gives no gradients")
@@ -397,13 +476,15 @@ def attributions(model: Any, spec: dict[str, Any], pair: dict[str, Any], context
     for side in (0, 1):
         where, change = grid(pair["places"][side], ())[0], [one - zero for zero, one in zip(*held, strict=True)]
         products = []  # of the change and the gradient, `[layer, unit]` each: as it is, then with a layer cut off
-        for first in range(0, spec["layers"] + 1, context["rows"]):
-            cuts = range(first, min(first + context["rows"], spec["layers"] + 1))
+        for first in range(0, context["cuts"], context["rows"]):
+            cuts = range(first, min(first + context["rows"], context["cuts"]))
             gradients = gradients_of(model, spec, pair, side, name, bases[side]["keyvalues"], cuts)
             by_layer = [(change[layer] * gradient[:, where]).sum(1).cpu() for layer, gradient in enumerate(gradients)]
             products.append(torch.stack(by_layer, 1))
         by_cut = torch.cat(products)
-        scores += [by_cut[0], by_cut[1:].abs().sum(0) / (spec["layers"] - 1)]
+        scores.append(by_cut[0])
+        if len(by_cut) > 1:
+            scores.append(by_cut[1:].abs().sum(0) / (spec["layers"] - 1))
     return torch.stack(scores)
 
 

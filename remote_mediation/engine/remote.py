@@ -25,6 +25,7 @@ from nnsight.ndif import register
 from nnsight.schema.request import RequestModel
 
 from remote_mediation.engine import program
+from remote_mediation.engine.answers import changes
 from remote_mediation.engine.backend import split_values
 from remote_mediation.engine.exchange import MOST_RESULT, OddError, RefusedError, Server, download, exchange, plain
 from remote_mediation.engine.jobs import Job, Readout
@@ -127,7 +128,7 @@ class NdifBackend:
         self._crashes: Counter[str] = Counter()
         # The program travels by value: the server does not have this package.
         register(program)
-        self.dtype = self._ask_dtype()
+        self.dtype, self.served = self._ask_dtype()
         if dtype and dtype != self.dtype:
             raise PreflightError(
                 f'{server.host} runs {name} in {self.dtype}, the study says {dtype}; set dtype = "{self.dtype}"'
@@ -156,7 +157,7 @@ class NdifBackend:
         one job again and again, although the model comes back each time, the job is to blame and has failed.
         """
         try:
-            values, seconds = self._wait(ticket)
+            values, made, seconds = self._waited(ticket)
         except _CrashError as error:
             job = self._sent.get(ticket, "")
             self._crashes[job] += 1
@@ -167,28 +168,54 @@ class NdifBackend:
         if any(value.dtype != torch.float32 or value.ndim != 2 for value in values):
             kinds = ", ".join(sorted({f"{value.dtype} of {value.ndim} dimensions" for value in values}))
             raise LostJobError(f"job {ticket} brought back {kinds}, not tables of float32")
-        return Readout(split_values(values), seconds)
+        self._refuse_change(made)
+        return Readout(split_values(values), seconds, made.get("job", ""))
 
-    def _ask_dtype(self) -> str:
-        """The precision in which the server holds the model. The first job: it asks for the model to be deployed."""
+    def _waited(self, ticket: str) -> tuple[list[torch.Tensor], dict[str, str], float]:
+        """A job's values, what made them, and the seconds it took.
+
+        Raises:
+            LostJobError: the values are not those that were made.
+        """
+        found, seconds = self._wait(ticket)
         try:
-            found = self._probed()
+            values, made = program.opened(found)
+        except ValueError as error:
+            raise LostJobError(f"job {ticket} brought back {error}") from error
+        return values, {name: plain(value, self._server.key) for name, value in made.items()}, seconds
+
+    def _refuse_change(self, made: dict[str, str]) -> None:
+        """Let no job of this run be made by other means than those before.
+
+        Raises:
+            PreflightError: what the server runs has changed.
+        """
+        changed = changes(self.served, made)
+        if changed:
+            raise PreflightError(
+                f"{self._server.host} has changed while the study ran: {changed}; results of both do not belong "
+                "together, choose another --out"
+            )
+
+    def _ask_dtype(self) -> tuple[str, dict[str, str]]:
+        """The precision in which the server holds the model, and what runs it. The first job: it deploys the model."""
+        try:
+            (kind, *_), made = self._probed()
         except (JobError, LostJobError) as error:
             raise PreflightError(f"{self._server.host} cannot run {self.info.name}: {error}") from error
-        if len(found) != 1:
-            raise PreflightError(f"{self._server.host} brings back {len(found)} tensors of a job that makes one")
-        return str(found[0].dtype).removeprefix("torch.")
+        served = {name: value for name, value in made.items() if name != "job"}
+        return str(kind.dtype).removeprefix("torch."), {"host": self._server.host, **served}
 
     def _probe(self) -> dict[str, Any]:
         return {"task": "probe", "blocks": family_of(self.info.family).blocks}
 
-    def _probed(self) -> list[torch.Tensor]:
-        """What a probe brings back; it is sent again while the model's process ends."""
+    def _probed(self) -> tuple[list[torch.Tensor], dict[str, str]]:
+        """What a probe brings back, and what made it; it is sent again while the model's process ends."""
         for _ in range(_MOST_CRASHES):
             with contextlib.suppress(_CrashError, LostJobError):
-                return self._wait(self._send(self._probe()))[0]
+                return self._waited(self._send(self._probe()))[:2]
             self._await_model()
-        return self._wait(self._send(self._probe()))[0]
+        return self._waited(self._send(self._probe()))[:2]
 
     def _await_model(self) -> None:
         """Return once the model answers again.

@@ -86,16 +86,21 @@ def columns_task(component: Component, setting: Setting) -> Task:
     return Task("columns", (), {"component": component}, weights)
 
 
-def screen_tasks(pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting) -> list[Task]:
+def screen_tasks(
+    pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting, dropping: bool = False
+) -> list[Task]:
     """Estimate NIE and TIE of every unit of a component at a position: `[base, variant, layer, unit]`, to be summed.
 
-    One task for several pairs: what comes back is as large as all units of the model.
+    Variants: AtP, and where `dropping` GradDrop, which takes a backward pass more for every layer. One task for several
+    pairs: what comes back is as large as all units of the model.
     """
     groups = [pairs[begin : begin + _PAIRS_TOGETHER] for begin in range(0, len(pairs), _PAIRS_TOGETHER)]
-    return [_screen_task(group, component, position, setting) for group in groups]
+    cuts = 1 + setting.info.layers if dropping else 1
+    return [_screen_task(group, component, position, setting, cuts) for group in groups]
 
 
-def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting) -> Task:
+def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting, cuts: int) -> Task:
+    """cuts: backward passes per prompt, the first of them through the whole model."""
     parts, tokens = [], 0
     for pair in pairs:
         places, length = pair.places(position), max(map(len, pair.prompts)) + pair.fed
@@ -108,8 +113,8 @@ def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str
                 **_outcome_payload(setting.outcome, pair),
             }
         )
-        tokens += 2 * length + 6 * setting.info.layers * (length - start)
-    payload = {"component": component, "rows": _CUTS_TOGETHER, "pairs": tuple(parts)}
+        tokens += 2 * length + 6 * cuts * (length - start)
+    payload = {"component": component, "cuts": cuts, "rows": _CUTS_TOGETHER, "pairs": tuple(parts)}
     return Task("screen", tuple(pair.id for pair in pairs), payload, _forward(tokens, setting))
 
 
