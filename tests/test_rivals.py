@@ -481,7 +481,7 @@ def test_it_costs_no_more_than_planned(measured: Measured, study: StudyConfig, m
     more = sum(one.rows for one in planned.later.values())
     assert planned.later.keys() == {"directions", "rivals"}
     assert planned.rows <= backend.rows <= planned.rows + more
-    assert planned.flops / 8 < backend.flops <= planned.flops  # it allows for 200 random sets, often 50 are enough
+    assert planned.flops / 16 < backend.flops <= planned.flops  # it allows for random sets, and few are drawn here
     assert 4 * backend.numbers <= planned.down
 
 

@@ -20,9 +20,9 @@ from remote_mediation.analyses.rivals.rulings import DIRECTION, Carrier, Judged,
 from remote_mediation.analyses.rivals.samples import (
     Drawn,
     activations,
-    beside_random,
     few_pairs,
     swapped_at,
+    with_random,
 )
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.result import Finding, Findings
@@ -147,7 +147,7 @@ def tested(heldout: Sample, site: Subspace, everywhere: list[Site]) -> Judged:
     def draw() -> Drawn:
         return Drawn([_elsewhere(site, Basis.random(1, basis.width, rng))])
 
-    own, bench = own._replace(beside=beside_random(heldout, own.effect, draw)), heldout.bench()
+    own, bench = with_random(heldout, own, draw), heldout.bench()
     return rulings.judged(bench, DIRECTION, rulings.one_direction(bench, own, all_layers), [own], [all_layers, whole])
 
 

@@ -177,11 +177,11 @@ def judged(
 
 def few(bench: Bench, carrier: Carrier) -> Ruling:
     """Whether few mediators carry half of TE in both directions, as no random ones do."""
-    shares = _shares(bench, carrier.effect)
+    shares = shares_of(bench, carrier.effect)
     text = _text(carrier.name, shares)
     if any(share.high < HALF for share in shares):
         return Ruling("not supported", f"{text}: below {HALF:.0%}")
-    if not all(share.low > HALF for share in shares):
+    if not clear_of_half(shares):
         return Ruling("undecided", f"{text}: not clear of {HALF:.0%}")
     if carrier.beside is None or not carrier.beside.drawn:
         return Ruling("undecided", f"{text}: no random set could be drawn beside it")
@@ -194,7 +194,7 @@ def few(bench: Bench, carrier: Carrier) -> Ruling:
 
 def one_direction(bench: Bench, own: Carrier, everywhere: Carrier) -> Ruling:
     """The rule of `few` at the direction's own site; it says no only where it fails at all layers and tokens, too."""
-    found, beyond = few(bench, own), _shares(bench, everywhere.effect)
+    found, beyond = few(bench, own), shares_of(bench, everywhere.effect)
     if found.verdict == "not supported" and not any(share.high < HALF for share in beyond):
         return Ruling("undecided", f"{found.why}, but {_text(everywhere.name, beyond)}")
     return found
@@ -207,13 +207,13 @@ def early_layers(bench: Bench, early: Carrier, late: Carrier) -> Ruling:
             "not tested",
             f"{bench.layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}",
         )
-    shares, more = _shares(bench, early.effect), _shares(bench, early.effect.less(late.effect))
+    shares, more = shares_of(bench, early.effect), shares_of(bench, early.effect.less(late.effect))
     text = f"{_text(early.name, shares)}; {_text('more than the late third by', more)}"
     if any(share.high < HALF for share in shares):
         return Ruling("not supported", f"{text}: below {HALF:.0%}")
     if all(share.high < 0 for share in more):
         return Ruling("not supported", f"{text}: the late third carries more")
-    if all(share.low > HALF for share in shares) and all(share.low > 0 for share in more):
+    if clear_of_half(shares) and all(share.low > 0 for share in more):
         return Ruling("supported", text)
     return Ruling("undecided", f"{text}: both may lie on one path")
 
@@ -265,8 +265,14 @@ def _set_row(one: Judged, measure: Measure, carrier: Carrier) -> dict[str, Any]:
     }
 
 
-def _shares(bench: Bench, effect: Effect) -> list[Interval]:
+def shares_of(bench: Bench, effect: Effect) -> list[Interval]:
+    """NIE and TIE of harm as shares of TE."""
     return [bench.share(both.harm, bench.total.harm) for both in effect]
+
+
+def clear_of_half(shares: Sequence[Interval]) -> bool:
+    """Whether both lower ends are above half of TE."""
+    return all(share.low > HALF for share in shares)
 
 
 def _text(name: str, shares: Sequence[Interval]) -> str:

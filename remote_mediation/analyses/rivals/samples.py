@@ -10,7 +10,8 @@ import numpy as np
 from remote_mediation.analyses.claims.samples import Sample
 from remote_mediation.analyses.claims.sparse import RANDOM_SETS
 from remote_mediation.analyses.claims.verdicts import MOST_REACHING, Effect
-from remote_mediation.analyses.rivals.rulings import Beside
+from remote_mediation.analyses.rivals import rulings
+from remote_mediation.analyses.rivals.rulings import Beside, Carrier
 from remote_mediation.engine.tasks import Reading, read_task
 from remote_mediation.lab import Floats
 from remote_mediation.sites import Component, Site
@@ -69,6 +70,12 @@ def grouped(component: Component, units: Sequence[Unit], position: str) -> list[
 def direction_of(effect: Floats) -> float:
     """Sign of the mean total effect."""
     return -1.0 if np.nanmean(effect) < 0 else 1.0
+
+
+def with_random(heldout: Sample, own: Carrier, draw: Callable[[], Drawn]) -> Carrier:
+    """A set with random ones beside it, where it carries enough for a rule that asks for them."""
+    enough = rulings.clear_of_half(rulings.shares_of(heldout.bench(), own.effect))
+    return own._replace(beside=beside_random(heldout, own.effect, draw)) if enough else own
 
 
 def beside_random(heldout: Sample, chosen: Effect, draw: Callable[[], Drawn]) -> Beside:

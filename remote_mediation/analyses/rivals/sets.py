@@ -28,11 +28,11 @@ from remote_mediation.analyses.rivals.samples import (
     Drawn,
     Unit,
     activations,
-    beside_random,
     direction_of,
     few_pairs,
     grouped,
     swapped_at,
+    with_random,
 )
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.result import Finding, Findings
@@ -261,4 +261,4 @@ def _beside_random(
     """A set with random ones beside it; without where there are not as many other units."""
     if units.sizes.size < 2 * len(chosen):
         return own
-    return own._replace(beside=beside_random(heldout, own.effect, lambda: units.drawn(chosen, rng)))
+    return with_random(heldout, own, lambda: units.drawn(chosen, rng))
