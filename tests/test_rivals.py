@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,21 @@ from safetensors.numpy import load_file
 
 from remote_mediation import cost
 from remote_mediation.analyses.claims.samples import Sample
-from remote_mediation.analyses.claims.verdicts import Bench, Both, Effect
+from remote_mediation.analyses.claims.verdicts import HALF, Bench, Both, Effect
 from remote_mediation.analyses.rivals import DIRECTIONS, RIVALS, directions, rulings, samples, sets, show
 from remote_mediation.analyses.rivals.rulings import EARLY, NEURONS, Beside, Carrier
 from remote_mediation.config import StudyConfig
 from remote_mediation.cost import estimate
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.lab import Lab, Study
-from remote_mediation.planted.cases import CASES, build
+from remote_mediation.planted.cases import CASES, Bed, Case, build
 from remote_mediation.planted.selfcheck import written
+from remote_mediation.planted.words import Pair, nouns_of
 from remote_mediation.report import write_report
 from remote_mediation.result import Result
 from remote_mediation.sites import Site
 from remote_mediation.store import Store
-from remote_mediation.study import reread, run_study
+from remote_mediation.study import prepared_lab, reread, run_study
 from remote_mediation.subspaces import Basis, Subspace
 
 Subjects = Callable[[str], Subject]
@@ -595,3 +596,46 @@ def test_what_is_true_of_rivals_is_said(name: str, tmp_path: Path) -> None:
     claims = pd.concat([result.tables["direction.csv"], result.tables["rivals.csv"]])
     assert tuple(claims["verdict"]) == PLANTED[name]
     assert set(claims["gate"]) == {""}
+
+
+def as_one_of_two(pairs: Sequence[Pair], generator: torch.Generator) -> dict[str, dict[str, float]]:
+    """Harm is one direction of the embeddings in every other pair, and another one in the rest."""
+    codes = {}
+    for number, pair in enumerate(pairs):
+        feature = ("word", "side")[number % 2]
+        for noun, share in zip(nouns_of(pair), (1.0, 0.0, 0.0), strict=True):
+            codes[noun] = {"noun": 1.0, feature: share}
+    return codes
+
+
+def two_gates(bed: Bed) -> None:
+    """Each kind of harm is moved along a direction of its own and opens a gate of its own, which half of it does not.
+
+    The gates lie in the last layer, so that no direction below 80% of the depth holds the answer.
+    """
+    for layer in (4, 6):
+        bed.head(layer, "word", {"moved": 0.5})
+        bed.head(layer + 1, "side", {"tag": 0.5})
+    for feature in ("moved", "tag"):
+        bed.neurons(11, 2, {feature: 1.0}, {"answer": 1.0}, threshold=3.0)
+
+
+@pytest.mark.slow
+def test_what_takes_two_directions_is_not_one(tmp_path: Path) -> None:
+    case = Case("two", "harm of two kinds", two_gates, as_one_of_two, ("",) * 5)
+    study = written(build(case, 0), tmp_path, 0).model_copy(update={"analyses": ["directions"]})
+    backend, store = LocalBackend.load(study.model), Store.create(tmp_path / "run", study.identity())
+    result = run_study(study, backend, store)
+    assert result.tables["direction.csv"]["said"].tolist() == ["not supported"]
+
+    lab, layer = prepared_lab(study, backend, store), 9
+    discovery = Sample.of(lab, "discovery")
+    found = samples.activations(discovery, "layer_output", ["last"])[:, :, layer, 0]
+    change = found[:, 1] - found[:, 0]
+    words = np.array([int(pair.id.removeprefix("frame")[:2]) % 2 == 0 for pair in discovery.pairs])
+    one, two = change.mean(axis=0), [change[words].mean(axis=0), change[~words].mean(axis=0)]
+    asked = [Subspace("layer_output", layer, "last", basis=Basis.spanning(basis)) for basis in (one, two)]
+    effects = lab.joint([[site] for site in asked], lab.pairs("heldout"))
+    shares = np.array([effects.nie.mean(axis=1), effects.tie.mean(axis=1)]) / effects.te.mean()
+    assert shares[:, 0].min() < 0.1  # half of either kind opens no gate
+    assert shares[:, 1].min() > HALF
