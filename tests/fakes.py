@@ -172,7 +172,7 @@ class CannedBackend:
             ]
         count = {
             "measure": lambda: len(part.payload["stacks"][0]["queries"]),
-            "screen": lambda: 4 * self.info.layers * self.info.d_ff,
+            "screen": lambda: 2 * min(part.payload["cuts"], 2) * self.info.layers * self.info.d_ff,
             "drift": lambda: 3 * len(part.payload["answer"]),
         }[task]()
         return [canned(key, count) for key in part.keys]

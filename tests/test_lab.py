@@ -131,7 +131,7 @@ def test_tasks_are_run_once_and_in_the_order_asked_for(tmp_path: Path) -> None:
     some = here.run(tasks[:2])
     found = here.run(tasks[::-1])[::-1]
     for one, task in zip(found, tasks, strict=True):
-        np.testing.assert_array_equal(one, canned(task.key(here.study.setting), 4 * INFO.layers * INFO.d_ff))
+        np.testing.assert_array_equal(one, canned(task.key(here.study.setting), 2 * INFO.layers * INFO.d_ff))
     for one, other in zip(some, found, strict=False):
         np.testing.assert_array_equal(one, other)
     ran = [key for job in backend.collected for key in job.keys]

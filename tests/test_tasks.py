@@ -251,7 +251,7 @@ def test_drift_along_an_answer(model: Subject) -> None:
 @pytest.mark.parametrize("outcome", [LOGIT_DIFF, RESPONSE_LOGPROB], ids=["logit_diff", "response_logprob"])
 def test_screening_is_the_gradient_times_the_change(model: Subject, outcome: Outcome) -> None:
     pair = token_pair("pair", edits=(2, 3), answers=(3, 2) if outcome is RESPONSE_LOGPROB else (0, 0))
-    (found,) = run(model, screen_tasks([pair], "mlp_neurons", "last", setting(model, outcome)), outcome)
+    (found,) = run(model, screen_tasks([pair], "mlp_neurons", "last", setting(model, outcome), dropping=True), outcome)
     layers = model.info.layers
     scores = found.reshape(2, 2, layers, model.info.d_ff)
     for base in (0, 1):
@@ -260,6 +260,8 @@ def test_screening_is_the_gradient_times_the_change(model: Subject, outcome: Out
         np.testing.assert_allclose(scores[base], expected, rtol=1e-3, atol=TOLERANCE)
         assert np.abs(scores[base, 1] - np.abs(scores[base, 0])).max() > 10 * TOLERANCE
     assert np.abs(scores[0, 0] - scores[1, 0]).max() > 100 * TOLERANCE
+    (alone,) = run(model, screen_tasks([pair], "mlp_neurons", "last", setting(model, outcome)), outcome)
+    np.testing.assert_allclose(alone.reshape(2, layers, -1), scores[:, 0], rtol=1e-4, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "gptj"])
@@ -267,7 +269,7 @@ def test_neurons_are_worth_together_what_their_mlp_adds(subject: Subjects, name:
     """A down-projection is linear, and to first order so is Y; Granite's contribution is multiplied behind it."""
     model, pair = subject(name), token_pair("pair", edits=(2, 3))
     tasks = [screen_tasks([pair], part, "last", setting(model)) for part in ("mlp_neurons", "mlp_output")]
-    neurons, mlp = (run(model, one)[0].reshape(2, 2, model.info.layers, -1)[:, 0].sum(-1) for one in tasks)
+    neurons, mlp = (run(model, one)[0].reshape(2, model.info.layers, -1).sum(-1) for one in tasks)
     np.testing.assert_allclose(neurons, mlp, rtol=1e-3, atol=TOLERANCE)
     assert np.abs(mlp).max() > 100 * TOLERANCE
 
@@ -276,7 +278,7 @@ def test_screenings_of_many_pairs_add_up_where_they_arise(model: Subject) -> Non
     pairs = [token_pair(f"pair{before}", before % 7, (2, 2 + before % 2)) for before in range(18)]
 
     def screened(*some: TokenPair) -> np.ndarray:
-        tasks = screen_tasks(some, "mlp_neurons", "last", setting(model))
+        tasks = screen_tasks(some, "mlp_neurons", "last", setting(model), dropping=True)
         assert [task.pairs for task in tasks] == [tuple(p.id for p in some[:16]), tuple(p.id for p in some[16:])][
             : len(tasks)
         ]

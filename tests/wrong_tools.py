@@ -82,7 +82,7 @@ def nie_only(subject: Subject) -> tuple[int, str]:
     """Claim 3: few late neurons are a gate if they are sufficient; whether harm can do without them is not asked."""
     study, pairs = subject.lab.study, subject.lab.pairs("heldout")
     screened = subject.lab.run(screen_tasks(subject.lab.pairs("discovery"), "mlp_neurons", "all", study.setting))
-    estimate = np.sum(screened, axis=0).reshape(2, 2, study.info.layers, study.info.d_ff)[0, 0]
+    estimate = np.sum(screened, axis=0).reshape(2, study.info.layers, study.info.d_ff)[0]
     late = thirds(subject.layers).late
     order = np.argsort(-estimate[late.start :], axis=None)[: int(FEW * len(late) * study.info.d_ff)]
     chosen = [(late.start + int(one) // study.info.d_ff, int(one) % study.info.d_ff) for one in order]

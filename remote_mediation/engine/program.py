@@ -288,15 +288,22 @@ def write(
     target, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
     for row, places, columns, kind, value in writes:
         where = grid(places, columns)
-        if kind == "source":
-            stack, prompt, source_places = value
+        if kind in ("source", "projected"):
+            stack, prompt, source_places, *subspace = value
             new = bases[stack]["captured"][name][layer][prompt][grid(source_places, columns)] / factor
+            new = projected(target[row][where], new, *subspace) if subspace else new
         elif kind == "scale":
             new = target[row][where] * value
         else:
             new = torch.tensor(value) / factor
         target[row][where] = new.to(target.device, target.dtype)
     replace_tensor(spec, block, name, target)
+
+
+def projected(own: torch.Tensor, other: torch.Tensor, read: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
+    """`own` plus what a basis reads of the change to `other`, written along a basis: `[..., width]` in float32."""
+    change = other.to(own.device).float() - own.float()
+    return own.float() + change @ read.to(own.device).T @ along.to(own.device)
 
 
 def grid(places: Any, columns: Any) -> tuple[Any, Any]:
@@ -453,11 +460,12 @@ def columns(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.
 
 
 def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
-    """First-order estimates of NIE, then TIE, of every unit of one component, in two variants, summed over pairs.
+    """First-order estimates of NIE, then TIE, of every unit of one component, summed over pairs.
 
-    Attribution patching (AtP) is the change of the activation times the gradient of Y; GradDrop averages its size over
-    backward passes in which one layer at a time passes on nothing but the residual stream (Kramar et al. 2024,
-    arXiv 2403.00745, sections 3.1 and 3.2). `[1, (base, variant, layer, unit)]`, in the unit of Y.
+    Attribution patching (AtP) is the change of the activation times the gradient of Y; GradDrop, a second variant where
+    `cuts` asks for it, averages its size over backward passes in which one layer at a time passes on nothing but the
+    residual stream (Kramar et al. 2024, arXiv 2403.00745, sections 3.1 and 3.2). `[1, (base, variant, layer, unit)]`,
+    in the unit of Y.
     """
     if sandboxed(model):
         raise RuntimeError("this server runs blocks in a sandbox and gives no gradients")
@@ -479,13 +487,15 @@ def attributions(model: Any, spec: dict[str, Any], pair: dict[str, Any], context
     for side in (0, 1):
         where, change = grid(pair["places"][side], ())[0], [one - zero for zero, one in zip(*held, strict=True)]
         products = []  # of the change and the gradient, `[layer, unit]` each: as it is, then with a layer cut off
-        for first in range(0, spec["layers"] + 1, context["rows"]):
-            cuts = range(first, min(first + context["rows"], spec["layers"] + 1))
+        for first in range(0, context["cuts"], context["rows"]):
+            cuts = range(first, min(first + context["rows"], context["cuts"]))
             gradients = gradients_of(model, spec, pair, side, name, bases[side]["keyvalues"], cuts)
             by_layer = [(change[layer] * gradient[:, where]).sum(1).cpu() for layer, gradient in enumerate(gradients)]
             products.append(torch.stack(by_layer, 1))
         by_cut = torch.cat(products)
-        scores += [by_cut[0], by_cut[1:].abs().sum(0) / (spec["layers"] - 1)]
+        scores.append(by_cut[0])
+        if len(by_cut) > 1:
+            scores.append(by_cut[1:].abs().sum(0) / (spec["layers"] - 1))
     return torch.stack(scores)
 
 
@@ -613,9 +623,10 @@ def write_samples(
     target, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
     for row, places, columns, kind, value in writes:
         where = (slice(row * samples, (row + 1) * samples), *grid(places, columns))
-        if kind == "source":
-            prompt, source_places = value
+        if kind in ("source", "projected"):
+            prompt, source_places, *subspace = value
             new = taken[name][prompt][grid(source_places, columns)] / factor
+            new = projected(target[where], new, *subspace) if subspace else new
         elif kind == "scale":
             new = target[where] * value
         else:

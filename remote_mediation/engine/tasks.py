@@ -15,8 +15,10 @@ from remote_mediation.engine.budget import LOGIT_COPIES, Budget, Setting, base_f
 from remote_mediation.engine.jobs import Job, Part
 from remote_mediation.engine.payload import Side, digest, model_spec, shifted, stack_payload
 from remote_mediation.engine.rows import Constant, Scale
+from remote_mediation.errors import SiteError
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import FORWARD_ORDER, Component, Site
+from remote_mediation.subspaces import Subspace
 from remote_mediation.tokens import TokenPair
 
 # Backward passes of a screening that share a batch; each keeps its whole graph in memory.
@@ -84,16 +86,21 @@ def columns_task(component: Component, setting: Setting) -> Task:
     return Task("columns", (), {"component": component}, weights)
 
 
-def screen_tasks(pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting) -> list[Task]:
+def screen_tasks(
+    pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting, dropping: bool = False
+) -> list[Task]:
     """Estimate NIE and TIE of every unit of a component at a position: `[base, variant, layer, unit]`, to be summed.
 
-    One task for several pairs: what comes back is as large as all units of the model.
+    Variants: AtP, and where `dropping` GradDrop, which takes a backward pass more for every layer. One task for several
+    pairs: what comes back is as large as all units of the model.
     """
     groups = [pairs[begin : begin + _PAIRS_TOGETHER] for begin in range(0, len(pairs), _PAIRS_TOGETHER)]
-    return [_screen_task(group, component, position, setting) for group in groups]
+    cuts = 1 + setting.info.layers if dropping else 1
+    return [_screen_task(group, component, position, setting, cuts) for group in groups]
 
 
-def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting) -> Task:
+def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting, cuts: int) -> Task:
+    """cuts: backward passes per prompt, the first of them through the whole model."""
     parts, tokens = [], 0
     for pair in pairs:
         places, length = pair.places(position), max(map(len, pair.prompts)) + pair.fed
@@ -106,8 +113,8 @@ def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str
                 **_outcome_payload(setting.outcome, pair),
             }
         )
-        tokens += 2 * length + 6 * setting.info.layers * (length - start)
-    payload = {"component": component, "rows": _CUTS_TOGETHER, "pairs": tuple(parts)}
+        tokens += 2 * length + 6 * cuts * (length - start)
+    payload = {"component": component, "cuts": cuts, "rows": _CUTS_TOGETHER, "pairs": tuple(parts)}
     return Task("screen", tuple(pair.id for pair in pairs), payload, _forward(tokens, setting))
 
 
@@ -115,7 +122,12 @@ def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Settin
     """Direct effects of sets of contributions at `last`, from the pair's two base runs: `[side, set, read]`.
 
     sets: sites whose component is `attention_output` or `mlp_output`; their position is taken to be `last`.
+
+    Raises:
+        SiteError: a subspace; its direct effect is not measured.
     """
+    for site in (site for sites in sets for site in sites if isinstance(site, Subspace)):
+        raise SiteError(f"direct effects are of whole contributions, not of {site.basis}; ask for its joint effect")
     starts = [len(prompt) - 1 for prompt in pair.prompts]
     stacks = tuple(stack_payload([Side(pair, side)], start, setting.outcome) for side, start in enumerate(starts))
     logits = (1 + pair.fed) * setting.info.vocab * 4 * LOGIT_COPIES

@@ -48,7 +48,7 @@ def _claims_of_place(
             of_rows(study, heldout, late).times(sizes + sum(sparse.RANDOM_SETS)),
             of_rows(study, heldout, Site("mlp_output", 0, "last")).times(sizes),
             of_rows(study, both, handed.early_site(info.layers)).times(frozen),
-            of_tasks(screened, 4 * info.layers * info.d_ff),
+            of_tasks(screened, 2 * info.layers * info.d_ff),
             of_tasks([columns_task("mlp_neurons", study.setting)], info.layers * info.d_ff),
             of_readings(study, discovery, info.layers * info.d_ff),
             of_readings(study, [*discovery, *both], (1 + info.layers) * info.d_model).times(2),

@@ -25,7 +25,7 @@ def cost(study: Study) -> Later:
         return found
     position = study.config.positions.neurons[0]
     pairs = [pair for pair in pairs_of(study, "discovery") if pair.places(position).x0]
-    tasks = screen_tasks(pairs, "mlp_neurons", position, study.setting)
+    tasks = screen_tasks(pairs, "mlp_neurons", position, study.setting, dropping=True)
     return found.plus(of_tasks(tasks, 4 * study.info.layers * study.info.d_ff))
 
 

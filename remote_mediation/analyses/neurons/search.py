@@ -125,7 +125,7 @@ class _Scores(NamedTuple):
 def _screened(lab: Lab, position: str) -> _Scores:
     study = lab.study
     pairs = pairs_at(lab, "discovery")
-    found = lab.run(screen_tasks(pairs, "mlp_neurons", position, study.setting))
+    found = lab.run(screen_tasks(pairs, "mlp_neurons", position, study.setting, dropping=True))
     shape = (-1, 2, 2, study.info.layers, study.info.d_ff)
     mean = np.array(found, dtype=np.float64).reshape(shape).sum(0) / max(len(pairs), 1)
     rank = mean[:, 1].min(0)
