@@ -91,7 +91,8 @@ class PairText(NamedTuple):
 def write_report(store: Store, result: Result, texts: Sequence[PairText] = ()) -> Path:
     """Write tables, figures and `report.md` into the run folder; the same bytes for the same run. Returns the report.
 
-    texts: pairs to show as text; without them the report has no prompt and no generated answer.
+    texts: pairs to show as text; without them the report has no prompt and no generated answer, and with them nobody
+    but its owner can read it.
 
     Provenance is all of `store.record()` but `study`, which `config` contains. Of `model`, `config`, `outcome`,
     `versions`, `git`, `host`, `started`, `finished` and `seconds`, what is missing is reported as not recorded, and a
@@ -106,7 +107,7 @@ def write_report(store: Store, result: Result, texts: Sequence[PairText] = ()) -
     for section in parts:
         if section.figure:
             store.write(section.figure_path, figures.png(section.figure))
-    store.write("report.md", _report(result, parts, store, texts))
+    store.write("report.md", _report(result, parts, store, texts), private=bool(texts))
     return store.folder / "report.md"
 
 
@@ -335,13 +336,17 @@ def _limits(study: Study, total: Estimate) -> list[str]:
 
 def _shown(texts: Sequence[PairText]) -> str:
     if not texts:
-        return (
+        return paragraphs(
             "Prompts and generated answers are hidden: some are harmful. "
-            "`remote-mediation report FOLDER --show-text` writes this report again with them."
+            "`remote-mediation report FOLDER --show-text` writes this report again with them.",
+            "To share: this report, the CSV files, `figures/` and `run.json`. Not to share, as they have prompts and "
+            "answers, most of them as numbers of tokens: `*.jsonl`, `readouts/`, `notes/`, `submitted/` and "
+            "`failures.json`. Only their owner can read them.",
         )
     header = ("pair", "harmful prompt", "answer", "harmless prompt", "answer")
     order = [(text.id, text.harmful, text.harmful_answer, text.harmless, text.harmless_answer) for text in texts]
-    return markdown_table(header, [tuple(map(literal, row)) for row in order])
+    shown = markdown_table(header, [tuple(map(literal, row)) for row in order])
+    return paragraphs("This report has prompts and answers, some of them harmful: it is not to be shared.", shown)
 
 
 def _folded(summary: str, text: str) -> str:

@@ -1,7 +1,8 @@
 """The run folder: what was asked (`run.json`), on which pairs (`pairs.jsonl`), and every value measured (`readouts/`).
 
 Every file is written whole and then moved into place, so a run that is cut short leaves only finished files and the
-same command goes on from there. Values are found by row key, never by the order or grouping of jobs.
+same command goes on from there. Values are found by row key, never by the order or grouping of jobs. What is measured
+only its owner can read: it has prompts and answers, most of them as numbers of tokens. `run.json` has none.
 """
 
 from __future__ import annotations
@@ -212,10 +213,10 @@ class Store:
                 raise StoreError(
                     f"cannot write {self.folder}: {error.strerror}; free some space or choose another --out"
                 ) from error
-        self.write(name, content)
+        self.write(name, content, private=name != "run.json")
 
-    def write(self, name: str, content: str | bytes) -> None:
-        """Write a file of the run folder, whole or not at all.
+    def write(self, name: str, content: str | bytes, *, private: bool = False) -> None:
+        """Write a file of the run folder, whole or not at all. private: nobody but its owner can read it (0600).
 
         Raises:
             StoreError: no permission or no space.
@@ -224,7 +225,8 @@ class Store:
         partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            partial.unlink(missing_ok=True)  # one that was left behind would keep its mode
+            with open(partial, "wb", opener=_private if private else None) as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -245,6 +247,11 @@ class Store:
                     f"{self.folder} holds another study: its {name} is {known.get(name)!r}, not "
                     f"{identity.get(name)!r}; choose another folder with --out"
                 )
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that nobody else can read from its first byte on."""
+    return os.open(path, flags, 0o600)
 
 
 def _set_aside(path: Path, error: Exception) -> None:

@@ -312,7 +312,11 @@ def test_texts_are_shown_only_where_given_and_go_again(store: Store) -> None:
     shown = section(written(store, found, [TEXT]), "Prompts and answers")
     assert rows(shown)[1] == [TEXT.id, TEXT.harmful, TEXT.harmful_answer, TEXT.harmless, TEXT.harmless_answer]
     assert "hidden" not in shown
+    assert "not to be shared" in shown
+    assert (store.folder / "report.md").stat().st_mode & 0o077 == 0
     hidden = written(store, found)
+    assert "not to be shared" not in hidden
+    assert (store.folder / "report.md").stat().st_mode & 0o044
     assert "are hidden" in section(hidden, "Prompts and answers")
     assert "--show-text" in section(hidden, "Prompts and answers")
     files = [path.read_text("utf-8", errors="replace") for path in store.folder.rglob("*") if path.is_file()]

@@ -175,6 +175,34 @@ def test_unfinished_files_are_not_read(tmp_path: Path) -> None:
     assert store.values().keys() == {"k"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no such modes")
+def test_what_holds_prompts_or_answers_is_for_its_owner_alone(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        store = begun(tmp_path / "run")
+        (tmp_path / "run/.pairs.jsonl.partial").touch(0o666)  # left behind by a version that let everyone read
+        store.save_prepared(Prepared((token_pair("a"),), ()))
+        store.save_ticket("ticket", job("k"))
+        store.save_readout(job("k2"), readout([1.0]))
+        store.save_failure("b", "why")
+        store.save_note("matching", ["a prompt"])
+        store.write("report.md", "text", private=True)
+        store.write("effects.csv", "te\n")
+        modes = {path.relative_to(store.folder).as_posix(): path.stat().st_mode & 0o777 for path in files(store)}
+    finally:
+        os.umask(before)
+    assert {name for name, mode in modes.items() if mode == 0o664} == {"run.json", "effects.csv"}
+    private = {"pairs.jsonl", f"submitted/{job('k').id}.json", f"readouts/{job('k2').id}.npz", "failures.json"}
+    private |= {"notes/matching.json", "report.md", ".lock"}
+    assert {name for name, mode in modes.items() if mode == 0o600} == private
+    store.write("report.md", "no text")
+    assert (tmp_path / "run/report.md").stat().st_mode & 0o077
+
+
+def files(store: Store) -> list[Path]:
+    return [path for path in store.folder.rglob("*") if path.is_file()]
+
+
 def test_the_record_is_readable_json(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "run", {})
     store.save_record({"study": {"b": 1, "a": INFO.name}, "outcome": LOGITS.plus})

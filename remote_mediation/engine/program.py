@@ -121,7 +121,7 @@ def witness(model: Any, job: str) -> torch.Tensor:
         "nnsight": metadata.version("nnsight"),
         "revision": getattr(model.config, "_commit_hash", None) or "",
         "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
-        "device": model.lm_head.weight.device.type,
+        "device": "" if sandboxed(model) else model.lm_head.weight.device.type,
     }
     text = "\n".join(f"{name} {value}" for name, value in facts.items())
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
