@@ -61,7 +61,7 @@ JUDGED_COLUMNS: dict[str, str] = {
 }
 PROMPTS = ("harmless", "harmful")
 # Sets that a run finds beside single sites, at most; to say what it would cost.
-_SETS = 4
+_SETS = 8
 
 
 class Mediator(NamedTuple):
