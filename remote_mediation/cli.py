@@ -154,6 +154,18 @@ def check_run_command(folder: RunFolder) -> None:
         raise typer.Exit(1)
 
 
+@app.command("export", epilog="Example:\n\n  remote-mediation export runs/study shared/study")
+def export_command(
+    folder: RunFolder, target: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new or empty folder.")]
+) -> None:
+    """Write what can be shared of a run: report, tables, figures and run.json, without prompts and answers."""
+    from remote_mediation.export import export
+    from remote_mediation.store import Store
+
+    written = export(Store.open(folder), target)
+    console.print(f"{len(written)} files: {target}", highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command(epilog="Examples:\n\n  remote-mediation show runs/study\n\n  remote-mediation show runs/study claims")
 def show(
     folder: RunFolder,

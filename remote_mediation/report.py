@@ -88,11 +88,12 @@ class PairText(NamedTuple):
     """Answer to the harmless prompt, as the outcome reads it."""
 
 
-def write_report(store: Store, result: Result, texts: Sequence[PairText] = ()) -> Path:
+def write_report(store: Store, result: Result, texts: Sequence[PairText] = (), *, shared: Path | None = None) -> Path:
     """Write tables, figures and `report.md` into the run folder; the same bytes for the same run. Returns the report.
 
     texts: pairs to show as text; without them the report has no prompt and no generated answer, and with them nobody
-    but its owner can read it.
+    but its owner can read it. shared: another folder to write all of it into, for others; the tables are then without
+    the further columns of the pairs file, in which anything may stand.
 
     Provenance is all of `store.record()` but `study`, which `config` contains. Of `model`, `config`, `outcome`,
     `versions`, `git`, `host`, `started`, `finished` and `seconds`, what is missing is reported as not recorded, and a
@@ -101,14 +102,15 @@ def write_report(store: Store, result: Result, texts: Sequence[PairText] = ()) -
     Raises:
         StoreError: the run folder cannot be written.
     """
-    for name, table in csv_tables(result).items():
-        store.write(name, table.to_csv(index=False, lineterminator="\n"))
+    target = Store(shared) if shared else store
+    for name, table in csv_tables(result, notes=not shared).items():
+        target.write(name, table.to_csv(index=False, lineterminator="\n"))
     parts = sections(result)
     for section in parts:
         if section.figure:
-            store.write(section.figure_path, figures.png(section.figure))
-    store.write("report.md", _report(result, parts, store, texts), private=bool(texts))
-    return store.folder / "report.md"
+            target.write(section.figure_path, figures.png(section.figure))
+    target.write("report.md", _report(result, parts, store, texts), private=bool(texts))
+    return target.folder / "report.md"
 
 
 def _with_notes(effects: pd.DataFrame, pairs: Sequence[TokenPair]) -> pd.DataFrame:
@@ -196,11 +198,11 @@ def overview(parts: Sequence[Section]) -> Table:
     return Table(("section", "finding"), rows)
 
 
-def csv_tables(result: Result) -> dict[str, pd.DataFrame]:
-    """What analyses found, by file name, with the documented columns."""
-    columns = result.columns()
+def csv_tables(result: Result, *, notes: bool = True) -> dict[str, pd.DataFrame]:
+    """What analyses found, by file name, with the documented columns. notes: with those of the pairs file too."""
+    columns, effects = result.columns(), result.effects[list(EFFECT_COLUMNS)]
     return {
-        "effects.csv": _with_notes(result.effects[list(EFFECT_COLUMNS)], result.study.pairs),
+        "effects.csv": _with_notes(effects, result.study.pairs) if notes else effects,
         "summary.csv": result.summary.sites[list(SUMMARY_COLUMNS)],
         **{name: table[list(columns.get(name, table.columns))] for name, table in result.tables.items()},
     }

@@ -409,6 +409,33 @@ def test_answers_are_shown_only_when_asked_for(call: Run, tmp_path: Path, model:
     assert "sure here is a way" in report.read_text("utf-8")
 
 
+def test_what_is_exported_has_no_prompt_and_no_answer(call: Run, tmp_path: Path, model: str) -> None:
+    file, run = study(tmp_path, model), tmp_path / "runs/tiny"
+    noted = [{**record, "source": "from a forum"} for record in records(**ANSWERS)]
+    write_pairs(tmp_path / "pairs.jsonl", noted)
+    call("run", file, "--show-text")
+    assert "steal a car at night" in (run / "report.md").read_text("utf-8")
+    assert "from a forum" in (run / "effects.csv").read_text("utf-8")
+    kept = tree(run)
+
+    done = call("export", "runs/tiny", "shared/tiny")
+    assert (done.code, done.err) == (0, "")
+    found = {path.relative_to(tmp_path / "shared/tiny").as_posix(): path for path in (tmp_path / "shared").rglob("*.*")}
+    assert done.out == f"{len(found)} files: shared/tiny\n"
+    kinds = ("*.csv", "figures/*.png", "report.md", "run.json")
+    assert set(found) == {path.relative_to(run).as_posix() for kind in kinds for path in run.glob(kind)}
+    assert tree(run) == kept
+    texts = [*ANSWERS.values(), "from a forum", *(record[side] for record in noted for side in ("harmful", "harmless"))]
+    contents = [path.read_bytes() for path in found.values()]
+    assert not [text for text in texts for content in contents if text.encode() in content]
+    call("report", "runs/tiny")
+    assert found["report.md"].read_bytes() == (run / "report.md").read_bytes()
+
+    refused(call("export", "runs/tiny", "shared/tiny"), "shared/tiny is in use; name a folder that is new or empty")
+    refused(call("export", "runs/tiny", file), "is in use")
+    refused(call("export", "shared", "other"), "shared is no run folder")
+
+
 def test_an_interrupted_run_goes_on(call: Run, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file, jobs = study(tmp_path, model, "job_seconds = 1e-9"), []
 

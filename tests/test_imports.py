@@ -42,7 +42,7 @@ ORDER = (
     ("analyses",),
     ("study",),
     ("cost", "engine.local", "engine.remote", "report"),
-    ("compare", "door", "planted.selfcheck"),
+    ("compare", "door", "export", "planted.selfcheck"),
     ("cli",),
     ("__main__",),
 )
