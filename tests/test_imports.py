@@ -16,7 +16,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
     ("dequantise", "engine", "engine.program", "errors", "meter", "paths"),
-    ("planted", "planted.words", "prompts", "provenance", "records", "show"),
+    ("planted", "planted.words", "prompts", "provenance", "records", "show", "show.embed"),
     ("engine.exchange", "lock", "planted.canvas", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
     ("lists", "placebo", "rates", "shares", "stats"),
@@ -39,11 +39,13 @@ ORDER = (
     ("show.charts", "show.words"),
     ("show.sites",),
     ("show.maps",),
+    ("show.map_chart",),
     ("analyses.*",),
     ("analyses",),
     ("study",),
     ("cost", "engine.local", "engine.remote", "report"),
     ("compare", "door", "planted.selfcheck"),
+    ("show.views",),
     ("show.page",),
     ("cli",),
     ("__main__",),

@@ -1,7 +1,7 @@
 """Maps of single sites for the page: layer by position, for the mean over pairs and for each pair on its own.
 
-A map is first a small table (`map_of`), a row per cell and pair, numbers as in the CSV files to six digits; a chart
-draws it and chooses the pair. Pairs are numbers in it, and their ids labels of the choice, so no id is ever code.
+A map is first a small table (`map_of`), a row per cell and pair, numbers as in the CSV files. Pairs are numbers in it,
+and their ids labels of a choice (`map_chart`), so no id is ever code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import altair as alt
 import pandas as pd
 
 from remote_mediation.effects import SITE_COLUMNS
@@ -24,10 +23,7 @@ MOST_COLUMNS = 96
 """A wider map is no map: single neurons have no neighbours."""
 MOST_ROWS = 24_000
 """Cells of single pairs in one map, about 1 MB of the page; pairs beyond are left out of its choice."""
-DIGITS = 6
 _KEY = ["component", "position", "unit_start", "unit_stop"]
-_NUMBER = ".3~g"
-_LEAST_STEP, _MOST_STEP, _MOST_WIDTH = 9, 130, 470
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def map_of(
     number = {name: place for place, name in enumerate(kept, start=1)}
     single = single.assign(pair=single["pair_id"].map(number), x=_labels(single, sites))
     rows = pd.concat([_means(sites.assign(x=labels), run.total.value), single], ignore_index=True)
-    wanted = ["pair", "x", "layer", "te", "n", *_measures(), "position", "pair_id"]
+    wanted = ["pair", "x", "layer", "te", "n", *measures(), "position", "pair_id"]
     rows = rows.reindex(columns=wanted).astype({"layer": int, "pair": int})
     rows = _with_texts(rows, texts if _one_position_each(sites) else {})
     return SiteMap(
@@ -92,94 +88,8 @@ def map_of(
     )
 
 
-def map_chart(drawn: SiteMap) -> alt.HConcatChart:
-    """NIE on the left, TIE on the right, one choice of the pair and one scale of colours, centred on 0."""
-    largest = drawn.rows.groupby("pair")[list(QUESTIONS)].agg(lambda of: of.abs().max()).max(axis=1)
-    pick = alt.param(
-        name="pick",
-        value=0,
-        bind=alt.binding_select(
-            options=[0, *range(1, len(drawn.names) + 1)],
-            labels=[f"mean over {_pairs(drawn)} pairs", *drawn.names],
-            name="pair ",
-        ),
-    )
-    limits = alt.param(name="limits", value=[float(one) or 1.0 for one in largest])
-    numbers = dict.fromkeys(["pair", "layer", "te", "n", *_measures()], "number")
-    data = alt.InlineData(
-        values=drawn.rows.to_csv(index=False, lineterminator="\n", float_format=f"%.{DIGITS}g"),
-        format=alt.CsvDataFormat(type="csv", parse=numbers),
-    )
-    panels = [_panel(drawn, quantity) for quantity in QUESTIONS]
-    return alt.hconcat(*panels, data=data, spacing=50).add_params(pick, limits)
-
-
-def _panel(drawn: SiteMap, quantity: str) -> alt.VConcatChart | alt.LayerChart:
-    """The cells of one quantity and, where there are texts, the tokens below them."""
-    layers = drawn.rows["layer"].nunique()
-    step = min(_MOST_STEP, max(_LEAST_STEP, _MOST_WIDTH // len(drawn.columns)))
-    width, height = step * len(drawn.columns), layers * (14 if layers <= 40 else 8)
-    lean = -45 if len(drawn.columns) > 4 else 0
-    x = alt.X("x:N", sort=list(drawn.columns), title=None, axis=alt.Axis(labelAngle=lean, labelLimit=140))
-    y = alt.Y("layer:O", sort="descending", title="layer", axis=alt.Axis(labelOverlap=True))
-    shown = alt.Chart().transform_filter("datum.pair === pick")
-    ends = {"domainMin": alt.expr("-limits[pick]"), "domainMax": alt.expr("limits[pick]")}
-    scale = alt.Scale(scheme="redblue", reverse=True, **ends)
-    colour = alt.Color(f"{quantity}:Q", scale=scale, legend=alt.Legend(title=drawn.unit, format=_NUMBER))
-    cells = (
-        shown.transform_calculate(**_texts_of(quantity))
-        .mark_rect()
-        .encode(x=x, y=y, color=colour, tooltip=_tooltip(quantity, drawn.unit))
-    )
-    certain = shown.transform_filter(f"isValid(datum.{quantity}_q) && datum.{quantity}_q <= {drawn.alpha}")
-    dots = certain.mark_circle(size=14, color="white", stroke="black", strokeWidth=0.7, opacity=1).encode(x=x, y=y)
-    title = alt.Title(f"{quantity.upper()}: {QUESTIONS[quantity]}", anchor="start", fontSize=13)
-    missing = alt.ViewBackground(fill="#d9d9d9", stroke=None)
-    layered = alt.layer(cells, dots).properties(width=width, height=height, title=title, view=missing)
-    if "harmful" not in drawn.rows:
-        return layered
-    strips = [_strip(drawn, side, width) for side in ("harmful", "harmless")]
-    return alt.vconcat(layered, *strips, spacing=4)
-
-
-def _strip(drawn: SiteMap, side: str, width: int) -> alt.Chart:
-    """The chosen pair's tokens of one prompt, each below its column."""
-    lean = len(drawn.columns) > 4
-    x = alt.X("x:N", sort=list(drawn.columns), axis=None)
-    mark: dict[str, Any] = {"angle": 315, "align": "right"} if lean else {"align": "center"}
-    return (
-        alt.Chart()
-        .transform_filter(f"datum.pair === pick && datum.{side}")
-        .mark_text(baseline="middle", fontSize=11, limit=110 if lean else width // len(drawn.columns), **mark)
-        .encode(x=x, text=f"{side}:N", tooltip=alt.Tooltip(f"{side}:N", title=f"tokens, {side}"))
-        .properties(width=width, height=70 if lean else 18, title=alt.Title(side, anchor="start", fontSize=10))
-    )
-
-
-def _tooltip(quantity: str, unit: str) -> list[alt.Tooltip]:
-    return [
-        alt.Tooltip("x:N", title="site"),
-        alt.Tooltip("layer:O", title="layer"),
-        alt.Tooltip(f"{quantity}:Q", title=f"{quantity.upper()} ({unit})", format=_NUMBER),
-        alt.Tooltip("interval:N", title="95% interval"),
-        alt.Tooltip("q:N", title="q"),
-        alt.Tooltip("te:Q", title=f"TE ({unit})", format=_NUMBER),
-        alt.Tooltip("of:N", title="pairs"),
-    ]
-
-
-def _texts_of(quantity: str) -> dict[str, str]:
-    """What the hover says, as Vega expressions."""
-    low, high, q = (f"datum.{quantity}_{end}" for end in ("low", "high", "q"))
-    single = "datum.pair ? 'none: a single pair' : 'none: too few clusters'"
-    return {
-        "interval": f"isValid({low}) ? format({low}, '{_NUMBER}') + ' to ' + format({high}, '{_NUMBER}') : {single}",
-        "q": f"!isValid({q}) ? 'none' : {q} < 0.001 ? '< 0.001' : format({q}, '.2~g')",
-        "of": "datum.pair ? 'this one' : format(datum.n, 'd')",
-    }
-
-
-def _measures() -> list[str]:
+def measures() -> list[str]:
+    """Columns of a map's numbers."""
     return [f"{name}{end}" for name in QUESTIONS for end in ("", "_low", "_high", "_q")]
 
 
@@ -245,7 +155,3 @@ def _order(sites: pd.DataFrame, labels: pd.Series) -> dict[str, tuple[Any, ...]]
 def _one_position_each(sites: pd.DataFrame) -> bool:
     """Whether a column is a position, so that tokens can stand below it."""
     return bool(sites["component"].nunique() == 1 and sites["unit_start"].isna().all())
-
-
-def _pairs(drawn: SiteMap) -> int:
-    return len(drawn.names) + drawn.left_out

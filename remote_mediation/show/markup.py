@@ -54,10 +54,11 @@ def verdict_html(said: str) -> str:
 def table_html(table: Table) -> str:
     """A table with its notes; a cell without a number is a dash."""
     header = "".join(f"<th>{escape(name)}</th>" for name in table.header)
-    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
+    rows = "".join(f"<tr>{''.join(map(cell_html, row))}</tr>" for row in table.rows)
     notes = "".join(paragraph(str(note), "note") for note in table.notes)
     return f'<div class="wide"><table><tr>{header}</tr>{rows}</table></div>{notes}'
 
 
-def _cell(text: str) -> str:
+def cell_html(text: str) -> str:
+    """A cell of a table; a dash where there is no number."""
     return f"<td>{'-' if text.startswith(NONE) else escape(text)}</td>"
