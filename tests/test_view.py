@@ -24,7 +24,7 @@ from remote_mediation.analyses.claims.sparse import GATE_SET_COLUMNS
 from remote_mediation.config import StudyConfig
 from remote_mediation.errors import SettingsError, StoreError
 from remote_mediation.report import csv_tables
-from remote_mediation.show import views
+from remote_mediation.show import maps, views
 from remote_mediation.show.page import write_page
 from remote_mediation.show.printed import tokens_at, visible
 from remote_mediation.store import Store
@@ -32,6 +32,19 @@ from remote_mediation.study import run_study
 
 HOSTILE = "</script><img src=x onerror=document.title='owned'>"
 """An id that would end its script, and run, where it was taken for markup."""
+POINT_AT_A_CELL = """setTimeout(() => {
+  const choice = document.querySelector("select");
+  choice.selectedIndex = 3;
+  choice.dispatchEvent(new Event("change"));
+  setTimeout(() => {
+    const cell = document.querySelectorAll("svg .mark-rect path")[7];
+    const box = cell.getBoundingClientRect();
+    const at = {bubbles: true, clientX: box.left + 3, clientY: box.top + 3, view: window};
+    for (const name of ["pointerover", "pointermove"]) cell.dispatchEvent(new PointerEvent(name, at));
+    for (const name of ["mouseover", "mousemove"]) cell.dispatchEvent(new MouseEvent(name, at));
+  }, 1000);
+}, 3000);"""
+"""Chooses the third pair of the first map, and moves over one of its cells."""
 LIMIT = 5_000_000
 SETS = (
     {"number": 1, "measure": "direct effect", "direction": "nie", "decides": True, "harm": 0.9, "common": 0.25},
@@ -259,6 +272,24 @@ def test_prompts_are_shown_only_when_asked_for(make: Callable[..., Path], monkey
     assert mine.loc["after_edit[1]", ["harmless", "harmful"]].to_list() == ["car", "car"]
 
 
+def test_a_folder_that_was_shared_without_its_prompts_is_shown_without_them(make: Callable[..., Path]) -> None:
+    run = make()
+    (run / "pairs.jsonl").unlink()
+    assert "harmful" not in read(write_page([run])).map("tokens")
+    with pytest.raises(StoreError, match=r"without its pairs\.jsonl"):
+        write_page([run], show_text=True)
+
+
+def test_pairs_beyond_what_a_page_can_hold_are_counted(
+    make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maps, "MOST_ROWS", 2 * 18)  # of 6 layers at 3 positions
+    page = read(write_page([make()]))
+    assert page.map("layers")["pair"].max() == 2
+    assert page.choice("layers")["labels"][0] == "mean over 6 pairs"
+    assert "4 pairs more are in effects.csv" in page.text
+
+
 def test_tokens_leave_out_what_is_fed_behind_the_prompt(make: Callable[..., Path]) -> None:
     pairs = Store.open(make()).prepared()
     assert pairs is not None
@@ -285,27 +316,58 @@ def test_the_command_writes_the_page(
     assert (run / "view.html").is_file()
 
 
-@pytest.mark.slow
-def test_a_browser_draws_it(tmp_path: Path) -> None:
-    """Every chart is drawn, no id has become markup, and the choice of a pair is there."""
+def test_without_altair_it_says_what_to_install(make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "altair", None)
+    with pytest.raises(SettingsError, match=r"remote-mediation\[view\]"):
+        write_page([make()])
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[..., str]:
+    """What headless Chromium makes of a page, as HTML without scripts; a picture of it is taken beside it."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("there is no chromium on PATH")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += ["--virtual-time-budget=15000", "--window-size=1280,2400"]
+
+    def seen(page: Path, *more: str) -> str:
+        command = [browser, *flags, *(more or ["--dump-dom"]), page.as_uri()]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
+
+    return seen
+
+
+@pytest.mark.slow
+def test_a_browser_draws_it(browse: Callable[..., str], tmp_path: Path) -> None:
+    """Every chart is drawn, no id has become markup, and the choice of a pair is there."""
     run = measure(tmp_path, HOSTILE)
     add_claims(run)
     path = write_page([run])
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    wait = ["--virtual-time-budget=10000", "--window-size=1280,2400"]
     picture = tmp_path / "page.png"
-    subprocess.run([browser, *flags, *wait, f"--screenshot={picture}", path.as_uri()], check=True, capture_output=True)
+    browse(path, f"--screenshot={picture}")
     assert picture.stat().st_size > 50_000
-    done = subprocess.run(
-        [browser, *flags, *wait, "--dump-dom", path.as_uri()], check=True, capture_output=True, text=True
-    )
-    dom = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
+    dom = browse(path)
     assert dom.count('data-drawn="yes"') == len(read(path).charts) == 6
     assert "could not be drawn" not in dom
     assert "owned" not in re.findall(r"<title>(.*?)</title>", dom)[0]
     assert "<img" not in dom
-    assert "<option" in dom
-    assert "mean over 6 pairs" in dom
+    assert "mean over 6 pairs</option>" in dom
+
+
+@pytest.mark.slow
+def test_a_pair_is_chosen_and_its_numbers_stand_under_the_pointer(
+    browse: Callable[..., str], make: Callable[..., Path]
+) -> None:
+    run = make()
+    path = write_page([run])
+    start, end = path.read_text("utf-8").rsplit("</body>", 1)
+    path.write_text(f"{start}<script>{POINT_AT_A_CELL}</script></body>{end}", "utf-8")
+    found = dict(re.findall(r'<td class="key">(.*?)</td><td class="value">(.*?)</td>', browse(path)))
+    effects = pd.read_csv(run / "effects.csv")
+    third = effects["pair_id"] == list(dict.fromkeys(effects["pair_id"]))[2]
+    cell = (effects["analysis"] == "layers") & (effects["layer"] == int(found["layer"]))
+    row = effects[third & cell & (effects["position"] == found["site"])].iloc[0]
+    assert float(found["NIE (logits)"].replace("\u2212", "-")) == pytest.approx(row["nie"], rel=0.01)
+    assert found["95% interval"] == "none: a single pair"

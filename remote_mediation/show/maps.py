@@ -21,8 +21,8 @@ from remote_mediation.tokens import SPANS
 
 MOST_COLUMNS = 96
 """A wider map is no map: single neurons have no neighbours."""
-MOST_ROWS = 24_000
-"""Cells of single pairs in one map, about 1 MB of the page; pairs beyond are left out of its choice."""
+MOST_ROWS = 16_000
+"""Cells of single pairs in one map, under 1 MB of the page; pairs beyond are left out of its choice."""
 _KEY = ["component", "position", "unit_start", "unit_stop"]
 
 

@@ -6,7 +6,7 @@ be used says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -75,11 +75,16 @@ def _said(run: Printed) -> dict[int, str]:
 
 
 def run_section(run: Printed, place: int, charts: Charts, show_text: bool) -> str:
-    """One run: what was measured, then its views; a view whose table cannot be used says why."""
+    """One run: what was measured, then its views; a view whose table cannot be used says why.
+
+    Raises:
+        StoreError, ModelError: its texts are to be shown and cannot be had.
+    """
+    texts = _texts(run) if show_text else {}
     views: list[_View] = []
     makers: list[Callable[[], list[_View]]] = [
         lambda: _claims(run, charts),
-        lambda: _maps(run, charts, show_text),
+        lambda: _maps(run, charts, texts),
         lambda: _sizes(run, charts),
     ]
     for make in makers:
@@ -145,11 +150,11 @@ def _without_number(table: Table) -> Table:
     return table.only(*(name for name in table.header if name != "claim"))
 
 
-def _maps(run: Printed, charts: Charts, show_text: bool) -> list[_View]:
+def _maps(run: Printed, charts: Charts, texts: Mapping[tuple[str, str], Tokens]) -> list[_View]:
     """A map for every analysis of single sites."""
     return [
         _View(_TITLES.get(one.analysis, one.analysis), f"{charts.place(map_chart(one), _described(one))}{_read(one)}")
-        for one in maps_of(run, _texts(run) if show_text else {})
+        for one in maps_of(run, texts)
     ]
 
 
