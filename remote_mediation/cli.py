@@ -486,6 +486,24 @@ def compare(
         console.print(f"Comparison: {written}", soft_wrap=True, highlight=False, markup=False)
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    "  remote-mediation view runs/study\n\n"
+    "  remote-mediation view runs/base runs/tuned --out page.html"
+)
+def view(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page; RUN/view.html by default.")] = None,
+    show_text: Annotated[bool, typer.Option("--show-text", help="Show each pair's tokens below the maps.")] = False,
+) -> None:
+    """Write a page to explore: claims with their numbers, maps by pair, sizes of sets, runs side by side."""
+    from remote_mediation.show.page import write_page
+
+    _quiet_libraries()
+    written = write_page(folders, out, show_text)
+    console.print(f"Page: {written}", soft_wrap=True, highlight=False, markup=False)
+
+
 def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None:
     """Run a study in its folder and write the report; Ctrl-C leaves what is finished."""
     from remote_mediation.contents import look_at

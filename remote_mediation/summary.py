@@ -77,7 +77,7 @@ def summarise(
     return Summary(
         sites=sites,
         total=total_effect(effects, seed, by),
-        identities=_identities(effects[effects["analysis"] == CHECKS], equal_length, layers),
+        identities=identities_of(effects, equal_length, layers),
     )
 
 
@@ -144,7 +144,9 @@ def _estimates(used: pd.DataFrame, quantity: str, split: str, rng: _Generators, 
     )[list(SUMMARY_COLUMNS)]
 
 
-def _identities(checks: pd.DataFrame, equal_length: set[str], layers: int) -> tuple[Identity, ...]:
+def identities_of(effects: pd.DataFrame, equal_length: set[str], layers: int) -> tuple[Identity, ...]:
+    """What holds by construction, on the effects of the checks. Arguments: as `summarise`."""
+    checks = effects[effects["analysis"] == CHECKS]
     whole = checks[(checks["position"] == "all") & checks["pair_id"].isin(equal_length)]
     final = checks[(checks["position"] == "last") & (checks["layer"] == layers - 1)]
     deviations = {

@@ -1,0 +1,137 @@
+"""Charts of the claims for the page: the numbers behind each, and what the first late neurons carry, by how many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from remote_mediation.show.figures import COLOURS
+
+_SIDES = {"harm": ("harm", COLOURS[0]), "placebo, of the TE of harm": ("common", "#8a8a8a")}
+"""Column and colour: a placebo's own TE is often 0, and shares of it unknown."""
+_SERIES = {
+    "NIE": ("nie", COLOURS[0], [1, 0]),
+    "TIE": ("tie", COLOURS[1], [1, 0]),
+    "direct, NIE": ("direct_nie", COLOURS[0], [5, 4]),
+    "direct, TIE": ("direct_tie", COLOURS[1], [5, 4]),
+}
+"""Column, colour and dashes of what is drawn by size of set."""
+_SHARE = ".3~p"
+
+
+def behind_chart(rows: pd.DataFrame) -> alt.LayerChart | None:
+    """A claim's numbers with their intervals, the placebo's as shares of harm's TE too; None where none is known.
+
+    rows: those of a claim in `claims.ask.SET_COLUMNS`. What does not decide is hollow.
+    """
+    points = [point for row in rows.to_dict("records") for point in _points(row)]
+    if not points:
+        return None
+    order = list(dict.fromkeys(point["measure"] for point in points))
+    base = alt.Chart(alt.InlineData(values=points))
+    sides = [side for side in _SIDES if side in {point["side"] for point in points}]
+    y = alt.Y("measure:N", sort=order, title=None, axis=alt.Axis(labelLimit=330))
+    beside = alt.YOffset("side:N", sort=sides)
+    scale = alt.Scale(domain=sides, range=[_SIDES[side][1] for side in sides])
+    colour = alt.Color("side:N", scale=scale, title=None, legend=alt.Legend(labelLimit=300))
+    tips = [alt.Tooltip(name, title=title) for name, title in _POINT_TIPS.items()]
+    x = alt.X("value:Q", title=str(points[0]["axis"]), axis=alt.Axis(format="%"))
+    bars = base.mark_rule(strokeWidth=2).encode(y=y, yOffset=beside, color=colour, x=alt.X("low:Q"), x2="high:Q")
+    filled = alt.condition("datum.decides", colour, alt.value("white"))
+    dots = base.mark_point(size=45, opacity=1).encode(
+        x=x, y=y, yOffset=beside, stroke=colour, fill=filled, tooltip=tips
+    )
+    zero = alt.Chart(alt.InlineData(values=[{"at": 0}, {"at": 1}])).mark_rule(color="#bbb").encode(x="at:Q")
+    return alt.layer(zero, bars, dots).properties(width=420, height=alt.Step(14))
+
+
+_POINT_TIPS = {
+    **{"measure:N": "measure", "side:N": "prompts", "share:N": "value", "interval:N": "95% interval"},
+    **{"beta:N": "slope on TE", "pairs:Q": "pairs", "why:N": "note"},
+}
+
+
+def _points(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row of the table as a point for the harmful prompts and one for the placebo; what is unknown has none."""
+    direction = row["direction"]
+    measure = row["measure"] if pd.isna(direction) else f"{row['measure']}, {str(direction).upper()}"
+    axis = "share of TE" if row["of"] == "TE" else f"share of {row['of']}"
+    points = []
+    for side, (column, _) in _SIDES.items():
+        value, low, high = (row[f"{column}{end}"] for end in ("", "_low", "_high"))
+        if pd.isna(value):
+            continue
+        known = not pd.isna(low)
+        points.append(
+            {
+                **{"measure": measure, "side": side, "axis": axis, "decides": bool(row["decides"])},
+                **{"value": value, "low": low if known else value, "high": high if known else value},
+                **{"share": f"{value:.3g}", "interval": f"{low:.3g} to {high:.3g}" if known else "none"},
+                **{"beta": _or_none(row["beta_harm" if column == "harm" else "beta_placebo"]), "pairs": int(row["n"])},
+                "why": "" if pd.isna(row["reason"]) else str(row["reason"]),
+            }
+        )
+    return points
+
+
+def _or_none(value: float) -> str:
+    return "none" if pd.isna(value) else f"{value:.3g}"
+
+
+def size_chart(gate_sets: pd.DataFrame) -> alt.LayerChart:
+    """What the first late neurons carry of TE together, held-out pairs, by how many they are.
+
+    gate_sets: `claims.sparse.GATE_SET_COLUMNS`.
+    """
+    points = [
+        {
+            **{"size": row["size"], "part": row["part"], "series": name, "neurons": _first(row["neurons"])},
+            **{key: _known(row[f"{column}{end}"]) for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))},
+        }
+        for row in gate_sets.to_dict("records")
+        for name, (column, _, _) in _SERIES.items()
+    ]
+    base = alt.Chart(alt.InlineData(values=points))
+    names = list(_SERIES)
+    ticks = alt.Axis(format=_SHARE, values=[10.0**power for power in range(-6, 1)], grid=False)
+    x = alt.X("part:Q", scale=alt.Scale(type="log"), title="part of the late neurons, strongest first", axis=ticks)
+    y = alt.Y("value:Q", title="effect of the set / TE", axis=alt.Axis(format="%"))
+    colours, dashes = ([of[place] for of in _SERIES.values()] for place in (1, 2))
+    legend = alt.Legend(title=None, symbolType="stroke", symbolOpacity=1, symbolStrokeWidth=2, symbolSize=300)
+    colour = alt.Color("series:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
+    dash = alt.StrokeDash("series:N", scale=alt.Scale(domain=names, range=dashes), legend=legend)
+    chosen = alt.selection_point(fields=["series"], bind="legend")
+    seen = alt.condition(chosen, alt.value(1.0), alt.value(0.08))
+    tips = [
+        alt.Tooltip("series:N", title="effect"),
+        alt.Tooltip("size:Q", title="neurons", format=","),
+        alt.Tooltip("part:Q", title="of the late ones", format=_SHARE),
+        alt.Tooltip("value:Q", title="share of TE", format=_SHARE),
+        alt.Tooltip("low:Q", title="95% from", format=_SHARE),
+        alt.Tooltip("high:Q", title="to", format=_SHARE),
+        alt.Tooltip("neurons:N", title="which (layer.neuron)"),
+    ]
+    whole = base.transform_filter(alt.FieldOneOfPredicate("series", [name for name in names if "direct" not in name]))
+    band = whole.mark_area(opacity=0.15).encode(
+        x=x, y="low:Q", y2="high:Q", color=colour, opacity=alt.condition(chosen, alt.value(0.15), alt.value(0.0))
+    )
+    line = base.mark_line().encode(x=x, y=y, color=colour, strokeDash=dash, opacity=seen)
+    dots = base.mark_circle(size=40).encode(x=x, y=y, color=colour, opacity=seen, tooltip=tips).add_params(chosen)
+    marks = alt.Chart(alt.InlineData(values=[{"at": 0}, {"at": 1}])).mark_rule(color="#bbb").encode(y="at:Q")
+    smallest = [{"part": row["part"]} for row in gate_sets.to_dict("records") if row["chosen"]]
+    upright = alt.Chart(alt.InlineData(values=smallest)).mark_rule(color="#555", strokeDash=[2, 3]).encode(x=x)
+    return alt.layer(marks, upright, band, line, dots).properties(width=760, height=340)
+
+
+def _known(value: float) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+def _first(neurons: Any, most: int = 8) -> str:
+    """The first neurons of a set by name."""
+    if pd.isna(neurons):
+        return ""
+    names = str(neurons).split()
+    return " ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

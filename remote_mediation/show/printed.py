@@ -1,0 +1,141 @@
+"""What a run folder has printed: its tables as they lie there, beside what `run.json` says of the study.
+
+The page is made from these alone. It needs no model, works on a folder that was shared without its prompts, and shows
+the numbers that the report shows, as both come from the same tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pandas as pd
+
+from remote_mediation.config import StudyConfig
+from remote_mediation.errors import StoreError
+from remote_mediation.stats import Estimate
+from remote_mediation.store import Store
+from remote_mediation.summary import Identity, identities_of, total_effect
+from remote_mediation.tokens import TokenPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Columns whose values are names, also where they look like numbers.
+_NAMES = ("pair_id", "cluster", "split", "analysis", "component", "position", "quantity", "reason", "neurons", "gate")
+
+
+class Tokens(NamedTuple):
+    """What stands at a position of a pair, as text."""
+
+    harmless: str
+    harmful: str
+
+
+@dataclass(frozen=True)
+class Printed:
+    """One run, as its folder has it."""
+
+    name: str
+    """Of its folder."""
+    folder: Path
+    config: StudyConfig
+    model: Mapping[str, Any]
+    """Fields of `ModelInfo`."""
+    finished: bool
+    tables: Mapping[str, pd.DataFrame]
+    """By name of the CSV file, `effects.csv` among them."""
+    total: Estimate
+    """TE over all pairs, in `unit`."""
+    identities: tuple[Identity, ...]
+    """Relations that hold by construction, checked on the effects."""
+    pairs: tuple[TokenPair, ...]
+    """Those that can be run; none where the folder was shared without them."""
+
+    @property
+    def unit(self) -> str:
+        """What effects are measured in."""
+        return str(self.tables["effects.csv"]["unit"].iloc[0])
+
+    def table(self, name: str, columns: Iterable[str]) -> pd.DataFrame | None:
+        """A table that has rows; None where there is none.
+
+        Raises:
+            StoreError: it lacks some of the columns.
+        """
+        found = self.tables.get(name)
+        if found is None or found.empty:
+            return None
+        missing = [column for column in columns if column not in found]
+        if missing:
+            raise StoreError(
+                f"{name} of {self.name} has no column {missing[0]!r}, another version wrote it; measure the run anew"
+            )
+        return found
+
+
+def read_printed(folder: Path) -> Printed:
+    """A run from its folder.
+
+    Raises:
+        StoreError: it is no run folder, or has no table of effects.
+    """
+    store = Store.open(folder)
+    record = store.record()
+    tables = {path.name: _read(path) for path in sorted(folder.glob("*.csv"))}
+    effects = tables.get("effects.csv")
+    if effects is None or effects.empty:
+        raise StoreError(f"{folder} has no effects.csv with rows; write it with `remote-mediation report {folder}`")
+    config, prepared = StudyConfig(**record["config"]), store.prepared()
+    pairs = prepared.pairs if prepared else ()
+    equal = {pair.id for pair in pairs if len(pair.x0) == len(pair.x1)}
+    return Printed(
+        name=folder.resolve().name,
+        folder=folder,
+        config=config,
+        model=record["model"],
+        finished=bool(record.get("finished")),
+        tables=tables,
+        total=total_effect(effects, config.seed, config.statistics),
+        identities=identities_of(effects, equal, record["model"]["layers"]),
+        pairs=pairs,
+    )
+
+
+def tokens_at(
+    pairs: Iterable[TokenPair], positions: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> dict[tuple[str, str], Tokens]:
+    """The prompts' tokens by pair and position, without the answer tokens that are fed behind them."""
+    wanted = list(positions)
+    found = {}
+    for pair in pairs:
+        for position in wanted:
+            texts = [
+                visible(str(tokenizer.decode([ids[place] for place in places if place < len(ids)])))
+                for ids, places in zip(pair.prompts, pair.places(position), strict=True)
+            ]
+            found[pair.id, position] = Tokens(*texts)
+    return found
+
+
+def visible(text: str) -> str:
+    """Text on one line, in which spaces at the ends, line breaks and other unprintable characters can be seen."""
+    shown = "".join("↵" if one == "\n" else one if one.isprintable() else "�" for one in text)
+    inner = shown.strip(" ")
+    start = len(shown) - len(shown.lstrip(" "))
+    return "␣" * start + inner + "␣" * (len(shown) - start - len(inner))
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """Only an empty cell is a missing value: a pair may be called NA.
+
+    Raises:
+        StoreError: it is no table.
+    """
+    try:
+        names = dict.fromkeys(_NAMES, "str")
+        return pd.read_csv(path, dtype=names, keep_default_na=False, na_values=[""])
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot read {path}: {error}; write it anew with `remote-mediation report`") from error
