@@ -154,7 +154,7 @@ def test_every_file_is_looked_at_before_the_model(
 SETTINGS = {
     "colour = 1": ("tiny.toml", "unknown setting 'colour'", "--help"),
     "[neurons]\nwidth = 1": ("unknown setting 'neurons.width'", "--help"),
-    'analyses = ["layer"]': ("unknown analysis 'layer'", "known: claims, layers, modules"),
+    'analyses = ["layer"]': ("unknown analysis 'layer'", "known: claims, directions, rivals, layers"),
     'outcome = "logits"': ("outcome", "(got 'logits')", "'response_logprob' or 'logit_diff'"),
     'backend = "cloud"': ("backend", "(got 'cloud')", "'local' or 'ndif'"),
     'dtype = "float8"': ("dtype", "(got 'float8')", "'float32', 'bfloat16' or 'float16'"),
