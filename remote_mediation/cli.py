@@ -499,7 +499,8 @@ def view(
     """Write a page to explore: claims with their numbers, maps by pair, sizes of sets, runs side by side."""
     from remote_mediation.show.page import write_page
 
-    _quiet_libraries()
+    if show_text:
+        _quiet_libraries()
     written = write_page(folders, out, show_text)
     console.print(f"Page: {written}", soft_wrap=True, highlight=False, markup=False)
 

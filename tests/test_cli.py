@@ -603,7 +603,7 @@ def test_help_and_report_leave_torch_out(call: Run, tmp_path: Path, model: str) 
     file = study(tmp_path, model)
     assert call("run", file, "--analyses", "layers", "--out", "run").code == 0
     (tmp_path / "run/effects.csv").unlink()
-    light = [["--help"], ["run", "--help"], ["plan", "--help"], ["report", "run"], ["judge", "check"]]
+    light = [["--help"], ["run", "--help"], ["plan", "--help"], ["report", "run"], ["judge", "check"], ["view", "run"]]
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     light.append(["compare", "run", "again"])
     heavy = ["pairs", "check", "builtin", "--model", model]  # the check can fail

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from fakes import CannedBackend, Watcher, records, words_tokenizer, write_pairs
+from fakes import CannedBackend, Watcher, records, token_pair, words_tokenizer, write_pairs
 
 from remote_mediation import cli
 from remote_mediation.analyses.claims.ask import CLAIM_COLUMNS, SET_COLUMNS
@@ -69,6 +69,15 @@ def make(tmp_path: Path, measured: Path) -> Callable[..., Path]:
         return folder
 
     return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, measured: Path) -> Path:
+    """A run folder with all tables, and its page."""
+    folder = Path(shutil.copytree(measured, tmp_path_factory.mktemp("whole") / "run"))
+    add_claims(folder)
+    write_page([folder])
+    return folder
 
 
 def measure(folder: Path, first: str) -> Path:
@@ -156,11 +165,10 @@ def read(path: Path) -> Page:
     return Page(path.read_text("utf-8"))
 
 
-def test_cells_of_the_mean_are_those_of_the_summary(make: Callable[..., Path]) -> None:
-    run = make()
-    shown = read(write_page([run])).map("layers")
+def test_cells_of_the_mean_are_those_of_the_summary(whole: Path) -> None:
+    shown = read(whole / "view.html").map("layers")
     shown = shown[shown["pair"] == 0].set_index(["x", "layer"])
-    summary = pd.read_csv(run / "summary.csv")
+    summary = pd.read_csv(whole / "summary.csv")
     summary = summary[(summary["analysis"] == "layers") & (summary["split"] == "all")]
     for quantity in ("nie", "tie"):
         of = summary[summary["quantity"] == quantity].set_index(["position", "layer"]).loc[shown.index]
@@ -169,9 +177,8 @@ def test_cells_of_the_mean_are_those_of_the_summary(make: Callable[..., Path]) -
         assert (shown["n"] == of["n"]).all()
 
 
-def test_cells_of_a_pair_are_those_of_the_effects(make: Callable[..., Path]) -> None:
-    run = make()
-    page, effects = read(write_page([run])), pd.read_csv(run / "effects.csv")
+def test_cells_of_a_pair_are_those_of_the_effects(whole: Path) -> None:
+    page, effects = read(whole / "view.html"), pd.read_csv(whole / "effects.csv")
     choice = page.choice("modules")
     assert choice["options"] == list(range(7))
     names = dict(zip(choice["options"], choice["labels"], strict=True))
@@ -183,16 +190,16 @@ def test_cells_of_a_pair_are_those_of_the_effects(make: Callable[..., Path]) -> 
         assert [row.nie, row.tie, row.te] == pytest.approx(found[["nie", "tie", "te"]].iloc[0].to_list(), rel=1e-5)
 
 
-def test_a_map_has_every_unit_and_token_once_a_layer(make: Callable[..., Path]) -> None:
-    page = read(write_page([make()]))
+def test_a_map_has_every_unit_and_token_once_a_layer(whole: Path) -> None:
+    page = read(whole / "view.html")
     assert set(page.map("heads")["x"]) == {"head 0", "head 1"}
     tokens = page.map("tokens")
     assert {"edit[-1]", "after_edit[0]"} <= set(tokens["x"])
     assert not tokens.duplicated(["pair", "x", "layer"]).any()
 
 
-def test_the_claims_have_the_rows_behind_them(make: Callable[..., Path]) -> None:
-    path = write_page([make()])
+def test_the_claims_have_the_rows_behind_them(whole: Path) -> None:
+    path = whole / "view.html"
     page, html = read(path), path.read_text("utf-8")
     assert "decided <b>late</b>" in page.text  # as text
     assert "b" not in page.elements
@@ -206,8 +213,8 @@ def test_the_claims_have_the_rows_behind_them(make: Callable[..., Path]) -> None
     assert found["placebo, of the TE of harm"] == pytest.approx((0.25, 0.15, 0.35))
 
 
-def test_sizes_of_sets_are_drawn(make: Callable[..., Path]) -> None:
-    page = read(write_page([make()]))
+def test_sizes_of_sets_are_drawn(whole: Path) -> None:
+    page = read(whole / "view.html")
     drawn = [row for row in page.rows("Effect of the first") if row.get("series") == "NIE"]
     assert {row["size"]: row["value"] for row in drawn} == {1: 1 / 64, 8: 1 / 8, 64: 1.0}
     assert "the first 8, chosen" in page.text
@@ -250,8 +257,8 @@ def test_ids_are_data(tmp_path: Path) -> None:
     assert HOSTILE in page.choice("layers")["labels"]
 
 
-def test_nothing_is_fetched_and_the_page_is_small(make: Callable[..., Path]) -> None:
-    path = write_page([make()])
+def test_nothing_is_fetched_and_the_page_is_small(whole: Path) -> None:
+    path = whole / "view.html"
     html = path.read_text("utf-8")
     assert path.stat().st_size < LIMIT
     assert "default-src 'none'" in html
@@ -290,12 +297,13 @@ def test_pairs_beyond_what_a_page_can_hold_are_counted(
     assert "4 pairs more are in effects.csv" in page.text
 
 
-def test_tokens_leave_out_what_is_fed_behind_the_prompt(make: Callable[..., Path]) -> None:
-    pairs = Store.open(make()).prepared()
-    assert pairs is not None
-    found = tokens_at(pairs.pairs[:1], ["last", "edit"], words_tokenizer())
-    assert found["steal-car", "last"].harmful == "<assistant>"
-    assert found["steal-car", "edit"] == ("wash", "steal")
+def test_tokens_leave_out_what_is_fed_behind_the_prompt() -> None:
+    tokenizer = words_tokenizer()
+    pair = token_pair("p", answers=((7, 8, 9), (10,)))
+    assert pair.places("last").x1 == (4, 5, 6)  # the last prompt token, and two of an answer
+    found = tokens_at([pair], ["last", "edit"], tokenizer)
+    assert found["p", "last"] == (tokenizer.decode([5]),) * 2
+    assert found["p", "edit"] == (tokenizer.decode([3]), tokenizer.decode([9]))
 
 
 def test_what_cannot_be_seen_is_made_visible() -> None:

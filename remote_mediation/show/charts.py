@@ -69,7 +69,10 @@ def _points(row: dict[str, Any]) -> list[dict[str, Any]]:
                 **{"measure": measure, "side": side, "axis": axis, "decides": bool(row["decides"])},
                 **{"value": value, "low": low if known else value, "high": high if known else value},
                 **{"share": f"{value:.3g}", "interval": f"{low:.3g} to {high:.3g}" if known else "none"},
-                **{"beta": _or_none(row["beta_harm" if column == "harm" else "beta_placebo"]), "pairs": int(row["n"])},
+                **{
+                    "beta": _or_none(row["beta_harm" if column == "harm" else "beta_placebo"]),
+                    "pairs": _known(row["n"]),
+                },
                 "why": "" if pd.isna(row["reason"]) else str(row["reason"]),
             }
         )

@@ -34,7 +34,7 @@ class Charts:
         spec = {**chart.to_dict(), "description": description, "background": None, "config": config}
         name = f"chart-{len(self.specs)}"
         self.specs.append(f'<script type="application/json" id="{name}">{_json(spec)}</script>')
-        return f'<div class="chart" data-chart="{name}" role="img" aria-label="{escape(description)}"></div>'
+        return f'<div class="chart" data-chart="{name}" role="figure" aria-label="{escape(description)}"></div>'
 
 
 def library() -> str:

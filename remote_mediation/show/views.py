@@ -22,7 +22,7 @@ from remote_mediation.outcomes import MEANINGS
 from remote_mediation.report import TOLERANCE
 from remote_mediation.show.charts import behind_chart, size_chart
 from remote_mediation.show.embed import Charts
-from remote_mediation.show.map_chart import map_chart
+from remote_mediation.show.map_chart import MOST_LINES, map_chart
 from remote_mediation.show.maps import SiteMap, maps_of
 from remote_mediation.show.markup import cell_html, paragraph, table_html, verdict_html
 from remote_mediation.show.printed import Printed, Tokens, tokens_at
@@ -168,6 +168,8 @@ def _read(drawn: SiteMap) -> str:
         f"Colour: effect in {drawn.unit}, mean over all pairs or of the pair chosen; dot: q ≤ {drawn.alpha:g}; grey: "
         "not measured. Effects of single sites lie on the same paths and are not added up."
     )
+    if len(drawn.columns) <= MOST_LINES:
+        text += " Lines: the same by layer, with the 95% interval of the mean; dashed: TE."
     if "harmful" in drawn.rows:
         text += " Choose a pair to see its tokens below the map."
     if drawn.left_out:
