@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.jobs import Job, Keys, plan_jobs
 from remote_mediation.engine.local import LocalBackend
-from remote_mediation.engine.rows import Constant, Row, Scale, Source, Write
+from remote_mediation.engine.rows import Constant, Projected, Row, Scale, Source, Write
 from remote_mediation.outcomes import Outcome, refusal
 from remote_mediation.sites import COMPONENTS, Component, ModelInfo
 from remote_mediation.tokens import TokenPair
@@ -230,8 +230,16 @@ class Oracle:
             case Constant(values):
                 return torch.tensor(values)
             case Source(side, places):
-                token = unpacked(self._pair, side)[places[number]]
-                return self._recorded[side, token.answers[0]][write.component, write.layer][token.index, columns]
+                return self._other(write, side, places[number])[columns]
+            case Projected(side, places, basis, along):
+                other = self._other(write, side, places[number])[columns]
+                pairs = zip(torch.tensor(basis.vectors), torch.tensor(along.vectors), strict=True)
+                return own + sum(torch.dot(other - own, read) * written for read, written in pairs)
+
+    def _other(self, write: Write, side: int, place: int) -> Tensor:
+        """What the written component is at a place of a plain run."""
+        token = unpacked(self._pair, side)[place]
+        return self._recorded[side, token.answers[0]][write.component, write.layer][token.index]
 
 
 class Measured(NamedTuple):

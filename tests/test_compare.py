@@ -127,7 +127,7 @@ def test_verdicts_and_the_numbers_that_decide_them_stand_side_by_side(make: Call
     assert rows["2. MLP, not attention"] == ("not tested", "not tested")
     assert rows["1: direct effect of the late third / TE, NIE"] == ("90% [80%, 100%]", "20% [10%, 30%]")
     assert rows["1: the same, TIE"] == ("45% [35%, 55%]", "10% [0%, 20%]")
-    assert rows["5: through the middle MLPs / TE"] == ("n/a", "n/a")
+    assert rows["5: through the middle MLPs / TE"] == ("-", "-")
     found = comparison_csv(runs)
     assert found["claim_1"].to_list() == ["supported", "not supported"]
     assert found["late_nie_low"].to_list() == pytest.approx([0.8, 0.1])

@@ -19,7 +19,7 @@ ORDER = (
     ("planted", "planted.words", "prompts", "provenance", "records", "show", "show.embed"),
     ("engine.exchange", "lock", "planted.canvas", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
-    ("lists", "placebo", "rates", "shares", "stats"),
+    ("lists", "placebo", "rates", "shares", "stats", "subspaces"),
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
     ("judges", "models", "probes", "show.tables", "tokens"),
@@ -52,7 +52,7 @@ ORDER = (
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Analyses that others build on, from the ground up; every other one imports its own modules alone, and these.
-GROUND = ("analyses.neurons", "analyses.intervene")
+GROUND = ("analyses.neurons", "analyses.intervene", "analyses.claims")
 # Who may import what is slow to load: as the module is loaded, or only inside functions.
 HEAVY = ("nnsight", "torch", "transformers")
 AT_ONCE = {
@@ -74,6 +74,7 @@ LAZILY = {
     "judges.classifier": {"transformers"},
     "judges.embedding": {"torch", "transformers"},
     "models": {"transformers"},
+    "subspaces": {"torch"},
     "cli": {"transformers"},
 }
 

@@ -111,6 +111,6 @@ def test_without_it_the_report_says_that_it_is_not_known(study: rm.StudyConfig, 
 
 def test_a_name_that_nobody_knows_is_refused_before_a_model_is_loaded(study: rm.StudyConfig, tmp_path: Path) -> None:
     asked = study.model_copy(update={"analyses": ["layers", "mine"], "model": "nowhere/to-be-found"})
-    with pytest.raises(rm.MediationError, match="unknown analysis 'mine'; known: claims, layers"):
+    with pytest.raises(rm.MediationError, match="unknown analysis 'mine'; known: claims, directions"):
         rm.open_lab(asked, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

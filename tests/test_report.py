@@ -229,7 +229,7 @@ def test_an_absent_effect_is_said_first_and_leaves_every_share_undefined(store: 
     )
     assert "not told apart from 0" in answer(report)
     modules_section = section(report, "Modules")
-    assert {row[6] for row in rows(modules_section)[4:]} == {"n/a [n/a]"}
+    assert {row[6] for row in rows(modules_section)[4:]} == {"-"}
     assert re.search(r"^- share of TE: the interval of the denominator, -\S+ to \S+, spans 0$", modules_section, re.M)
 
 
@@ -259,7 +259,7 @@ def test_few_clusters_are_said_to_be_few_in_the_answer(store: Store) -> None:
 def test_one_cluster_gives_no_interval_and_the_reason(store: Store) -> None:
     found = result(effects(modules(), pairs=6))  # c0 and c1 for discovery, c2 alone held out
     part = section(written(store, found), "Modules")
-    assert {row[5] for row in rows(part)[4:]} == {"n/a"}
+    assert {row[5] for row in rows(part)[4:]} == {"-"}
     assert "- held-out q: one cluster only" in part
 
 
@@ -424,7 +424,7 @@ def test_identities_are_judged_by_their_largest_deviation(
 def test_identities_of_this_run_hold_on_pairs_of_equal_length(store: Store) -> None:
     table = rows(section(written(store, result(effects(layers()))), "Identities"))
     assert [row[1:] for row in table[1:3]] == [["62", "0", "holds"]] * 2  # two layers of 32 pairs less p0
-    assert [row[1:] for row in table[3:]] == [["0", "n/a", "not checked"]] * 2  # 'last' was not measured
+    assert [row[1:] for row in table[3:]] == [["0", "-", "not checked"]] * 2  # 'last' was not measured
 
 
 def test_provenance_is_flattened_and_gaps_are_named(store: Store) -> None:

@@ -12,9 +12,10 @@ import torch
 from oracle import KINDS, LOGIT_DIFF, MODULES, RESPONSE_LOGPROB, TOLERANCE, Oracle, Subject, random_rows, token_pair
 
 from remote_mediation.engine.budget import Budget, Setting
-from remote_mediation.engine.rows import Constant, Row, Scale, Source, Write, held, swap_all
+from remote_mediation.engine.rows import Constant, Projected, Row, Scale, Source, Write, held, swap_all
 from remote_mediation.engine.samples import Manner, bare, plan_samples, sample_key, sample_seed
 from remote_mediation.sites import COMPONENTS, Site, band
+from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
 Subjects = Callable[[str], Subject]
@@ -101,6 +102,10 @@ class Longhand:
                 return torch.tensor(values)
             case Source(side, places):
                 return self._oracle._recorded[side, 0][write.component, write.layer][places[number], columns]
+            case Projected(side, places, basis, along):
+                other = self._oracle._recorded[side, 0][write.component, write.layer][places[number], columns]
+                amounts = torch.tensor(basis.vectors) @ (other - own)
+                return own + amounts @ torch.tensor(along.vectors)
 
 
 def swaps(model: Subject, pair: TokenPair) -> list[Row]:
@@ -110,6 +115,9 @@ def swaps(model: Subject, pair: TokenPair) -> list[Row]:
     sets = [[Site(name, 1, ("last", "edit")[at % 2])] for at, name in enumerate(components)]
     sets += [band("mlp_output", layers, "all"), band("attention_output", layers, "last")]
     sets += [[*band("mlp_output", layers[1:], "all"), *band("attention_output", layers[:1], "edit")]]
+    read, along = (Basis.random(2, model.info.d_model, np.random.default_rng(at)) for at in (0, 1))
+    sets += [[Subspace("layer_output", layers[-1], "last", basis=read)]]
+    sets += [[Subspace("mlp_output", layer, "all", basis=read, along=along) for layer in layers]]
     return [swap_all(pair, sites, base, model.info) for sites in sets for base in (0, 1)]
 
 

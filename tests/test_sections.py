@@ -335,7 +335,7 @@ def test_an_interval_that_holds_0_is_no_effect_of_the_gates() -> None:
 
 def test_shares_of_a_held_out_effect_that_spans_0_are_not_given() -> None:
     found = text("Gate neurons", result(tables(), spread=8.0))
-    assert rows(found)["gates"][-2:] == ["n/a", "n/a"]
+    assert rows(found)["gates"][-2:] == ["-", "-"]
     assert "- NIE / TE: of the held-out pairs, TE, " in found
     assert rows(text("Repair", result(tables(), spread=8.0)))["gates at their harmless mean"][2] != "85%"
 

@@ -23,6 +23,7 @@ from remote_mediation.engine.rows import Row, swap, swap_all
 from remote_mediation.engine.samples import Manner, bare, plan_samples
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import Site
+from remote_mediation.subspaces import Basis, Subspace
 
 # Runs a payload with `remote_mediation` made impossible to import, as on a server that does not have it.
 SERVER = """
@@ -71,7 +72,9 @@ def by_value() -> Any:
 def _job(subject: Subject) -> Job:
     pair = token_pair("wire", answers=(3, 2))
     neurons, attention = Site("mlp_neurons", 0, "all", (1, 5)), Site("attention_output", 2, "edit")
-    sites = [Site("layer_output", 1, "last"), neurons, attention]
+    basis = Basis.random(1, subject.info.d_model, np.random.default_rng(0))
+    direction = Subspace("layer_output", 2, "last", basis=basis)
+    sites = [Site("layer_output", 1, "last"), neurons, attention, direction]
     rows = [swap(pair, site, side, subject.info) for site in sites for side in (0, 1)]
     return subject.plan([pair], rows, Outcome("response_logprob"))[0]
 

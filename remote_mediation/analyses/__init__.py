@@ -14,6 +14,7 @@ from remote_mediation.analyses.maps import HEADS, LAYERS, MODULES, TOKENS
 from remote_mediation.analyses.monitor import MONITOR
 from remote_mediation.analyses.neurons import NEURONS
 from remote_mediation.analyses.paths import PATHS
+from remote_mediation.analyses.rivals import DIRECTIONS, RIVALS
 from remote_mediation.analyses.total import TOTAL
 from remote_mediation.analyses.verify import VERIFY
 from remote_mediation.errors import SettingsError
@@ -23,7 +24,7 @@ from remote_mediation.show.section import Section
 ALWAYS = (CHECKS, TOTAL)
 """What every study runs first."""
 EVERY: tuple[Analysis, ...] = (
-    *(CLAIMS, LAYERS, MODULES, TOKENS, HEADS),
+    *(CLAIMS, DIRECTIONS, RIVALS, LAYERS, MODULES, TOKENS, HEADS),
     *(NEURONS, DETECT, PATHS, INTERVENE, ATTACKS, MONITOR, ALIGNMENT, VERIFY),
 )
 """All that a study can name."""

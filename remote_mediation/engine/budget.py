@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from remote_mediation.engine.rows import Row, Source
+from remote_mediation.engine.rows import Projected, Row, Source
 from remote_mediation.errors import SettingsError
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import Component, ModelInfo
@@ -125,6 +125,6 @@ def _unembedding_flops(pair: TokenPair, setting: Setting) -> float:
 def captured(pairs: Iterable[TokenPair], rows: Iterable[Row]) -> tuple[int, set[Component]]:
     """What rows need of the base runs: from which token on, and which components."""
     writes = [write for row in rows for write in row.writes]
-    sources = [(write.component, write.value.places) for write in writes if isinstance(write.value, Source)]
+    sources = [(write.component, write.value.places) for write in writes if isinstance(write.value, Source | Projected)]
     begins = [*(write.places[0] for write in writes), *(taken[0] for _, taken in sources)]
     return min([*begins, *(pair.first for pair in pairs)]), {component for component, _ in sources}

@@ -69,7 +69,7 @@ class Job:
 
     @property
     def payload(self) -> dict[str, Any]:
-        """What `program.execute` takes: strings, numbers, tuples, ranges and dicts only."""
+        """What `program.execute` takes: strings, numbers, tuples, ranges, dicts and tensors only."""
         contexts = tuple(part.payload for part in self.parts)
         return {"task": self.task, "id": self.id, "model": self.model, "contexts": contexts}
 

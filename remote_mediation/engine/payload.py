@@ -1,4 +1,4 @@
-"""What a job takes along, as strings, numbers, tuples, ranges and dicts only: what `program` reads."""
+"""What a job takes along, as strings, numbers, tuples, ranges, dicts and tensors only: what `program` reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from remote_mediation.engine.budget import Setting, captured
-from remote_mediation.engine.rows import Constant, Given, Row, Scale, Source, Value
+from remote_mediation.engine.rows import Constant, Given, Projected, Row, Scale, Source, Value
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import FORWARD_ORDER, family_of
 from remote_mediation.tokens import TokenPair, trie
@@ -157,6 +157,8 @@ def _value_payload(value: Value, pair: str, places: _Places, first: int) -> tupl
             return "scale", factor
         case Constant(values):
             return "constant", values
+        case Projected(side, taken, basis, along):
+            return "projected", (*places[pair, side], shifted(taken, first), basis.tensor, along.tensor)
         case Given(_, load):
             return "constant", load().tolist()
 

@@ -277,15 +277,22 @@ def write(
     target, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
     for row, places, columns, kind, value in writes:
         where = grid(places, columns)
-        if kind == "source":
-            stack, prompt, source_places = value
+        if kind in ("source", "projected"):
+            stack, prompt, source_places, *subspace = value
             new = bases[stack]["captured"][name][layer][prompt][grid(source_places, columns)] / factor
+            new = projected(target[row][where], new, *subspace) if subspace else new
         elif kind == "scale":
             new = target[row][where] * value
         else:
             new = torch.tensor(value) / factor
         target[row][where] = new.to(target.device, target.dtype)
     replace_tensor(spec, block, name, target)
+
+
+def projected(own: torch.Tensor, other: torch.Tensor, read: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
+    """`own` plus what a basis reads of the change to `other`, written along a basis: `[..., width]` in float32."""
+    change = other.to(own.device).float() - own.float()
+    return own.float() + change @ read.to(own.device).T @ along.to(own.device)
 
 
 def grid(places: Any, columns: Any) -> tuple[Any, Any]:
@@ -605,9 +612,10 @@ def write_samples(
     target, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
     for row, places, columns, kind, value in writes:
         where = (slice(row * samples, (row + 1) * samples), *grid(places, columns))
-        if kind == "source":
-            prompt, source_places = value
+        if kind in ("source", "projected"):
+            prompt, source_places, *subspace = value
             new = taken[name][prompt][grid(source_places, columns)] / factor
+            new = projected(target[where], new, *subspace) if subspace else new
         elif kind == "scale":
             new = target[where] * value
         else:

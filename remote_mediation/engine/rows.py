@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from remote_mediation.errors import SiteError
 from remote_mediation.sites import Component, ModelInfo, Site
+from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
 
@@ -37,6 +38,17 @@ class Constant(NamedTuple):
     values: tuple[float, ...]
 
 
+class Projected(NamedTuple):
+    """The mediator's own activation, but in a subspace as prompt `side` has it at packed indices `places`."""
+
+    side: int
+    places: tuple[int, ...]
+    basis: Basis
+    """Along which the difference between the prompts is read, in the written columns."""
+    along: Basis
+    """Along which it is written; the same basis but in a control."""
+
+
 @dataclass(frozen=True)
 class Given:
     """An activation from elsewhere, such as another checkpoint's, one row of values per written token."""
@@ -47,7 +59,7 @@ class Given:
     """`[place, column]`; called only where the row has to run."""
 
 
-Value = Source | Scale | Constant | Given
+Value = Source | Scale | Constant | Projected | Given
 
 
 @dataclass(frozen=True)
@@ -128,10 +140,19 @@ def direct_row(pair: TokenPair, sites: Sequence[Site], base: int, info: ModelInf
 
 
 def held(pair: TokenPair, site: Site, base: int, side: int, info: ModelInfo) -> Write:
-    """A site of a run of `base` held at what it is in the base run of prompt `side`."""
-    places = pair.places(site.position)
-    value = Source(side, places[side])
-    return Write(site.component, site.layer, places[base], info.columns(site.component, site.units), value)
+    """A site of a run of `base` held at what it is in the base run of prompt `side`.
+
+    Raises:
+        SiteError: a subspace whose basis is not as wide as its site.
+    """
+    places, columns = pair.places(site.position), info.columns(site.component, site.units)
+    value: Value = Source(side, places[side])
+    if isinstance(site, Subspace):
+        width = len(columns) or info.tensor_width(site.component)
+        if site.basis.width != width:
+            raise SiteError(f"{site.basis} is no basis of {site.component}, which is {width} wide in {info.name}")
+        value = Projected(side, places[side], site.basis, site.along or site.basis)
+    return Write(site.component, site.layer, places[base], columns, value)
 
 
 # What stands in a component's tensor and is lost when the component itself is overwritten.
@@ -143,13 +164,17 @@ _INSIDE: dict[Component, tuple[Component, ...]] = {
 
 
 def _refuse_covered(pair: TokenPair, sites: Sequence[Site]) -> None:
-    whole = {(site.component, site.layer): site for site in sites if not site.units}
+    whole = {(site.component, site.layer): site for site in sites if _is_whole(site)}
     for site in sites:
         around = [name for name, inside in _INSIDE.items() if site.component in inside]
-        for component in [*around, *([site.component] if site.units else [])]:
+        for component in [*around, *([] if _is_whole(site) else [site.component])]:
             cover = whole.get((component, site.layer))
             if cover and set(pair.places(site.position).x0) <= set(pair.places(cover.position).x0):
                 raise SiteError(f"{site} is wholly covered by {cover} of the same set; leave one of them out")
     if len(set(sites)) < len(sites):
         twice = next(site for site in sites if list(sites).count(site) > 1)
         raise SiteError(f"{twice} is in one set twice; name it once")
+
+
+def _is_whole(site: Site) -> bool:
+    return not site.units and not isinstance(site, Subspace)

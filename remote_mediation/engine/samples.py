@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from remote_mediation.engine.budget import DTYPE_BYTES, Budget, Setting, layer_flops
 from remote_mediation.engine.jobs import Job, Part
 from remote_mediation.engine.payload import brief, digest, model_spec, shifted
-from remote_mediation.engine.rows import Constant, Given, Row, Scale, Source, Write
+from remote_mediation.engine.rows import Constant, Given, Projected, Row, Scale, Source, Write
 from remote_mediation.sites import FORWARD_ORDER, ModelInfo
 from remote_mediation.tokens import TokenPair
 
@@ -148,7 +148,7 @@ def _writes(
             columns, value = brief(item.columns), _value(item, both, prompts, width)
             entry = (number, shifted(item.places, -pad), columns, *value)
             first.setdefault(item.layer, {}).setdefault(item.component, []).append(entry)
-            if isinstance(item.value, Source):
+            if isinstance(item.value, Source | Projected):
                 taken.setdefault(item.layer, set()).add(item.component)
             if held and item.places[-1] == len(both[row.base]) - 1:
                 entry = (number, range(1), columns, *_at_last(*value))
@@ -170,6 +170,9 @@ def _value(
             return "scale", factor
         case Constant(values):
             return "constant", values
+        case Projected(side, places, basis, along):
+            taken = (prompts.index(both[side]), shifted(places, len(both[side]) - width))
+            return "projected", (*taken, basis.tensor, along.tensor)
         case Given(_, load):
             return "constant", load().tolist()
 
@@ -178,10 +181,10 @@ def _at_last(kind: str, value: Any) -> tuple[str, Any]:
     """A value at its last place alone."""
     if kind == "constant" and isinstance(value, list):  # a row of values per place
         return kind, value[-1:]
-    if kind != "source":
+    if kind in ("scale", "constant"):
         return kind, value
-    prompt, places = value
-    return kind, (prompt, range(places[-1], places[-1] + 1))
+    prompt, places, *bases = value
+    return kind, (prompt, range(places[-1], places[-1] + 1), *bases)
 
 
 def _ordered(writes: dict[int, dict[str, list[Any]]]) -> dict[int, Any]:

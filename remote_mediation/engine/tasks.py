@@ -15,8 +15,10 @@ from remote_mediation.engine.budget import LOGIT_COPIES, Budget, Setting, base_f
 from remote_mediation.engine.jobs import Job, Part
 from remote_mediation.engine.payload import Side, digest, model_spec, shifted, stack_payload
 from remote_mediation.engine.rows import Constant, Scale
+from remote_mediation.errors import SiteError
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import FORWARD_ORDER, Component, Site
+from remote_mediation.subspaces import Subspace
 from remote_mediation.tokens import TokenPair
 
 # Backward passes of a screening that share a batch; each keeps its whole graph in memory.
@@ -120,7 +122,12 @@ def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Settin
     """Direct effects of sets of contributions at `last`, from the pair's two base runs: `[side, set, read]`.
 
     sets: sites whose component is `attention_output` or `mlp_output`; their position is taken to be `last`.
+
+    Raises:
+        SiteError: a subspace; its direct effect is not measured.
     """
+    for site in (site for sites in sets for site in sites if isinstance(site, Subspace)):
+        raise SiteError(f"direct effects are of whole contributions, not of {site.basis}; ask for its joint effect")
     starts = [len(prompt) - 1 for prompt in pair.prompts]
     stacks = tuple(stack_payload([Side(pair, side)], start, setting.outcome) for side, start in enumerate(starts))
     logits = (1 + pair.fed) * setting.info.vocab * 4 * LOGIT_COPIES

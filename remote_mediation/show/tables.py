@@ -1,4 +1,4 @@
-"""Tables of text, and numbers as they are read: three significant digits, `n/a` where there is none.
+"""Tables of text, and numbers as they are read: three significant digits, a dash where there is none.
 
 A table is made once (`Table`) and printed twice, as Markdown and by rich. Where a number is missing a note below says
 why.
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from remote_mediation.stats import Interval
 
-NONE = "n/a"
+NONE = "-"
 _STYLES = {
     **{"supported": "green", "not supported": "red", "undecided": "yellow", "not tested": "dim"},
     **{"holds": "green", "violated": "bold red", "not judged": "yellow", "not checked": "dim"},
@@ -99,6 +99,8 @@ def percent(value: float) -> str:
 
 def interval(value: float, low: float, high: float, shown: Callable[[float], str] = number) -> str:
     """A value with its interval."""
+    if np.isnan(value):
+        return NONE
     ends = NONE if np.isnan(low) else f"{shown(low)}, {shown(high)}"
     return f"{shown(value)} [{ends}]"
 

@@ -290,7 +290,7 @@ def test_a_job_that_ends_the_models_process_fails_in_the_end(
 ) -> None:
     backend = Watched(server, tiny.model)
     monkeypatch.setattr(program, "measure", _fatal)
-    job = Job("measure", {}, (Part(("pair",), ("key",), {}, 0.0),))
+    job = Job("measure", {"blocks": "model.layers"}, (Part(("pair",), ("key",), {}, 0.0),))
     for _ in range(2):
         with pytest.raises(LostJobError):
             backend.collect(backend.submit(job))

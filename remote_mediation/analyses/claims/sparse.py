@@ -288,10 +288,10 @@ def _changes(discovery: Sample, position: str) -> Floats:
     shape = (-1, 2, study.info.layers, study.info.d_ff)
     values = np.array(discovery.lab.run(tasks), dtype=np.float64).reshape(shape)
     found: Floats = np.abs(values[:, 1] - values[:, 0]).mean(axis=0)
-    return found * _columns(discovery.lab)
+    return found * column_norms(discovery.lab)
 
 
-def _columns(lab: Lab) -> Floats:
+def column_norms(lab: Lab) -> Floats:
     """Norm of each neuron's column, `[layer, unit]`; ones where the weights are not shown."""
     study = lab.study
     task = columns_task("mlp_neurons", study.setting)

@@ -1,0 +1,68 @@
+"""What the rival claims measure, at most."""
+
+from __future__ import annotations
+
+from remote_mediation.analyses.claims.sparse import RANDOM_SETS
+from remote_mediation.analyses.rivals.directions import positions_of
+from remote_mediation.analyses.rivals.samples import few_pairs
+from remote_mediation.analyses.rivals.sets import PARTS, head_sizes, third_band
+from remote_mediation.engine.tasks import columns_task
+from remote_mediation.lab import Study, placebo_id
+from remote_mediation.later import Later, of_bases, of_readings, of_rows, of_tasks, pairs_of
+from remote_mediation.sites import Site, family_of, thirds
+from remote_mediation.tokens import TokenPair
+
+
+def directions(study: Study) -> Later:
+    """The map, the direction held out, and random ones beside it at the middle layer."""
+    info, discovery, heldout = study.info, pairs_of(study, "discovery"), pairs_of(study, "heldout")
+    positions, few, both = (
+        positions_of([*study.pairs, *study.placebos]),
+        few_pairs(discovery),
+        _both(study, heldout),
+    )
+    sites = [Site("layer_output", layer, position) for layer in range(info.layers) for position in positions]
+    middle, everywhere = (
+        Site("layer_output", info.layers // 2, positions[0]),
+        Site("layer_output", 0, "all"),
+    )
+    return of_bases(study, [*few, *both]).plus(
+        of_readings(study, discovery, len(sites) * info.d_model),
+        *(of_rows(study, few, site) for site in sites),
+        of_rows(study, both, middle).times(2),
+        of_rows(study, both, everywhere),
+        of_rows(study, heldout, middle).times(sum(RANDOM_SETS)),
+    )
+
+
+def sets(study: Study) -> Later:
+    """Neurons of all layers, bands of thirds, and heads; all as if they began at the first layer."""
+    info, discovery, heldout = study.info, pairs_of(study, "discovery"), pairs_of(study, "heldout")
+    both, few, lowest = (
+        _both(study, heldout),
+        few_pairs(discovery),
+        Site("attention_output", 0, "all"),
+    )
+    heads = [Site("attention_heads", layer, "all", (0,)) for layer in range(info.layers)]
+    found = of_bases(study, [*discovery, *both]).plus(
+        *(of_rows(study, both, third_band(layers, "all")[0]) for layers in thirds(info.layers) if layers),
+        *(of_rows(study, few, site).times(info.heads) for site in heads),
+        of_rows(study, discovery, lowest).times(len(head_sizes(info.layers * info.heads))),
+        of_rows(study, both, lowest).times(2),
+        of_rows(study, heldout, lowest).times(sum(RANDOM_SETS)),
+        of_readings(study, discovery, info.layers * info.heads * info.d_head),
+    )
+    if family_of(info.family).mlp_neurons is None:
+        return found
+    return found.plus(
+        of_rows(study, both, lowest).times(len(PARTS)),
+        of_rows(study, heldout, lowest).times(sum(RANDOM_SETS)),
+        of_readings(study, discovery, 2 * info.layers * info.d_ff),
+        of_tasks([columns_task("mlp_neurons", study.setting)], info.layers * info.d_ff),
+    )
+
+
+def _both(study: Study, pairs: list[TokenPair]) -> list[TokenPair]:
+    """Pairs and their placebos."""
+    beside = {pair.id: pair for pair in study.placebos}
+    return [*pairs, *(beside[name] for pair in pairs if (name := placebo_id(pair.id)) in beside)]

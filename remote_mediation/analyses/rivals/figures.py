@@ -1,0 +1,95 @@
+"""Figures of the rival claims: directions by layer and token, and all mediators on one axis."""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import CenteredNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from remote_mediation.show.figures import COLOURS, DPI, MARKERS, QUESTIONS, WIDTH, ticks
+
+_MOST_TICKS = 9
+AXIS = (
+    *("rival", "said", "measure", "values", "direction", "decides"),
+    *("harm", "harm_low", "harm_high"),
+)
+"""Columns of what is drawn on one axis: those of `rulings.SET_COLUMNS`, and what is said of the claim."""
+
+
+def map_figure(table: pd.DataFrame, said: str) -> Figure:
+    """Share of TE by layer and token of the direction, NIE beside TIE.
+
+    table: `directions.MAP_COLUMNS`. said: of the chosen one on the held-out pairs.
+    """
+    figure = Figure((WIDTH, 5.2), DPI, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    positions = list(dict.fromkeys(table["position"]))
+    colours = CenteredNorm(halfrange=float(table[["nie", "tie"]].abs().to_numpy().max()) or 1.0)
+    best = table[table["chosen"]].iloc[0]
+    for axis, quantity in zip(axes, QUESTIONS, strict=True):
+        shares = table.pivot(index="layer", columns="position", values=quantity)[positions]
+        drawn = axis.imshow(
+            shares,
+            origin="lower",
+            aspect="auto",
+            cmap="RdBu_r",
+            norm=colours,
+            interpolation="nearest",
+        )
+        axis.axhline(float(table.loc[table["eligible"], "layer"].max()) + 0.5, color="black", linewidth=0.8)
+        axis.plot(
+            positions.index(best["position"]),
+            best["layer"],
+            "o",
+            color="white",
+            markeredgecolor="black",
+        )
+        axis.set_xticks(range(len(positions)), positions, rotation=30, ha="right", fontsize=8)
+        axis.set_yticks(*ticks(list(shares.index), _MOST_TICKS), fontsize=8)
+        axis.set_title(f"{quantity.upper()}: {QUESTIONS[quantity]}", fontsize=10, loc="left")
+    axes[0].set_ylabel("layer; above the line none is chosen")
+    figure.colorbar(drawn, ax=axes, label="share of TE", format=PercentFormatter(1.0), shrink=0.9)
+    shown = f"{best['n']} discovery pairs; dot: chosen, held out: {said}"
+    figure.suptitle(f"Projections onto differences of means, {shown}", fontsize=11)
+    return figure
+
+
+def axis_figure(every: pd.DataFrame) -> Figure:
+    """Share of TE against the numbers that are swapped at each token; the legend says each verdict.
+
+    every: `AXIS`.
+    """
+    figure = Figure((WIDTH, 4.8), DPI, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, quantity in zip(axes, QUESTIONS, strict=True):
+        part = every[every["direction"] == quantity]
+        groups = part.groupby(["rival", "said"], sort=False)
+        looks = zip(groups, cycle(COLOURS), cycle(MARKERS), strict=False)
+        for ((rival, said), own), colour, marker in looks:
+            _dots(axis, own, colour, marker, f"{rival}: {said}")
+        for share in (0, 0.5, 1):
+            axis.axhline(share, color="0.8", linewidth=0.8, zorder=0)
+        axis.set(xscale="log", xlabel="numbers swapped at each token")
+        axis.set_title(f"{quantity.upper()}: {QUESTIONS[quantity]}", fontsize=10, loc="left")
+    low, high = min(every["harm"].min(), -0.1), max(every["harm"].max(), 1.1)
+    axes[0].set_ylim(low - 0.1, high + 0.1)  # wide intervals are cut off, values are not
+    axes[0].set_ylabel("share of TE carried")
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    shown = "held-out pairs, 95% intervals; filled: what a verdict rests on"
+    figure.suptitle(f"All mediators on one axis, {shown}", fontsize=11)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    return figure
+
+
+def _dots(axis: Axes, own: pd.DataFrame, colour: str, marker: str, label: str) -> None:
+    """A claim's sets: filled what its verdict rests on, hollow what stands beside it."""
+    axis.vlines(own["values"], own["harm_low"], own["harm_high"], color=colour, linewidth=1)
+    for decides, part in own.groupby("decides", sort=False):
+        fill = colour if decides else "white"
+        axis.plot(part["values"], part["harm"], marker, color=colour, markerfacecolor=fill, markersize=5)
+    axis.plot([], [], marker, color=colour, markersize=5, label=label)

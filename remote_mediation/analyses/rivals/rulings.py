@@ -1,0 +1,286 @@
+"""The rival claims as tests: from effects on held-out pairs to verdicts, and the rows they leave. Nothing is measured.
+
+Each rival says that some few mediators carry the effect. Its rule is open both ways, as those of the five claims, whose
+gate, intervals and words hold here as well. The papers judged by other means, such as rates of refusal; who set what is
+said with every rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from remote_mediation.analyses.claims.verdicts import (
+    FEWEST_LAYERS,
+    HALF,
+    MATCHED,
+    MOST_REACHING,
+    Bench,
+    Claim,
+    Effect,
+    Measure,
+    Ruling,
+    Verdict,
+)
+from remote_mediation.intervals import Interval
+from remote_mediation.sites import ModelInfo, Site
+from remote_mediation.subspaces import Subspace
+
+CLAIM_COLUMNS: dict[str, str] = {
+    "rival": "its name",
+    "paper": "where it is made, an arXiv number",
+    "claim": "in words",
+    "said": "the verdict as it is read, words of the gate first",
+    "gate": "what has to be known before any verdict; empty if nothing",
+    "verdict": "by the rule: supported, not supported, undecided, not tested",
+    "specific": "whether `excess` is clear of 0 for all that decide; a supported claim that is not is one of any edit",
+    "why": "the reason",
+    "rule": "what decides, and who set it",
+}
+SET_COLUMNS: dict[str, str] = {
+    "rival": "the claim that it is a number of",
+    "measure": "what was swapped together",
+    "values": "numbers that are swapped at each token: directions, neurons, or coordinates of heads and modules",
+    "direction": "nie or tie",
+    "decides": "whether the verdict rests on it, or it stands beside it",
+    "harm": "share on the held-out pairs, mean effect / mean TE; undefined where TE spans 0",
+    "harm_low": "lower end of its 95% interval (Fieller)",
+    "harm_high": "upper end",
+    "placebo": "the same with the placebo in place of the harmful prompt",
+    "placebo_low": "lower end of its 95% interval",
+    "placebo_high": "upper end",
+    "beta_harm": "slope of the effect on TE over pairs",
+    "beta_placebo": "the same for the placebo",
+    "excess": "beta_harm - beta_placebo",
+    "excess_low": "lower end of its 95% interval",
+    "excess_high": "upper end",
+    "common": "effect of the placebo as share of the TE of harm",
+    "common_low": "lower end of its 95% interval",
+    "common_high": "upper end",
+    "reached": "random sets that do as much in either direction; empty where none were drawn",
+    "drawn": "random sets that were measured",
+    "likeness": "mean size of their change over that of the set's",
+    "n": "pairs",
+    "clusters": "components of pairs",
+    "reason": "why a number is missing, or why to read it with care",
+}
+_FEW = (
+    f"both shares clear of {HALF:.0%}, and at most {MOST_REACHING} of 200 random sets as large do as much; "
+    f"against it, one of them below {HALF:.0%}"
+)
+
+
+class Rival(NamedTuple):
+    """A claim that others make."""
+
+    name: str
+    paper: str
+    claim: str
+    """With a place for what is carried."""
+    rule: str
+
+
+DIRECTION = Rival(
+    "one direction",
+    "2406.11717",
+    "one direction of the residual stream carries {}",
+    f"of the direction at its own site {_FEW}, there and at all layers and tokens (ours); differences of means, and "
+    "layers below 80% of the depth (the paper's)",
+)
+NEURONS = Rival(
+    "cross-layer neurons",
+    "2605.12290",
+    "0.1% of the neurons, over all layers, carry {}",
+    f"of the first 0.1% {_FEW} (ours); ranked by mean difference alone (the paper's)",
+)
+EARLY = Rival(
+    "early layers",
+    "2512.04841",
+    "early layers carry {}",
+    f"the early third's shares are clear of {HALF:.0%} and of the late third's; against it, one is below {HALF:.0%} or "
+    "both are clearly below the late third's (ours)",
+)
+HEADS = Rival(
+    "head gate",
+    "2604.04385",
+    "a few attention heads gate {}",
+    f"of the fewest heads that carry half on the discovery pairs, 5% at most, {_FEW} (ours)",
+)
+
+
+class Beside(NamedTuple):
+    """Random sets as large, on the held-out pairs."""
+
+    reached: int
+    """Those whose mean NIE or TIE is at least that of the set."""
+    drawn: int
+    """Those that were measured."""
+    likeness: float = 1.0
+    """Mean size of their change over that of the set's."""
+
+
+class Carrier(NamedTuple):
+    """Mediators that were swapped together."""
+
+    name: str
+    values: int
+    """Numbers that are swapped at each token."""
+    effect: Effect
+    beside: Beside | None = None
+
+
+class Judged(NamedTuple):
+    """A rival claim with its verdict."""
+
+    rival: Rival
+    claim: Claim
+    carriers: tuple[Carrier, ...]
+    """What its measures are of."""
+
+
+def values_of(sites: Sequence[Site], info: ModelInfo) -> int:
+    """Numbers that a set swaps at each token."""
+    return sum(
+        site.basis.size
+        if isinstance(site, Subspace)
+        else len(info.columns(site.component, site.units)) or info.tensor_width(site.component)
+        for site in sites
+    )
+
+
+def untested(rival: Rival, why: str) -> Judged:
+    """A rival for which nothing could be measured."""
+    name = rival.claim.format("the outcome")
+    return Judged(rival, Claim(0, name, "", "not tested", False, why, (), ()), ())
+
+
+def judged(
+    bench: Bench,
+    rival: Rival,
+    ruling: Ruling,
+    deciding: Sequence[Carrier],
+    others: Sequence[Carrier],
+) -> Judged:
+    """A ruling with what holds for all claims: the gate, and enough components to say no."""
+    own, beside = ([m for one in part for m in bench.measures(one.name, one.effect)] for part in (deciding, others))
+    claim = bench.claim(1, ruling, own, beside)  # of the five claims it takes all but number and name
+    return Judged(
+        rival,
+        replace(claim, number=0, name=rival.claim.format(bench.subject)),
+        (*deciding, *others),
+    )
+
+
+def few(bench: Bench, carrier: Carrier) -> Ruling:
+    """Whether few mediators carry half of TE in both directions, as no random ones do."""
+    shares = shares_of(bench, carrier.effect)
+    text = _text(carrier.name, shares)
+    if any(share.high < HALF for share in shares):
+        return Ruling("not supported", f"{text}: below {HALF:.0%}")
+    if not clear_of_half(shares):
+        return Ruling("undecided", f"{text}: not clear of {HALF:.0%}")
+    if carrier.beside is None or not carrier.beside.drawn:
+        return Ruling("undecided", f"{text}: no random set could be drawn beside it")
+    reached, drawn, likeness = carrier.beside
+    rivals = f"{reached} of {drawn} random sets of {likeness:.2f} times its size do as much"
+    note = "" if likeness >= MATCHED else f"; not matched: no others are {MATCHED:.0%} as large"
+    verdict: Verdict = "supported" if reached <= MOST_REACHING else "undecided"
+    return Ruling(verdict, f"{text}; {rivals}{note}")
+
+
+def one_direction(bench: Bench, own: Carrier, everywhere: Carrier) -> Ruling:
+    """The rule of `few` at the direction's own site; it says no only where it fails at all layers and tokens, too."""
+    found, beyond = few(bench, own), shares_of(bench, everywhere.effect)
+    if found.verdict == "not supported" and not any(share.high < HALF for share in beyond):
+        return Ruling("undecided", f"{found.why}, but {_text(everywhere.name, beyond)}")
+    return found
+
+
+def early_layers(bench: Bench, early: Carrier, late: Carrier) -> Ruling:
+    """Whether the early third carries half of TE, and more than the late third."""
+    if bench.layers < FEWEST_LAYERS:
+        return Ruling(
+            "not tested",
+            f"{bench.layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}",
+        )
+    shares, more = shares_of(bench, early.effect), shares_of(bench, early.effect.less(late.effect))
+    text = f"{_text(early.name, shares)}; {_text('more than the late third by', more)}"
+    if any(share.high < HALF for share in shares):
+        return Ruling("not supported", f"{text}: below {HALF:.0%}")
+    if all(share.high < 0 for share in more):
+        return Ruling("not supported", f"{text}: the late third carries more")
+    if clear_of_half(shares) and all(share.low > 0 for share in more):
+        return Ruling("supported", text)
+    return Ruling("undecided", f"{text}: both may lie on one path")
+
+
+def claim_table(found: Sequence[Judged]) -> pd.DataFrame:
+    """`CLAIM_COLUMNS`."""
+    rows = [
+        {
+            **{name: getattr(one.claim, name) for name in ("said", "gate", "verdict", "specific", "why")},
+            **{
+                "rival": one.rival.name,
+                "paper": one.rival.paper,
+                "claim": one.claim.name,
+                "rule": one.rival.rule,
+            },
+        }
+        for one in found
+    ]
+    return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))
+
+
+def set_table(found: Sequence[Judged]) -> pd.DataFrame:
+    """`SET_COLUMNS`."""
+    rows = []
+    for one in found:
+        by_name = {carrier.name: carrier for carrier in one.carriers}
+        rows += [_set_row(one, measure, by_name[measure.name]) for measure in one.claim.measures]
+    return pd.DataFrame(rows, columns=list(SET_COLUMNS))
+
+
+def _set_row(one: Judged, measure: Measure, carrier: Carrier) -> dict[str, Any]:
+    beside = carrier.beside._asdict() if carrier.beside else dict.fromkeys(Beside._fields, np.nan)
+    return {
+        "rival": one.rival.name,
+        "measure": measure.name,
+        "values": carrier.values,
+        "direction": measure.direction,
+        "decides": measure in one.claim.deciding,
+        **measure.harm.columns("harm"),
+        **measure.placebo.columns("placebo"),
+        "beta_harm": measure.beta_harm,
+        "beta_placebo": measure.beta_placebo,
+        **measure.excess.columns("excess"),
+        **measure.common.columns("common"),
+        **beside,
+        "n": measure.harm.n_pairs,
+        "clusters": measure.harm.n_clusters,
+        "reason": measure.harm.reason or measure.placebo.reason,
+    }
+
+
+def shares_of(bench: Bench, effect: Effect) -> list[Interval]:
+    """NIE and TIE of harm as shares of TE."""
+    return [bench.share(both.harm, bench.total.harm) for both in effect]
+
+
+def clear_of_half(shares: Sequence[Interval]) -> bool:
+    """Whether both lower ends are above half of TE."""
+    return all(share.low > HALF for share in shares)
+
+
+def _text(name: str, shares: Sequence[Interval]) -> str:
+    shown = ", ".join(f"{way} {_ends(share)}" for way, share in zip(("NIE", "TIE"), shares, strict=True))
+    return f"{name} {shown} of TE"
+
+
+def _ends(share: Interval) -> str:
+    if np.isnan(share.value):
+        return f"unknown ({share.reason})"
+    return f"{share.value:z.0%} [{share.low:z.0%}, {share.high:z.0%}]"

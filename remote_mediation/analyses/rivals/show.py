@@ -1,0 +1,254 @@
+"""The rival claims as they are read: rows of the table of claims, the map of directions, and all mediators on one axis.
+
+Tables of `directions.analyse` and `sets.analyse` in, tables of text and figures out.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLPS
+from remote_mediation.analyses.rivals.figures import AXIS, axis_figure, map_figure
+from remote_mediation.result import Result
+from remote_mediation.show.section import Section, Verdict
+from remote_mediation.show.tables import NONE, Note, Table, interval, notes_on, number, percent
+from remote_mediation.show.words import UNMEASURED
+from remote_mediation.sites import thirds
+
+_CLAIMS = {
+    "directions": ("direction.csv", "direction_sets.csv"),
+    "rivals": ("rivals.csv", "rival_sets.csv"),
+}
+_NOTHING = "no effect"
+"""The gate's word where no share is defined."""
+_MOST = 10
+"""Directions in the table."""
+
+
+def direction_verdicts(result: Result) -> list[Verdict]:
+    """The rival's row of the table of claims."""
+    return _verdicts(result, "directions")
+
+
+def rival_verdicts(result: Result) -> list[Verdict]:
+    """The rivals' rows of the table of claims."""
+    return _verdicts(result, "rivals")
+
+
+def directions(result: Result) -> list[Section]:
+    """The map of directions, and the best one held out."""
+    name, title = "directions", "One direction"
+    did = (
+        "At every layer and template token behind the user's text the mean difference of the "
+        "residual stream, harmful minus harmless, was taken on the discovery pairs, and the "
+        "projection onto it swapped on some of them. The best one below 80% of the depth was then "
+        "swapped on the held-out pairs, there and after all layers, beside random directions along "
+        "which the same change was made."
+    )
+    table = result.tables.get("directions.csv")
+    if table is None:
+        return [Section(name, title, did, UNMEASURED)]
+    claims, sets = (result.tables[file] for file in _CLAIMS[name])
+    claim = claims.iloc[0]
+    heldout = f"Held out: {claim['why']} ({claim['said']})."
+    if claim["gate"] == _NOTHING:
+        return [Section(name, title, did, heldout, (_measures(sets),))]
+    finding = f"{_chosen(table)} {heldout}"
+    tables, figure = (_measures(sets), _map_table(table)), map_figure(table, claim["said"])
+    return [Section(name, title, did, finding, tables, figure, brief=heldout)]
+
+
+def _chosen(table: pd.DataFrame) -> str:
+    """What the discovery pairs say of the direction that was chosen on them."""
+    best = table[table["chosen"]].iloc[0]
+    cosines = {"layer below": best["cosine_below"], "token before": best["cosine_before"]}
+    near = [f"{number(cosine)} with the {of}" for of, cosine in cosines.items() if not pd.isna(cosine)]
+    return (
+        f"Chosen: layer {best['layer']} at '{best['position']}', which carries "
+        f"{percent(best['nie'])} of TE by NIE and {percent(best['tie'])} by TIE on {best['n']} "
+        f"discovery pairs; its cosine is {', '.join(near) or 'with no neighbour'}. "
+        "The direction itself is in the run folder, `direction.safetensors`."
+    )
+
+
+def rivals(result: Result) -> list[Section]:
+    """The rivals that name sets, and every mediator that was measured on one axis."""
+    name, title = "rivals", "Rival claims"
+    did = (
+        "What others say carries the effect was swapped together on the held-out pairs and on their "
+        "placebos; what had to be chosen or ranked was so on the discovery pairs. Each rule says who "
+        "set it."
+    )
+    if "rivals.csv" not in result.tables:
+        return [Section(name, title, did, UNMEASURED)]
+    claims, sets = (result.tables[file] for file in _CLAIMS[name])
+    said = "; ".join(f"{row.claim} ({row.paper}): {row.said}" for row in claims.itertuples())
+    finding = f"{said[0].upper()}{said[1:]}."
+    tables = (_reasons(claims), _measures(sets))
+    return [Section(name, title, did, finding, tables), *_one_axis(result)]
+
+
+def _one_axis(result: Result) -> list[Section]:
+    """All mediators by the numbers that they swap; nothing where no share is defined."""
+    every = carriers(result)
+    if every["harm"].isna().all() or (every["said"] == _NOTHING).any():
+        return []
+    did = (
+        "Share of TE that each mediator carries, against the numbers that it swaps at each token. "
+        "Filled: what a verdict rests on. Hollow: what was measured beside it."
+    )
+    title, found = "All mediators on one axis", _fewest(every)
+    return [Section("one-axis", title, did, found, figure=axis_figure(every))]
+
+
+def carriers(result: Result) -> pd.DataFrame:
+    """Every set with joint effects on the held-out pairs, and what is said of its claim (`AXIS`)."""
+    tables = result.tables
+    parts = []
+    for claims, sets in _CLAIMS.values():
+        if sets in tables:
+            parts.append(tables[sets].merge(tables[claims][["rival", "said"]], on="rival"))
+    if "gate_sets.csv" in tables:
+        parts += _of_claim_3(result)
+    return pd.concat([part[list(AXIS)] for part in parts], ignore_index=True)
+
+
+def _of_claim_3(result: Result) -> list[pd.DataFrame]:
+    """Late neurons by rank, and all late MLPs (`AXIS`)."""
+    tables, info = result.tables, result.study.info
+    claims, bands, curve = (tables[name] for name in ("claims.csv", "sets.csv", "gate_sets.csv"))
+    said = claims.loc[claims["number"] == 3, "said"].item()
+    whole = bands[(bands["number"] == 3) & (bands["measure"] == LATE_MLPS)]
+    values = len(thirds(info.layers).late) * info.d_model
+    parts = [whole.assign(values=values, decides=False)]
+    for way in DIRECTIONS:
+        ends = {way: "harm", f"{way}_low": "harm_low", f"{way}_high": "harm_high"}
+        part = curve.rename(columns={"size": "values", "chosen": "decides", **ends})
+        parts.append(part.assign(measure="late neurons by rank", direction=way))
+    return [part.assign(rival="sparse late gate, claim 3", said=said) for part in parts]
+
+
+def _verdicts(result: Result, analysis: str) -> list[Verdict]:
+    claims, sets = (result.tables.get(file) for file in _CLAIMS[analysis])
+    if claims is None or sets is None:
+        return []
+    rows = []
+    for claim in claims.itertuples():
+        own = sets[(sets["rival"] == claim.rival) & sets["decides"]]
+        harm, placebo = ("; ".join(_with_slope(row, side) for _, row in own.iterrows()) for side in ("harm", "placebo"))
+        rows.append(
+            Verdict(
+                f"rival '{claim.rival}'",
+                f"rival: {claim.claim} ({claim.paper})",
+                harm,
+                placebo,
+                claim.said,
+            )
+        )
+    return rows
+
+
+def _with_slope(row: pd.Series, side: str) -> str:
+    """A share, and the slope on TE."""
+    share = [] if pd.isna(row[side]) else [_cell(row, side)]
+    slope = [] if pd.isna(row[f"beta_{side}"]) else [f"β {number(row[f'beta_{side}'])}"]
+    return ", ".join([*share, *slope]) or NONE
+
+
+def _reasons(claims: pd.DataFrame) -> Table:
+    rows = [(f"{row.claim} ({row.paper})", row.said, row.why, row.rule) for row in claims.itertuples()]
+    return Table(("rival claim", "verdict", "why", "rule, and who set it"), rows)
+
+
+def _measures(sets: pd.DataFrame) -> Table:
+    """Every number behind the verdicts."""
+    header = (
+        "swapped",
+        "values",
+        "effect",
+        "harm",
+        "placebo",
+        "β harm - β placebo",
+        "placebo / TE of harm",
+        "random sets",
+    )
+    rows = [
+        (
+            row["measure"],
+            str(row["values"]),
+            str(row["direction"]).upper(),
+            _cell(row, "harm"),
+            _cell(row, "placebo"),
+            interval(row["excess"], row["excess_low"], row["excess_high"]),
+            _cell(row, "common"),
+            _random(row),
+        )
+        for _, row in sets.iterrows()
+    ]
+    notes = (
+        Note("values", "numbers that are swapped at each token"),
+        Note(
+            "random sets",
+            "those that do as much, and the mean size of their change over that of the set",
+        ),
+        *notes_on("", sets["reason"].dropna()),
+    )
+    return Table(header, rows, notes)
+
+
+def _map_table(table: pd.DataFrame) -> Table:
+    """The strongest directions on the discovery pairs."""
+    strength = table[["nie", "tie"]].min(axis=1)
+    best = table.loc[strength.sort_values(ascending=False, kind="stable").index[:_MOST]]
+    header = (
+        "layer",
+        "position",
+        "length",
+        "NIE",
+        "TIE",
+        "cosine below",
+        "token before",
+        "with the chosen",
+        "chosen",
+    )
+    rows = [
+        (
+            str(row["layer"]),
+            f"'{row['position']}'",
+            number(row["norm"]),
+            percent(row["nie"]),
+            percent(row["tie"]),
+            *(number(row[name]) for name in ("cosine_below", "cosine_before", "cosine_chosen")),
+            "yes" if row["chosen"] else "" if row["eligible"] else "too late",
+        )
+        for _, row in best.iterrows()
+    ]
+    note = Note(
+        "",
+        f"the {len(rows)} strongest on {table['n'].max()} discovery pairs, by the smaller of NIE and TIE",
+    )
+    return Table(header, rows, (note,))
+
+
+def _fewest(every: pd.DataFrame) -> str:
+    """The fewest numbers that carry half of TE in both directions, and what is said of their claim."""
+    sets = every.groupby(["rival", "said", "measure", "values"], sort=False)
+    low = sets["harm_low"].min().rename("low").reset_index()
+    enough = low[low["low"] > HALF]
+    if enough.empty:
+        return f"No set is clear of {HALF:.0%} of TE in both directions."
+    first = enough.sort_values("values", kind="stable").iloc[0]
+    return (
+        f"The fewest numbers that are clear of {HALF:.0%} of TE in both directions: "
+        f"{first['values']}, {first['measure']} ({first['rival']}: {first['said']})."
+    )
+
+
+def _random(row: pd.Series) -> str:
+    if pd.isna(row["drawn"]):
+        return ""
+    return f"{row['reached']:.0f} of {row['drawn']:.0f}, {row['likeness']:.2f}"
+
+
+def _cell(row: pd.Series, name: str) -> str:
+    return interval(row[name], row[f"{name}_low"], row[f"{name}_high"], percent)

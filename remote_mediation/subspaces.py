@@ -1,0 +1,151 @@
+"""Subspaces as mediators: an orthonormal basis, and the site whose projection onto it is swapped.
+
+With `B [k, width]` a swap is `M <- M + (M' - M) B^T B`: what lies in the subspace is as on the other prompt, all else
+stays. As a control the same change is written along another basis `A` instead, `M <- M + (M' - M) B^T A`, which has
+the same norm at every token, as both are orthonormal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from numpy.typing import ArrayLike
+
+from remote_mediation.errors import SiteError
+from remote_mediation.sites import Site
+
+if TYPE_CHECKING:
+    import torch
+
+# How far B B^T may be off the identity, in float32.
+_ROUNDING = 1e-4
+_NAME = "basis"
+"""Of the tensor in a safetensors file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """An orthonormal basis of a subspace; equal to another one of the same numbers."""
+
+    vectors: npt.NDArray[np.float32]
+    """`[k, width]`, rows orthonormal."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no orthonormal basis.
+
+        Raises:
+            SiteError: not a matrix, without a direction, with more of them than its width, or not orthonormal.
+        """
+        shape = self.vectors.shape
+        if self.vectors.dtype != np.float32 or len(shape) != 2 or not 0 < shape[0] <= shape[1]:
+            raise SiteError(
+                f"a basis is float32 [k, width] with 1 to width directions, not {self.vectors.dtype} {list(shape)}"
+            )
+        off = np.abs(self.vectors @ self.vectors.T - np.eye(len(self.vectors))).max()
+        if not off <= _ROUNDING:
+            raise SiteError(
+                f"the basis {list(shape)} is not orthonormal: B B^T is {off:.2g} off the identity; "
+                "make one of its directions with Basis.spanning"
+            )
+
+    @classmethod
+    def spanning(cls, directions: ArrayLike) -> Basis:
+        """A basis of what directions `[k, width]`, or one `[width]`, span; one direction keeps its sign.
+
+        Raises:
+            SiteError: they are not independent, or not finite.
+        """
+        given = np.atleast_2d(np.asarray(directions, dtype=np.float64))
+        if not np.isfinite(given).all() or np.linalg.matrix_rank(given) < len(given):
+            raise SiteError(f"directions {list(given.shape)} span no subspace of {len(given)} dimensions")
+        orthogonal, lengths = np.linalg.qr(given.T)
+        return cls((orthogonal * np.sign(np.diag(lengths))).T.astype(np.float32))
+
+    @classmethod
+    def random(cls, size: int, width: int, rng: np.random.Generator) -> Basis:
+        """A basis of a subspace of which none is likelier than another."""
+        return cls.spanning(rng.normal(size=(size, width)))
+
+    @property
+    def size(self) -> int:
+        """Directions in it."""
+        return len(self.vectors)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a direction."""
+        return int(self.vectors.shape[1])
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of its numbers."""
+        content = repr(self.vectors.shape).encode() + np.ascontiguousarray(self.vectors).tobytes()
+        return hashlib.blake2b(content, digest_size=12).hexdigest()
+
+    @cached_property
+    def tensor(self) -> torch.Tensor:
+        """As it is sent; many writes share it."""
+        import torch
+
+        return torch.from_numpy(self.vectors.copy())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Basis) and self.digest == other.digest
+
+    def __lt__(self, other: Basis) -> bool:
+        return self.digest < other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Basis({self.size} of {self.width}, {self.digest})"
+
+    def safetensors(self, **about: str) -> bytes:
+        """As a safetensors file with one tensor, `basis`. about: what its metadata say."""
+        from safetensors.numpy import save
+
+        return bytes(save({_NAME: np.ascontiguousarray(self.vectors)}, about))
+
+    @classmethod
+    def load(cls, path: Path) -> Basis:
+        """From a `.npy` file, or a safetensors file with one tensor; directions are made orthonormal.
+
+        Raises:
+            SiteError: the file cannot be read, holds several tensors, or its directions span no such subspace.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            found = [np.load(path)] if path.suffix == ".npy" else [*load_file(path).values()]
+        except (OSError, ValueError, SafetensorError) as error:
+            raise SiteError(f"no basis can be read from {path}: {error}") from error
+        if len(found) != 1:
+            raise SiteError(f"{path} holds {len(found)} tensors; give a file with the one that is the basis")
+        return cls.spanning(found[0])
+
+
+@dataclass(frozen=True, order=True)
+class Subspace(Site):
+    """A site of which only the projection onto a basis is the mediator."""
+
+    basis: Basis = field(kw_only=True)
+    """What is read of the difference between the prompts; as wide as the site's columns."""
+    along: Basis | None = field(default=None, kw_only=True)
+    """Directions that the change is written along where it is a control; the basis itself where None."""
+
+    def __post_init__(self) -> None:
+        """Refuse directions that are no match for the basis.
+
+        Raises:
+            SiteError: `along` has another shape.
+        """
+        if self.along and self.along.vectors.shape != self.basis.vectors.shape:
+            raise SiteError(f"{self.basis} cannot be written along {self.along}: they differ in shape")
