@@ -131,7 +131,7 @@ def _claims(run: Printed, charts: Charts) -> list[_View]:
     header = "".join(f"<th>{name}</th>" for name in ("claim", "harm", "placebo", "verdict"))
     note = (
         "Shares of TE with 95% intervals on held-out pairs, NIE then TIE; of claim 4 the gain in accuracy. β: slope of "
-        "the effect on TE over pairs."
+        "the effect on TE over pairs. In the charts what decides is filled, and placebos are shares of the TE of harm."
     )
     return [_View("Claims", f'<table class="claims"><tr>{header}</tr>{"".join(rows)}</table>{paragraph(note, "note")}')]
 
