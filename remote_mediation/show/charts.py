@@ -9,7 +9,7 @@ import pandas as pd
 
 from remote_mediation.show.figures import COLOURS
 
-_SIDES = {"harm": ("harm", COLOURS[0]), "placebo, of the TE of harm": ("common", "#8a8a8a")}
+_SIDES = {"harm": ("harm", COLOURS[0]), "placebo": ("common", "#8a8a8a")}
 """Column and colour: a placebo's own TE is often 0, and shares of it unknown."""
 _SERIES = {
     "NIE": ("nie", COLOURS[0], [1, 0]),

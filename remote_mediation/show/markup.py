@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 
-from remote_mediation.show.tables import NONE, Table
+from remote_mediation.show.tables import Table
 
 STYLE = """
 body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; }
@@ -52,13 +53,13 @@ def verdict_html(said: str) -> str:
 
 
 def table_html(table: Table) -> str:
-    """A table with its notes; a cell without a number is a dash."""
+    """A table with its notes."""
     header = "".join(f"<th>{escape(name)}</th>" for name in table.header)
-    rows = "".join(f"<tr>{''.join(map(cell_html, row))}</tr>" for row in table.rows)
+    rows = "".join(f"<tr>{cells_html(row)}</tr>" for row in table.rows)
     notes = "".join(paragraph(str(note), "note") for note in table.notes)
     return f'<div class="wide"><table><tr>{header}</tr>{rows}</table></div>{notes}'
 
 
-def cell_html(text: str) -> str:
-    """A cell of a table; a dash where there is no number."""
-    return f"<td>{'-' if text.startswith(NONE) else escape(text)}</td>"
+def cells_html(texts: Iterable[str]) -> str:
+    """Cells of a row."""
+    return "".join(f"<td>{escape(text)}</td>" for text in texts)

@@ -24,7 +24,7 @@ from remote_mediation.show.charts import behind_chart, size_chart
 from remote_mediation.show.embed import Charts
 from remote_mediation.show.map_chart import MOST_LINES, map_chart
 from remote_mediation.show.maps import SiteMap, maps_of
-from remote_mediation.show.markup import cell_html, paragraph, table_html, verdict_html
+from remote_mediation.show.markup import cells_html, paragraph, table_html, verdict_html
 from remote_mediation.show.printed import Printed, Tokens, tokens_at
 from remote_mediation.show.tables import Table, count, estimate
 
@@ -125,13 +125,13 @@ def _claims(run: Printed, charts: Charts) -> list[_View]:
         return []
     rows = []
     for verdict, claim in zip(verdicts_of(claims, sets), claims.itertuples(), strict=True):
-        cells = "".join(map(cell_html, (verdict.claim, verdict.harm, verdict.placebo)))
+        cells = cells_html((verdict.claim, verdict.harm, verdict.placebo))
         own = sets[sets["number"] == claim.number]
         rows.append(f"<tr>{cells}<td>{verdict_html(verdict.said)}</td></tr>{_behind(str(claim.why), own, charts)}")
     header = "".join(f"<th>{name}</th>" for name in ("claim", "harm", "placebo", "verdict"))
     note = (
         "Shares of TE with 95% intervals on held-out pairs, NIE then TIE; of claim 4 the gain in accuracy. β: slope of "
-        "the effect on TE over pairs."
+        "the effect on TE over pairs. In the charts what decides is filled, and placebos are shares of the TE of harm."
     )
     return [_View("Claims", f'<table class="claims"><tr>{header}</tr>{"".join(rows)}</table>{paragraph(note, "note")}')]
 
