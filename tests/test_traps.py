@@ -15,7 +15,7 @@ import pytest
 from remote_mediation.engine import program
 
 SOURCE = Path(program.__file__).read_text("utf-8")
-ALLOWED_IMPORTS = {"__future__", "typing", "nnsight", "torch", "transformers"}
+ALLOWED_IMPORTS = {"__future__", "importlib", "sys", "typing", "nnsight", "torch", "transformers"}
 TRACES = {"trace", "session", "generate"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
