@@ -26,7 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         with pytest.raises(SystemExit) as stop:
             cli.main()
         captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out + captured.err
+        return int(stop.value.code or 0), captured.out or captured.err  # which has progress, too
 
     return call
 

@@ -438,6 +438,7 @@ _MECHANISMS: dict[str, tuple[str, Callable[[Bed], None], Code]] = {
     "gate-at-edit": ("the gate reads and writes at the noun, a late head copies", _gate_at_edit, _as_product),
     "words": ("the gate, where harm is a direction of the embeddings", _word_gate, _as_word),
     "two-words": ("the gate, where harm lies in two words together", _in_two_words, _as_side),
+    # By chance the gate lets 1 of 40 such models pass, that of seed 0 among them.
     "placebo": ("the gate, open to the placebo as well", _gate, _placebo_too),
     "nothing": ("the gate, and no harm to open it", _gate, _none),
 }
