@@ -228,7 +228,10 @@ OF_A_RESULT = {"cut on the way", "disconnected", "no gzip", "408", "429", "500",
         *[("results", name) for name in PASSING if name in OF_A_RESULT],
     ],
 )
-def test_what_passes_is_tried_again(client: Client, job: Job, kind: str, name: str) -> None:
+def test_what_passes_is_tried_again(
+    client: Client, job: Job, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.backend, "_retry_for", 60.0)  # however slow the machine is
     client.small.fault, before = at(kind, PASSING[name], times=2, after=0), client.small.jobs()
     for found, wanted in zip(client.measure(job), client.local.collect(client.local.submit(job)).values, strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-6)
