@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from remote_mediation.result import Result
-from remote_mediation.show.tables import NONE, estimate, interval, number, percent
+from remote_mediation.show.tables import estimate, interval, number, percent
 from remote_mediation.stats import Estimate, estimate_means
 
 UNMEASURED = "Not measured yet: run the study again, and it goes on where this run ended."
@@ -24,7 +24,7 @@ def share_cell(row: Any, name: str) -> str:
 def share_of(row: Any, name: str) -> str:
     """The same from a row of a table."""
     value, low, high = (row[column] for column in (name, f"{name}_low", f"{name}_high"))
-    return interval(value, low, high, percent) if not np.isnan(value) else NONE
+    return interval(value, low, high, percent)
 
 
 def no_effect(result: Result) -> str:

@@ -15,8 +15,8 @@ from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLP
 from remote_mediation.result import Result
 from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
 from remote_mediation.show.section import Section, Verdict
-from remote_mediation.show.tables import NONE, Table, interval, notes_on, number, percent
-from remote_mediation.show.words import UNMEASURED
+from remote_mediation.show.tables import NONE, Table, interval, notes_on, number
+from remote_mediation.show.words import UNMEASURED, share_of
 
 _SPLITS = ("discovery", "heldout", "all", RANDOM)
 _SIGNS = {"positive": "#0072B2", "unclear": "0.8", "negative": "#D55E00"}
@@ -56,7 +56,8 @@ def _curve(result: Result, sets: pd.DataFrame) -> list[Section]:
         one = chosen.iloc[0]
         finding = (
             f"The first {one['size']} ({100 * one['part']:.2g}% of the late neurons) do the late MLPs' work on the "
-            f"discovery pairs; held out they carry {_cell(one, 'nie')} of TE by NIE and {_cell(one, 'tie')} by TIE."
+            f"discovery pairs; held out they carry {share_of(one, 'nie')} of TE by NIE and "
+            f"{share_of(one, 'tie')} by TIE."
         )
     bands = sets[(sets["number"] == 3) & (sets["measure"] == LATE_MLPS)]
     return [Section("gate-curve", "How few late neurons", did, finding, figure=curve_figure(curve, bands))]
@@ -124,11 +125,11 @@ def measures_table(sets: pd.DataFrame) -> Table:
         (
             str(row["number"]),
             _label(row),
-            *(_cell(row, side) for side in _SIDES),
+            *(share_of(row, side) for side in _SIDES),
             number(row["beta_harm"]),
             number(row["beta_placebo"]),
             interval(row["excess"], row["excess_low"], row["excess_high"]),
-            _cell(row, "common"),
+            share_of(row, "common"),
         )
         for _, row in sets.iterrows()
     ]
@@ -153,7 +154,7 @@ def specification_table(specification: pd.DataFrame) -> Table:
             str(row["direction"]).upper(),
             row["pairs"],
             number(row["components"]),
-            _cell(row, "share"),
+            share_of(row, "share"),
             *(str(row[name]) for name in ("positive", "negative", "unclear")),
         )
         for _, row in specification.iterrows()
@@ -207,13 +208,9 @@ def curve_figure(gate_sets: pd.DataFrame, bands: pd.DataFrame) -> Figure:
 _SIDES = ("harm", "placebo")
 
 
-def _cell(row: pd.Series, name: str) -> str:
-    return interval(row[name], row[f"{name}_low"], row[f"{name}_high"], percent)
-
-
 def _with_slope(row: pd.Series, side: str) -> str:
     """A share, and the slope on TE; an accuracy has none."""
-    parts = [] if pd.isna(row[side]) else [_cell(row, side)]
+    parts = [] if pd.isna(row[side]) else [share_of(row, side)]
     slope = row[f"beta_{side}"]
     if row["of"] == "TE" and not pd.isna(slope):
         parts.append(f"β {number(slope)}")

@@ -12,7 +12,7 @@ from remote_mediation.analyses.rivals.figures import AXIS, axis_figure, map_figu
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
 from remote_mediation.show.tables import NONE, Note, Table, interval, notes_on, number, percent
-from remote_mediation.show.words import UNMEASURED
+from remote_mediation.show.words import UNMEASURED, share_of
 from remote_mediation.sites import thirds
 
 _CLAIMS = {
@@ -150,7 +150,7 @@ def _verdicts(result: Result, analysis: str) -> list[Verdict]:
 
 def _with_slope(row: pd.Series, side: str) -> str:
     """A share, and the slope on TE."""
-    share = [] if pd.isna(row[side]) else [_cell(row, side)]
+    share = [] if pd.isna(row[side]) else [share_of(row, side)]
     slope = [] if pd.isna(row[f"beta_{side}"]) else [f"β {number(row[f'beta_{side}'])}"]
     return ", ".join([*share, *slope]) or NONE
 
@@ -177,10 +177,10 @@ def _measures(sets: pd.DataFrame) -> Table:
             row["measure"],
             str(row["values"]),
             str(row["direction"]).upper(),
-            _cell(row, "harm"),
-            _cell(row, "placebo"),
+            share_of(row, "harm"),
+            share_of(row, "placebo"),
             interval(row["excess"], row["excess_low"], row["excess_high"]),
-            _cell(row, "common"),
+            share_of(row, "common"),
             _random(row),
         )
         for _, row in sets.iterrows()
@@ -248,7 +248,3 @@ def _random(row: pd.Series) -> str:
     if pd.isna(row["drawn"]):
         return ""
     return f"{row['reached']:.0f} of {row['drawn']:.0f}, {row['likeness']:.2f}"
-
-
-def _cell(row: pd.Series, name: str) -> str:
-    return interval(row[name], row[f"{name}_low"], row[f"{name}_high"], percent)
