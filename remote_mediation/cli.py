@@ -366,7 +366,7 @@ def models(context: typer.Context) -> None:
         console.print(Text(line.family, style="bold"), end="")
         console.print(f": cannot be studied: {line.reason}" if line.reason else "", highlight=False, soft_wrap=True)
         for name, words in line.components.items():
-            console.print(f"  {name:<17} {words}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"  {name:<20} {words}", highlight=False, markup=False, soft_wrap=True)
 
 
 @models_app.command("check", epilog="Example:\n\n  remote-mediation models check ./my-model")

@@ -259,6 +259,8 @@ class OpenLab:
     def site(self, site: Site) -> Any:
         """The nnsight envoy at which a site's tensor passes: its `output`, or `input` (`sites.Hook`).
 
+        Of a mixture the module of all its experts, or of the shared one.
+
         Raises:
             SiteError: the model has no such site.
         """
@@ -267,9 +269,8 @@ class OpenLab:
         info = self._backend.info
         check_site(site, info)
         family = family_of(info.family)
-        hook = family.hook(site.component)
         block = module_at(self.model, family.blocks)[site.layer]
-        return module_at(block, hook.path if hook else "")
+        return module_at(block, family.module(site.component))
 
     def run(self, variants: Mapping[str, Backend] | None = None) -> Result:
         """Measure all analyses of the study, going on from what its folder holds.

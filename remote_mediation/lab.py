@@ -365,8 +365,7 @@ class Lab:
             return asdict(self.variants[name].info)
 
         record: dict[str, Any] = self.noted(f"checkpoint-{digest(name)}", noted)
-        shape: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
-        return self.beside(info=ModelInfo(**shape), backend=self.variants.get(name))
+        return self.beside(info=ModelInfo.from_record(record), backend=self.variants.get(name))
 
     def _outcome(self, row: Row, pairs: dict[str, TokenPair]) -> float:
         key = self._runner.key(row)

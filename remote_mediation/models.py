@@ -173,6 +173,9 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
         multiplier=getattr(text, family.multiplier) if family.multiplier else 1.0,
         stored_ff=stored_ff,
         context=next((length for name in _LENGTHS if (length := getattr(text, name, None))), 0),
+        experts=getattr(text, family.mixture.experts) if family.mixture else 0,
+        chosen=text.num_experts_per_tok if family.mixture else 0,
+        routed=_routed_layers(text, family),
     )
 
 
@@ -197,6 +200,19 @@ def _mlp_widths(config: PreTrainedConfig, family: Family) -> tuple[int, int]:
         count * width + always for count in (config.num_experts_per_tok, getattr(config, mixture.experts))
     )
     return running, stored
+
+
+def _routed_layers(config: PreTrainedConfig, family: Family) -> tuple[int, ...]:
+    """Layers of a mixture that have experts, as its transformers class builds them."""
+    if family.mixture is None:
+        return ()
+    layers = range(config.num_hidden_layers)
+    if family.mixture.dense == "first":
+        layers = layers[config.first_k_dense_replace or 0 :]
+    if family.mixture.dense == "listed":
+        step = config.decoder_sparse_step
+        return tuple(layer for layer in layers if layer not in config.mlp_only_layers and (layer + 1) % step == 0)
+    return tuple(layers)
 
 
 def _key_value_heads(config: PreTrainedConfig, family: Family) -> int:

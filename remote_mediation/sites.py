@@ -11,16 +11,30 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from remote_mediation.errors import SiteError
 
-Component = Literal["layer_output", "attention_output", "mlp_output", "mlp_neurons", "attention_heads"]
+Component = Literal[
+    "layer_output",
+    "attention_output",
+    "mlp_output",
+    "mlp_neurons",
+    "attention_heads",
+    "router",
+    "expert_output",
+    "shared_expert_output",
+]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 # The order in which a block computes them, which is the order in which nnsight lets a trace read them.
 FORWARD_ORDER: tuple[Component, ...] = (
     "attention_heads",
     "attention_output",
     "mlp_neurons",
+    "router",
+    "expert_output",
+    "shared_expert_output",
     "mlp_output",
     "layer_output",
 )
+# Parts of a mixture of experts; a unit of the first two is one routed expert.
+MIXTURE_COMPONENTS: tuple[Component, ...] = ("router", "expert_output", "shared_expert_output")
 
 
 _ALIBI = (
@@ -46,7 +60,10 @@ class Refusal(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """Where a mixture of experts says its sizes: names of settings of its configuration."""
+    """Where a mixture of experts has its modules and says its sizes: paths in a block, names of settings.
+
+    One module takes hidden states, the numbers of the chosen experts and their weights, and gives the weighted sum.
+    """
 
     experts: str
     """How many routed experts a layer has; `num_experts_per_tok` of them run for a token."""
@@ -56,6 +73,15 @@ class Mixture(NamedTuple):
     """Hidden width of the expert that always runs; empty where there is none or `shared` counts them."""
     shared: str = ""
     """How many experts of `width` always run."""
+    module: str = "mlp.experts"
+    """The routed experts."""
+    shared_module: str = ""
+    """The expert that always runs; empty where there is none."""
+    shared_gate: str = ""
+    """Module whose sigmoid weights it; empty where nothing does."""
+    dense: Literal["", "first", "listed"] = ""
+    """Layers with one MLP in place of experts: none, the `first_k_dense_replace` first ones, or those that
+    `mlp_only_layers` lists and `decoder_sparse_step` steps over."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +121,36 @@ class Family:
     """Settings under which it cannot be studied."""
 
     def hook(self, component: Component) -> Hook | None:
-        """The hook of a component, None where the family has no such tensor; `layer_output` is the block's own."""
+        """The hook of a component, None where no module has it; `layer_output` is the block's own."""
         if component == "layer_output":
             return Hook("", "output", self.layer_item)
+        if component in MIXTURE_COMPONENTS:
+            return None
         found: Hook | None = getattr(self, component)
         return found
 
+    def module(self, component: Component) -> str:
+        """Path in a block of the module where a component passes; routing weights are an input of the experts."""
+        hook = self.hook(component)
+        if hook is not None or self.mixture is None:
+            return hook.path if hook else ""
+        return self.mixture.shared_module if component == "shared_expert_output" else self.mixture.module
+
     @property
     def hooks(self) -> dict[Component, Hook]:
-        """The hooks of the components that the family has, in forward order."""
-        found = {component: self.hook(component) for component in FORWARD_ORDER}
+        """The hooks of the components that are one module's input or output, in forward order."""
+        modules = [component for component in FORWARD_ORDER if component not in MIXTURE_COMPONENTS]
+        found = {component: self.hook(component) for component in modules}
         return {component: hook for component, hook in found.items() if hook is not None}
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """What the family has, in forward order: the hooks' components and the parts of a mixture."""
+        parts: set[Component] = set()
+        if self.mixture is not None:
+            parts = {"router", "expert_output"}
+            parts |= {"shared_expert_output"} if self.mixture.shared_module else set()
+        return tuple(component for component in FORWARD_ORDER if component in self.hooks or component in parts)
 
 
 _LLAMA = Family(
@@ -125,7 +170,13 @@ _MIXTRAL = replace(_LLAMA, mlp_neurons=None, mixture=Mixture("num_local_experts"
 _DEEPSEEK = replace(
     _MIXTRAL,
     d_head="v_head_dim",
-    mixture=Mixture("n_routed_experts", "moe_intermediate_size", shared="n_shared_experts"),
+    mixture=Mixture(
+        "n_routed_experts",
+        "moe_intermediate_size",
+        shared="n_shared_experts",
+        shared_module="mlp.shared_experts",
+        dense="first",
+    ),
 )
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -212,10 +263,26 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": replace(
         _MIXTRAL,
         windows="listed",
-        mixture=Mixture("num_experts", "moe_intermediate_size", shared_width="shared_expert_intermediate_size"),
+        mixture=Mixture(
+            "num_experts",
+            "moe_intermediate_size",
+            shared_width="shared_expert_intermediate_size",
+            shared_module="mlp.shared_expert",
+            shared_gate="mlp.shared_expert_gate",
+            dense="listed",
+        ),
     ),
-    "qwen3_moe": replace(_MIXTRAL, windows="all", mixture=Mixture("num_experts", "moe_intermediate_size")),
-    "granitemoe": replace(_MIXTRAL, mlp_output=Hook("block_sparse_moe"), multiplier="residual_multiplier"),
+    "qwen3_moe": replace(
+        _MIXTRAL,
+        windows="all",
+        mixture=Mixture("num_experts", "moe_intermediate_size", dense="listed"),
+    ),
+    "granitemoe": replace(
+        _MIXTRAL,
+        mlp_output=Hook("block_sparse_moe"),
+        multiplier="residual_multiplier",
+        mixture=Mixture("num_local_experts", "intermediate_size", module="block_sparse_moe.experts"),
+    ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
 }
@@ -267,6 +334,18 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+def _lacking(component: Component, family: str) -> str:
+    """Why a family has no such component, and what it has."""
+    if component == "mlp_neurons":
+        return (
+            f"a layer of a mixture of experts ({family}) has no one MLP whose neurons could be named; study "
+            "layer_output, attention_output, mlp_output, attention_heads or expert_output"
+        )
+    if FAMILIES[family].mixture is None:
+        return f"{family} is no mixture of experts"
+    return f"the layers of {family} have no expert that always runs"
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """The shape of a model, from its configuration alone; no weights are needed to plan a study."""
@@ -307,26 +386,46 @@ class ModelInfo:
     """Neurons per layer of all experts of a mixture together; 0 where all that is stored runs."""
     context: int = 0
     """Tokens of the longest sequence that the model was made for; 0 where its configuration does not say."""
+    experts: int = 0
+    """Routed experts of a layer of a mixture; 0 for a model without."""
+    chosen: int = 0
+    """Experts that a token is routed to."""
+    routed: tuple[int, ...] = ()
+    """Layers of a mixture that have experts; the others have one MLP."""
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> ModelInfo:
+        """A shape that was kept as JSON, in which tuples are lists."""
+        shape: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+        return cls(**shape)
 
     def width(self, component: Component) -> int:
-        """Units of a component: heads for `attention_heads`, vector width for the others.
+        """Units of a component: heads, experts, the one shared expert, or the width of the others' vector.
 
         Raises:
             SiteError: the family has no such component.
         """
-        if component not in family_of(self.family).hooks:
-            raise SiteError(
-                f"{self.name} has no {component}: a layer of a mixture of experts ({self.family}) has no one MLP whose "
-                "neurons could be named; study layer_output, attention_output, mlp_output or attention_heads"
-            )
-        return {"mlp_neurons": self.d_ff, "attention_heads": self.heads}.get(component, self.d_model)
+        family = family_of(self.family)
+        if component not in family.components:
+            raise SiteError(f"{self.name} has no {component}: {_lacking(component, self.family)}")
+        counts: dict[Component, int] = {"mlp_neurons": self.d_ff, "attention_heads": self.heads}
+        counts |= {"router": self.experts, "expert_output": self.experts, "shared_expert_output": 1}
+        return counts.get(component, self.d_model)
 
     def tensor_width(self, component: Component) -> int:
-        """Columns of a component's tensor."""
+        """Numbers that a component has at one token, all units together."""
+        if component in ("expert_output", "shared_expert_output"):
+            return self.d_model
         return self.width(component) * (self.d_head if component == "attention_heads" else 1)
 
+    def vector_width(self, component: Component, units: tuple[int, ...]) -> int:
+        """Numbers that units of a component (all if none are named) have at one token; experts add up to one vector."""
+        if component in ("expert_output", "shared_expert_output"):
+            return self.tensor_width(component)
+        return len(self.columns(component, units)) or self.tensor_width(component)
+
     def columns(self, component: Component, units: tuple[int, ...]) -> tuple[int, ...]:
-        """Tensor columns of units: a head is `d_head` columns, every other unit is one."""
+        """Tensor columns of units: a head is `d_head` columns, every other unit is one; an expert is its number."""
         if component != "attention_heads":
             self.width(component)  # refuses a component that the family lacks
             return units
@@ -344,7 +443,20 @@ class Site:
     position: str
     """A span of the prompt or one of its tokens; see `TokenPair.places`."""
     units: tuple[int, ...] = ()
-    """Neurons or heads, ascending; empty for the whole tensor."""
+    """Neurons, heads or experts, ascending; empty for the whole tensor."""
+
+
+def refuse_dense(site: Site, info: ModelInfo) -> None:
+    """Refuse a part of a mixture in a layer that has one MLP.
+
+    Raises:
+        SiteError: with the layers that have experts.
+    """
+    if site.component in MIXTURE_COMPONENTS and site.layer not in info.routed:
+        raise SiteError(
+            f"layer {site.layer} of {info.name} has no {site.component}: it has one MLP; layers with experts are "
+            f"{', '.join(map(str, info.routed))}"
+        )
 
 
 def check_site(site: Site, info: ModelInfo) -> None:
@@ -358,6 +470,7 @@ def check_site(site: Site, info: ModelInfo) -> None:
     if not 0 <= site.layer < info.layers:
         raise SiteError(f"layer {site.layer} is out of range: {info.name} has layers 0 to {info.layers - 1}")
     width = info.width(site.component)
+    refuse_dense(site, info)
     outside = [unit for unit in site.units if not 0 <= unit < width]
     if outside:
         raise SiteError(f"unit {outside[0]} of {site.component} is out of range: {info.name} has 0 to {width - 1}")

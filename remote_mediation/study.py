@@ -226,8 +226,7 @@ def _reread_study(store: Store) -> Study:
     record, prepared = store.record(), store.prepared() or Prepared((), ())
     placebos = store.prepared(PLACEBOS) or Prepared((), ())
     config = StudyConfig(**record["config"])
-    info = ModelInfo(**{**record["model"], "sliding": tuple(record["model"]["sliding"])})
-    outcome = outcome_from(record["outcome"])
+    info, outcome = ModelInfo.from_record(record["model"]), outcome_from(record["outcome"])
     return Study(config, info, outcome, *prepared, placebos.pairs)
 
 

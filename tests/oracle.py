@@ -308,15 +308,17 @@ class Subject:
         values = self.run(self.plan(pairs, rows, outcome, **budget))
         return np.array([outcome.value(by_id[row.pair], values[keys(row)]) for row in rows])
 
-    def compare(self, pairs: Sequence[TokenPair], rows: Sequence[Row], outcome: Outcome) -> Measured:
-        """Y of each row by the package and by the oracle."""
+    def compare(
+        self, pairs: Sequence[TokenPair], rows: Sequence[Row], outcome: Outcome, oracle: type[Oracle] = Oracle
+    ) -> Measured:
+        """Y of rows by the package and by the oracle."""
         expected: dict[Row, float] = {}
         for pair in pairs:
             run = [Row(pair.id, 0), Row(pair.id, 1), *(row for row in rows if row.pair == pair.id)]
-            expected.update(zip(run, Oracle(self.plain, pair).values(run, outcome), strict=True))
-        oracle = np.array([expected[row] for row in rows])
+            expected.update(zip(run, oracle(self.plain, pair).values(run, outcome), strict=True))
+        found = np.array([expected[row] for row in rows])
         bases = np.array([expected[Row(row.pair, row.base)] for row in rows])
-        return Measured(self.measure(pairs, rows, outcome), oracle, oracle - bases)
+        return Measured(self.measure(pairs, rows, outcome), found, found - bases)
 
 
 def token_pair(

@@ -28,6 +28,10 @@ def test_every_family_has_a_line() -> None:
     }
     assert lines["granite"].components["mlp_output"] == "output of mlp x residual_multiplier"
     assert lines["mixtral"].components["mlp_neurons"] == "none: a mixture of experts"
+    assert lines["mixtral"].components["router"] == "weights that enter mlp.experts, 0 for experts not chosen"
+    assert lines["mixtral"].components["shared_expert_output"] == "none: no expert always runs"
+    shared = lines["qwen2_moe"].components["shared_expert_output"]
+    assert shared == "mlp.shared_expert x sigmoid of mlp.shared_expert_gate"
     assert all(line.reason == NOT_COVERED.get(name, "") for name, line in lines.items())
 
 
@@ -63,6 +67,26 @@ def test_a_row_that_names_what_is_not_there(
 ) -> None:
     monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], **change))
     found = check_model(subject("llama").info.name)
+    assert not found.covered
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"module": "mlp.many"}, "layer 1 has no mlp.many, the configuration says otherwise"),
+        ({"dense": ""}, "layer 0 has no mlp.experts, the configuration says otherwise"),
+        ({"experts": "num_hidden_layers"}, "layer 1 has 4 experts, the configuration says 3"),
+        ({"shared_gate": "mlp.gates"}, "layer 1 has no mlp.gates, which shared_expert_output is made of"),
+    ],
+)
+def test_a_row_that_names_experts_that_are_not_there(
+    subject: Subjects, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], reason: str
+) -> None:
+    row = FAMILIES["deepseek_v3"]
+    assert row.mixture is not None
+    monkeypatch.setitem(FAMILIES, "deepseek_v3", replace(row, mixture=row.mixture._replace(**change)))
+    found = check_model(subject("deepseek_v3").info.name)
     assert not found.covered
     assert reason in found.reason
 

@@ -24,10 +24,11 @@ from remote_mediation.engine.program import answer_values
 from remote_mediation.engine.rows import Constant, Row, Scale, Source, Write, swap
 from remote_mediation.outcomes import Outcome
 from remote_mediation.pairs import PromptPair
-from remote_mediation.sites import COMPONENTS, FAMILIES, Component, ModelInfo, Site
+from remote_mediation.sites import FAMILIES, Component, ModelInfo, Site
 from remote_mediation.tokens import SPANS, TokenPair, tokenise
 
 Subjects = Callable[[str], Subject]
+COMPONENTS = FAMILIES["llama"].components  # what every family but the mixtures has
 
 
 def from_side(pair: TokenPair, base: int, side: int, component: Component, layer: int, position: str) -> Write:

@@ -85,16 +85,27 @@ def held_bytes(pairs: Sequence[TokenPair], rows: Iterable[Row], setting: Setting
     """Memory of what base runs keep for rows: keys and values, the stream, and the components that rows take."""
     info, size = setting.info, DTYPE_BYTES[setting.dtype]
     first, components = captured(pairs, rows)
-    width = info.d_model + sum(map(info.tensor_width, components))
+    width = info.d_model + sum(kept_width(info, component) for component in components)
     lengths = [len(prompt) + pair.fed for pair in pairs for prompt in pair.prompts]
     cached = 2 * info.kv_heads * info.d_head
     return float(info.layers * size * sum(length * cached + (length - first) * width for length in lengths))
 
 
+def kept_width(info: ModelInfo, component: Component) -> int:
+    """Numbers that a base run keeps of a component at one token; of experts what they are given."""
+    width = info.tensor_width(component)
+    return width + info.experts if component == "expert_output" else width
+
+
 def weight_bytes(info: ModelInfo, dtype: str) -> float:
     """Memory of the model's weights."""
-    idle = (3 if info.gated else 2) * info.d_model * max(info.stored_ff - info.d_ff, 0)  # experts that do not run
-    layer = layer_flops(info, 1, 0) / 2 + idle
+    idle = (3 if info.gated else 2) * info.d_model * max(info.stored_ff - info.d_ff, 0)
+    return running_bytes(info, dtype) + idle * len(info.routed) * DTYPE_BYTES[dtype]
+
+
+def running_bytes(info: ModelInfo, dtype: str) -> float:
+    """Memory of the weights that run for a token: all of them but the experts of a mixture that it is not routed to."""
+    layer = layer_flops(info, 1, 0) / 2
     embeddings = info.vocab * info.d_model * (1 if info.tied else 2)
     return (layer * info.layers + embeddings) * DTYPE_BYTES[dtype]
 
@@ -127,4 +138,9 @@ def captured(pairs: Iterable[TokenPair], rows: Iterable[Row]) -> tuple[int, set[
     writes = [write for row in rows for write in row.writes]
     sources = [(write.component, write.value.places) for write in writes if isinstance(write.value, Source | Projected)]
     begins = [*(write.places[0] for write in writes), *(taken[0] for _, taken in sources)]
-    return min([*begins, *(pair.first for pair in pairs)]), {component for component, _ in sources}
+    return min([*begins, *(pair.first for pair in pairs)]), {kept_component(component) for component, _ in sources}
+
+
+def kept_component(component: Component) -> Component:
+    """Under which name a base run keeps a component: all experts are made of what they are given."""
+    return "expert_output" if component == "shared_expert_output" else component

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remote_mediation.errors import ModelError, SiteError
 from remote_mediation.models import info_of, load_configuration
-from remote_mediation.sites import FAMILIES, NOT_COVERED, Component, Family, Hook, ModelInfo
+from remote_mediation.sites import FAMILIES, NOT_COVERED, Component, Family, Hook, Mixture, ModelInfo
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,9 +87,20 @@ def described(family: Family) -> dict[str, str]:
             continue
         scaled = name in ("attention_output", "mlp_output") and family.multiplier
         lines[name] = f"{hook.side} of {hook.path}" + (f" x {family.multiplier}" if scaled else "")
-    if family.mlp_neurons is None:
+    if family.mixture is not None:
         lines["mlp_neurons"] = "none: a mixture of experts"
+        lines |= _described_parts(family.mixture)
     return lines
+
+
+def _described_parts(mixture: Mixture) -> dict[str, str]:
+    """What the parts of a mixture are, in words."""
+    shared = mixture.shared_module + (f" x sigmoid of {mixture.shared_gate}" if mixture.shared_gate else "")
+    return {
+        "router": f"weights that enter {mixture.module}, 0 for experts not chosen",
+        "expert_output": f"one expert of {mixture.module}, weighted, where a layer has experts",
+        "shared_expert_output": shared or "none: no expert always runs",
+    }
 
 
 def check_model(name: str, revision: str = "") -> Coverage:
@@ -114,7 +125,7 @@ def examine(config: PreTrainedConfig, info: ModelInfo) -> Coverage:
     """
     model, family = _on_meta(config, info.name), FAMILIES[info.family]
     stored = sum(weight.numel() for weight in model.parameters())
-    idle = 3 * info.d_model * max(info.stored_ff - info.d_ff, 0) * _mixture_layers(model, family)
+    idle = 3 * info.d_model * max(info.stored_ff - info.d_ff, 0) * len(info.routed)
     reason = next(_faults(model, family, info), "")
     return Coverage(info.name, reason, info, type(model).__name__, stored, stored - idle, described(family))
 
@@ -129,11 +140,6 @@ def _on_meta(config: PreTrainedConfig, name: str) -> nn.Module:
     except (ValueError, ImportError, AttributeError) as error:
         raise ModelError(f"transformers cannot build {name!r}: {str(error).strip().splitlines()[0]}") from error
     return model
-
-
-def _mixture_layers(model: nn.Module, family: Family) -> int:
-    """Layers with experts; a mixture's other layers have one MLP."""
-    return sum(any(path.endswith("experts") for path, _ in block.named_modules()) for block in _blocks(model, family))
 
 
 def _faults(model: nn.Module, family: Family, info: ModelInfo) -> Iterator[str]:
@@ -151,6 +157,22 @@ def _faults(model: nn.Module, family: Family, info: ModelInfo) -> Iterator[str]:
             elif component in _CHECKED and info.tensor_width(component) not in module.weight.shape:
                 width, shape = info.tensor_width(component), tuple(module.weight.shape)
                 yield f"{hook.path} of layer {layer} is {shape}, and {component} should be {width} wide"
+        if family.mixture is not None:
+            yield from _mixture_faults(block, family.mixture, info, layer)
+
+
+def _mixture_faults(block: nn.Module, mixture: Mixture, info: ModelInfo, layer: int) -> Iterator[str]:
+    """What a layer of a mixture should have and has not, or has and should not."""
+    experts, wanted = _module(block, Hook(mixture.module)), layer in info.routed
+    if (experts is not None) != wanted:
+        yield f"layer {layer} has {'no ' if wanted else ''}{mixture.module}, the configuration says otherwise"
+    if experts is None:
+        return
+    if len(experts.down_proj) != info.experts:
+        yield f"layer {layer} has {len(experts.down_proj)} experts, the configuration says {info.experts}"
+    for path in filter(None, (mixture.shared_module, mixture.shared_gate)):
+        if _module(block, Hook(path)) is None:
+            yield f"layer {layer} has no {path}, which shared_expert_output is made of"
 
 
 def _blocks(model: nn.Module, family: Family) -> list[Any]:

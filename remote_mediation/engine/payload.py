@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from remote_mediation.engine.budget import Setting, captured
 from remote_mediation.engine.rows import Constant, Given, Projected, Row, Scale, Source, Value
 from remote_mediation.outcomes import Outcome
-from remote_mediation.sites import FORWARD_ORDER, family_of
+from remote_mediation.sites import FORWARD_ORDER, Component, ModelInfo, family_of
 from remote_mediation.tokens import TokenPair, trie
 
 # Stack and place in it of each pair's prompts, by pair and side.
@@ -56,11 +56,26 @@ def model_spec(setting: Setting) -> dict[str, Any]:
         "vocab": setting.info.vocab,
         "layers": setting.info.layers,
         "components": {component: tuple(hook) for component, hook in family.hooks.items()},
+        "mixture": _mixture_payload(setting.info),
         "factors": dict.fromkeys(("attention_output", "mlp_output"), setting.info.multiplier),
         "sliding": setting.info.sliding,
         "window": setting.info.window,
         "dtype": setting.dtype,
         "normalise": setting.outcome.normalise,
+    }
+
+
+def _mixture_payload(info: ModelInfo) -> dict[str, Any]:
+    """Where the experts are, how many, and in which layers; empty for a model without."""
+    mixture = family_of(info.family).mixture
+    if mixture is None:
+        return {}
+    return {
+        "module": mixture.module,
+        "shared": mixture.shared_module,
+        "gate": mixture.shared_gate,
+        "experts": info.experts,
+        "layers": info.routed,
     }
 
 
@@ -135,8 +150,9 @@ def _batch_payload(batch: Batch, places: _Places, first: int, layers: int) -> di
         joining[row.low - low].append(places[row.pair, row.base][1])
         for item in row.writes:
             value = _value_payload(item.value, row.pair, places, first)
-            entry = (index, shifted(item.places, batch.start), brief(item.columns), *value)
-            writes.setdefault(item.layer, {}).setdefault(item.component, []).append(entry)
+            component, columns = addressed(item.component, item.columns)
+            entry = (index, shifted(item.places, batch.start), columns, *value)
+            writes.setdefault(item.layer, {}).setdefault(component, []).append(entry)
     return {
         "stack": places[batch.rows[0].pair, batch.rows[0].base][0],
         "start": batch.start,
@@ -161,6 +177,13 @@ def _value_payload(value: Value, pair: str, places: _Places, first: int) -> tupl
             return "projected", (*places[pair, side], shifted(taken, first), basis.tensor, along.tensor)
         case Given(_, load):
             return "constant", load().tolist()
+
+
+def addressed(component: Component, columns: tuple[int, ...]) -> tuple[Component, tuple[int, ...] | range | str]:
+    """A component and its columns as the program names them: the shared expert is one of the experts."""
+    if component == "shared_expert_output":
+        return "expert_output", "shared"
+    return component, brief(columns)
 
 
 def shifted(indices: tuple[int, ...], by: int) -> tuple[int, ...] | range:

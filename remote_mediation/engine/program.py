@@ -247,8 +247,18 @@ def capture(model: Any, spec: dict[str, Any], stack: dict[str, Any], components:
         bound_window(spec, stack, 0, block, layer)
         found["stream"].append(block.input[:, stack["first"] :].clone())  # a view would hold the whole prompt
         for name in components:
-            found[name].append(tensor_of(spec, block, name)[:, stack["first"] :].clone())
+            found[name].append(kept(spec, block, name, layer, stack["first"]))
     return found
+
+
+def kept(spec: dict[str, Any], block: Any, name: str, layer: int, first: int) -> Any:
+    """A component of a layer from token `first` on; of experts what they are given, None where it has none."""
+    if name in ("router", "expert_output") and layer not in spec["mixture"]["layers"]:
+        return None
+    if name == "expert_output":
+        hidden, routing = expert_inputs(spec, block)
+        return hidden[:, first:].clone(), routing[:, first:].clone()
+    return tensor_of(spec, block, name)[:, first:].clone()
 
 
 def climb(
@@ -278,7 +288,11 @@ def climb(
         if layer + 1 < spec["layers"]:
             show_prefix(past, layer + 1, base["keyvalues"], rows_at(batch, layer + 1), batch["start"])
         for name, writes in batch["writes"].get(layer, ()):
-            write(spec, blocks[layer], name, layer, writes, bases)
+            if name == "expert_output":
+                sources = [one["captured"].get(name, {layer: None})[layer] for one in bases]
+                write_experts(model, spec, blocks[layer], writes, sources)
+            else:
+                write(spec, blocks[layer], name, layer, writes, bases)
 
 
 def write(
@@ -324,6 +338,8 @@ def tensor_of(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
 
 def module_tensor(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
     """The live tensor `[row, token, width]` of a component's module: a contribution before the family's multiplier."""
+    if name == "router":
+        return routing_of(spec, block)
     path, side, index = spec["components"][name]
     module = module_at(block, path)
     value: Any = module.input if side == "input" else module.output
@@ -333,6 +349,9 @@ def module_tensor(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
 
 def replace_tensor(spec: dict[str, Any], block: Any, name: str, value: torch.Tensor) -> None:
     """Hand a module's written tensor (`module_tensor`) back to the forward pass."""
+    if name == "router":
+        route(spec, block, value)
+        return
     path, side, index = spec["components"][name]
     module = module_at(block, path)
     if side == "input":
@@ -341,6 +360,115 @@ def replace_tensor(spec: dict[str, Any], block: Any, name: str, value: torch.Ten
         module.output = value
     else:
         module.output = (*module.output[:index], value, *module.output[index + 1 :])
+
+
+def experts_of(spec: dict[str, Any], block: Any) -> Any:
+    """The module of a block's routed experts: of hidden states, numbers of experts and weights it gives their sum."""
+    return module_at(block, spec["mixture"]["module"])
+
+
+def routing_of(spec: dict[str, Any], block: Any) -> torch.Tensor:
+    """`[row, token, expert]`: the weight with which each expert enters the sum; 0 where it was not chosen.
+
+    nnsight gives a value as often as one asks until a later one is asked for: here the shape is the MLP's input's.
+    """
+    mlp = module_at(block, spec["components"]["mlp_output"][0])
+    shape = mlp.input.shape[:2]
+    (_, chosen, weights), _ = experts_of(spec, block).inputs
+    return spread_out(spec, chosen, weights).reshape(*shape, -1)
+
+
+def expert_inputs(spec: dict[str, Any], block: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the experts are given: hidden states `[row, token, width]` and routing weights `[row, token, expert]`."""
+    (hidden, chosen, weights), _ = experts_of(spec, block).inputs
+    shape = module_tensor(spec, block, "mlp_output").shape[:2]
+    return hidden.reshape(*shape, -1), spread_out(spec, chosen, weights).reshape(*shape, -1)
+
+
+def inputs_to_call(model: Any, spec: dict[str, Any], block: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts' inputs, where they can be called with them."""
+    if sandboxed(model):
+        raise RuntimeError("this server runs blocks in a sandbox, where experts cannot be called")
+    return expert_inputs(spec, block)
+
+
+def spread_out(spec: dict[str, Any], chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`[token, expert]` of the numbers and weights `[token, choice]` of chosen experts."""
+    return weights.new_zeros(len(weights), spec["mixture"]["experts"]).scatter(1, chosen, weights)
+
+
+def choice_of(routing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers and weights `[token, choice]` of the experts with a weight in `[token, expert]`.
+
+    As many as the token with most has; where another has fewer, experts of weight 0 fill up and add nothing.
+    """
+    most = max(int((routing != 0).sum(-1).max()), 1)
+    chosen = routing.abs().topk(most, -1).indices
+    return chosen, routing.gather(-1, chosen)
+
+
+def route(spec: dict[str, Any], block: Any, routing: torch.Tensor) -> None:
+    """Let the experts run with these weights `[row, token, expert]`."""
+    experts = experts_of(spec, block)
+    (hidden, _, _), settings = experts.inputs
+    experts.inputs = ((hidden, *choice_of(routing.flatten(0, 1))), settings)
+
+
+def contribution(spec: dict[str, Any], block: Any, given: list[torch.Tensor], experts: Any) -> torch.Tensor:
+    """What some experts together add `[..., width]`, before the family's multiplier: they are asked once more.
+
+    Their module is called out of turn with the weights of all others at 0, whichever way it holds its
+    parameters; so what all routed experts and the shared one add is what their MLP adds. given: the
+    `expert_inputs` of some tokens. experts: their numbers, none for all of them, or "shared".
+    """
+    hidden, routing = given
+    if experts == "shared":
+        return shared_contribution(spec, block, hidden)
+    wanted = torch.tensor(experts or range(routing.shape[-1])).to(routing.device)
+    routing = torch.zeros_like(routing).index_copy(-1, wanted, routing[..., wanted])
+    if not routing.any():
+        return torch.zeros_like(hidden)
+    chosen, weights = choice_of(routing.flatten(0, -2))
+    found: torch.Tensor = experts_of(spec, block)(hidden.flatten(0, -2), chosen, weights)
+    return found.reshape(hidden.shape)
+
+
+def shared_contribution(spec: dict[str, Any], block: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """What the expert that always runs adds `[..., width]`, before the family's multiplier."""
+    added: torch.Tensor = module_at(block, spec["mixture"]["shared"])(hidden)
+    if spec["mixture"]["gate"]:
+        added = torch.sigmoid(module_at(block, spec["mixture"]["gate"])(hidden)) * added
+    return added
+
+
+def of_one_stack(writes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Writes of a generation, whose prompts stand all together, as those of a batch, which say in which stack."""
+    return [(*where, kind, (0, *value) if kind in ("source", "projected") else value) for *where, kind, value in writes]
+
+
+def write_experts(
+    model: Any, spec: dict[str, Any], block: Any, writes: Any, sources: list[Any], samples: int = 1
+) -> None:
+    """Overwrite what experts of one layer add: their MLP's sum changes by as much, which is the same for a sum.
+
+    sources: what `kept` holds of the layer for each stack. samples: sequences of a row, which get the same.
+    """
+    inputs, factor = inputs_to_call(model, spec, block), spec["factors"]["mlp_output"]
+    target = module_tensor(spec, block, "mlp_output")
+    for row, places, experts, kind, value in writes:
+        where = (slice(row * samples, (row + 1) * samples), *grid(places, ()))
+        own = contribution(spec, block, [part[where] for part in inputs], experts)
+        if kind in ("source", "projected"):
+            stack, prompt, source_places, *subspace = value
+            taken = [part[prompt][grid(source_places, ())].to(own.device) for part in sources[stack]]
+            new = contribution(spec, block, taken, experts)
+            new = projected(own, new, *subspace) if subspace else new
+        elif kind == "scale":
+            new = own * value
+        else:
+            new = torch.tensor(value).to(own.device) / factor
+        target[where] = (target[where].float() + new.float() - own.float()).to(target.dtype)
+    replace_tensor(spec, block, "mlp_output", target)
 
 
 def bound_window(spec: dict[str, Any], stack: dict[str, Any], start: int, block: Any, layer: int) -> None:
@@ -437,9 +565,16 @@ def read(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Ten
     with model.trace(input_ids=torch.tensor([context["ids"]]), logits_to_keep=1):
         for layer, reads in context["reads"].items():
             block = module_at(model, spec["blocks"])[layer]
+            inputs: tuple[torch.Tensor, ...] = ()
             for name, places, columns in reads:
-                tensor = block.input if name == "layer_input" else tensor_of(spec, block, name)
-                found.append(tensor[0][grid(places, columns)].float().mean(0))
+                if name == "expert_output":
+                    inputs = inputs or inputs_to_call(model, spec, block)
+                    given = [part[0][grid(places, ())] for part in inputs]
+                    values = contribution(spec, block, given, columns) * spec["factors"]["mlp_output"]
+                else:
+                    tensor = block.input if name == "layer_input" else tensor_of(spec, block, name)
+                    values = tensor[0][grid(places, columns)]
+                found.append(values.float().mean(0))
     return torch.cat([value.to(found[0].device) for value in found])[None]
 
 
@@ -579,22 +714,27 @@ def sample(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.T
         for step in tracer.iter[: context["tokens"]]:
             writes = context["later"] if step else context["writes"]
             for layer, components in writes.items():
+                block = module_at(model, spec["blocks"])[layer]
                 for name, parts in components:
-                    write_samples(spec, module_at(model, spec["blocks"])[layer], name, parts, taken.get(layer), samples)
+                    if name == "expert_output":
+                        sources = [taken.get(layer, {}).get(name)]
+                        write_experts(model, spec, block, of_one_stack(parts), sources, samples)
+                    else:
+                        write_samples(spec, block, name, parts, taken.get(layer), samples)
             said.append(next_tokens(model.output.logits[:, -1], draws[step], context["temperature"]))
     found = torch.stack(said, -1).reshape(2, len(context["rows"]), -1)
     return found.transpose(0, 1).flatten(1)
 
 
-def taken_values(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> dict[int, dict[str, torch.Tensor]]:
+def taken_values(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """What writes take from plain runs of the prompts: by layer and component `[prompt, token, width]`, left-padded."""
-    taken: dict[int, dict[str, torch.Tensor]] = {}
+    taken: dict[int, dict[str, Any]] = {}
     if context["taken"]:
         ids, mask = left_padded(context["prompts"])
         with model.generate(input_ids=ids, attention_mask=mask, **every_step(spec, 1)):
             for layer, names in context["taken"].items():
                 block = module_at(model, spec["blocks"])[layer]
-                taken[layer] = {name: tensor_of(spec, block, name).clone() for name in names}
+                taken[layer] = {name: kept(spec, block, name, layer, 0) for name in names}
     return taken
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from remote_mediation.errors import SiteError
-from remote_mediation.sites import Component, ModelInfo, Site
+from remote_mediation.sites import MIXTURE_COMPONENTS, Component, ModelInfo, Site, refuse_dense
 from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
@@ -73,7 +74,7 @@ class Write:
     places: tuple[int, ...]
     """Token indices in the base prompt's packed sequence, ascending."""
     columns: tuple[int, ...]
-    """Columns of the tensor, ascending; empty for all."""
+    """Columns of the tensor, ascending; empty for all. Of `expert_output` experts, whose sum is one vector."""
     value: Value
     """What it is set to."""
 
@@ -143,12 +144,13 @@ def held(pair: TokenPair, site: Site, base: int, side: int, info: ModelInfo) -> 
     """A site of a run of `base` held at what it is in the base run of prompt `side`.
 
     Raises:
-        SiteError: a subspace whose basis is not as wide as its site.
+        SiteError: a component that the model or the layer lacks, or a subspace whose basis is not as wide as its site.
     """
     places, columns = pair.places(site.position), info.columns(site.component, site.units)
+    refuse_dense(site, info)
     value: Value = Source(side, places[side])
     if isinstance(site, Subspace):
-        width = len(columns) or info.tensor_width(site.component)
+        width = info.vector_width(site.component, site.units)
         if site.basis.width != width:
             raise SiteError(f"{site.basis} is no basis of {site.component}, which is {width} wide in {info.name}")
         value = Projected(side, places[side], site.basis, site.along or site.basis)
@@ -157,9 +159,10 @@ def held(pair: TokenPair, site: Site, base: int, side: int, info: ModelInfo) -> 
 
 # What stands in a component's tensor and is lost when the component itself is overwritten.
 _INSIDE: dict[Component, tuple[Component, ...]] = {
-    "layer_output": ("attention_heads", "attention_output", "mlp_neurons", "mlp_output"),
+    "layer_output": ("attention_heads", "attention_output", "mlp_neurons", "mlp_output", *MIXTURE_COMPONENTS),
     "attention_output": ("attention_heads",),
-    "mlp_output": ("mlp_neurons",),
+    "mlp_output": ("mlp_neurons", *MIXTURE_COMPONENTS),
+    "expert_output": ("router",),
 }
 
 
@@ -171,9 +174,18 @@ def _refuse_covered(pair: TokenPair, sites: Sequence[Site]) -> None:
             cover = whole.get((component, site.layer))
             if cover and set(pair.places(site.position).x0) <= set(pair.places(cover.position).x0):
                 raise SiteError(f"{site} is wholly covered by {cover} of the same set; leave one of them out")
+    for one, other in combinations([site for site in sites if site.component == "expert_output"], 2):
+        shared = set(one.units) & set(other.units)
+        if shared and one.layer == other.layer and _meet(pair, one, other):
+            raise SiteError(f"{one} and {other} share expert {min(shared)}; name each expert once in a set")
     if len(set(sites)) < len(sites):
         twice = next(site for site in sites if list(sites).count(site) > 1)
         raise SiteError(f"{twice} is in one set twice; name it once")
+
+
+def _meet(pair: TokenPair, one: Site, other: Site) -> bool:
+    """Whether two sites have a token in common."""
+    return bool(set(pair.places(one.position).x0) & set(pair.places(other.position).x0))
 
 
 def _is_whole(site: Site) -> bool:

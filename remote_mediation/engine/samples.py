@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from remote_mediation.engine.budget import DTYPE_BYTES, Budget, Setting, layer_flops
 from remote_mediation.engine.jobs import Job, Part
-from remote_mediation.engine.payload import brief, digest, model_spec, shifted
+from remote_mediation.engine.payload import addressed, brief, digest, model_spec, shifted
 from remote_mediation.engine.rows import Constant, Given, Projected, Row, Scale, Source, Write
 from remote_mediation.sites import FORWARD_ORDER, ModelInfo
 from remote_mediation.tokens import TokenPair
@@ -145,14 +145,15 @@ def _writes(
         both = members[row.pair].prompts
         for item in row.writes:
             pad = width - len(both[row.base])
-            columns, value = brief(item.columns), _value(item, both, prompts, width)
+            component, columns = addressed(item.component, item.columns)
+            value = _value(item, both, prompts, width)
             entry = (number, shifted(item.places, -pad), columns, *value)
-            first.setdefault(item.layer, {}).setdefault(item.component, []).append(entry)
+            first.setdefault(item.layer, {}).setdefault(component, []).append(entry)
             if isinstance(item.value, Source | Projected):
-                taken.setdefault(item.layer, set()).add(item.component)
+                taken.setdefault(item.layer, set()).add(component)
             if held and item.places[-1] == len(both[row.base]) - 1:
                 entry = (number, range(1), columns, *_at_last(*value))
-                later.setdefault(item.layer, {}).setdefault(item.component, []).append(entry)
+                later.setdefault(item.layer, {}).setdefault(component, []).append(entry)
     return {
         "writes": _ordered(first),
         "later": _ordered(later),

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from remote_mediation.engine.budget import LOGIT_COPIES, Budget, Setting, base_flops, layer_flops
 from remote_mediation.engine.jobs import Job, Part
-from remote_mediation.engine.payload import Side, digest, model_spec, shifted, stack_payload
+from remote_mediation.engine.payload import Side, addressed, digest, model_spec, shifted, stack_payload
 from remote_mediation.engine.rows import Constant, Scale
 from remote_mediation.errors import SiteError
 from remote_mediation.outcomes import Outcome
@@ -74,10 +74,17 @@ def read_task(pair: str, ids: tuple[int, ...], readings: Sequence[Reading], sett
     """Read activations of one prompt; values come back in the order of layers, then of `_READ_ORDER`."""
     ordered = sorted(readings, key=lambda one: (one.layer, _READ_ORDER.index(one.component)))
     by_layer = {
-        layer: tuple((one.component, shifted(one.places, 0), shifted(one.columns, 0)) for one in group)
+        layer: tuple(_reading_payload(one) for one in group)
         for layer, group in groupby(ordered, key=lambda one: one.layer)
     }
     return Task("read", (pair,), {"ids": ids, "reads": by_layer}, _forward(len(ids), setting))
+
+
+def _reading_payload(one: Reading) -> tuple[Any, ...]:
+    if one.component == "layer_input":
+        return one.component, shifted(one.places, 0), shifted(one.columns, 0)
+    component, columns = addressed(one.component, one.columns)
+    return component, shifted(one.places, 0), columns
 
 
 def columns_task(component: Component, setting: Setting) -> Task:
@@ -124,10 +131,16 @@ def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Settin
     sets: sites whose component is `attention_output` or `mlp_output`; their position is taken to be `last`.
 
     Raises:
-        SiteError: a subspace; its direct effect is not measured.
+        SiteError: a subspace, or what is no whole contribution; its direct effect is not measured.
     """
-    for site in (site for sites in sets for site in sites if isinstance(site, Subspace)):
-        raise SiteError(f"direct effects are of whole contributions, not of {site.basis}; ask for its joint effect")
+    for site in (site for sites in sets for site in sites):
+        if isinstance(site, Subspace):
+            raise SiteError(f"direct effects are of whole contributions, not of {site.basis}; ask for its joint effect")
+        if site.component in ("attention_output", "mlp_output"):
+            continue
+        raise SiteError(
+            f"direct effects are of attention_output and mlp_output, not of {site}; ask for its joint effect"
+        )
     starts = [len(prompt) - 1 for prompt in pair.prompts]
     stacks = tuple(stack_payload([Side(pair, side)], start, setting.outcome) for side, start in enumerate(starts))
     logits = (1 + pair.fed) * setting.info.vocab * 4 * LOGIT_COPIES
