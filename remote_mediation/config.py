@@ -107,6 +107,7 @@ class PositionSettings(_Strict):
     layers: Distinct[str] = ["edit", "post_instruction", "last"]
     modules: Distinct[str] = ["all"]
     heads: Distinct[str] = ["last"]
+    experts: Distinct[str] = ["last"]
     neurons: Distinct[str] = ["last"]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from remote_mediation.analyses import chosen
 from remote_mediation.config import StudyConfig
-from remote_mediation.engine.budget import LIBRARIES, Budget, batch_budget, weight_bytes
+from remote_mediation.engine.budget import LIBRARIES, Budget, batch_budget, running_bytes, weight_bytes
 from remote_mediation.engine.jobs import Job, Keys, batch_sizes, plan_jobs
 from remote_mediation.engine.rows import Row
 from remote_mediation.lab import Study
@@ -60,6 +60,8 @@ class Estimate:
     """Operations, of all that follows too."""
     weights: float
     """Bytes of the model's weights."""
+    running: float
+    """Bytes of those that run for a token; fewer in a mixture of experts."""
     batch: float
     """Bytes of the largest batch's activations."""
     seconds: float
@@ -74,6 +76,9 @@ class Estimate:
         """Peak bytes of a process that runs the study with the model on the CPU."""
         return LIBRARIES + self.weights + self.batch
 
+    def _running_in_words(self) -> str:
+        return f", of which {self.running / 1e9:,.2f} GB run for a token" if self.running < self.weights else ""
+
     def described(self) -> list[tuple[str, str]]:
         """Names and values for a table."""
         return [
@@ -85,7 +90,7 @@ class Estimate:
             ),
             ("jobs", f"{self.jobs:,}"),
             ("operations", f"{self.flops / 1e12:,.2f} TFLOP"),
-            ("weights", f"{self.weights / 1e9:,.2f} GB"),
+            ("weights", f"{self.weights / 1e9:,.2f} GB" + self._running_in_words()),
             ("largest batch", f"{self.batch / 1e9:,.2f} GB"),
             ("memory here", f"about {self.memory / 1e9:,.2f} GB at most, where the model runs on this machine's CPU"),
             ("time here", f"about {self.seconds / 60:,.1f} min at this machine's matmul speed"),
@@ -127,6 +132,7 @@ def estimate(config: StudyConfig, more: Sequence[Analysis] = ()) -> Estimate:
         jobs=len(jobs),
         flops=flops,
         weights=weight_bytes(info, config.dtype),
+        running=running_bytes(info, config.dtype),
         batch=max(size for job in jobs for size in batch_sizes(job, by_id, study.setting)),
         seconds=flops / matmul_rate(),
         up=sum(_PROGRAM_BYTES + _packed(job.payload) for job in jobs),

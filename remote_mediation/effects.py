@@ -26,7 +26,7 @@ EFFECT_COLUMNS: dict[str, str] = {
     "component": "tensor that is swapped",
     "layer": "decoder layer, from 0",
     "position": "span of the prompt, or one token of it, at which it is swapped",
-    "unit_start": "first unit (neuron or head); empty for the whole tensor",
+    "unit_start": "first unit (neuron, head or expert); empty for the whole tensor",
     "unit_stop": "one after the last unit; empty for the whole tensor",
     "y_base": "Y(x0, M(x0)): the harmless prompt as it is",
     "y_source": "Y(x1, M(x1)): the harmful prompt as it is",
@@ -56,9 +56,13 @@ class Request:
     """The pair."""
     site: Site
     """The site."""
+    idle: bool = False
+    """Whether it is known to be the same on both prompts, so that its effects are 0 without a run."""
 
     def rows(self, info: ModelInfo) -> tuple[Row, Row]:
         """Y(x0, M(x1)) and Y(x1, M(x0))."""
+        if self.idle:
+            return Row(self.pair.id, 0), Row(self.pair.id, 1)
         return swap(self.pair, self.site, 0, info), swap(self.pair, self.site, 1, info)
 
 

@@ -405,12 +405,15 @@ class ModelInfo:
         Raises:
             SiteError: the family has no such component.
         """
-        family = family_of(self.family)
-        if component not in family.components:
+        if not self.has(component):
             raise SiteError(f"{self.name} has no {component}: {_lacking(component, self.family)}")
         counts: dict[Component, int] = {"mlp_neurons": self.d_ff, "attention_heads": self.heads}
         counts |= {"router": self.experts, "expert_output": self.experts, "shared_expert_output": 1}
         return counts.get(component, self.d_model)
+
+    def has(self, component: Component) -> bool:
+        """Whether the family has such a component."""
+        return component in family_of(self.family).components
 
     def tensor_width(self, component: Component) -> int:
         """Numbers that a component has at one token, all units together."""

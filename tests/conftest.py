@@ -134,6 +134,10 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {**_WIDE_HEADS, **_ROUTED, **_QWEN_WINDOW, "num_experts": 4, "moe_intermediate_size": 24},
     ),
+    "qwen2_moe_chat": (
+        "qwen2_moe",
+        {**_GQA, **_ROUTED, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
+    ),
 }
 
 

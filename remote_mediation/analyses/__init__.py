@@ -9,6 +9,7 @@ from remote_mediation.analyses.attacks import ATTACKS
 from remote_mediation.analyses.checks import CHECKS
 from remote_mediation.analyses.claims import CLAIMS
 from remote_mediation.analyses.detect import DETECT
+from remote_mediation.analyses.experts import EXPERTS
 from remote_mediation.analyses.intervene import INTERVENE
 from remote_mediation.analyses.maps import HEADS, LAYERS, MODULES, TOKENS
 from remote_mediation.analyses.monitor import MONITOR
@@ -24,7 +25,7 @@ from remote_mediation.show.section import Section
 ALWAYS = (CHECKS, TOTAL)
 """What every study runs first."""
 EVERY: tuple[Analysis, ...] = (
-    *(CLAIMS, DIRECTIONS, RIVALS, LAYERS, MODULES, TOKENS, HEADS),
+    *(CLAIMS, DIRECTIONS, RIVALS, LAYERS, MODULES, TOKENS, HEADS, EXPERTS),
     *(NEURONS, DETECT, PATHS, INTERVENE, ATTACKS, MONITOR, ALIGNMENT, VERIFY),
 )
 """All that a study can name."""

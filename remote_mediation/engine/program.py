@@ -12,9 +12,9 @@ the work a row can change:
 - only the answer positions reach the unembedding.
 
 Sequences are packed: prompt, then the teacher-forced tokens of both responses, which see the prompt and themselves but
-not each other. Smaller tasks serve what rows cannot: `read` activations, `screen` units by gradients, give the norms of
-their `columns` of weights, `generate` and measure the `drift` of an answer while units are held, and `sample` what a
-model says behind overwritten mediators.
+not each other. Smaller tasks serve what rows cannot: `read` activations and the `routing` to experts, `screen` units by
+gradients, give the norms of their `columns` of weights, `generate` and measure the `drift` of an answer while units are
+held, and `sample` what a model says behind overwritten mediators.
 
 Everything here is plain functions over tensors, tuples, dicts and strings, because nnsight ships this
 source to the server, where `remote_mediation` is not installed. What the payload holds is written in `plan.py`.
@@ -62,6 +62,7 @@ def tasked(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
         "measure": measure,
         "direct": direct,
         "read": read,
+        "routing": routing,
         "columns": columns,
         "screen": screen,
         "generate": generate,
@@ -576,6 +577,15 @@ def read(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Ten
                     values = tensor[0][grid(places, columns)]
                 found.append(values.float().mean(0))
     return torch.cat([value.to(found[0].device) for value in found])[None]
+
+
+def routing(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
+    """Mean weight of each expert over places of two prompts: `[1, (side, layer, expert)]`, of layers with experts."""
+    found = []
+    for stack, places in zip(context["stacks"], context["places"], strict=True):
+        weights = base_run(model, spec, stack, ("router",))["captured"]["router"]
+        found += [weights[layer][0][grid(places, ())].float().mean(0).cpu() for layer in spec["mixture"]["layers"]]
+    return torch.cat(found)[None]
 
 
 def columns(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:

@@ -31,7 +31,7 @@ _DIRECT_BYTES = 0.3e9
 # What can be read of a layer, in the order in which it comes about; `layer_input` is the stream that enters it.
 Readable = Component | Literal["layer_input"]
 _READ_ORDER: tuple[Readable, ...] = ("layer_input", *FORWARD_ORDER)
-Kind = Literal["read", "columns", "screen", "generate", "drift", "direct"]
+Kind = Literal["read", "routing", "columns", "screen", "generate", "drift", "direct"]
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,18 @@ def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Settin
     }
     reading = 2.0 * 2 * len(sets) * (1 + pair.fed) * setting.info.d_model * setting.info.vocab
     return Task("direct", (pair.id,), payload, base_flops(pair, setting) + reading)
+
+
+def routing_task(pair: TokenPair, position: str, setting: Setting) -> Task:
+    """Mean routing weight of each expert over a position's tokens, fed answers included: `[side, layer, expert]`.
+
+    Layers without experts are left out; a weight is 0 where no token is routed to the expert.
+    """
+    places = pair.places(position)
+    starts = [min(at) for at in places]
+    stacks = tuple(stack_payload([Side(pair, side)], start, setting.outcome) for side, start in enumerate(starts))
+    payload = {"stacks": stacks, "places": tuple(map(shifted, places, starts))}
+    return Task("routing", (pair.id,), payload, base_flops(pair, setting))
 
 
 def generate_task(prompts: Sequence[tuple[int, ...]], tokens: int, held: Sequence[Held], setting: Setting) -> Task:

@@ -122,7 +122,8 @@ def _labels(sites: pd.DataFrame, among: pd.DataFrame | None = None) -> pd.Series
     names = {}
     for component, position, start, stop in sites[_KEY].drop_duplicates().itertuples(index=False):
         units = _units(component, start, stop)
-        words = [NOUNS.get(component, component)] if components else []
+        noun = NOUNS.get(component, component)
+        words = [noun] if components and not units.startswith(noun) else []
         words += [position] if positions or not (units or components) else []
         names[component, position, *_bounds(start, stop)] = ", ".join([*words, units] if units else words)
     keys = zip(sites["component"], sites["position"], sites["unit_start"], sites["unit_stop"], strict=True)
@@ -138,7 +139,7 @@ def _units(component: str, start: Any, stop: Any) -> str:
     first, after = _bounds(start, stop)
     if first < 0:
         return ""
-    noun = "head" if component == "attention_heads" else "neurons"
+    noun = {"attention_heads": "head", "expert_output": "expert"}.get(component, "neurons")
     return f"{noun} {first}" if after == first + 1 else f"{noun} {first} to {after - 1}"
 
 

@@ -25,6 +25,9 @@ NOUNS = {
     "mlp_output": "MLP",
     "mlp_neurons": "neuron",
     "attention_heads": "head",
+    "router": "routing",
+    "expert_output": "expert",
+    "shared_expert_output": "shared expert",
 }
 MOST_SITES = 5
 CHOICE = (

@@ -33,6 +33,7 @@ _TITLES = {
     "modules": "What MLP and attention add, layer by layer",
     "tokens": "Residual stream after each layer, at one token",
     "heads": "Single attention heads",
+    "experts": "Single experts of a mixture, and its routing",
     "neurons": "Windows of MLP neurons",
 }
 
