@@ -176,6 +176,7 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
         experts=getattr(text, family.mixture.experts) if family.mixture else 0,
         chosen=text.num_experts_per_tok if family.mixture else 0,
         routed=_routed_layers(text, family),
+        recurrent=_recurrent_layers(text, family),
     )
 
 
@@ -192,7 +193,7 @@ def _mlp_widths(config: PreTrainedConfig, family: Family) -> tuple[int, int]:
     """Neurons of a layer that run for a token, and those of all its experts (0 where it has none)."""
     mixture = family.mixture
     if mixture is None:
-        return getattr(config, family.d_ff, None) or 4 * config.hidden_size, 0
+        return _adjusted(config, getattr(config, family.d_ff, None) or 4 * config.hidden_size), 0
     width = getattr(config, mixture.width)
     always = getattr(config, mixture.shared_width) if mixture.shared_width else 0
     always += width * (getattr(config, mixture.shared) or 0) if mixture.shared else 0
@@ -213,6 +214,24 @@ def _routed_layers(config: PreTrainedConfig, family: Family) -> tuple[int, ...]:
         step = config.decoder_sparse_step
         return tuple(layer for layer in layers if layer not in config.mlp_only_layers and (layer + 1) % step == 0)
     return tuple(layers)
+
+
+def _recurrent_layers(config: PreTrainedConfig, family: Family) -> tuple[int, ...]:
+    """Layers of a hybrid that have no softmax attention."""
+    kinds = config.layer_types if family.mixer else ()
+    return tuple(layer for layer, kind in enumerate(kinds) if kind != "full_attention")
+
+
+def _adjusted(config: PreTrainedConfig, width: int) -> int:
+    """MLP width that a class makes of the one in its configuration (transformers, Lfm2MLP)."""
+    if not getattr(config, "block_auto_adjust_ff_dim", False):
+        return width
+    width = int(2 * width / 3)
+    if config.block_ffn_dim_multiplier is None:
+        return width
+    width = int(config.block_ffn_dim_multiplier * width)
+    multiple = int(config.block_multiple_of)
+    return -(-width // multiple) * multiple
 
 
 def _key_value_heads(config: PreTrainedConfig, family: Family) -> int:

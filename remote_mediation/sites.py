@@ -113,6 +113,9 @@ class Family:
     """Setting with the width of a head's output; where it is absent or None, the heads share the stream's width."""
     kv_heads: str = "num_key_value_heads"
     """Setting with the number of key/value heads; where it is absent or None, there are as many as query heads."""
+    mixer: Hook | None = None
+    """What stands in attention's place in layers that `layer_types` does not call `full_attention`; None where all
+    layers have softmax attention. It has no heads, and adds to the stream what `attention_output` is there."""
     mixture: Mixture | None = None
     """Where the sizes of a mixture of experts stand."""
     tower: str = ""
@@ -176,6 +179,17 @@ _DEEPSEEK = replace(
         shared="n_shared_experts",
         shared_module="mlp.shared_experts",
         dense="first",
+    ),
+)
+_QWEN_MOE = replace(
+    _MIXTRAL,
+    mixture=Mixture(
+        "num_experts",
+        "moe_intermediate_size",
+        shared_width="shared_expert_intermediate_size",
+        shared_module="mlp.shared_expert",
+        shared_gate="mlp.shared_expert_gate",
+        dense="listed",
     ),
 )
 FAMILIES: dict[str, Family] = {
@@ -256,27 +270,26 @@ FAMILIES: dict[str, Family] = {
         kv_heads="num_kv_heads",
         refused=(Refusal("alibi", True, _ALIBI),),
     ),
+    "lfm2": Family(
+        blocks="model.layers",
+        attention_output=Hook("self_attn", "output", 0),
+        mlp_output=Hook("feed_forward"),
+        mlp_neurons=Hook("feed_forward.w2", "input"),
+        attention_heads=Hook("self_attn.out_proj", "input"),
+        mixer=Hook("conv"),
+    ),
+    "qwen3_5_text": replace(_LLAMA, mixer=Hook("linear_attn")),
     "mixtral": replace(_MIXTRAL, windows="all"),
     "phimoe": replace(_MIXTRAL, windows="all"),
     "gpt_oss": replace(_MIXTRAL, windows="listed", mlp_output=Hook("mlp", "output", 0)),
     "olmoe": replace(_MIXTRAL, mixture=Mixture("num_experts", "intermediate_size")),
-    "qwen2_moe": replace(
-        _MIXTRAL,
-        windows="listed",
-        mixture=Mixture(
-            "num_experts",
-            "moe_intermediate_size",
-            shared_width="shared_expert_intermediate_size",
-            shared_module="mlp.shared_expert",
-            shared_gate="mlp.shared_expert_gate",
-            dense="listed",
-        ),
-    ),
+    "qwen2_moe": replace(_QWEN_MOE, windows="listed"),
     "qwen3_moe": replace(
         _MIXTRAL,
         windows="all",
         mixture=Mixture("num_experts", "moe_intermediate_size", dense="listed"),
     ),
+    "qwen3_next": replace(_QWEN_MOE, mixer=Hook("linear_attn")),
     "granitemoe": replace(
         _MIXTRAL,
         mlp_output=Hook("block_sparse_moe"),
@@ -291,7 +304,9 @@ _GEMMA4 = (
     "lower ones"
 )
 _LLAMA4 = "its layers attend in chunks of the sequence, and packed answers would fall into other chunks"
-_LINEAR = "its layers are partly of linear attention, which has no heads and no prefix that could be taken over"
+_PARALLEL = (
+    "its layers add a state-space model's output beside attention's, a third contribution, which no component here is"
+)
 _NO_DECODER = "its class takes images as well, and transformers has no causal language model for it"
 # Decoders that were looked at and cannot be studied, and why.
 NOT_COVERED: dict[str, str] = {
@@ -311,9 +326,8 @@ NOT_COVERED: dict[str, str] = {
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
     "mistral3": _NO_DECODER,
-    "qwen3_5": _LINEAR,
-    "qwen3_5_text": _LINEAR,
-    "qwen3_next": _LINEAR,
+    "falcon_h1": _PARALLEL,
+    "qwen3_5": _NO_DECODER,
 }
 
 
@@ -392,6 +406,20 @@ class ModelInfo:
     """Experts that a token is routed to."""
     routed: tuple[int, ...] = ()
     """Layers of a mixture that have experts; the others have one MLP."""
+    recurrent: tuple[int, ...] = ()
+    """Layers without softmax attention, such as convolutions or linear attention."""
+
+    @property
+    def unfolded(self) -> bool:
+        """Whether prompts and answers run as whole sequences of their own, as layers without softmax attention need."""
+        return bool(self.recurrent)
+
+    def layers_with(self, component: Component) -> tuple[int, ...]:
+        """Layers that have a component."""
+        if component in MIXTURE_COMPONENTS:
+            return self.routed
+        lacking = self.recurrent if component == "attention_heads" else ()
+        return tuple(layer for layer in range(self.layers) if layer not in lacking)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ModelInfo:
@@ -449,16 +477,20 @@ class Site:
     """Neurons, heads or experts, ascending; empty for the whole tensor."""
 
 
-def refuse_dense(site: Site, info: ModelInfo) -> None:
-    """Refuse a part of a mixture in a layer that has one MLP.
+def refuse_absent(site: Site, info: ModelInfo) -> None:
+    """Refuse a part of a mixture in a layer that has one MLP, and heads in a layer without softmax attention.
 
     Raises:
-        SiteError: with the layers that have experts.
+        SiteError: with the layers that have it.
     """
-    if site.component in MIXTURE_COMPONENTS and site.layer not in info.routed:
+    if site.component not in ("attention_heads", *MIXTURE_COMPONENTS):
+        return
+    there = info.layers_with(site.component)
+    if site.layer not in there and 0 <= site.layer < info.layers:
+        why = "no softmax attention" if site.component == "attention_heads" else "one MLP"
         raise SiteError(
-            f"layer {site.layer} of {info.name} has no {site.component}: it has one MLP; layers with experts are "
-            f"{', '.join(map(str, info.routed))}"
+            f"layer {site.layer} of {info.name} has no {site.component}: it has {why}; layers that have it are "
+            f"{', '.join(map(str, there))}"
         )
 
 
@@ -473,7 +505,7 @@ def check_site(site: Site, info: ModelInfo) -> None:
     if not 0 <= site.layer < info.layers:
         raise SiteError(f"layer {site.layer} is out of range: {info.name} has layers 0 to {info.layers - 1}")
     width = info.width(site.component)
-    refuse_dense(site, info)
+    refuse_absent(site, info)
     outside = [unit for unit in site.units if not 0 <= unit < width]
     if outside:
         raise SiteError(f"unit {outside[0]} of {site.component} is out of range: {info.name} has 0 to {width - 1}")

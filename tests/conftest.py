@@ -56,6 +56,17 @@ _LATENT = {  # keys and values from one compressed vector; the first layer has o
     "qk_nope_head_dim": 8,
     "v_head_dim": 12,
 }
+_CONVOLVED = {  # a convolution in one layer of three; of 60 neurons the class makes 40
+    "layer_types": ["full_attention", "conv", "full_attention"],
+    "block_multiple_of": 8,
+}
+_LINEAR = {  # linear attention in one layer of three
+    "layer_types": ["full_attention", "linear_attention", "full_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 _GPT2 = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4}
 
 # By name: `model_type` and configuration. Every family under its own name, then variants of it.
@@ -137,6 +148,19 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe_chat": (
         "qwen2_moe",
         {**_GQA, **_ROUTED, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
+    ),
+    "lfm2": ("lfm2", {**_GQA, **_CONVOLVED, "intermediate_size": 60}),
+    "qwen3_5_text": ("qwen3_5_text", {**_WIDE_HEADS, **_LINEAR}),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **_WIDE_HEADS,
+            **_ROUTED,
+            **_LINEAR,
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 20,
+        },
     ),
 }
 

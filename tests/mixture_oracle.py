@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 
 from remote_mediation.engine.rows import Constant, Projected, Scale, Source, Write
 
-_MLP = dict.fromkeys(("mixtral", "phimoe", "gpt_oss", "olmoe", "qwen2_moe", "qwen3_moe"), "model.layers.{}.mlp")
+_MLP = dict.fromkeys(
+    ("mixtral", "phimoe", "gpt_oss", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"), "model.layers.{}.mlp"
+)
 MLP = {**_MLP, **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "model.layers.{}.mlp")}
 MLP["granitemoe"] = "model.layers.{}.block_sparse_moe"
 # The expert that always runs, and what weights it.
-SHARED = {"qwen2_moe": ("shared_expert", "shared_expert_gate")}
+SHARED = dict.fromkeys(("qwen2_moe", "qwen3_next"), ("shared_expert", "shared_expert_gate"))
 SHARED |= dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("shared_experts", ""))
 PARTS = ("router", "expert_output", "shared_expert_output")
 

@@ -34,6 +34,8 @@ OTHERS = ("llama_chat", "gpt2_narrow", "gpt_neox_sequential")
 # One of each kind of block: plain, sandwich norms with a window, positions added to the stream, parallel, one whose
 # contributions are multiplied, one that returns a tuple.
 KINDS = ("llama", "gemma2_window", "gpt2", "gpt_neox", "granite", "gptj")
+# Models whose layers do not all have softmax attention.
+HYBRIDS = ("lfm2", "qwen3_5_text")
 VOCAB = 64  # of the tiny models; tokens below FIRST_WORD are special
 FIRST_WORD = 7
 LOGIT_DIFF = Outcome("logit_diff", plus=(11, 12), minus=(13, 14, 15))
@@ -71,11 +73,16 @@ MODULES: dict[str, dict[str, str]] = {
         "model.layers", "post_self_attn_layernorm", "post_mlp_layernorm", "mlp.down_proj", "self_attn.o_proj"
     ),
     "phi": _modules("model.layers", "self_attn", "mlp", "mlp.fc2", "self_attn.dense"),
+    "lfm2": _modules("model.layers", "self_attn", "feed_forward", "feed_forward.w2", "self_attn.out_proj"),
+    "qwen3_5_text": _LLAMA,
+    "qwen3_next": _EXPERTS,
     "gpt2": _modules("transformer.h", "attn", "mlp", "mlp.c_proj", "attn.c_proj"),
     "gptj": _modules("transformer.h", "attn", "mlp", "mlp.fc_out", "attn.out_proj"),
     "gpt_neox": _modules("gpt_neox.layers", "attention", "mlp", "mlp.dense_4h_to_h", "attention.dense"),
     "falcon": _modules("transformer.h", "self_attention", "mlp", "mlp.dense_4h_to_h", "self_attention.dense"),
 }
+# What mixes tokens in layers of hybrids that have no softmax attention.
+MIXERS = {"lfm2": "conv", "qwen3_5_text": "linear_attn", "qwen3_next": "linear_attn"}
 # These two are what goes into the named module; the other components are what comes out of it.
 INPUTS = ("mlp_neurons", "attention_heads")
 
@@ -113,6 +120,15 @@ def unpacked(pair: TokenPair, side: int) -> list[Token]:
             ]
             tokens.append(Token(tuple(shared) if pair.openings else (answer,), prompt + index))
     return tokens
+
+
+def module_path(model: PreTrainedModel, name: str, layer: int) -> str:
+    """Module of a component of a layer; empty where a hybrid's layer has none."""
+    family = model.config.model_type
+    path = MODULES[family][name].format(layer)
+    if family not in MIXERS or model.config.layer_types[layer] == "full_attention" or "self_attn" not in path:
+        return path
+    return path.replace("self_attn", MIXERS[family]) if name == "attention_output" else ""
 
 
 class Oracle:
@@ -187,12 +203,13 @@ class Oracle:
             return self._hook(name, layer, look)
 
         layers = range(self._model.config.get_text_config().num_hidden_layers)
-        self._forward(side, answer, 1, [keep(name, layer) for name in self._modules for layer in layers])
+        there = [(name, layer) for name in self._modules for layer in layers if module_path(self._model, name, layer)]
+        self._forward(side, answer, 1, [keep(*place) for place in there])
         return seen
 
     def _hook(self, name: str, layer: int, change: Any) -> Any:
         """Pass a component through `change` whenever it is computed."""
-        module = self._model.get_submodule(self._modules[name].format(layer))
+        module = self._model.get_submodule(module_path(self._model, name, layer))
         if name in ("attention_output", "mlp_output") and self._multiplier != 1.0:
             inner = change
 
@@ -370,7 +387,8 @@ def _random_write(pair: TokenPair, base: int, info: ModelInfo, rng: np.random.Ge
         case _:
             side = int(rng.integers(2))
             value = Source(side, _random_subset(lengths[side], len(places), rng))
-    return Write(component, int(rng.integers(info.layers)), places, columns, value)
+    there = info.layers_with(component)
+    return Write(component, there[int(rng.integers(len(there)))], places, columns, value)
 
 
 def _random_subset(size: int, count: int, rng: np.random.Generator) -> tuple[int, ...]:

@@ -30,6 +30,12 @@ def test_every_family_has_a_line() -> None:
     assert lines["mixtral"].components["mlp_neurons"] == "none: a mixture of experts"
     assert lines["mixtral"].components["router"] == "weights that enter mlp.experts, 0 for experts not chosen"
     assert lines["mixtral"].components["shared_expert_output"] == "none: no expert always runs"
+    assert lines["lfm2"].components["attention_heads"] == (
+        "input of self_attn.out_proj; none in layers without softmax attention"
+    )
+    assert lines["lfm2"].components["attention_output"] == (
+        "output of self_attn; output of conv in layers without softmax attention"
+    )
     shared = lines["qwen2_moe"].components["shared_expert_output"]
     assert shared == "mlp.shared_expert x sigmoid of mlp.shared_expert_gate"
     assert all(line.reason == NOT_COVERED.get(name, "") for name, line in lines.items())

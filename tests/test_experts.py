@@ -88,7 +88,7 @@ def test_a_shared_expert_without_its_gate_or_layer_is_noticed(
 ) -> None:
     model, pair, row = subject(family), token_pair("pair"), FAMILIES[family]
     assert row.mixture is not None
-    gates = {"qwen2_moe": "", "deepseek_v2": "input_layernorm", "deepseek_v3": "input_layernorm"}
+    gates = {"qwen2_moe": "", "deepseek_v2": "input_layernorm", "deepseek_v3": "input_layernorm", "qwen3_next": ""}
     rows = [swap(pair, Site("shared_expert_output", 2, "last"), base, model.info) for base in (0, 1)]
     right = model.compare([pair], rows, LOGIT_DIFF, MixtureOracle)
     monkeypatch.setitem(FAMILIES, family, replace(row, mixture=row.mixture._replace(shared_gate=gates[family])))
@@ -183,7 +183,12 @@ def test_an_expert_that_neither_prompt_is_routed_to_does_nothing(subject: Subjec
 REFUSED: MappingProxyType[str, tuple[str, Site, str]] = MappingProxyType(
     {
         "dense family": ("llama", Site("expert_output", 1, "last", (0,)), "llama is no mixture of experts"),
-        "dense layer": ("deepseek_v3", Site("router", 0, "last"), "it has one MLP; layers with experts are 1, 2"),
+        "dense layer": ("deepseek_v3", Site("router", 0, "last"), "it has one MLP; layers that have it are 1, 2"),
+        "no softmax attention": (
+            "lfm2",
+            Site("attention_heads", 1, "last", (0,)),
+            "it has no softmax attention; layers that have it are 0, 2",
+        ),
         "nothing shared": ("mixtral", Site("shared_expert_output", 1, "last"), "no expert that always runs"),
     }
 )

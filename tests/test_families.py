@@ -61,7 +61,9 @@ def grid(pair: TokenPair, subject: Subject) -> list[Row]:
     rows = []
     units_here = [(name, units) for name, units in UNITS if name in FAMILIES[subject.info.family].hooks]
     for number, ((component, units), position) in enumerate(product(units_here, POSITIONS)):
-        layer = number % (subject.info.layers - (position not in READ))
+        below = subject.info.layers - (position not in READ)
+        layers = [layer for layer in subject.info.layers_with(component) if layer < below]
+        layer = layers[number % len(layers)]
         rows += [swap(pair, Site(component, layer, position, units), base, subject.info) for base in (0, 1)]
     return rows
 
@@ -100,6 +102,7 @@ def bfloat16_correlation(model: Subject) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_hook_moved_by_one_module_is_noticed(subject: Subjects, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pair, row = subject(family), token_pair("pair", edits=(2, 4)), FAMILIES[family]
+    layers = [layer for layer in model.info.layers_with("attention_heads") if layer < 2]
     block = module_at(model.plain, row.blocks)[-1]
     moved: dict[Component, Hook] = {
         "attention_output": row.mlp_output,
@@ -113,7 +116,7 @@ def test_a_hook_moved_by_one_module_is_noticed(subject: Subjects, family: str, m
     for component, hook in moved.items():
         columns = tuple(range(model.info.tensor_width(component)))
         value = Constant(tuple(map(float, np.random.default_rng(0).normal(size=len(columns)))))
-        writes = [Write(component, layer, (4, 5), columns, value) for layer in (0, 1)]
+        writes = [Write(component, layer, (4, 5), columns, value) for layer in layers]
         rows = [Row("pair", base, (write,)) for write in writes for base in (0, 1)]
         right = model.compare([pair], rows, LOGIT_DIFF)
         monkeypatch.setitem(FAMILIES, family, replace(row, **{component: hook}))
@@ -163,7 +166,8 @@ def test_info_is_the_shape_of_the_weights(subject: Subjects, name: str) -> None:
     if not name.startswith("deepseek"):  # keeps one compressed vector in place of keys and values
         assert (info.kv_heads, info.d_head) == (keys.shape[1], keys.shape[3])
     if name not in MIXTURES:
-        matrices = sum(weight.numel() for weight in blocks[0].mlp.parameters() if weight.dim() == 2)
+        mlp = blocks[0].feed_forward if name == "lfm2" else blocks[0].mlp
+        matrices = sum(weight.numel() for weight in mlp.parameters() if weight.dim() == 2)
         assert info.d_ff == seen["mlp_neurons"].shape[-1]
         assert matrices == (3 if info.gated else 2) * info.d_model * info.d_ff
     assert info.tied == (head.data_ptr() == model.get_input_embeddings().weight.data_ptr())
@@ -212,7 +216,11 @@ def seen_in(model: PreTrainedModel, block: nn.Module) -> dict[str, Tensor]:
         module = module_at(block, hook.path)
         return module.register_forward_pre_hook(see) if hook.side == "input" else module.register_forward_hook(see)
 
-    handles = [watch(name, hook) for name, hook in {**family.hooks, "layer_input": Hook("", "input")}.items()]
+    hooks: dict[str, Hook] = {**family.hooks, "layer_input": Hook("", "input")}
+    if family.mixer is not None and not hasattr(block, "self_attn"):
+        hooks["attention_output"] = family.mixer
+        del hooks["attention_heads"]
+    handles = [watch(name, hook) for name, hook in hooks.items()]
     with torch.no_grad():
         model(input_ids=torch.tensor([[7, 8, 9, 10, 11, 12, 13, 14]]), use_cache=False)
     for handle in handles:

@@ -24,7 +24,7 @@ ORDER = (
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
     ("judges", "models", "probes", "show.tables", "tokens"),
     ("outcomes", "show.section", "shown"),
-    ("config", "engine.coverage", "engine.rows"),
+    ("config", "engine.coverage", "engine.rows", "engine.unfold"),
     ("engine.budget", "openings", "texts"),
     ("contents",),
     ("engine.payload",),

@@ -382,8 +382,8 @@ def test_a_row_costs_its_tokens_and_its_layers() -> None:
 def test_a_row_runs_from_its_first_write_but_reads_the_answer() -> None:
     pair = token_pair(answers=((1, 2, 3), (4, 5)))
     write = Write("mlp_output", 0, (6, 7), (), Scale(0.0))
-    assert run_from(swap(pair, Site("mlp_output", 0, "edit"), 0, INFO), pair) == 2
-    assert run_from(Row("p", 0, (write,)), pair) == 4
+    assert run_from(swap(pair, Site("mlp_output", 0, "edit"), 0, INFO), pair, INFO) == 2
+    assert run_from(Row("p", 0, (write,)), pair, INFO) == 4
 
 
 def test_costs_grow_with_what_is_run() -> None:

@@ -9,7 +9,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from oracle import KINDS, LOGIT_DIFF, MODULES, RESPONSE_LOGPROB, TOLERANCE, Oracle, Subject, random_rows, token_pair
+from oracle import (
+    HYBRIDS,
+    KINDS,
+    LOGIT_DIFF,
+    MODULES,
+    RESPONSE_LOGPROB,
+    TOLERANCE,
+    Oracle,
+    Subject,
+    random_rows,
+    token_pair,
+)
 
 from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.rows import Constant, Projected, Row, Scale, Source, Write, held, swap_all
@@ -19,7 +30,7 @@ from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
 Subjects = Callable[[str], Subject]
-NAMES = (*KINDS, "gemma3_text_window", "mixtral_window")
+NAMES = (*KINDS, *HYBRIDS, "gemma3_text_window", "mixtral_window")
 PAIRS = (token_pair("unequal", before=6, edits=(1, 3)), token_pair("short", 1, (2, 2), 1, 1))
 BY_ID = {pair.id: pair for pair in PAIRS}
 SEED = 5
@@ -112,7 +123,8 @@ def swaps(model: Subject, pair: TokenPair) -> list[Row]:
     """Single sites, and sets over several layers, at one token, at the edit and everywhere, on both prompts."""
     layers = range(model.info.layers)
     components = [name for name in COMPONENTS if name in MODULES[model.info.family]]
-    sets = [[Site(name, 1, ("last", "edit")[at % 2])] for at, name in enumerate(components)]
+    middle = {name: 1 if 1 in model.info.layers_with(name) else 2 for name in components}
+    sets = [[Site(name, middle[name], ("last", "edit")[at % 2])] for at, name in enumerate(components)]
     sets += [band("mlp_output", layers, "all"), band("attention_output", layers, "last")]
     sets += [[*band("mlp_output", layers[1:], "all"), *band("attention_output", layers[:1], "edit")]]
     read, along = (Basis.random(2, model.info.d_model, np.random.default_rng(at)) for at in (0, 1))

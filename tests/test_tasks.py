@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import (
     FIRST_WORD,
+    HYBRIDS,
     KINDS,
     LOGIT_DIFF,
     MODULES,
@@ -18,6 +19,7 @@ from oracle import (
     VOCAB,
     WINDOWED,
     Subject,
+    module_path,
     token_pair,
 )
 
@@ -62,7 +64,7 @@ def run(model: Subject, tasks: list[Task], outcome: Outcome = LOGIT_DIFF) -> lis
     return [found[task.key(named)] for task in tasks]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=(*KINDS, *HYBRIDS))
 def model(subject: Subjects, request: pytest.FixtureRequest) -> Subject:
     return subject(request.param)
 
@@ -313,7 +315,7 @@ class Recorded(NamedTuple):
 
 
 def recorded(model: Subject, pair: TokenPair, side: int, answer: int, drop: int | None) -> Recorded:
-    names, start = MODULES[model.plain.config.model_type], len(pair.prompts[side]) - 1
+    start = len(pair.prompts[side]) - 1
     activations: list[torch.Tensor] = []
     handles = []
 
@@ -328,7 +330,8 @@ def recorded(model: Subject, pair: TokenPair, side: int, answer: int, drop: int 
         handles.append(neurons_module(model, layer).register_forward_pre_hook(split))
         if layer == drop:
             for name in ("attention_output", "mlp_output"):
-                handles.append(model.plain.get_submodule(names[name].format(layer)).register_forward_hook(cut))
+                module = model.plain.get_submodule(module_path(model.plain, name, layer))
+                handles.append(module.register_forward_hook(cut))
     ids = torch.tensor([pair.prompts[side] + pair.answers[answer][:-1]])
     logits = model.plain(input_ids=ids, use_cache=False).logits
     for handle in handles:

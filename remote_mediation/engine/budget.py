@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from remote_mediation.engine.rows import Projected, Row, Source
+from remote_mediation.engine.unfold import tokens_run
 from remote_mediation.errors import SettingsError
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import Component, ModelInfo
@@ -51,21 +52,27 @@ def layer_flops(info: ModelInfo, tokens: int, keys: int) -> float:
     return 2.0 * tokens * (attention + mlp) + 4.0 * tokens * keys * info.heads * info.d_head
 
 
-def run_from(row: Row, pair: TokenPair) -> int:
-    """First token that a row has to run: its first written one, but no later than the one that predicts the answers."""
+def run_from(row: Row, pair: TokenPair, info: ModelInfo) -> int:
+    """First token that a row has to run: its first written one, but no later than the one that predicts the answers.
+
+    The very first one in a model that cannot go on from another run's keys and values.
+    """
+    if info.unfolded:
+        return 0
     return min(row.start, len(pair.prompts[row.base]) - 1)
 
 
 def row_flops(row: Row, pair: TokenPair, setting: Setting) -> float:
     """Operations of one row in the engine: its tokens from the first written one on, its layers likewise."""
-    length = len(pair.prompts[row.base]) + pair.fed
-    layers = layer_flops(setting.info, length - run_from(row, pair), length) * (setting.info.layers - row.low)
+    length = tokens_run(pair, row.base, setting.info)
+    tokens = length - run_from(row, pair, setting.info)
+    layers = layer_flops(setting.info, tokens, length) * (setting.info.layers - row.low)
     return layers + _unembedding_flops(pair, setting)
 
 
 def base_flops(pair: TokenPair, setting: Setting) -> float:
     """Operations of a pair's two base runs."""
-    lengths = [len(prompt) + pair.fed for prompt in pair.prompts]
+    lengths = [tokens_run(pair, side, setting.info) for side in (0, 1)]
     layers = sum(layer_flops(setting.info, length, length) for length in lengths) * setting.info.layers
     return layers + 2 * _unembedding_flops(pair, setting)
 
@@ -73,7 +80,7 @@ def base_flops(pair: TokenPair, setting: Setting) -> float:
 def row_bytes(pair: TokenPair, start: int, setting: Setting) -> float:
     """Peak memory of one row of a batch: answer logits, or one layer's activations, keys and values."""
     info, size = setting.info, DTYPE_BYTES[setting.dtype]
-    length = max(len(prompt) for prompt in pair.prompts) + pair.fed
+    length = max(tokens_run(pair, side, info) for side in (0, 1))
     logits = (1 + pair.fed) * info.vocab * 4 * LOGIT_COPIES if setting.outcome.normalise else 0
     layer = (length - start) * (4 * info.d_model + 3 * info.d_ff) * size
     attention = 2 * length * info.heads * info.d_head * size + (length - start) * length * info.heads * size
@@ -84,7 +91,7 @@ def row_bytes(pair: TokenPair, start: int, setting: Setting) -> float:
 def held_bytes(pairs: Sequence[TokenPair], rows: Iterable[Row], setting: Setting) -> float:
     """Memory of what base runs keep for rows: keys and values, the stream, and the components that rows take."""
     info, size = setting.info, DTYPE_BYTES[setting.dtype]
-    first, components = captured(pairs, rows)
+    first, components = captured(pairs, rows, info)
     width = info.d_model + sum(kept_width(info, component) for component in components)
     lengths = [len(prompt) + pair.fed for pair in pairs for prompt in pair.prompts]
     cached = 2 * info.kv_heads * info.d_head
@@ -133,12 +140,13 @@ def _unembedding_flops(pair: TokenPair, setting: Setting) -> float:
     return 2.0 * (1 + pair.fed) * setting.info.d_model * read
 
 
-def captured(pairs: Iterable[TokenPair], rows: Iterable[Row]) -> tuple[int, set[Component]]:
+def captured(pairs: Iterable[TokenPair], rows: Iterable[Row], info: ModelInfo) -> tuple[int, set[Component]]:
     """What rows need of the base runs: from which token on, and which components."""
     writes = [write for row in rows for write in row.writes]
     sources = [(write.component, write.value.places) for write in writes if isinstance(write.value, Source | Projected)]
     begins = [*(write.places[0] for write in writes), *(taken[0] for _, taken in sources)]
-    return min([*begins, *(pair.first for pair in pairs)]), {kept_component(component) for component, _ in sources}
+    first = 0 if info.unfolded else min([*begins, *(pair.first for pair in pairs)])
+    return first, {kept_component(component) for component, _ in sources}
 
 
 def kept_component(component: Component) -> Component:

@@ -87,6 +87,9 @@ def described(family: Family) -> dict[str, str]:
             continue
         scaled = name in ("attention_output", "mlp_output") and family.multiplier
         lines[name] = f"{hook.side} of {hook.path}" + (f" x {family.multiplier}" if scaled else "")
+    if family.mixer is not None:
+        lines["attention_output"] += f"; {family.mixer.side} of {family.mixer.path} in layers without softmax attention"
+        lines["attention_heads"] += "; none in layers without softmax attention"
     if family.mixture is not None:
         lines["mlp_neurons"] = "none: a mixture of experts"
         lines |= _described_parts(family.mixture)
@@ -150,7 +153,7 @@ def _faults(model: nn.Module, family: Family, info: ModelInfo) -> Iterator[str]:
     if not hasattr(model, "lm_head"):
         yield "it has no lm_head to read answers from"
     for layer, block in enumerate(blocks):
-        for component, hook in family.hooks.items():
+        for component, hook in _hooks_at(family, info, layer).items():
             module = _module(block, hook)
             if module is None:
                 yield f"layer {layer} has no {hook.path}, where {component} is read"
@@ -159,6 +162,12 @@ def _faults(model: nn.Module, family: Family, info: ModelInfo) -> Iterator[str]:
                 yield f"{hook.path} of layer {layer} is {shape}, and {component} should be {width} wide"
         if family.mixture is not None:
             yield from _mixture_faults(block, family.mixture, info, layer)
+
+
+def _hooks_at(family: Family, info: ModelInfo, layer: int) -> dict[Component, Hook]:
+    """The hooks that a layer should have."""
+    hooks = {component: hook for component, hook in family.hooks.items() if layer in info.layers_with(component)}
+    return {**hooks, "attention_output": family.mixer} if family.mixer and layer in info.recurrent else hooks
 
 
 def _mixture_faults(block: nn.Module, mixture: Mixture, info: ModelInfo, layer: int) -> Iterator[str]:

@@ -222,7 +222,7 @@ def _context(loads: Sequence[_Load], setting: Setting, budget: Budget) -> Contex
     room = budget.batch_bytes - held_bytes(list(pairs.values()), rows, setting)
     batches = []
     for (_, start), group in _by(
-        rows, lambda row: (len(pairs[row.pair].prompts[row.base]), run_from(row, pairs[row.pair]))
+        rows, lambda row: (len(pairs[row.pair].prompts[row.base]), run_from(row, pairs[row.pair], setting.info))
     ):
         ordered = sorted(group, key=lambda row: row.low)
         count = -(-len(ordered) // max(1, int(room / row_bytes(loads[0].pair, start, setting))))

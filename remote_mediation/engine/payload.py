@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from remote_mediation.engine.budget import Setting, captured
 from remote_mediation.engine.rows import Constant, Given, Projected, Row, Scale, Source, Value
-from remote_mediation.outcomes import Outcome
+from remote_mediation.engine.unfold import unfolding
 from remote_mediation.sites import FORWARD_ORDER, Component, ModelInfo, family_of
 from remote_mediation.tokens import TokenPair, trie
 
@@ -57,12 +57,20 @@ def model_spec(setting: Setting) -> dict[str, Any]:
         "layers": setting.info.layers,
         "components": {component: tuple(hook) for component, hook in family.hooks.items()},
         "mixture": _mixture_payload(setting.info),
+        "mixer": tuple(family.mixer or ()),
+        "lacking": _lacking(setting.info),
         "factors": dict.fromkeys(("attention_output", "mlp_output"), setting.info.multiplier),
         "sliding": setting.info.sliding,
         "window": setting.info.window,
         "dtype": setting.dtype,
         "normalise": setting.outcome.normalise,
     }
+
+
+def _lacking(info: ModelInfo) -> dict[str, tuple[int, ...]]:
+    """Layers without a component that other layers have."""
+    layers = {name: info.layers_with(name) for name in family_of(info.family).components}
+    return {name: tuple(sorted({*range(info.layers)} - {*there})) for name, there in layers.items()}
 
 
 def _mixture_payload(info: ModelInfo) -> dict[str, Any]:
@@ -87,20 +95,20 @@ def stacks_of(pairs: Sequence[TokenPair]) -> list[list[Side]]:
 
 def context_payload(context: Context, stacks: Sequence[Sequence[Side]], setting: Setting) -> dict[str, Any]:
     """A context as `program.measure` takes it."""
-    first, components = captured(context.pairs, context.rows)
+    first, components = captured(context.pairs, context.rows, setting.info)
     places = {
         (side.pair.id, side.number): (number, place)
         for number, stack in enumerate(stacks)
         for place, side in enumerate(stack)
     }
     return {
-        "stacks": tuple(stack_payload(stack, first, setting.outcome) for stack in stacks),
+        "stacks": tuple(stack_payload(stack, first, setting) for stack in stacks),
         "capture": tuple(component for component in FORWARD_ORDER if component in components),
         "batches": tuple(_batch_payload(batch, places, first, setting.info.layers) for batch in context.batches),
     }
 
 
-def stack_payload(stack: Sequence[Side], first: int, outcome: Outcome) -> dict[str, Any]:
+def stack_payload(stack: Sequence[Side], first: int, setting: Setting) -> dict[str, Any]:
     """The packed sequences of prompts of one shape, what is kept of them and what is read.
 
     After the prompt come the fed answer tokens. Two answers are told apart by `segments` (0 prompt, 1 and 2); openings
@@ -108,10 +116,11 @@ def stack_payload(stack: Sequence[Side], first: int, outcome: Outcome) -> dict[s
     """
     length = len(stack[0].ids)
     packed = _trie_payload(stack[0], length) if stack[0].pair.openings else _answers_payload(stack[0], length)
-    reads = [outcome.reads(side.pair) for side in stack]
+    reads = [setting.outcome.reads(side.pair) for side in stack]
     return {
         "ids": tuple((*side.ids, *_fed(side.pair)) for side in stack),
         **packed,
+        **unfolding(stack[0].pair, stack[0].number, setting.info),
         "first": first,
         "answers": tuple(range(length - 1, len(packed["positions"]))),
         "queries": tuple(read.answer for read in reads[0]),

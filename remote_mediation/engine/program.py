@@ -169,11 +169,15 @@ def measure(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.
 
 def base_run(model: Any, spec: dict[str, Any], stack: dict[str, Any], components: tuple[str, ...]) -> dict[str, Any]:
     """The unpatched prompts of a stack: answer values `[prompt, read]`; stream and mediators from token `first` on."""
-    arguments = {"input_ids": torch.tensor(stack["ids"]), **forward_arguments(spec, stack, 0)}
-    with model.trace(past_key_values=DynamicCache(), **arguments):
+    spec = laid_out(spec, stack)
+    arguments = {"input_ids": unfold(spec, torch.tensor(stack["ids"])), **forward_arguments(spec, stack, 0)}
+    past = None if "paths" in spec else DynamicCache()
+    with model.trace(past_key_values=past, **arguments):
         captured = capture(model, spec, stack, components)
         values = answer_values(model, spec, stack, range(len(stack["ids"])))
         cache = model.output.past_key_values
+    if past is None:
+        return {"values": values, "captured": captured, "keyvalues": []}
     if not cache.layers:  # a sandboxed server hands a block whose input is read a copy of the cache
         if spec["sliding"] and max(stack["positions"]) >= spec["window"]:
             raise RuntimeError("a sandboxed server cannot run prompts longer than the model's sliding window")
@@ -187,12 +191,14 @@ def batch_run(
     model: Any, spec: dict[str, Any], stack: dict[str, Any], batch: dict[str, Any], bases: list[dict[str, Any]]
 ) -> torch.Tensor:
     """Answer values `[row, read]` of the rows of one batch, in the order in which they join."""
+    spec = laid_out(spec, stack)
     arguments, keyvalues = forward_arguments(spec, stack, batch["start"]), bases[batch["stack"]]["keyvalues"]
-    past = prefix_cache(keyvalues, batch["start"])
-    if sandboxed(model):  # it copies the cache where the run begins
+    past = None if "paths" in spec else prefix_cache(keyvalues, batch["start"])
+    if past is not None and sandboxed(model):  # it copies the cache where the run begins
         for layer in range(batch["low"], spec["layers"]):
             show_prefix(past, layer, keyvalues, rows_at(batch, layer), batch["start"])
-    with model.trace(input_ids=torch.tensor([stack["ids"][0][batch["start"] :]]), past_key_values=past, **arguments):
+    ids = unfold(spec, torch.tensor([stack["ids"][0][batch["start"] :]]))
+    with model.trace(input_ids=ids, past_key_values=past, **arguments):
         climb(model, spec, stack, batch, bases, past)
         values = answer_values(model, spec, stack, rows_at(batch, spec["layers"] - 1))
     return values
@@ -206,12 +212,38 @@ def rows_at(batch: dict[str, Any], layer: int) -> tuple[int, ...]:
 
 def forward_arguments(spec: dict[str, Any], stack: dict[str, Any], start: int) -> dict[str, Any]:
     """Arguments of a forward pass over the packed tokens from `start` on: mask, positions and the answer positions."""
+    if "paths" in spec:
+        places, first = len(spec["paths"][0]), stack["answers"][0]
+        positions, read = torch.arange(places)[None], torch.arange(first, places)
+        return {"position_ids": positions, "logits_to_keep": read, "use_cache": False}
     return {
         "attention_mask": additive_mask(stack, start, None, spec["dtype"]),
         "position_ids": torch.tensor([stack["positions"][start:]]),
         "logits_to_keep": torch.tensor(stack["answers"]) - start,
         "use_cache": True,
     }
+
+
+def laid_out(spec: dict[str, Any], stack: dict[str, Any]) -> dict[str, Any]:
+    """The model's entry, and how a stack's packed sequences are taken apart where the model needs that."""
+    return {**spec, "paths": stack["paths"], "folds": stack["folds"]} if "paths" in stack else spec
+
+
+def unfold(spec: dict[str, Any], packed: torch.Tensor) -> torch.Tensor:
+    """`[(row, sequence), token, ...]` of packed rows `[row, token, ...]`, where they are taken apart."""
+    return packed[:, torch.tensor(spec["paths"])].flatten(0, 1) if "paths" in spec else packed
+
+
+def fold(spec: dict[str, Any], tensor: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """`[row, token, ...]` packed again of `[(row, sequence), token, ...]`, both from token `first` on.
+
+    Sequences of a row are alike where they have a token in common; the first one's is taken.
+    """
+    if "paths" not in spec:
+        return tensor
+    sequence, place = (torch.tensor(one[first:]) for one in spec["folds"])
+    rows = tensor.reshape(-1, len(spec["paths"]), *tensor.shape[1:])
+    return rows[:, sequence, place - first]
 
 
 def additive_mask(stack: dict[str, Any], start: int, window: int | None, dtype: str) -> torch.Tensor:
@@ -246,7 +278,8 @@ def capture(model: Any, spec: dict[str, Any], stack: dict[str, Any], components:
     for layer in range(spec["layers"]):
         block = module_at(model, spec["blocks"])[layer]
         bound_window(spec, stack, 0, block, layer)
-        found["stream"].append(block.input[:, stack["first"] :].clone())  # a view would hold the whole prompt
+        stream = fold(spec, block.input)
+        found["stream"].append(stream[:, stack["first"] :].clone())  # a view would hold the whole prompt
         for name in components:
             found[name].append(kept(spec, block, name, layer, stack["first"]))
     return found
@@ -254,7 +287,7 @@ def capture(model: Any, spec: dict[str, Any], stack: dict[str, Any], components:
 
 def kept(spec: dict[str, Any], block: Any, name: str, layer: int, first: int) -> Any:
     """A component of a layer from token `first` on; of experts what they are given, None where it has none."""
-    if name in ("router", "expert_output") and layer not in spec["mixture"]["layers"]:
+    if layer in spec["lacking"][name]:
         return None
     if name == "expert_output":
         hidden, routing = expert_inputs(spec, block)
@@ -268,14 +301,15 @@ def climb(
     stack: dict[str, Any],
     batch: dict[str, Any],
     bases: list[dict[str, Any]],
-    past: DynamicCache,
+    past: DynamicCache | None,
 ) -> None:
     """Lead the batch through the layers: skip those below the first write, let rows join at their layer, write."""
     blocks, base, low = module_at(model, spec["blocks"]), bases[batch["stack"]], batch["low"]
     stream, offset = base["captured"]["stream"], batch["start"] - stack["first"]
-    entering = stream[low][torch.tensor(batch["joining"][0]), offset:]
+    entering = unfold(spec, stream[low][torch.tensor(batch["joining"][0]), offset:])
     skip_layers(spec, blocks, low, entering)
-    show_prefix(past, low, base["keyvalues"], rows_at(batch, low), batch["start"])
+    if past is not None:
+        show_prefix(past, low, base["keyvalues"], rows_at(batch, low), batch["start"])
     for layer in range(low, spec["layers"]):
         joining = batch["joining"][layer - low]
         bound_window(spec, stack, batch["start"], blocks[layer], layer)
@@ -283,10 +317,10 @@ def climb(
         if layer == low:
             blocks[layer].input = entering
         elif joining:
-            blocks[layer].input = torch.cat([below, stream[layer][torch.tensor(joining), offset:]])
-        if layer > low:
+            blocks[layer].input = torch.cat([below, unfold(spec, stream[layer][torch.tensor(joining), offset:])])
+        if past is not None and layer > low:
             past.layers[layer - 1].keys = past.layers[layer - 1].values = None  # this layer is done
-        if layer + 1 < spec["layers"]:
+        if past is not None and layer + 1 < spec["layers"]:
             show_prefix(past, layer + 1, base["keyvalues"], rows_at(batch, layer + 1), batch["start"])
         for name, writes in batch["writes"].get(layer, ()):
             if name == "expert_output":
@@ -341,11 +375,19 @@ def module_tensor(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
     """The live tensor `[row, token, width]` of a component's module: a contribution before the family's multiplier."""
     if name == "router":
         return routing_of(spec, block)
-    path, side, index = spec["components"][name]
+    path, side, index = hook_of(spec, block, name)
     module = module_at(block, path)
     value: Any = module.input if side == "input" else module.output
     tensor: torch.Tensor = value if index is None else value[index]
-    return tensor
+    return fold(spec, tensor)
+
+
+def hook_of(spec: dict[str, Any], block: Any, name: str) -> tuple[str, str, int | None]:
+    """A component's module, side and item; in a layer without softmax attention those of what stands in its place."""
+    path, side, index = spec["components"][name]
+    if name == "attention_output" and spec["mixer"] and not hasattr(block, path):
+        path, side, index = spec["mixer"]
+    return path, side, index
 
 
 def replace_tensor(spec: dict[str, Any], block: Any, name: str, value: torch.Tensor) -> None:
@@ -353,8 +395,8 @@ def replace_tensor(spec: dict[str, Any], block: Any, name: str, value: torch.Ten
     if name == "router":
         route(spec, block, value)
         return
-    path, side, index = spec["components"][name]
-    module = module_at(block, path)
+    path, side, index = hook_of(spec, block, name)
+    module, value = module_at(block, path), unfold(spec, value)
     if side == "input":
         module.input = value
     elif index is None:
@@ -376,14 +418,17 @@ def routing_of(spec: dict[str, Any], block: Any) -> torch.Tensor:
     mlp = module_at(block, spec["components"]["mlp_output"][0])
     shape = mlp.input.shape[:2]
     (_, chosen, weights), _ = experts_of(spec, block).inputs
-    return spread_out(spec, chosen, weights).reshape(*shape, -1)
+    return fold(spec, spread_out(spec, chosen, weights).reshape(*shape, -1))
 
 
 def expert_inputs(spec: dict[str, Any], block: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """What the experts are given: hidden states `[row, token, width]` and routing weights `[row, token, expert]`."""
     (hidden, chosen, weights), _ = experts_of(spec, block).inputs
-    shape = module_tensor(spec, block, "mlp_output").shape[:2]
-    return hidden.reshape(*shape, -1), spread_out(spec, chosen, weights).reshape(*shape, -1)
+    path, _, index = spec["components"]["mlp_output"]
+    output = module_at(block, path).output
+    shape = (output if index is None else output[index]).shape[:2]
+    routing = spread_out(spec, chosen, weights)
+    return fold(spec, hidden.reshape(*shape, -1)), fold(spec, routing.reshape(*shape, -1))
 
 
 def inputs_to_call(model: Any, spec: dict[str, Any], block: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -412,7 +457,7 @@ def route(spec: dict[str, Any], block: Any, routing: torch.Tensor) -> None:
     """Let the experts run with these weights `[row, token, expert]`."""
     experts = experts_of(spec, block)
     (hidden, _, _), settings = experts.inputs
-    experts.inputs = ((hidden, *choice_of(routing.flatten(0, 1))), settings)
+    experts.inputs = ((hidden, *choice_of(unfold(spec, routing).flatten(0, 1))), settings)
 
 
 def contribution(spec: dict[str, Any], block: Any, given: list[torch.Tensor], experts: Any) -> torch.Tensor:
@@ -498,7 +543,7 @@ def answer_values(model: Any, spec: dict[str, Any], stack: dict[str, Any], rows:
     if not spec["normalise"] and not sandboxed(model):
         wanted, tokens = torch.unique(tokens, return_inverse=True)
         head.skip(rows_of(head, head.input, wanted))  # a few rows of the unembedding in place of the vocabulary
-    logits = model.output.logits.float()
+    logits = fold(spec, model.output.logits.float(), stack["answers"][0])
     values: torch.Tensor = logits[places, queries, tokens]
     return values - torch.logsumexp(logits, -1)[places, queries] if spec["normalise"] else values
 
@@ -649,10 +694,12 @@ def gradients_of(
 ) -> list[torch.Tensor]:
     """By layer the gradient `[row, token, width]` of Y; a row of cut c > 0 ignores what layer c - 1 adds."""
     stack, start, live, rows = pair["stacks"][side], pair["start"], [], (0,) * len(cuts)
-    past = prefix_cache(keyvalues, start)
-    for layer in range(spec["layers"]):
-        show_prefix(past, layer, keyvalues, rows, start)
-    ids = torch.tensor([stack["ids"][0][start:]]).expand(len(cuts), -1)
+    spec = laid_out(spec, stack)
+    past = None if "paths" in spec else prefix_cache(keyvalues, start)
+    if past is not None:
+        for layer in range(spec["layers"]):
+            show_prefix(past, layer, keyvalues, rows, start)
+    ids = unfold(spec, torch.tensor([stack["ids"][0][start:]]).expand(len(cuts), -1))
     with (
         torch.enable_grad(),
         model.trace(input_ids=ids, past_key_values=past, **forward_arguments(spec, stack, start)),
@@ -665,6 +712,7 @@ def gradients_of(
             for name in spec["components"]:
                 if name == component:
                     live.append(module_tensor(spec, block, name))
+                    replace_tensor(spec, block, name, live[-1])
                 if name in ("attention_output", "mlp_output") and layer + 1 in cuts:
                     cut = cut_off(module_tensor(spec, block, name), cuts.index(layer + 1))
                     replace_tensor(spec, block, name, cut)

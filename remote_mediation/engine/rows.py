@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from remote_mediation.errors import SiteError
-from remote_mediation.sites import MIXTURE_COMPONENTS, Component, ModelInfo, Site, refuse_dense
+from remote_mediation.sites import MIXTURE_COMPONENTS, Component, ModelInfo, Site, refuse_absent
 from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
@@ -147,7 +147,7 @@ def held(pair: TokenPair, site: Site, base: int, side: int, info: ModelInfo) -> 
         SiteError: a component that the model or the layer lacks, or a subspace whose basis is not as wide as its site.
     """
     places, columns = pair.places(site.position), info.columns(site.component, site.units)
-    refuse_dense(site, info)
+    refuse_absent(site, info)
     value: Value = Source(side, places[side])
     if isinstance(site, Subspace):
         width = info.vector_width(site.component, site.units)

@@ -112,10 +112,11 @@ def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str
     for pair in pairs:
         places, length = pair.places(position), max(map(len, pair.prompts)) + pair.fed
         start = min(min(places.x0), min(places.x1), *(len(prompt) - 1 for prompt in pair.prompts))
+        start = 0 if setting.info.unfolded else start
         parts.append(
             {
                 "start": start,
-                "stacks": tuple(stack_payload([Side(pair, number)], start, setting.outcome) for number in (0, 1)),
+                "stacks": tuple(stack_payload([Side(pair, number)], start, setting) for number in (0, 1)),
                 "places": tuple(shifted(one, start) for one in places),
                 **_outcome_payload(setting.outcome, pair),
             }
@@ -142,7 +143,7 @@ def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Settin
             f"direct effects are of attention_output and mlp_output, not of {site}; ask for its joint effect"
         )
     starts = [len(prompt) - 1 for prompt in pair.prompts]
-    stacks = tuple(stack_payload([Side(pair, side)], start, setting.outcome) for side, start in enumerate(starts))
+    stacks = tuple(stack_payload([Side(pair, side)], start, setting) for side, start in enumerate(starts))
     logits = (1 + pair.fed) * setting.info.vocab * 4 * LOGIT_COPIES
     payload = {
         "stacks": stacks,
@@ -160,7 +161,7 @@ def routing_task(pair: TokenPair, position: str, setting: Setting) -> Task:
     """
     places = pair.places(position)
     starts = [min(at) for at in places]
-    stacks = tuple(stack_payload([Side(pair, side)], start, setting.outcome) for side, start in enumerate(starts))
+    stacks = tuple(stack_payload([Side(pair, side)], start, setting) for side, start in enumerate(starts))
     payload = {"stacks": stacks, "places": tuple(map(shifted, places, starts))}
     return Task("routing", (pair.id,), payload, base_flops(pair, setting))
 
