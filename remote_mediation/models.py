@@ -208,9 +208,9 @@ def _routed_layers(config: PreTrainedConfig, family: Family) -> tuple[int, ...]:
     if family.mixture is None:
         return ()
     layers = range(config.num_hidden_layers)
-    if family.mixture.dense == "first":
-        layers = layers[config.first_k_dense_replace or 0 :]
-    if family.mixture.dense == "listed":
+    if family.mixture.dense_first:
+        layers = layers[getattr(config, family.mixture.dense_first) or 0 :]
+    if family.mixture.dense_listed:
         step = config.decoder_sparse_step
         return tuple(layer for layer in layers if layer not in config.mlp_only_layers and (layer + 1) % step == 0)
     return tuple(layers)

@@ -43,6 +43,9 @@ _ALIBI = (
 )
 
 
+_BIASED = "its convolutions carry their bias over from padding, so that prompts cannot be continued side by side"
+
+
 class Hook(NamedTuple):
     """Where a component's tensor passes: a module of the block, its input or output, and which item of a tuple."""
 
@@ -79,9 +82,10 @@ class Mixture(NamedTuple):
     """The expert that always runs; empty where there is none."""
     shared_gate: str = ""
     """Module whose sigmoid weights it; empty where nothing does."""
-    dense: Literal["", "first", "listed"] = ""
-    """Layers with one MLP in place of experts: none, the `first_k_dense_replace` first ones, or those that
-    `mlp_only_layers` lists and `decoder_sparse_step` steps over."""
+    dense_first: str = ""
+    """How many of the first layers have one MLP in place of experts; empty for none."""
+    dense_listed: bool = False
+    """Whether those have one that `mlp_only_layers` lists and `decoder_sparse_step` steps over."""
 
 
 @dataclass(frozen=True)
@@ -178,19 +182,26 @@ _DEEPSEEK = replace(
         "moe_intermediate_size",
         shared="n_shared_experts",
         shared_module="mlp.shared_experts",
-        dense="first",
+        dense_first="first_k_dense_replace",
     ),
 )
-_QWEN_MOE = replace(
-    _MIXTRAL,
-    mixture=Mixture(
-        "num_experts",
-        "moe_intermediate_size",
-        shared_width="shared_expert_intermediate_size",
-        shared_module="mlp.shared_expert",
-        shared_gate="mlp.shared_expert_gate",
-        dense="listed",
-    ),
+_QWEN_EXPERTS = Mixture(
+    "num_experts",
+    "moe_intermediate_size",
+    shared_width="shared_expert_intermediate_size",
+    shared_module="mlp.shared_expert",
+    shared_gate="mlp.shared_expert_gate",
+    dense_listed=True,
+)
+_QWEN_MOE = replace(_MIXTRAL, mixture=_QWEN_EXPERTS)
+_LFM2 = Family(
+    blocks="model.layers",
+    attention_output=Hook("self_attn", "output", 0),
+    mlp_output=Hook("feed_forward"),
+    mlp_neurons=Hook("feed_forward.w2", "input"),
+    attention_heads=Hook("self_attn.out_proj", "input"),
+    mixer=Hook("conv"),
+    refused=(Refusal("conv_bias", True, _BIASED),),
 )
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -270,13 +281,16 @@ FAMILIES: dict[str, Family] = {
         kv_heads="num_kv_heads",
         refused=(Refusal("alibi", True, _ALIBI),),
     ),
-    "lfm2": Family(
-        blocks="model.layers",
-        attention_output=Hook("self_attn", "output", 0),
-        mlp_output=Hook("feed_forward"),
-        mlp_neurons=Hook("feed_forward.w2", "input"),
-        attention_heads=Hook("self_attn.out_proj", "input"),
-        mixer=Hook("conv"),
+    "lfm2": _LFM2,
+    "lfm2_moe": replace(
+        _LFM2,
+        mlp_neurons=None,
+        mixture=Mixture(
+            "num_experts",
+            "moe_intermediate_size",
+            module="feed_forward.experts",
+            dense_first="num_dense_layers",
+        ),
     ),
     "qwen3_5_text": replace(_LLAMA, mixer=Hook("linear_attn")),
     "mixtral": replace(_MIXTRAL, windows="all"),
@@ -287,9 +301,14 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": replace(
         _MIXTRAL,
         windows="all",
-        mixture=Mixture("num_experts", "moe_intermediate_size", dense="listed"),
+        mixture=Mixture("num_experts", "moe_intermediate_size", dense_listed=True),
     ),
     "qwen3_next": replace(_QWEN_MOE, mixer=Hook("linear_attn")),
+    "qwen3_5_moe_text": replace(
+        _QWEN_MOE,
+        mixer=Hook("linear_attn"),
+        mixture=_QWEN_EXPERTS._replace(dense_listed=False),
+    ),
     "granitemoe": replace(
         _MIXTRAL,
         mlp_output=Hook("block_sparse_moe"),
@@ -308,6 +327,7 @@ _PARALLEL = (
     "its layers add a state-space model's output beside attention's, a third contribution, which no component here is"
 )
 _NO_DECODER = "its class takes images as well, and transformers has no causal language model for it"
+_WITH_IMAGES = "its checkpoints hold an image tower as well, and loading one as a text model was not tested"
 # Decoders that were looked at and cannot be studied, and why.
 NOT_COVERED: dict[str, str] = {
     "bloom": _ALIBI,
@@ -327,7 +347,8 @@ NOT_COVERED: dict[str, str] = {
     "llama4_text": _LLAMA4,
     "mistral3": _NO_DECODER,
     "falcon_h1": _PARALLEL,
-    "qwen3_5": _NO_DECODER,
+    "qwen3_5": _WITH_IMAGES,
+    "qwen3_5_moe": _WITH_IMAGES,
 }
 
 

@@ -162,6 +162,22 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 20,
         },
     ),
+    "lfm2_chat": ("lfm2", {**_GQA, **_CONVOLVED, "intermediate_size": 60}),
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        {
+            **_WIDE_HEADS,
+            **_ROUTED,
+            **_LINEAR,
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 20,
+        },
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {**_GQA, **_ROUTED, **_CONVOLVED, "num_experts": 4, "moe_intermediate_size": 24, "num_dense_layers": 1},
+    ),
 }
 
 

@@ -19,10 +19,11 @@ from remote_mediation.engine.rows import Constant, Projected, Scale, Source, Wri
 _MLP = dict.fromkeys(
     ("mixtral", "phimoe", "gpt_oss", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"), "model.layers.{}.mlp"
 )
-MLP = {**_MLP, **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "model.layers.{}.mlp")}
+MLP = {**_MLP, **dict.fromkeys(("deepseek_v2", "deepseek_v3", "qwen3_5_moe_text"), "model.layers.{}.mlp")}
+MLP["lfm2_moe"] = "model.layers.{}.feed_forward"
 MLP["granitemoe"] = "model.layers.{}.block_sparse_moe"
 # The expert that always runs, and what weights it.
-SHARED = dict.fromkeys(("qwen2_moe", "qwen3_next"), ("shared_expert", "shared_expert_gate"))
+SHARED = dict.fromkeys(("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"), ("shared_expert", "shared_expert_gate"))
 SHARED |= dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("shared_experts", ""))
 PARTS = ("router", "expert_output", "shared_expert_output")
 

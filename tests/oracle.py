@@ -76,13 +76,16 @@ MODULES: dict[str, dict[str, str]] = {
     "lfm2": _modules("model.layers", "self_attn", "feed_forward", "feed_forward.w2", "self_attn.out_proj"),
     "qwen3_5_text": _LLAMA,
     "qwen3_next": _EXPERTS,
+    "qwen3_5_moe_text": _EXPERTS,
+    "lfm2_moe": _modules("model.layers", "self_attn", "feed_forward", None, "self_attn.out_proj"),
     "gpt2": _modules("transformer.h", "attn", "mlp", "mlp.c_proj", "attn.c_proj"),
     "gptj": _modules("transformer.h", "attn", "mlp", "mlp.fc_out", "attn.out_proj"),
     "gpt_neox": _modules("gpt_neox.layers", "attention", "mlp", "mlp.dense_4h_to_h", "attention.dense"),
     "falcon": _modules("transformer.h", "self_attention", "mlp", "mlp.dense_4h_to_h", "self_attention.dense"),
 }
 # What mixes tokens in layers of hybrids that have no softmax attention.
-MIXERS = {"lfm2": "conv", "qwen3_5_text": "linear_attn", "qwen3_next": "linear_attn"}
+MIXERS = dict.fromkeys(("lfm2", "lfm2_moe"), "conv")
+MIXERS |= dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), "linear_attn")
 # These two are what goes into the named module; the other components are what comes out of it.
 INPUTS = ("mlp_neurons", "attention_heads")
 

@@ -81,7 +81,7 @@ def test_a_row_that_names_what_is_not_there(
     ("change", "reason"),
     [
         ({"module": "mlp.many"}, "layer 1 has no mlp.many, the configuration says otherwise"),
-        ({"dense": ""}, "layer 0 has no mlp.experts, the configuration says otherwise"),
+        ({"dense_first": ""}, "layer 0 has no mlp.experts, the configuration says otherwise"),
         ({"experts": "num_hidden_layers"}, "layer 1 has 4 experts, the configuration says 3"),
         ({"shared_gate": "mlp.gates"}, "layer 1 has no mlp.gates, which shared_expert_output is made of"),
     ],

@@ -88,7 +88,13 @@ def test_a_shared_expert_without_its_gate_or_layer_is_noticed(
 ) -> None:
     model, pair, row = subject(family), token_pair("pair"), FAMILIES[family]
     assert row.mixture is not None
-    gates = {"qwen2_moe": "", "deepseek_v2": "input_layernorm", "deepseek_v3": "input_layernorm", "qwen3_next": ""}
+    gates = {
+        "qwen2_moe": "",
+        "deepseek_v2": "input_layernorm",
+        "deepseek_v3": "input_layernorm",
+        "qwen3_next": "",
+        "qwen3_5_moe_text": "",
+    }
     rows = [swap(pair, Site("shared_expert_output", 2, "last"), base, model.info) for base in (0, 1)]
     right = model.compare([pair], rows, LOGIT_DIFF, MixtureOracle)
     monkeypatch.setitem(FAMILIES, family, replace(row, mixture=row.mixture._replace(shared_gate=gates[family])))

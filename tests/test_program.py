@@ -135,7 +135,7 @@ def test_budgets_and_order_change_no_value(subject: Subjects, outcome: Outcome) 
 
 @pytest.mark.parametrize("outcome", [LOGIT_DIFF, RESPONSE_LOGPROB], ids=["logit_diff", "response_logprob"])
 @pytest.mark.parametrize("edits", [(2, 2), (1, 3)], ids=["equal", "unequal"])
-@pytest.mark.parametrize("name", [*KINDS, "gemma3_text_window"])
+@pytest.mark.parametrize("name", [*KINDS, "gemma3_text_window", "lfm2"])
 def test_pairs_of_one_shape_share_their_batches(
     subject: Subjects, name: str, edits: tuple[int, int], outcome: Outcome
 ) -> None:

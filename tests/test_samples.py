@@ -30,7 +30,7 @@ from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
 Subjects = Callable[[str], Subject]
-NAMES = (*KINDS, *HYBRIDS, "gemma3_text_window", "mixtral_window")
+NAMES = (*KINDS, *HYBRIDS, "qwen3_next", "gemma3_text_window", "mixtral_window")
 PAIRS = (token_pair("unequal", before=6, edits=(1, 3)), token_pair("short", 1, (2, 2), 1, 1))
 BY_ID = {pair.id: pair for pair in PAIRS}
 SEED = 5

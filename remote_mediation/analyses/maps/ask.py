@@ -31,7 +31,8 @@ def token_sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[S
 
 def head_sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[Site]:
     """Every attention head's own contribution, before the output projection mixes them."""
-    layers = [(position, n) for position in _there(config.positions.heads, pair) for n in range(info.layers)]
+    there = info.layers_with("attention_heads")
+    layers = [(position, layer) for position in _there(config.positions.heads, pair) for layer in there]
     return [
         Site("attention_heads", layer, position, (head,)) for position, layer in layers for head in range(info.heads)
     ]

@@ -43,7 +43,7 @@ def sets(study: Study) -> Later:
         few_pairs(discovery),
         Site("attention_output", 0, "all"),
     )
-    heads = [Site("attention_heads", layer, "all", (0,)) for layer in range(info.layers)]
+    heads = [Site("attention_heads", layer, "all", (0,)) for layer in info.layers_with("attention_heads")]
     found = of_bases(study, [*discovery, *both]).plus(
         *(of_rows(study, both, third_band(layers, "all")[0]) for layers in thirds(info.layers) if layers),
         *(of_rows(study, few, site).times(info.heads) for site in heads),

@@ -46,17 +46,19 @@ def swapped_at(samples: Sequence[Sample]) -> str:
 
 
 def activations(sample: Sample, component: Component, positions: Sequence[str]) -> Floats:
-    """`[pair, side, layer, position, width]`, averaged over the prompt tokens of each position."""
-    study = sample.lab.study
-    tasks = []
+    """`[pair, side, layer, position, width]`, averaged over each position's prompt tokens; NaN in layers without."""
+    study, tasks = sample.lab.study, []
+    there = list(study.info.layers_with(component))
     for pair in sample.pairs:
         for side, ids in enumerate(pair.prompts):
             places = [tuple(at for at in pair.places(name)[side] if at < len(ids)) for name in positions]
-            readings = [Reading(component, layer, at) for layer in range(study.info.layers) for at in places]
+            readings = [Reading(component, layer, at) for layer in there for at in places]
             tasks.append(read_task(pair.id, ids, readings, study.setting))
-    found = np.array(sample.lab.run(tasks), dtype=np.float64)
-    width = study.info.tensor_width(component)
-    return found.reshape(len(sample.pairs), 2, study.info.layers, len(positions), width)
+    width, pairs = study.info.tensor_width(component), len(sample.pairs)
+    found = np.full((pairs, 2, study.info.layers, len(positions), width), np.nan)
+    read = np.array(sample.lab.run(tasks), dtype=np.float64)
+    found[:, :, there] = read.reshape(pairs, 2, len(there), len(positions), width)
+    return found
 
 
 def grouped(component: Component, units: Sequence[Unit], position: str) -> list[Site]:

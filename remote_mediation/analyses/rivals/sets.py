@@ -183,7 +183,7 @@ def head_gate(discovery: Sample, heldout: Sample, position: str) -> Tested:
 def ranked_heads(discovery: Sample, position: str) -> list[Unit]:
     """All heads by the larger of their own mean NIE and TIE in the direction of TE, on a few pairs."""
     info = discovery.lab.study.info
-    heads = [(layer, head) for layer in range(info.layers) for head in range(info.heads)]
+    heads = [(layer, head) for layer in info.layers_with("attention_heads") for head in range(info.heads)]
     sites = [Site("attention_heads", layer, position, (head,)) for layer, head in heads]
     found = discovery.lab.indirect(sites, few_pairs(discovery.pairs))
     nie, tie = (direction_of(found.te) * np.nanmean(table, axis=1) for table in (found.nie, found.tie))
@@ -219,7 +219,7 @@ def head_sizes(heads: int) -> list[int]:
 
 
 def head_changes(discovery: Sample, position: str) -> Floats:
-    """`[layer, head]`, mean over pairs of the length of the change of a head's output."""
+    """`[layer, head]`, mean over pairs of the length of the change of a head's output; NaN in layers without heads."""
     info = discovery.lab.study.info
     (change,) = changes(discovery, "attention_heads", [position])
     by_head = change.reshape(len(change), info.layers, info.heads, info.d_head)
@@ -233,7 +233,7 @@ def matched_heads(chosen: Sequence[Unit], sizes: Floats, rng: np.random.Generato
     Layers have too few heads to match within them.
     """
     others = [(int(layer), int(head)) for layer, head in np.ndindex(sizes.shape)]
-    others = [unit for unit in others if unit not in set(chosen)]
+    others = [unit for unit in others if unit not in set(chosen) and not np.isnan(sizes[unit])]
     pool = [others[at] for at in rng.permutation(len(others))[: max(len(others) // 2, len(chosen))]]
     found: list[Unit] = []
     for at in rng.permutation(len(chosen)):
