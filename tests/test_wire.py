@@ -87,7 +87,27 @@ def _samples(subject: Subject) -> Job:
     return next(plan_samples(rows, {pair.id: pair}, manner, 0, setting, budget))
 
 
-JOBS = pytest.mark.parametrize("job_of", [_job, _samples])
+def _experts(subject: Subject) -> Job:
+    pair = token_pair("wire", answers=(3, 2))
+    parts = [
+        Site("router", 1, "all"),
+        Site("expert_output", 2, "last", (1, 3)),
+        Site("shared_expert_output", 1, "edit"),
+    ]
+    rows = [swap(pair, site, side, subject.info) for site in parts for side in (0, 1)]
+    return subject.plan([pair], rows, Outcome("response_logprob"))[0]
+
+
+def _hybrid(subject: Subject) -> Job:
+    pair = token_pair("wire", answers=(3, 2))
+    sites = [Site("attention_output", 1, "all"), Site("attention_heads", 2, "last", (1,))]
+    rows = [swap(pair, site, side, subject.info) for site in sites for side in (0, 1)]
+    return subject.plan([pair], rows, Outcome("response_logprob"))[0]
+
+
+JOBS = pytest.mark.parametrize(
+    ("name", "job_of"), [("llama", _job), ("llama", _samples), ("qwen2_moe", _experts), ("lfm2", _hybrid)]
+)
 
 
 def _blob(subject: Subject, job: Job) -> bytes:
@@ -117,12 +137,12 @@ def _modules(blob: bytes) -> set[str]:
 
 @JOBS
 def test_no_module_of_this_package_is_named(
-    subject: Callable[[str], Subject], by_value: None, job_of: Callable[[Subject], Job]
+    subject: Callable[[str], Subject], by_value: None, name: str, job_of: Callable[[Subject], Job]
 ) -> None:
-    blob = _blob(subject("llama"), job_of(subject("llama")))
+    blob = _blob(subject(name), job_of(subject(name)))
     modules = _modules(blob)
     assert "torch" in " ".join(modules)  # the reading of the pickle works
-    assert not [name for name in modules if name.split(".")[0] == "remote_mediation"]
+    assert not [one for one in modules if one.split(".")[0] == "remote_mediation"]
 
 
 def test_without_registering_the_package_would_be_named(
@@ -141,9 +161,9 @@ def test_a_payload_is_small(subject: Callable[[str], Subject], by_value: None) -
 @pytest.mark.slow
 @JOBS
 def test_a_payload_runs_without_this_package(
-    subject: Callable[[str], Subject], by_value: None, tmp_path: Path, job_of: Callable[[Subject], Job]
+    subject: Callable[[str], Subject], by_value: None, tmp_path: Path, name: str, job_of: Callable[[Subject], Job]
 ) -> None:
-    model = subject("llama")
+    model = subject(name)
     job = job_of(model)
     (tmp_path / "blob").write_bytes(_blob(model, job))
     command = [sys.executable, "-c", SERVER, model.info.name, str(tmp_path / "blob"), str(tmp_path / "out.npz")]

@@ -422,7 +422,10 @@ def routing_of(spec: dict[str, Any], block: Any) -> torch.Tensor:
 
 
 def expert_inputs(spec: dict[str, Any], block: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the experts are given: hidden states `[row, token, width]` and routing weights `[row, token, expert]`."""
+    """What the experts are given: hidden states `[row, token, width]` and routing weights `[row, token, expert]`.
+
+    The shape is the MLP's output's, so that the routing can be asked for before.
+    """
     (hidden, chosen, weights), _ = experts_of(spec, block).inputs
     path, _, index = spec["components"]["mlp_output"]
     output = module_at(block, path).output
