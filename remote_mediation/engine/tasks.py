@@ -15,6 +15,7 @@ from remote_mediation.engine.budget import LOGIT_COPIES, Budget, Setting, base_f
 from remote_mediation.engine.jobs import Job, Part
 from remote_mediation.engine.payload import Side, addressed, digest, model_spec, shifted, stack_payload
 from remote_mediation.engine.rows import Constant, Scale
+from remote_mediation.engine.unfold import tokens_run
 from remote_mediation.errors import SiteError
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import FORWARD_ORDER, Component, Site
@@ -110,7 +111,7 @@ def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str
     """cuts: backward passes per prompt, the first of them through the whole model."""
     parts, tokens = [], 0
     for pair in pairs:
-        places, length = pair.places(position), max(map(len, pair.prompts)) + pair.fed
+        places, length = pair.places(position), max(tokens_run(pair, side, setting.info) for side in (0, 1))
         start = min(min(places.x0), min(places.x1), *(len(prompt) - 1 for prompt in pair.prompts))
         start = 0 if setting.info.unfolded else start
         parts.append(
