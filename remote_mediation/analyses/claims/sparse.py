@@ -124,14 +124,17 @@ class Search(NamedTuple):
         )
 
     def judged(self, heldout: Sample) -> Sparse:
-        """The sets on the held-out pairs."""
+        """The sets on the held-out pairs; random ones beside them where a rule asks for these."""
         late = thirds(self.lab.study.info.layers).late
         sets = [band("mlp_output", late, self.position), self._first(self.most)]
         if self.size:
             sets.append(self._first(self.size))
         whole, few, *chosen = heldout.effects(self.lab.joint, sets)
         found = Sparse(len(self.ranked), whole, few, self.size, chosen[0] if chosen else None)
-        return self._beside_random(found, heldout) if self.size and self.size <= self.most else found
+        if found.chosen is None or not found.size or found.size > self.most:
+            return found
+        enough = verdicts.clear_of_half(heldout.bench().shares(found.chosen))
+        return self._beside_random(found, heldout) if enough else found
 
     @property
     def most(self) -> int:

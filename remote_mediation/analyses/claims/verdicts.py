@@ -212,6 +212,10 @@ class Bench:
         """Share of a total, with its interval."""
         return share(effect, total, self.clusters, self.rng(), self.resamples)
 
+    def shares(self, effect: Effect) -> list[Interval]:
+        """NIE and TIE of harm as shares of TE."""
+        return [self.share(both.harm, self.total.harm) for both in effect]
+
     def measure(self, name: str, direction: Direction | Literal["both"], effect: Both) -> Measure:
         """An effect as share of TE, and its slopes on TE.
 
@@ -378,7 +382,7 @@ class Sparse:
     reaching: int = 0
     """Matched random sets of that size whose mean NIE or TIE is at least that of the set."""
     drawn: int = 0
-    """Matched random sets that were measured."""
+    """Matched random sets that were measured: none where the set itself is not few or not clear of half of TE."""
     likeness: float = float("nan")
     """Mean ratio of the size of a random set's units to those of the set."""
 
@@ -397,10 +401,16 @@ def sparse_gate(bench: Bench, found: Sparse) -> Claim:
     return bench.claim(3, ruling, chosen or most, (*(most if chosen else ()), *band))
 
 
+def clear_of_half(shares: Sequence[Interval]) -> bool:
+    """Whether both lower ends are above half of TE: only then does a rule ask for random sets beside a set."""
+    return all(share.low > HALF for share in shares)
+
+
 def _sparse(bench: Bench, found: Sparse, chosen: Sequence[Measure], most: Sequence[Measure]) -> Ruling:
     few_enough = found.size is not None and found.size <= found.few
     rivals = f"{found.reaching} of {found.drawn} random sets of {found.likeness:.2f} times its size do as much"
-    if few_enough and _all_above(chosen, HALF) and found.drawn and found.reaching <= MOST_REACHING:
+    enough = few_enough and clear_of_half([measure.harm for measure in chosen])
+    if enough and found.drawn and found.reaching <= MOST_REACHING:
         notes = _sparse_notes(found, chosen)
         return Ruling("supported", "; ".join([_text(chosen), rivals, *notes]))
     if any(measure.harm.high < HALF for measure in most):
@@ -412,7 +422,7 @@ def _sparse(bench: Bench, found: Sparse, chosen: Sequence[Measure], most: Sequen
             f"{_text(most)}: it takes {found.size or 'more'} neurons to do the late MLPs' work, "
             "and the first 1% stay below 80% of it",
         )
-    reason = rivals if few_enough and found.reaching > MOST_REACHING else "neither rule is met"
+    reason = rivals if enough and found.drawn else "neither rule is met"
     return Ruling("undecided", f"{_text(chosen or most)}: {reason}")
 
 

@@ -25,6 +25,7 @@ from remote_mediation.analyses.claims.verdicts import (
     Measure,
     Ruling,
     Verdict,
+    clear_of_half,
 )
 from remote_mediation.intervals import Interval
 from remote_mediation.sites import ModelInfo, Site
@@ -177,7 +178,7 @@ def judged(
 
 def few(bench: Bench, carrier: Carrier) -> Ruling:
     """Whether few mediators carry half of TE in both directions, as no random ones do."""
-    shares = shares_of(bench, carrier.effect)
+    shares = bench.shares(carrier.effect)
     text = _text(carrier.name, shares)
     if any(share.high < HALF for share in shares):
         return Ruling("not supported", f"{text}: below {HALF:.0%}")
@@ -194,7 +195,7 @@ def few(bench: Bench, carrier: Carrier) -> Ruling:
 
 def one_direction(bench: Bench, own: Carrier, everywhere: Carrier) -> Ruling:
     """The rule of `few` at the direction's own site; it says no only where it fails at all layers and tokens, too."""
-    found, beyond = few(bench, own), shares_of(bench, everywhere.effect)
+    found, beyond = few(bench, own), bench.shares(everywhere.effect)
     if found.verdict == "not supported" and not any(share.high < HALF for share in beyond):
         return Ruling("undecided", f"{found.why}, but {_text(everywhere.name, beyond)}")
     return found
@@ -207,7 +208,7 @@ def early_layers(bench: Bench, early: Carrier, late: Carrier) -> Ruling:
             "not tested",
             f"{bench.layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}",
         )
-    shares, more = shares_of(bench, early.effect), shares_of(bench, early.effect.less(late.effect))
+    shares, more = bench.shares(early.effect), bench.shares(early.effect.less(late.effect))
     text = f"{_text(early.name, shares)}; {_text('more than the late third by', more)}"
     if any(share.high < HALF for share in shares):
         return Ruling("not supported", f"{text}: below {HALF:.0%}")
@@ -263,16 +264,6 @@ def _set_row(one: Judged, measure: Measure, carrier: Carrier) -> dict[str, Any]:
         "clusters": measure.harm.n_clusters,
         "reason": measure.harm.reason or measure.placebo.reason,
     }
-
-
-def shares_of(bench: Bench, effect: Effect) -> list[Interval]:
-    """NIE and TIE of harm as shares of TE."""
-    return [bench.share(both.harm, bench.total.harm) for both in effect]
-
-
-def clear_of_half(shares: Sequence[Interval]) -> bool:
-    """Whether both lower ends are above half of TE."""
-    return all(share.low > HALF for share in shares)
 
 
 def _text(name: str, shares: Sequence[Interval]) -> str:

@@ -9,8 +9,7 @@ import numpy as np
 
 from remote_mediation.analyses.claims.samples import Sample
 from remote_mediation.analyses.claims.sparse import RANDOM_SETS
-from remote_mediation.analyses.claims.verdicts import MOST_REACHING, Effect
-from remote_mediation.analyses.rivals import rulings
+from remote_mediation.analyses.claims.verdicts import MOST_REACHING, Effect, clear_of_half
 from remote_mediation.analyses.rivals.rulings import Beside, Carrier
 from remote_mediation.engine.tasks import Reading, read_task
 from remote_mediation.lab import Floats
@@ -74,7 +73,7 @@ def direction_of(effect: Floats) -> float:
 
 def with_random(heldout: Sample, own: Carrier, draw: Callable[[], Drawn]) -> Carrier:
     """A set with random ones beside it, where it carries enough for a rule that asks for them."""
-    enough = rulings.clear_of_half(rulings.shares_of(heldout.bench(), own.effect))
+    enough = clear_of_half(heldout.bench().shares(own.effect))
     return own._replace(beside=beside_random(heldout, own.effect, draw)) if enough else own
 
 
