@@ -475,7 +475,7 @@ def test_a_run_folder_gives_the_same_without_a_model(measured: Measured) -> None
 
 
 def test_it_costs_no_more_than_planned(measured: Measured, study: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "matmul_rate", lambda: 1e10)
+    monkeypatch.setattr(cost, "matmul_rate", lambda _: 1e10)
     _, _, backend = measured
     planned = estimate(study)
     more = sum(one.rows for one in planned.later.values())
