@@ -17,9 +17,9 @@ import pandas as pd
 from remote_mediation.analyses.claims.verdicts import (
     FEWEST_LAYERS,
     HALF,
-    MATCHED,
     MOST_REACHING,
     Bench,
+    Beside,
     Claim,
     Effect,
     Measure,
@@ -113,17 +113,6 @@ HEADS = Rival(
 )
 
 
-class Beside(NamedTuple):
-    """Random sets as large, on the held-out pairs."""
-
-    reached: int
-    """Those whose mean NIE or TIE is at least that of the set."""
-    drawn: int
-    """Those that were measured."""
-    likeness: float = 1.0
-    """Mean size of their change over that of the set's."""
-
-
 class Carrier(NamedTuple):
     """Mediators that were swapped together."""
 
@@ -184,13 +173,10 @@ def few(bench: Bench, carrier: Carrier) -> Ruling:
         return Ruling("not supported", f"{text}: below {HALF:.0%}")
     if not clear_of_half(shares):
         return Ruling("undecided", f"{text}: not clear of {HALF:.0%}")
-    if carrier.beside is None or not carrier.beside.drawn:
+    if carrier.beside is None:
         return Ruling("undecided", f"{text}: no random set could be drawn beside it")
-    reached, drawn, likeness = carrier.beside
-    rivals = f"{reached} of {drawn} random sets of {likeness:.2f} times its size do as much"
-    note = "" if likeness >= MATCHED else f"; not matched: no others are {MATCHED:.0%} as large"
-    verdict: Verdict = "supported" if reached <= MOST_REACHING else "undecided"
-    return Ruling(verdict, f"{text}; {rivals}{note}")
+    verdict: Verdict = "supported" if carrier.beside.reached <= MOST_REACHING else "undecided"
+    return Ruling(verdict, "; ".join([text, carrier.beside.said, *carrier.beside.notes]))
 
 
 def one_direction(bench: Bench, own: Carrier, everywhere: Carrier) -> Ruling:
