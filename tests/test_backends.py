@@ -58,7 +58,7 @@ def another(model: Subject, **settings: object) -> Subject:
 
 
 def test_a_gpu_without_memory_is_told_of_with_what_to_do(subject: Subjects) -> None:
-    model = another(subject("llama"), device_map="cpu")
+    model = another(subject("llama"), device="cpu")
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
@@ -69,7 +69,7 @@ def test_a_gpu_without_memory_is_told_of_with_what_to_do(subject: Subjects) -> N
 
 
 def test_products_are_whole_whatever_the_caller_has_switched_on(subject: Subjects) -> None:
-    model, products, seen = another(subject("llama"), device_map="cpu"), torch.backends.cuda.matmul, set()
+    model, products, seen = another(subject("llama"), device="cpu"), torch.backends.cuda.matmul, set()
     model.backend.model._module.register_forward_pre_hook(lambda *_: seen.add(products.fp32_precision))
     products.allow_tf32 = True
     try:
@@ -89,6 +89,13 @@ def test_weights_that_are_fetched_for_their_layer_are_run_too(subject: Subjects,
     measured = model.compare([token_pair("pair")], some_rows(model), LOGIT_DIFF)
     assert measured.deviation < TOLERANCE
     assert np.abs(measured.effects).max() > 0.1
+
+
+def test_the_processor_asked_for_is_used_beside_a_gpu(subject: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers takes the first GPU where it is not told otherwise; this torch cannot move anything there."""
+    monkeypatch.setattr("transformers.pipelines.base.is_torch_cuda_available", lambda: True)
+    backend = LocalBackend.load(subject("llama").info.name, device="cpu")
+    assert {weight.device.type for weight in backend.model._module.parameters()} == {"cpu"}
 
 
 def test_auto_is_the_processor_where_there_is_no_gpu(subject: Subjects) -> None:

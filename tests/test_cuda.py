@@ -202,9 +202,10 @@ def split(model: Subject, first: str) -> Subject:
     return Subject(LocalBackend(traced, model.info), model.plain)
 
 
-def test_device_auto_takes_the_gpu(subject: Subjects) -> None:
-    backend = LocalBackend.load(subject("llama").info.name, device="auto")
-    assert {weight.device.type for weight in backend.model._module.parameters()} == {"cuda"}
+@pytest.mark.parametrize(("device", "found"), [("auto", "cuda"), ("cuda:0", "cuda"), ("cpu", "cpu")])
+def test_the_device_asked_for_is_used(subject: Subjects, device: str, found: str) -> None:
+    backend = LocalBackend.load(subject("llama").info.name, device=device)
+    assert {weight.device.type for weight in backend.model._module.parameters()} == {found}
 
 
 def test_a_batch_too_large_says_so_and_a_smaller_one_fits() -> None:
@@ -232,7 +233,7 @@ def wide_model(device: str) -> Subject:
     config = AutoConfig.for_model("llama", **shape, num_key_value_heads=8, vocab_size=64)
     with torch.device(device):
         module = AutoModelForCausalLM.from_config(config).eval()
-    traced = TransformersModel(module, tokenizer=words_tokenizer(), task="text-generation")
+    traced = TransformersModel(module, tokenizer=words_tokenizer(), task="text-generation", device=device)
     return Subject(LocalBackend(traced, info_of(config, "wide")), module)
 
 

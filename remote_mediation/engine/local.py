@@ -68,8 +68,9 @@ class LocalBackend:
                 task="text-generation",
                 dispatch=True,
                 dtype=getattr(torch, dtype),
-                device_map=device,
                 trust_remote_code=False,
+                # A map of one place is forgotten by the pipeline, which would then move the model to the first GPU.
+                **({"device_map": "auto"} if device == "auto" else {"device": device}),
             )
             missing, unread = _other_weights(model._module, located(name), revision)
         except Exception as error:  # whatever a checkpoint's files make foreign code raise

@@ -76,7 +76,7 @@ def backend(shape: Shape, dtype: str, device: str) -> LocalBackend:
     config = AutoConfig.for_model(shape.family, **shape.settings)
     with torch.device(device):
         module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
-    model = TransformersModel(module, tokenizer=_tokenizer(), task="text-generation")
+    model = TransformersModel(module, tokenizer=_tokenizer(), task="text-generation", device=device)
     return LocalBackend(model, info(shape))
 
 
