@@ -7,7 +7,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from remote_mediation.sites import Component, Site
 from remote_mediation.tokens import TokenPair
 
 ROOT = Path(__file__).resolve().parents[2]
-BATCHES = {"batches of 1 GB, the default": 1e9, "batches of 8 GB": 8e9}
+BATCHES = {"batches of 1 GB": 1e9, "batches of 8 GB": 8e9}
 # Times the engine runs each workload; the fastest counts, as of the matrix product.
 REPEATS = 3
 PRODUCT_REPEATS = 10
@@ -36,6 +38,10 @@ SITES = 24
 # Peak of an H100 (dense, bfloat16), and the share of it that the yardstick of overhead assumes.
 _H100_FLOPS, _SHARE = 989e12, 0.4
 ROWS, TOKENS = 256, 32
+# Values of two ways in float32, of the largest effect.
+MOST_APART = 1e-3
+# Places that are named of those at which the host waits.
+MOST_WAITS = 8
 _Result = TypeVar("_Result")
 
 
@@ -52,12 +58,26 @@ class Record(NamedTuple):
 
     model: str
     dtype: str
+    workload: str
+    """What was run."""
     quantity: str
-    value: float | str
+    value: float
     unit: str
 
 
 Emit = Callable[[Record], None]
+
+
+class Teller(NamedTuple):
+    """Makes records of one model."""
+
+    emit: Emit
+    model: str
+    dtype: str
+
+    def __call__(self, workload: str, quantity: str, value: float, unit: str = "") -> None:
+        """One record."""
+        self.emit(Record(self.model, self.dtype, workload, quantity, float(value), unit))
 
 
 def tests(place: Place, emit: Emit) -> None:
@@ -72,12 +92,12 @@ def tests(place: Place, emit: Emit) -> None:
         # An interpreter of its own: pytest's plugins have to be imported before nnsight is.
         subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, check=False)
         cases = list(ElementTree.parse(report).iter("testcase"))
-    outcomes = [_outcome_of(case) for case in cases]
+    tell, outcomes = Teller(emit, "tiny random models", ""), [_outcome_of(case) for case in cases]
     for name in ("passed", "failed", "skipped"):
-        emit(Record("tiny random models", "", f"tests {name}", outcomes.count(name), "tests"))
+        tell("all", name, outcomes.count(name))
     for case in cases:
         for found in case.iter("property"):
-            emit(Record(case.get("name", ""), "", found.get("name", ""), float(found.get("value", "nan")), "share"))
+            tell(case.get("name", ""), found.get("name", ""), float(found.get("value", "nan")))
     failed = [case.get("name", "") for case, found in zip(cases, outcomes, strict=True) if found == "failed"]
     if failed:
         raise RuntimeError(f"{len(failed)} tests failed: {', '.join(failed)}")
@@ -87,16 +107,14 @@ def tests(place: Place, emit: Emit) -> None:
 
 def speed(shape: Shape, dtype: str, place: Place, emit: Emit) -> None:
     """The engine beside single passes on one model, and its peak of memory beside what was planned."""
-    tell = partial(_tell, emit, shape.name, dtype)
-    rate = product_rate(dtype, place)
-    tell("one large matrix product", rate / 1e12, "TFLOP/s")
-    start = time.perf_counter()
-    backend = gpu_models.backend(shape, dtype, place.device)
-    _wait(place)
-    tell("building the model", time.perf_counter() - start, "s")
-    _grid_against_single_passes(backend, shape, dtype, rate, place, tell)
-    _long_rows(backend, shape, dtype, rate, place, tell)
-    _memory(backend, shape, dtype, place, tell)
+    tell, rate = Teller(emit, shape.name, dtype), product_rate(dtype, place)
+    tell("one large matrix product", "TFLOP/s", rate / 1e12)
+    built = _timed(partial(gpu_models.backend, shape, dtype, place.device), place)
+    tell("building the model", "s", built.seconds)
+    bench = Bench(built.result, shape, rate, place, tell)
+    single_tokens(bench)
+    long_rows(bench)
+    memory(bench)
 
 
 def overhead(place: Place, emit: Emit) -> None:
@@ -138,41 +156,62 @@ def _wait(place: Place) -> None:
         torch.cuda.synchronize()
 
 
-def _tell(emit: Emit, model: str, dtype: str, quantity: str, value: float | str, unit: str) -> None:
-    emit(Record(model, dtype, quantity, value, unit))
+class Bench(NamedTuple):
+    """A model and where its figures go."""
+
+    backend: LocalBackend
+    shape: Shape
+    rate: float
+    """Operations per second of one large matrix product."""
+    place: Place
+    tell: Teller
+
+    def pair(self, share: float, answer: int = 0) -> TokenPair:
+        """Prompts that differ in one token so far into them; a dry run has few tokens behind it."""
+        first = int(gpu_models.LENGTH * (0.9 if self.place.tiny else share))
+        return gpu_models.pair(first, self.shape, answer=answer)
+
+    def setting(self, normalise: bool = False) -> Setting:
+        """Of a study that reads two logits, or with `normalise` log-probabilities."""
+        return Setting(self.backend.info, self.tell.dtype, gpu_models.outcome(normalise))
+
+    def fastest(self, setting: Setting, pair: TokenPair, rows: list[Row], batch_bytes: float) -> _Timed:
+        """The engine on these rows."""
+        work = partial(engine, self.backend, setting, pair, rows, batch_bytes)
+        return min((_timed(work, self.place) for _ in range(_repeats(self.place))), key=lambda timed: timed.seconds)
 
 
-def _first(place: Place, share: float) -> int:
-    """Token in which the prompts differ, so far into them."""
-    return int(gpu_models.LENGTH * (0.9 if place.tiny else share))
+def single_tokens(bench: Bench) -> None:
+    """Every single token from the edit on at three components of every layer, both ways; and single passes beside it.
 
-
-def _grid_against_single_passes(
-    backend: LocalBackend, shape: Shape, dtype: str, rate: float, place: Place, tell: Callable[..., None]
-) -> None:
-    """Every single token from the edit on at three components of every layer, both ways."""
-    pair, setting = gpu_models.pair(_first(place, 0.6), shape), Setting(backend.info, dtype, gpu_models.outcome())
-    cases = grid(pair, backend.info)
-    rows = [swap(pair, case.site, case.base, backend.info) for case in cases]
-    engine(backend, setting, pair, rows[:8], 1e9)
-    per_row = {}
+    Raises:
+        RuntimeError: the values of two ways differ in float32.
+    """
+    pair, setting = bench.pair(0.6), bench.setting()
+    cases = grid(pair, bench.backend.info)
+    rows = [swap(pair, case.site, case.base, bench.backend.info) for case in cases]
+    engine(bench.backend, setting, pair, rows[:8], 1e9)
+    own = {}
     for name, batch_bytes in BATCHES.items():
-        timed = _fastest(backend, setting, pair, rows, batch_bytes, place)
-        _tell_speed(f"grid of single tokens, {name}", timed, rows, pair, setting, rate, tell)
-        per_row[name] = timed.seconds / len(rows)
+        timed = bench.fastest(setting, pair, rows, batch_bytes)
+        _tell_speed(bench, f"single tokens, {name}", timed, rows, pair)
+        own[name] = timed.seconds / len(rows)
     values = dict(zip(cases, timed.result.values, strict=True))
-    chosen = sample(cases, 6 if place.tiny else SITES, gpu_models.SEED)
-    model = backend.model
+    largest = _largest_effect(values)
+    bench.tell("single tokens", "largest effect", largest, "logits")
+    chosen = sample(cases, 6 if bench.place.tiny else SITES, gpu_models.SEED)
+    model = bench.backend.model
     for contender in (Hooks(model._module, pair, setting.outcome), Traces(model, pair, setting.outcome)):
         contender.measure(chosen[:2])
-        alone = _timed(partial(contender.measure, chosen), place)
+        alone = _timed(partial(contender.measure, chosen), bench.place)
         seconds = alone.seconds / len(chosen)
-        tell(f"{contender.title}", seconds * 1e3, "ms/row")
-        for name, own in per_row.items():
-            tell(f"{contender.title}, times the engine's time in {name}", seconds / own, "x")
-        deviation = max(abs(value - values[case]) for case, value in zip(chosen, alone.result, strict=True))
-        tell(f"{contender.title}, largest deviation from the engine", deviation, "logits")
-    tell("largest effect in the grid", _largest_effect(values), "logits")
+        bench.tell(contender.title, "ms a row", seconds * 1e3)
+        for name in BATCHES:
+            bench.tell(contender.title, f"times as long as the engine, {name}", seconds / own[name])
+        apart = max(abs(value - values[case]) for case, value in zip(chosen, alone.result, strict=True))
+        bench.tell(contender.title, "largest deviation from the engine, of the largest effect", apart / largest)
+        if bench.tell.dtype == "float32" and apart > MOST_APART * largest:
+            raise RuntimeError(f"{contender.title}: values are {apart:.1e} logits apart from the engine's")
 
 
 def _largest_effect(values: dict[Case, float]) -> float:
@@ -184,111 +223,102 @@ def _largest_effect(values: dict[Case, float]) -> float:
     return max(spans)
 
 
-def _long_rows(
-    backend: LocalBackend, shape: Shape, dtype: str, rate: float, place: Place, tell: Callable[..., None]
-) -> None:
+def long_rows(bench: Bench) -> None:
     """Every contribution of every layer at all tokens from the edit on, both ways."""
-    pair, setting = gpu_models.pair(_first(place, 0.2), shape), Setting(backend.info, dtype, gpu_models.outcome())
+    pair, setting = bench.pair(0.2), bench.setting()
     rows = whole_rows(pair, setting)
     for name, batch_bytes in BATCHES.items():
-        timed = _fastest(backend, setting, pair, rows, batch_bytes, place)
-        _tell_speed(f"rows of {len(pair.x0) - pair.first} tokens, {name}", timed, rows, pair, setting, rate, tell)
+        timed = bench.fastest(setting, pair, rows, batch_bytes)
+        _tell_speed(bench, f"rows of {len(pair.x0) - pair.first} tokens, {name}", timed, rows, pair)
 
 
 def whole_rows(pair: TokenPair, setting: Setting) -> list[Row]:
     """Rows that swap one contribution at all tokens from the edit on, lowest layers first."""
-    info = setting.info
     components: tuple[Component, ...] = ("attention_output", "mlp_output")
     return [
-        swap(pair, Site(component, layer, "all"), base, info)
-        for layer in range(info.layers)
+        swap(pair, Site(component, layer, "all"), base, setting.info)
+        for layer in range(setting.info.layers)
         for component in components
         for base in (0, 1)
     ]
 
 
-def _fastest(
-    backend: LocalBackend, setting: Setting, pair: TokenPair, rows: list[Row], batch_bytes: float, place: Place
-) -> _Timed:
-    work = partial(engine, backend, setting, pair, rows, batch_bytes)
-    return min((_timed(work, place) for _ in range(_repeats(place))), key=lambda timed: timed.seconds)
-
-
-def _tell_speed(
-    name: str, timed: _Timed, rows: list[Row], pair: TokenPair, setting: Setting, rate: float, tell: Callable[..., None]
-) -> None:
+def _tell_speed(bench: Bench, workload: str, timed: _Timed, rows: list[Row], pair: TokenPair) -> None:
     """Rates of one workload. Operations are those of the plan: whole layers from each row's first write on."""
     measured: Measured = timed.result
     flops = sum(job.flops for job in measured.jobs)
     tokens = sum(len(pair.prompts[row.base]) + pair.fed - row.start for row in rows)
-    tell(f"{name}: rows", len(rows), "rows")
-    tell(f"{name}: batches", sum(len(part.payload["batches"]) for job in measured.jobs for part in job.parts), "")
-    tell(f"{name}: time", timed.seconds, "s")
-    tell(f"{name}: rows a second", len(rows) / timed.seconds, "rows/s")
-    tell(f"{name}: tokens a second, each in the layers from its row's write on", tokens / timed.seconds, "tokens/s")
-    tell(f"{name}: operations", flops / timed.seconds / 1e12, "TFLOP/s")
-    tell(f"{name}: share of the matrix product's rate", flops / timed.seconds / rate, "share")
+    bench.tell(workload, "rows", len(rows))
+    bench.tell(workload, "batches", sum(len(part.payload["batches"]) for job in measured.jobs for part in job.parts))
+    bench.tell(workload, "s", timed.seconds)
+    bench.tell(workload, "rows/s", len(rows) / timed.seconds)
+    bench.tell(workload, "tokens/s", tokens / timed.seconds)
+    bench.tell(workload, "TFLOP/s", flops / timed.seconds / 1e12)
+    bench.tell(workload, "share of the product's rate", flops / timed.seconds / bench.rate)
 
 
-def _memory(backend: LocalBackend, shape: Shape, dtype: str, place: Place, tell: Callable[..., None]) -> None:
+def memory(bench: Bench) -> None:
     """Peak of the GPU's memory beside weights and largest batch as `plan` has them, for both kinds of outcome."""
-    for normalise in (False, True):
-        pair = gpu_models.pair(_first(place, 0.2), shape, answer=3 if normalise else 0)
-        setting = Setting(backend.info, dtype, gpu_models.outcome(normalise))
-        kind = "log-probabilities of answers" if normalise else "two logits"
+    for kind, normalise in (("two logits", False), ("log-probabilities", True)):
+        pair, setting = bench.pair(0.2, answer=3 if normalise else 0), bench.setting(normalise)
+        rows, weights = whole_rows(pair, setting), weight_bytes(setting.info, setting.dtype)
         for name, batch_bytes in BATCHES.items():
-            _peak(backend, setting, pair, batch_bytes, place, partial(_about, tell, f"memory, {kind}, {name}"))
+            _fresh_peak(bench.place)
+            measured = engine(bench.backend, setting, pair, rows, batch_bytes)
+            batch = max(size for job in measured.jobs for size in batch_sizes(job, {pair.id: pair}, setting))
+            tell = partial(bench.tell, f"memory, {kind}, {name}")
+            tell("weights as planned, GB", weights / 1e9)
+            tell("largest batch as planned, GB", batch / 1e9)
+            if bench.place.device == "cuda":
+                peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+                tell("peak, GB", peak / 1e9)
+                tell("peak with torch's reserve, GB", reserved / 1e9)
+                tell("peak beside weights, of the largest batch as planned", (peak - weights) / batch)
 
 
-def _about(tell: Callable[..., None], name: str, quantity: str, value: float, unit: str) -> None:
-    tell(f"{name}: {quantity}", value, unit)
-
-
-def _peak(
-    backend: LocalBackend,
-    setting: Setting,
-    pair: TokenPair,
-    batch_bytes: float,
-    place: Place,
-    tell: Callable[..., None],
-) -> None:
+def _fresh_peak(place: Place) -> None:
     if place.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    measured = engine(backend, setting, pair, whole_rows(pair, setting), batch_bytes)
-    weights = weight_bytes(setting.info, setting.dtype)
-    batch = max(size for job in measured.jobs for size in batch_sizes(job, {pair.id: pair}, setting))
-    tell("planned, weights", weights / 1e9, "GB")
-    tell("planned, largest batch", batch / 1e9, "GB")
-    if place.device == "cuda":
-        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        tell("peak", peak / 1e9, "GB")
-        tell("peak, with what torch holds in reserve", reserved / 1e9, "GB")
-        tell("peak beside the weights, of the largest batch as planned", (peak - weights) / batch, "share")
 
 
 def _overhead_of(shape: Shape, rows_wanted: int, place: Place, emit: Emit) -> None:
-    """One batch of so many rows of 32 tokens: planning, the job, of it the base runs; and one plain pass as large."""
-    tell = partial(_tell, emit, shape.name, "float32")
-    backend = gpu_models.backend(shape, "float32", place.device)
+    """One batch of so many rows of 32 tokens, of it one row and the base runs, and one plain pass as large."""
+    backend, tell = gpu_models.backend(shape, "float32", place.device), Teller(emit, shape.name, "float32")
     pair = gpu_models.pair(1, shape, TOKENS + 1)
     setting = Setting(backend.info, "float32", gpu_models.outcome())
-    rows = _repeated(pair, setting, rows_wanted)
-    engine(backend, setting, pair, rows, 1e12)
-    whole = _median(partial(engine, backend, setting, pair, rows, 1e12), place)
-    one = _median(partial(engine, backend, setting, pair, rows[:1], 1e12), place)
-    plain = _median(partial(_plain_pass, backend, pair, len(rows)), place)
-    large = Setting(gpu_models.info(gpu_models.SEVENTY_B), "bfloat16", setting.outcome)
-    flops = sum(row_flops(row, pair, large) for row in rows)
+    rows = _different_rows(pair, setting, rows_wanted)
+    work, alone = (partial(engine, backend, setting, pair, some, 1e12) for some in (rows, rows[:1]))
+    work()
+    whole = _median(work, place)
     name = f"{len(rows)} rows of {TOKENS} tokens"
-    tell(f"{name}: planned, run and read", whole * 1e3, "ms")
-    tell(f"{name}: of it one row alone, with the base runs", one * 1e3, "ms")
-    tell(f"{name}: one plain pass over as many tokens", plain * 1e3, "ms")
+    tell(name, "planned, run and read, ms", whole * 1e3)
+    tell(name, "of it one row and the base runs, ms", _median(alone, place) * 1e3)
+    tell(
+        name, "one plain pass over as many tokens, ms", _median(partial(_plain_pass, backend, pair, rows), place) * 1e3
+    )
     if shape.settings["num_hidden_layers"] == gpu_models.SEVENTY_B.settings["num_hidden_layers"]:
-        tell(f"{name}: share of a 70B model's arithmetic at 40% of an H100", whole * _H100_FLOPS * _SHARE / flops, "")
+        large = Setting(gpu_models.info(gpu_models.SEVENTY_B), "bfloat16", setting.outcome)
+        arithmetic = sum(row_flops(row, pair, large) for row in rows) / (_H100_FLOPS * _SHARE)
+        tell(name, "of a 70B model's arithmetic at 40% of an H100's peak", whole / arithmetic)
+    if place.device == "cuda":
+        for where, times in _waits(work).most_common(MOST_WAITS):
+            tell(name, f"times the host waits for the GPU in {where}", times)
 
 
-def _repeated(pair: TokenPair, setting: Setting, count: int) -> list[Row]:
+def _waits(work: Callable[[], Any]) -> Counter[str]:
+    """How often the host waits for the GPU, by file and line, as torch itself notices it."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return Counter(f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchroniz" in str(one.message))
+
+
+def _different_rows(pair: TokenPair, setting: Setting, count: int) -> list[Row]:
     """So many different rows: single contributions, then sets of two, all from low layers on."""
     info, rows = setting.info, []
     sites: list[list[Site]] = [[Site("mlp_output", layer, "all")] for layer in range(info.layers)]
@@ -311,9 +341,9 @@ def _repeats(place: Place) -> int:
     return 1 if place.tiny else REPEATS
 
 
-def _plain_pass(backend: LocalBackend, pair: TokenPair, rows: int) -> None:
+def _plain_pass(backend: LocalBackend, pair: TokenPair, rows: list[Row]) -> None:
     """One forward pass of transformers over as many rows and tokens."""
-    ids = torch.tensor([pair.x0[pair.first :]], device=backend.model._module.device).expand(rows, -1)
+    ids = torch.tensor([pair.x0[pair.first :]], device=backend.model._module.device).expand(len(rows), -1)
     with torch.no_grad():
         backend.model._module(input_ids=ids, use_cache=True, logits_to_keep=1)
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from bench.gpu_parts import Record
 
-COLUMNS = ("part", "model", "dtype", "quantity", "value", "unit")
+COLUMNS = ("part", *Record._fields)
 
 
 def save(
@@ -45,16 +45,30 @@ def _section(status: dict[str, Any], table: pd.DataFrame) -> list[str]:
     if status["state"] != "done":
         lines += [f"**{status['state']}**. It said last:", "", "```", status["said"], "```", ""]
     for (model, dtype), group in table.groupby(["model", "dtype"], sort=False):
-        lines += [f"{model}{', ' if dtype else ''}{dtype}", "", "| | | |", "| --- | ---: | --- |"]
-        lines += [f"| {row.quantity} | {_shown(row.value, row.unit)} | {row.unit} |" for row in group.itertuples()]
-        lines.append("")
+        lines += [f"{model}{', ' if dtype else ''}{dtype}", ""]
+        for quantities, alike in _alike(group):
+            lines += [f"| | {' | '.join(quantities)} |", f"| --- |{' ---: |' * len(quantities)}"]
+            for workload, own in alike.groupby("workload", sort=False):
+                values = [_shown(value, unit) for value, unit in zip(own["value"], own["unit"], strict=True)]
+                lines.append(f"| {workload} | {' | '.join(values)} |")
+            lines.append("")
     return lines
 
 
-def _shown(value: Any, unit: str) -> str:
-    number = float(value)
-    if unit in ("rows", "tests", ""):
-        return f"{number:,.3g}" if number % 1 else f"{int(number):,}"
-    if abs(number) >= 100:
-        return f"{number:,.0f}"
-    return f"{number:.3g}" if abs(number) < 0.01 else f"{number:.2f}"
+def _alike(group: pd.DataFrame) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
+    """Workloads of which the same quantities are known, together: they make one table."""
+    known = group.groupby("workload", sort=False)["quantity"].agg(tuple)
+    return [
+        (quantities, group[group["workload"].isin(known.index[[other == quantities for other in known]])])
+        for quantities in dict.fromkeys(known)
+    ]
+
+
+def _shown(value: float, unit: str) -> str:
+    if value % 1 == 0:
+        number = f"{int(value):,}"
+    elif abs(value) >= 100:
+        number = f"{value:,.0f}"
+    else:
+        number = f"{value:.3g}"
+    return f"{number} {unit}".rstrip()
