@@ -140,7 +140,7 @@ def report(folder: RunFolder, show_text: ShowText = False) -> None:
 
 @app.command("check-run", epilog="Example:\n\n  remote-mediation check-run runs/study")
 def check_run_command(folder: RunFolder) -> None:
-    """Say which files of a run folder are whole; exit code 1 where one is not. Nothing is changed."""
+    """Say which files of a run folder are whole; exit code 1 where one is not. What they hold is not changed."""
     from remote_mediation.checkup import check_run
 
     states = check_run(folder)

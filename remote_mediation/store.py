@@ -27,6 +27,8 @@ from remote_mediation.runfiles import Submitted as Submitted
 from remote_mediation.tokens import Prepared
 
 _log = logging.getLogger(__name__)
+# What prompts or answers may stand in.
+_PRIVATE = ("*.jsonl", "failures.json*", "readouts/*", "notes/*", "submitted/*")
 _Content = TypeVar("_Content")
 
 
@@ -51,6 +53,7 @@ class Store:
                 store._check_same(identity)
             elif folder.exists() and (not folder.is_dir() or _in_use(folder)):
                 raise StoreError(f"{folder} is in use and is no run folder; choose another with --out")
+            store._hide()
             parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         except OSError as error:
             raise StoreError(f"cannot use {folder}: {error.strerror}; choose another --out") from error
@@ -71,7 +74,20 @@ class Store:
             raise StoreError(
                 f"{folder} is no run folder (it has no run.json); give the folder of a finished or begun run"
             )
+        store._hide()
         return store
+
+    def _hide(self) -> None:
+        """Let nobody but their owner read the files for which older versions did not see to that."""
+        if os.name == "nt":
+            return  # has no such modes
+        paths = (path for pattern in _PRIVATE for path in self.folder.glob(pattern) if path.is_file())
+        for path in paths:
+            if path.stat().st_mode & 0o077:
+                try:
+                    path.chmod(0o600)
+                except OSError as error:
+                    _log.warning("%s can be read by others, and not be changed: %s", path, error.strerror)
 
     def record(self) -> dict[str, Any]:
         """What `run.json` holds; empty for a new run.

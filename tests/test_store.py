@@ -199,6 +199,36 @@ def test_what_holds_prompts_or_answers_is_for_its_owner_alone(tmp_path: Path) ->
     assert (tmp_path / "run/report.md").stat().st_mode & 0o077
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no such modes")
+@pytest.mark.parametrize("begin", [Store.open, lambda folder: Store.create(folder, {"model": "m", "seed": 0})])
+def test_what_an_older_version_let_others_read_is_hidden_on_opening(full: Path, begin: Any) -> None:
+    old = {path for path in full.rglob("*") if path.is_file()}
+    (full / "effects.csv").touch()
+    (full / "report.md").touch()
+    for path in (*old, full / "effects.csv", full / "report.md"):
+        path.chmod(0o644)
+    begin(full)
+    shared = {path.name for path in full.rglob("*") if path.is_file() and path.stat().st_mode & 0o077}
+    assert shared == {"run.json", "effects.csv", "report.md", ".lock"}
+    assert len(old) == 8
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such modes")
+def test_a_mode_that_cannot_be_mended_is_named(
+    full: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def denied(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (full / "pairs.jsonl").chmod(0o644)
+    monkeypatch.setattr(Path, "chmod", denied)
+    Store.open(full)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{full / 'pairs.jsonl'} can be read by others, and not be changed: Operation not permitted"
+    )
+
+
 def files(store: Store) -> list[Path]:
     return [path for path in store.folder.rglob("*") if path.is_file()]
 
