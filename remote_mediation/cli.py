@@ -154,16 +154,25 @@ def check_run_command(folder: RunFolder) -> None:
         raise typer.Exit(1)
 
 
-@app.command("export", epilog="Example:\n\n  remote-mediation export runs/study shared/study")
+@app.command(
+    "export",
+    epilog="Examples:\n\n  remote-mediation export runs/study shared/study\n\n"
+    "  remote-mediation export runs/study shared/study --replicate",
+)
 def export_command(
-    folder: RunFolder, target: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new or empty folder.")]
+    folder: RunFolder,
+    target: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new or empty folder.")],
+    replicate: Annotated[
+        bool, typer.Option("--replicate", help="Also what another needs to run it again, prompts among it.")
+    ] = False,
 ) -> None:
     """Write what can be shared of a run: report, tables, figures and run.json, without prompts and answers."""
     from remote_mediation.export import export
     from remote_mediation.store import Store
 
-    written = export(Store.open(folder), target)
-    console.print(f"{len(written)} files: {target}", highlight=False, markup=False, soft_wrap=True)
+    written = export(Store.open(folder), target, replicate=replicate)
+    told = "; replicate/ has the prompts, some of them harmful" if replicate else ""
+    console.print(f"{len(written)} files: {target}{told}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Examples:\n\n  remote-mediation show runs/study\n\n  remote-mediation show runs/study claims")
