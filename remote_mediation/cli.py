@@ -34,6 +34,8 @@ judge_app = typer.Typer(
 app.add_typer(judge_app, name="judge")
 models_app = typer.Typer(rich_markup_mode="rich", help="Which models can be studied.")
 app.add_typer(models_app, name="models")
+# Pairs of a kind that `pairs check` shows.
+_MOST_LINES = 1000
 console = Console()
 errors = Console(stderr=True)
 
@@ -259,15 +261,17 @@ def check(
         return
     prepared = tokenise(texts, tokenizer, form)
     table = Table("pair", "cluster", "tokens x0", "tokens x1", "edit from", "after edit", "template after")
-    for pair in prepared.pairs:
+    for pair in prepared.pairs[:_MOST_LINES]:
         counts = (len(pair.x0), len(pair.x1), pair.first, pair.after, pair.post)
         names = (Text(printable(name), overflow="fold") for name in (pair.id, pair.cluster))
         table.add_row(*names, *map(str, counts))
     console.print(table)
-    for refusal in prepared.refusals:
+    for refusal in prepared.refusals[:_MOST_LINES]:
         console.print(
             f"refused {printable(refusal.id)}: {refusal.reason}", highlight=False, markup=False, soft_wrap=True
         )
+    if max(map(len, prepared)) > _MOST_LINES:
+        console.print(f"of usable and of refused pairs the first {_MOST_LINES:,} are shown; --show ID shows any")
     for line in (*described_lists(config), *balanced(texts, tokenizer)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
