@@ -122,12 +122,13 @@ def test_a_study_without_neurons_has_no_rows_for_them(subject: Callable[[str], S
 OWN = (
     "steal wash fix burn car bank bike house school night day story sure sorry yes take ride wreck paint rob rent "
     "flood clean please word0 word1 word2 word3 word4 word5 word6 word7"
-).split()
+)
 
 
 def many(folder: Path) -> str:
     """Sixteen pairs of one shape, each with words of its own."""
-    both = zip(OWN[:16], OWN[16:], strict=True)
+    words = OWN.split()
+    both = zip(words[:16], words[16:], strict=True)
     content = [{"id": one, "harmful": f"how do i {one}", "harmless": f"how do i {other}"} for one, other in both]
     return str(write_pairs(folder / "many.jsonl", content))
 

@@ -124,6 +124,55 @@ def test_values_are_found_by_key(tmp_path: Path) -> None:
     assert Store.open(tmp_path / "run").values().keys() == values.keys()
 
 
+def test_many_readouts_become_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remote_mediation.store.MERGED", 4)
+    store, folder = begun(tmp_path / "run"), tmp_path / "run/readouts"
+    for number in range(10):
+        store.save_readout(job(f"a{number}", f"b{number}"), readout([number], [number, 0.5]))
+        assert store.values().keys() == {f"{side}{n}" for n in range(number + 1) for side in "ab"}
+    assert sorted(path.name.startswith("merged-") for path in folder.iterdir()) == [False, False, True, True]
+    assert {key: value.tolist() for key, value in Store.open(store.folder).values().items()} == {
+        key: value for n in range(10) for key, value in ((f"a{n}", [n]), (f"b{n}", [n, 0.5]))
+    }
+    assert all(state.whole for state in check_run(store.folder))
+    again = Store.open(store.folder)  # of a process that goes on
+    again.save_readout(job("c"), readout([7]))
+    assert len(list(folder.iterdir())) == 5
+    again.save_readout(job("d"), readout([8]))
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_merge_that_is_stopped_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = begun(tmp_path / "run")
+    for number in range(3):
+        store.save_readout(job(f"a{number}"), readout([number]))
+    known = {key: value.tolist() for key, value in store.values().items()}
+
+    def stop(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".npz":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", stop)
+        with pytest.raises(KeyboardInterrupt):
+            store._merge()
+    assert len(list((tmp_path / "run/readouts").iterdir())) == 4
+    assert {key: value.tolist() for key, value in Store.open(store.folder).values().items()} == known
+    store._merge()
+    assert len(list((tmp_path / "run/readouts").iterdir())) == 1
+    assert {key: value.tolist() for key, value in store.values().items()} == known
+
+
+def test_a_damaged_readout_is_not_merged(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remote_mediation.store.MERGED", 3)
+    file.write_bytes(file.read_bytes()[:50])
+    store = Store.open(file.parents[1])
+    store.save_readout(job("k4"), readout([5.5]))
+    assert {key: value.tolist() for key, value in store.values().items()} == {"k3": [4.5], "k4": [5.5]}
+    assert len(list(file.parent.glob("*.npz"))) == 1
+    assert file.with_name(f"{file.name}.bad").exists()
+
+
 def test_tickets_are_kept_until_the_values_are_here(tmp_path: Path) -> None:
     store = begun(tmp_path / "run")
     first, second = job("k1", "k2", "k3"), job("k4", "k5")
