@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from remote_mediation.errors import ModelError, PairsError, innermost
@@ -407,8 +408,10 @@ def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, form: Pro
 
 def _check_ends(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if begin is not None and tuple(ids[:2]) == (begin, begin):
-        raise PairsError(f"the prompt begins with {tokenizer.bos_token!r} twice; take one out of the template")
+    # Where texts end as they begin, the end of one turn may stand before the beginning of the next.
+    begun = ids[:2] if begin == end else ids
+    if begin is not None and (begin, begin) in pairwise(begun):
+        raise PairsError(f"the prompt has {tokenizer.bos_token!r} twice in a row; take one out of the template")
     if end is not None and ids and ids[-1] == end:
         raise PairsError(
             f"the prompt ends with {tokenizer.eos_token!r}, behind which nothing is said; mend the template"

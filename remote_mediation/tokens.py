@@ -270,7 +270,10 @@ def _align(
         pair.id, pair.id, pair.category, x0, x1, first, after, post, aligned=pair.aligned, notes=pair.notes
     )
     if not pair.aligned:
-        return found
+        unknown = any(tokenizer.unk_token_id in _of_text(encoded) for encoded in (harmless, harmful))
+        return (
+            Refusal(pair.id, f"the tokenizer has only {tokenizer.unk_token!r} for a word of it") if unknown else found
+        )
     if tokenizer.unk_token_id in (*x0[first : len(x0) - after], *x1[first : len(x1) - after]):
         return Refusal(
             pair.id, f"the tokenizer has only {tokenizer.unk_token!r} for a word in which the prompts differ"
@@ -280,3 +283,10 @@ def _align(
     if edits[0] != edits[1] and after == 0:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens reach the last token: nothing to align by")
     return found
+
+
+def _of_text(encoded: Encoded) -> list[int]:
+    """Ids of the tokens of the user's text."""
+    text = encoded.rendered
+    spans = zip(encoded.ids, encoded.offsets, strict=False)  # an end that was taken off still has its place
+    return [token for token, (start, stop) in spans if stop > text.begin and start < text.end]
