@@ -1,4 +1,4 @@
-"""Which files of a run folder are whole: each is read as the run itself reads it, and nothing is changed."""
+"""Which files of a run folder are whole: each is read as the run itself reads it, and none is written."""
 
 from __future__ import annotations
 

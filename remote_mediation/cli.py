@@ -34,6 +34,8 @@ judge_app = typer.Typer(
 app.add_typer(judge_app, name="judge")
 models_app = typer.Typer(rich_markup_mode="rich", help="Which models can be studied.")
 app.add_typer(models_app, name="models")
+# Pairs of a kind that `pairs check` shows.
+_MOST_LINES = 1000
 console = Console()
 errors = Console(stderr=True)
 
@@ -53,7 +55,7 @@ Kinds = Annotated[str | None, typer.Option(help="Comma-separated: claims, layers
 OutcomeFlag = Annotated[str | None, typer.Option("--outcome", help="refusal, response_logprob or logit_diff.")]
 BackendFlag = Annotated[str | None, typer.Option("--backend", help="local or ndif.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="Where a local model runs: cpu, cuda, cuda:0 ...")]
+Device = Annotated[str | None, typer.Option(help="Where a local model runs: cpu, cuda, cuda:1, or auto for all GPUs.")]
 MaxMemory = Annotated[float | None, typer.Option(help="Most memory in GB, kept by the size of batches.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the split, the bootstrap and the permutations.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")]
@@ -140,7 +142,7 @@ def report(folder: RunFolder, show_text: ShowText = False) -> None:
 
 @app.command("check-run", epilog="Example:\n\n  remote-mediation check-run runs/study")
 def check_run_command(folder: RunFolder) -> None:
-    """Say which files of a run folder are whole; exit code 1 where one is not. Nothing is changed."""
+    """Say which files of a run folder are whole; exit code 1 where one is not. What they hold is not changed."""
     from remote_mediation.checkup import check_run
 
     states = check_run(folder)
@@ -154,16 +156,25 @@ def check_run_command(folder: RunFolder) -> None:
         raise typer.Exit(1)
 
 
-@app.command("export", epilog="Example:\n\n  remote-mediation export runs/study shared/study")
+@app.command(
+    "export",
+    epilog="Examples:\n\n  remote-mediation export runs/study shared/study\n\n"
+    "  remote-mediation export runs/study shared/study --replicate",
+)
 def export_command(
-    folder: RunFolder, target: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new or empty folder.")]
+    folder: RunFolder,
+    target: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new or empty folder.")],
+    replicate: Annotated[
+        bool, typer.Option("--replicate", help="Also what another needs to run it again, prompts among it.")
+    ] = False,
 ) -> None:
     """Write what can be shared of a run: report, tables, figures and run.json, without prompts and answers."""
     from remote_mediation.export import export
     from remote_mediation.store import Store
 
-    written = export(Store.open(folder), target)
-    console.print(f"{len(written)} files: {target}", highlight=False, markup=False, soft_wrap=True)
+    written = export(Store.open(folder), target, replicate=replicate)
+    told = "; replicate/ has the prompts, some of them harmful" if replicate else ""
+    console.print(f"{len(written)} files: {target}{told}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Examples:\n\n  remote-mediation show runs/study\n\n  remote-mediation show runs/study claims")
@@ -250,15 +261,17 @@ def check(
         return
     prepared = tokenise(texts, tokenizer, form)
     table = Table("pair", "cluster", "tokens x0", "tokens x1", "edit from", "after edit", "template after")
-    for pair in prepared.pairs:
+    for pair in prepared.pairs[:_MOST_LINES]:
         counts = (len(pair.x0), len(pair.x1), pair.first, pair.after, pair.post)
         names = (Text(printable(name), overflow="fold") for name in (pair.id, pair.cluster))
         table.add_row(*names, *map(str, counts))
     console.print(table)
-    for refusal in prepared.refusals:
+    for refusal in prepared.refusals[:_MOST_LINES]:
         console.print(
             f"refused {printable(refusal.id)}: {refusal.reason}", highlight=False, markup=False, soft_wrap=True
         )
+    if max(map(len, prepared)) > _MOST_LINES:
+        console.print(f"of usable and of refused pairs the first {_MOST_LINES:,} are shown; --show ID shows any")
     for line in (*described_lists(config), *balanced(texts, tokenizer)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)

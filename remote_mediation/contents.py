@@ -22,7 +22,7 @@ from remote_mediation.sites import ModelInfo
 from remote_mediation.texts import load_texts
 
 # How the name of a local folder begins that can be nothing else.
-_LOCAL = ("/", "./", "../", "~")
+LOCAL = ("/", "./", "../", "~")
 
 
 def look_at(config: StudyConfig) -> None:
@@ -37,7 +37,7 @@ def look_at(config: StudyConfig) -> None:
         load_pairs(config.monitor.hard_negatives)
     for setting, names in config.checkpoints.items():
         for name in names:
-            if name.startswith(_LOCAL) and not Path(name).is_dir():
+            if name.startswith(LOCAL) and not Path(name).is_dir():
                 raise ModelError(f"{setting} names {name!r}, and there is no such folder; give one, or a hub id")
 
 

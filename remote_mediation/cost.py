@@ -7,14 +7,13 @@ taken to be as much as it may be, with gates in the middle of the network.
 
 from __future__ import annotations
 
+import math
 import pickle
 import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from remote_mediation.analyses import chosen
 from remote_mediation.config import StudyConfig
@@ -25,10 +24,19 @@ from remote_mediation.lab import Study
 from remote_mediation.later import Later, of_answers, pairs_of
 from remote_mediation.models import load_info, load_tokenizer
 from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings, listed_openings
-from remote_mediation.pairs import GivenOpenings
+from remote_mediation.pairs import GivenOpenings, PromptPair
 from remote_mediation.result import Analysis
 from remote_mediation.runner import FIRST_RATE
-from remote_mediation.study import outcome_of, prepare, prepare_placebos, prompts_of, requests_of, unanswered
+from remote_mediation.sites import ModelInfo
+from remote_mediation.study import (
+    chosen_texts,
+    outcome_of,
+    prepare,
+    prepare_placebos,
+    prompts_of,
+    requests_of,
+    unanswered,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +46,12 @@ _GPU_FLOPS = 0.3 * 312e12
 # Bytes of the program's source in every payload, and of the file around a tensor that comes back (tests/ndif).
 _PROGRAM_BYTES = 6_000
 _TENSOR_BYTES = 700
+# Resident bytes of a pair, as text and as tokens, and of a row: itself, its key, its values and its line of the effects
+# (measured with 50 tokens to a prompt and 16 openings: 5,400 and 2,200).
+_PAIR_BYTES = 6_000
+_ROW_BYTES = 2_200
+# Of more pairs only so many are counted.
+COUNTED = 500
 # Peak of a client process over NDIF, mostly Python and its libraries (tests/ndif measures it).
 CLIENT_MEMORY = 0.7e9
 
@@ -46,6 +60,8 @@ CLIENT_MEMORY = 0.7e9
 class Estimate:
     """The cost of a study."""
 
+    counted: int
+    """Pairs that were counted, the others being taken to be like them."""
     pairs: int
     """Pairs that can be run."""
     refused: int
@@ -64,8 +80,12 @@ class Estimate:
     """Bytes of those that run for a token; fewer in a mixture of experts."""
     batch: float
     """Bytes of the largest batch's activations."""
+    held: float
+    """Bytes of what is kept of pairs and rows, of those that follow too."""
     seconds: float
-    """Time on this machine, at the speed of its matrix products."""
+    """Time on this machine, at the speed of its matrix products in `dtype`."""
+    dtype: str
+    """Precision of the study."""
     up: float
     """Bytes of the first wave's payloads, as a server would be sent them."""
     down: float
@@ -74,7 +94,7 @@ class Estimate:
     @property
     def memory(self) -> float:
         """Peak bytes of a process that runs the study with the model on the CPU."""
-        return LIBRARIES + self.weights + self.batch
+        return LIBRARIES + self.weights + self.batch + self.held
 
     def _running_in_words(self) -> str:
         return f", of which {self.running / 1e9:,.2f} GB run for a token" if self.running < self.weights else ""
@@ -82,7 +102,8 @@ class Estimate:
     def described(self) -> list[tuple[str, str]]:
         """Names and values for a table."""
         return [
-            ("pairs", f"{self.pairs} ({self.refused} refused)"),
+            ("pairs", f"{self.pairs:,} ({self.refused:,} refused)"),
+            *([("counted on", f"{self.counted:,} of them, and carried on to all")] if self._partly else []),
             ("rows", f"{self.rows:,}"),
             *(
                 (f"then {name}", f"at most {one.rows:,} rows, {one.flops / 1e12:,.2f} TFLOP, {one.down / 1e6:,.2f} MB")
@@ -92,16 +113,24 @@ class Estimate:
             ("operations", f"{self.flops / 1e12:,.2f} TFLOP"),
             ("weights", f"{self.weights / 1e9:,.2f} GB" + self._running_in_words()),
             ("largest batch", f"{self.batch / 1e9:,.2f} GB"),
+            ("pairs and rows", f"{self.held / 1e9:,.2f} GB"),
             ("memory here", f"about {self.memory / 1e9:,.2f} GB at most, where the model runs on this machine's CPU"),
-            ("time here", f"about {self.seconds / 60:,.1f} min at this machine's matmul speed"),
+            ("time here", f"about {self.seconds / 60:,.1f} min at this machine's {self.dtype} matrix products"),
             ("time on one GPU", f"about {self.flops / _GPU_FLOPS / 3600:,.3f} GPU-hours (30% of an A100's peak)"),
             ("over NDIF", f"{self.up / 1e6:,.2f} MB up (for the rows above), {self.down / 1e6:,.2f} MB down"),
-            ("client memory", f"about {CLIENT_MEMORY / 1e9:.1f} GB over NDIF for a model of any size"),
+            ("client memory", f"about {(CLIENT_MEMORY + self.held) / 1e9:.1f} GB over NDIF for a model of any size"),
         ]
+
+    @property
+    def _partly(self) -> bool:
+        return self.counted < self.pairs + self.refused
 
 
 def estimate(config: StudyConfig, more: Sequence[Analysis] = ()) -> Estimate:
     """The cost of a study from its configuration, pairs and tokenizer. more: analyses from outside the package.
+
+    Of more than `COUNTED` pairs as many are counted, and half of these: what grows with pairs is carried on in a
+    straight line, and what does not, such as answers to a fixed number of pairs, stays.
 
     Raises:
         ModelError: configuration or tokenizer cannot be loaded.
@@ -109,11 +138,32 @@ def estimate(config: StudyConfig, more: Sequence[Analysis] = ()) -> Estimate:
         SiteError: the study names something that the model does not have.
     """
     info, tokenizer = load_info(config.model, config.revision), load_tokenizer(config.model, config.revision)
-    analyses = chosen(config.analyses, more)
-    prepared = prepare(config, tokenizer, info)
-    placebos = prepare_placebos(config, prepared.pairs, tokenizer, info).pairs
-    asked = Study(config, info, outcome_of(config, tokenizer), *prepared, placebos)
-    study = _guessed(asked, tokenizer)
+    analyses, texts = chosen(config.analyses, more), chosen_texts(config)
+    flops_per_second = matmul_rate(config.dtype)
+
+    def counted(count: int) -> Estimate:
+        taken = [texts[place * len(texts) // count] for place in range(count)]
+        return _counted(config, analyses, info, tokenizer, taken, flops_per_second)
+
+    if len(texts) <= COUNTED:
+        return counted(len(texts))
+    half = COUNTED // 2
+    return _carried_on(counted(half), counted(COUNTED), (len(texts) - half) / (COUNTED - half))
+
+
+def _counted(
+    config: StudyConfig,
+    analyses: Sequence[Analysis],
+    info: ModelInfo,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[PromptPair],
+    flops_per_second: float,
+) -> Estimate:
+    """The cost of a study on these pairs."""
+    prepared = prepare(config, tokenizer, info, texts)
+    placebos = prepare_placebos(config, prepared.pairs, tokenizer, info, texts).pairs
+    asked = Study(config, info, outcome_of(config, tokenizer, texts), *prepared, placebos)
+    study = _guessed(asked, tokenizer, texts)
     pairs = study.pairs
     by_id = {pair.id: pair for pair in pairs}
     room = batch_budget(study.setting, config.max_memory, config.backend == "local")
@@ -125,6 +175,7 @@ def estimate(config: StudyConfig, more: Sequence[Analysis] = ()) -> Estimate:
     flops = sum(job.flops for job in jobs) + beyond.flops
     measured = sum(job.rows for job in jobs)
     return Estimate(
+        counted=len(texts),
         pairs=len(pairs),
         refused=len(prepared.refusals),
         rows=measured,
@@ -134,10 +185,28 @@ def estimate(config: StudyConfig, more: Sequence[Analysis] = ()) -> Estimate:
         weights=weight_bytes(info, config.dtype),
         running=running_bytes(info, config.dtype),
         batch=max(size for job in jobs for size in batch_sizes(job, by_id, study.setting)),
-        seconds=flops / matmul_rate(),
+        held=_PAIR_BYTES * len(texts) + _ROW_BYTES * (measured + beyond.rows),
+        seconds=flops / flops_per_second,
+        dtype=config.dtype,
         up=sum(_PROGRAM_BYTES + _packed(job.payload) for job in jobs),
         down=sum(_values_bytes(job) for job in jobs) + beyond.down,
     )
+
+
+def _carried_on(small: Estimate, large: Estimate, factor: float) -> Estimate:
+    """What two estimates grow by, so many times, on top of the smaller one."""
+
+    def on(name: str) -> float:
+        before, after = float(getattr(small, name)), float(getattr(large, name))
+        return before + factor * (after - before)
+
+    later = {
+        name: small.later[name].plus(one.plus(small.later[name].times(-1)).times(factor))
+        for name, one in large.later.items()
+    }
+    grown: dict[str, Any] = {name: on(name) for name in ("flops", "held", "seconds", "up", "down")}
+    grown |= {name: round(on(name)) for name in ("pairs", "refused", "rows", "jobs")}
+    return replace(large, later=later, **grown)
 
 
 def _waves(study: Study, analyses: Sequence[Analysis]) -> list[list[Row]]:
@@ -162,11 +231,15 @@ def _values_bytes(job: Job) -> int:
     return 4 * numbers + _TENSOR_BYTES * (1 + len(job.parts))
 
 
-def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
-    """Floating-point operations per second of this machine's single-precision matrix product (best of `repeats`)."""
-    rng = np.random.default_rng(0)
-    left, right = (rng.standard_normal((size, size), dtype=np.float32) for _ in range(2))
-    best = np.inf
+def matmul_rate(dtype: str, size: int = 1024, repeats: int = 5) -> float:
+    """Floating-point operations per second of this machine's matrix product in a precision (best of `repeats`).
+
+    A processor with bfloat16 units multiplies bfloat16 two to three times as fast as float32, one without them slower.
+    """
+    import torch  # takes seconds, which a command that plans nothing need not wait
+
+    left, right = (torch.ones((size, size), dtype=getattr(torch, dtype)) for _ in range(2))
+    best = math.inf
     for _ in range(repeats):
         start = time.perf_counter()
         left @ right
@@ -174,12 +247,12 @@ def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
     return 2.0 * size**3 / best
 
 
-def _guessed(study: Study, tokenizer: PreTrainedTokenizerBase) -> Study:
+def _guessed(study: Study, tokenizer: PreTrainedTokenizerBase, texts: Sequence[PromptPair]) -> Study:
     """The study with what its outcome compares: answers as long as may be, openings as many as the package lists."""
     settings = study.config
     if study.outcome.name == "refusal":
         listed = listed_openings(settings) or GivenOpenings(COMPLIANT, REFUSING)
-        return study.with_outcome(given_openings(*listed, tokenizer, prompts_of(settings, tokenizer)))
+        return study.with_outcome(given_openings(*listed, tokenizer, prompts_of(settings, tokenizer, texts)))
     if study.outcome.name != "response_logprob":
         return study
     tokens, pairs = settings.response_logprob.tokens, []

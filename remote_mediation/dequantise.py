@@ -45,10 +45,10 @@ def save_dequantised(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     reader = GGUFReader(source)
-    config: Any = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+    config: Any = AutoConfig.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     config.tie_word_embeddings = True
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     tokenizer = _tokenizer(source, reader)  # before the weights, whose progress is told
     weights = dict(_weights(reader, model, tick))
     missing = set(dict(model.named_parameters())) - set(weights)
@@ -90,7 +90,7 @@ def _tokenizer(source: Path, reader: Any) -> Any:
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     first = tokenizer.bos_token
     if _field(reader, "tokenizer.ggml.add_bos_token") and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

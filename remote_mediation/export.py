@@ -1,25 +1,34 @@
-"""What of a run can be given to others: its report, tables, figures and `run.json`, without prompts and answers."""
+"""What of a run can be given to others: its report, tables, figures and `run.json`, without prompts and answers.
+
+Where others are to run it again, its prompts go with it, in a folder of their own (`replicate`).
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from remote_mediation.errors import StoreError
+from remote_mediation.replicate import replica
 from remote_mediation.report import write_report
 from remote_mediation.store import Store
 from remote_mediation.study import reread
 
 
-def export(store: Store, folder: Path) -> list[Path]:
+def export(store: Store, folder: Path, *, replicate: bool = False) -> list[Path]:
     """Write that into a new or empty folder, from what was measured and not from the files that lie there.
 
-    Returns what was written.
+    replicate: also write what it takes to run the study again, into `replicate/` there. Returns what was written.
 
     Raises:
-        StoreError: the folder is in use or cannot be written.
+        StoreError: the folder is in use or cannot be written, or the run cannot be run again without its answers.
+        ModelError: as `replica`.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StoreError(f"{folder} is in use; name a folder that is new or empty")
+    further = replica(store) if replicate else {}
     write_report(store, reread(store), shared=folder)
-    Store(folder).write("run.json", (store.folder / "run.json").read_bytes())
+    target = Store(folder)
+    target.write("run.json", (store.folder / "run.json").read_bytes())
+    for name, content in further.items():
+        target.write(f"replicate/{name}", content)
     return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -220,11 +220,12 @@ def _merged(adapter: Path, base: str, target: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+        whole = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
+        model = PeftModel.from_pretrained(whole, str(adapter))
         lacking = set(get_peft_model_state_dict(model)) - set(load_peft_weights(str(adapter), device="cpu"))
         if not lacking:
             model.merge_and_unload().save_pretrained(target)
-            AutoTokenizer.from_pretrained(base).save_pretrained(target)
+            AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(target)
     except Exception as error:  # whatever an adapter's files make foreign code raise
         raise ModelError(
             f"cannot merge adapter {str(adapter)!r} into {base!r}: {innermost(error)}; give one of this model"

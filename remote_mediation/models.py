@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -307,5 +308,11 @@ def _load(kind: Any, name: str, revision: str) -> Any:
     except Exception as error:  # whatever a checkpoint's files make foreign code raise
         raise ModelError(
             f"cannot load model {name!r}: {innermost(error)}; give a local folder, a hub id (a hub must be "
-            "reachable), or run `remote-mediation fetch-model smollm2`"
+            f"reachable{_named_hub()}), or run `remote-mediation fetch-model smollm2`"
         ) from error
+
+
+def _named_hub() -> str:
+    """What to unset where the environment names a hub that may be gone, as a shell does after `scripts/ndif/down`."""
+    named = "; HF_ENDPOINT is set: where what it names is down, `unset HF_ENDPOINT HF_HOME`"
+    return named if os.environ.get("HF_ENDPOINT") else ""

@@ -19,7 +19,7 @@ from remote_mediation.records import parse_json, read_records
 BUILTIN = "builtin"
 _REQUIRED = ("harmful", "harmless")
 _PROMPTS = (*_REQUIRED, "placebo")
-_HEADER = "openings"
+HEADER = "openings"
 _LABELS = ("id", "category", "template")
 _OPTIONAL = (*_LABELS, "placebo", "harmful_response", "harmless_response")
 _XSTEST = ("id", "prompt", "type", "label", "focus", "note")
@@ -92,9 +92,9 @@ def load_openings(source: str) -> GivenOpenings | None:
         return None
     found: dict[GivenOpenings, str] = {}
     for number, record in enumerate(read_records(source), 1):
-        if isinstance(record, dict) and record.get(_HEADER):
+        if isinstance(record, dict) and record.get(HEADER):
             where = f"{source}, record {number}"
-            found.setdefault(_openings(record[_HEADER], where), where)
+            found.setdefault(_openings(record[HEADER], where), where)
     if len(found) > 1:
         first, second, *_ = found.values()
         raise PairsError(
@@ -109,7 +109,7 @@ def _openings(value: Any, where: str) -> GivenOpenings:
     lists = [sides.get(side) for side in GivenOpenings._fields]
     if not all(isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts) for texts in lists):
         raise PairsError(
-            f'{where}: {_HEADER!r} is {value!r}; write {{"compliant": ["Sure"], "refusing": ["I\'m sorry"]}}'
+            f'{where}: {HEADER!r} is {value!r}; write {{"compliant": ["Sure"], "refusing": ["I\'m sorry"]}}'
         )
     return GivenOpenings(*(tuple(map(str, texts)) for texts in lists if texts))
 
@@ -126,7 +126,7 @@ def load_pairs(source: str) -> tuple[PromptPair, ...]:
         records = parse_json(text, BUILTIN)
     else:
         records = read_records(source)
-    if records and isinstance(records[0], dict) and set(records[0]) == {_HEADER}:
+    if records and isinstance(records[0], dict) and set(records[0]) == {HEADER}:
         records = records[1:]
     if records and isinstance(records[0], dict) and set(_XSTEST) <= set(records[0]):
         records = _xstest(records, source)

@@ -20,9 +20,17 @@ _NO_FILES = ("builtin", "-")
 
 def resolved(settings: dict[str, Any], base: Path = Path()) -> dict[str, Any]:
     """Settings with every path as seen from here. base: the folder that relative ones are named from."""
-    found = _each(settings, _FILES, lambda value: _file(value, base))
-    found = _each(found, _PERHAPS, lambda value: _perhaps(value, base))
-    return _each(found, {"intervene": ("judge",), "verify": ("judge",)}, lambda value: _judge(value, base))
+    return renamed(settings, lambda value: _file(value, base), lambda value: _perhaps(value, base))
+
+
+def renamed(settings: dict[str, Any], file: Callable[[str], str], perhaps: Callable[[str], str]) -> dict[str, Any]:
+    """Settings with other names of files. file, perhaps: make those of what is a file, and of what is one or another.
+
+    Of a judge only the folder in it is renamed.
+    """
+    found = _each(settings, _FILES, file)
+    found = _each(found, _PERHAPS, perhaps)
+    return _each(found, {"intervene": ("judge",), "verify": ("judge",)}, lambda value: _judge(value, perhaps))
 
 
 def _each(
@@ -61,7 +69,7 @@ def _perhaps(value: str, base: Path) -> str:
     return str(base / path)
 
 
-def _judge(value: str, base: Path) -> str:
+def _judge(value: str, perhaps: Callable[[str], str]) -> str:
     kind, _, rest = value.partition(":")
     folder, colon, label = rest.partition(":")
-    return f"{kind}:{_perhaps(folder, base)}{colon}{label}" if kind in _JUDGES and folder else value
+    return f"{kind}:{perhaps(folder)}{colon}{label}" if kind in _JUDGES and folder else value

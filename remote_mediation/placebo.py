@@ -34,6 +34,8 @@ TOKENS = "tokens exchanged"
 RARITY = "rarity (nats)"
 DISTANCE = "embedding distance"
 
+# Texts that are encoded together.
+_TOGETHER = 3000
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 # What a prompt is about is not said by these: two pairs that exchange "a" for "the" have nothing in common.
 _GRAMMAR = """
@@ -99,8 +101,9 @@ def balance(
         embeddings: The model's input embeddings, [vocabulary, d_model]; without them there is no third measure.
     """
     with_placebo = [pair for pair in pairs if pair.placebo and pair.aligned]
-    harm = [_edit(pair.harmless, pair.harmful, tokenizer) for pair in with_placebo]
-    placebo = [_edit(pair.harmless, pair.placebo, tokenizer) for pair in with_placebo]
+    ids = _ids([text for pair in with_placebo for text in (pair.harmless, pair.harmful, pair.placebo)], tokenizer)
+    harm = [_edit(old, new) for old, new in zip(ids[::3], ids[1::3], strict=True)]
+    placebo = [_edit(old, new) for old, new in zip(ids[::3], ids[2::3], strict=True)]
 
     measured = [
         _compare(TOKENS, [len(edit.added) for edit in harm], [len(edit.added) for edit in placebo]),
@@ -162,8 +165,13 @@ def _shared_by(pair: PromptPair) -> set[tuple[str, str]]:
     return shared
 
 
-def _edit(before: str, after: str, tokenizer: PreTrainedTokenizerBase) -> _Edit:
-    old, new = (tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (before, after))
+def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """Token ids of texts, some at a time: encoded all at once they take gigabytes."""
+    parts = [texts[start : start + _TOGETHER] for start in range(0, len(texts), _TOGETHER)]
+    return [tuple(ids) for part in parts for ids in tokenizer(part, add_special_tokens=False)["input_ids"]]
+
+
+def _edit(old: tuple[int, ...], new: tuple[int, ...]) -> _Edit:
     shorter = min(len(old), len(new))
     start = next((i for i in range(shorter) if old[i] != new[i]), shorter)
     end = next((i for i in range(shorter - start) if old[-1 - i] != new[-1 - i]), shorter - start)

@@ -8,11 +8,13 @@ is lost) is refused, pair by pair, as a `PairsError` whose message is the reason
 
 from __future__ import annotations
 
+import contextlib
 import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from remote_mediation.errors import ModelError, PairsError, innermost
@@ -58,6 +60,27 @@ class PromptForm:
 PLAIN = PromptForm()
 
 
+class ControlToken(NamedTuple):
+    """A token of the template's."""
+
+    id: int
+    content: str
+    plain: str
+    """Its content as `_plain` has it."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a tokenizer and a form put around every text: found once for many of them (`surroundings`)."""
+
+    control: tuple[ControlToken, ...]
+    """What a text must not hold."""
+    marks: tuple[str, ...]
+    """What the template writes to say who speaks."""
+    around: tuple[str, str] | None
+    """What the template writes before and after a text that stands alone; None where that cannot be said."""
+
+
 class Turn(NamedTuple):
     """A message before the user's last."""
 
@@ -88,6 +111,27 @@ class Encoded(NamedTuple):
     """Where each token begins and ends in the rendered text."""
 
 
+def surroundings(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> Surroundings:
+    """What texts are checked against; good for as long as neither of the two is changed."""
+    control = tuple(
+        ControlToken(number, token.content, _plain(token.content))
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special or _CONTROL.fullmatch(token.content)
+    )
+    around = None
+    if _has_template(tokenizer, form):
+        with contextlib.suppress(PairsError):  # said of each text
+            around = _around(_template(_MARKER, tokenizer, form, ()), _MARKER)
+    return Surroundings(control, tuple(_marks(tokenizer, form)), around)
+
+
+class Asked(NamedTuple):
+    """A user's text, and the messages before it."""
+
+    request: str
+    turns: tuple[Turn, ...] = ()
+
+
 def encode_prompt(
     request: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN, turns: Sequence[Turn] = ()
 ) -> Encoded:
@@ -97,38 +141,87 @@ def encode_prompt(
         PairsError: why it cannot be.
         ModelError: the tokenizer does not say where in a text its tokens lie, or draws them.
     """
+    (found,) = encode_prompts([Asked(request, tuple(turns))], tokenizer, form)
+    if isinstance(found, PairsError):
+        raise found
+    return found
+
+
+def encode_prompts(
+    asked: Sequence[Asked],
+    tokenizer: PreTrainedTokenizerBase,
+    form: PromptForm = PLAIN,
+    known: Surroundings | None = None,
+) -> list[Encoded | PairsError]:
+    """The same of many texts, together: of each what the model is given, or why it cannot be.
+
+    known: where this is called again and again.
+
+    Raises:
+        ModelError: as `encode_prompt`.
+    """
     _check_tokenizer(tokenizer)
-    for text in (request, *(turn.content for turn in turns)):
-        refuse_control(text, tokenizer, form)
-    rendered = render(request, tokenizer, form, turns)
-    encoding = _encoded(rendered, tokenizer)
-    ids, offsets = tuple(encoding["input_ids"]), tuple(map(tuple, encoding["offset_mapping"]))
+    known = known or surroundings(tokenizer, form)
+    rendered = [_rendered(one, tokenizer, form, known) for one in asked]
+    texts = iter(_encoded([one.text for one in rendered if isinstance(one, Rendered)], tokenizer, form))
+    return [_checked(one, next(texts), tokenizer, form) if isinstance(one, Rendered) else one for one in rendered]
+
+
+def _rendered(
+    asked: Asked, tokenizer: PreTrainedTokenizerBase, form: PromptForm, known: Surroundings
+) -> Rendered | PairsError:
+    try:
+        for text in (asked.request, *(turn.content for turn in asked.turns)):
+            refuse_control(text, tokenizer, form, known)
+        return render(asked.request, tokenizer, form, asked.turns, known)
+    except PairsError as error:
+        return error
+
+
+def _checked(
+    rendered: Rendered, tokens: _Tokens | PairsError, tokenizer: PreTrainedTokenizerBase, form: PromptForm
+) -> Encoded | PairsError:
+    """What a tokenizer made of a prompt, unless it cannot be measured."""
+    if isinstance(tokens, PairsError):
+        return tokens
+    ids, offsets = tuple(tokens.ids), tuple((start, stop) for start, stop in tokens.offsets)
     if not rendered.templated:  # what a tokenizer adds behind a text would end it before the answer
-        added = encoding["special_tokens_mask"]
-        ids = ids[: len(ids) - next((i for i, special in enumerate(reversed(added)) if not special), len(ids))]
-    _check_ends(ids, tokenizer)
+        ids = ids[: len(ids) - next((i for i, special in enumerate(reversed(tokens.added)) if not special), len(ids))]
     inside = [
         i for i, (start, stop) in enumerate(offsets[: len(ids)]) if stop > rendered.begin and start < rendered.end
     ]
-    _check_round_trip(rendered.text, [(ids[i], *offsets[i]) for i in inside], tokenizer)
+    try:
+        _check_ends(ids, tokenizer)
+        _check_round_trip(rendered.text, [(ids[i], *offsets[i]) for i in inside], tokenizer)
+    except PairsError as error:
+        return error
     behind = sum(start >= rendered.end for start, _ in offsets)
     return Encoded(ids, behind if rendered.templated or form.prefill else 0, rendered, offsets)
 
 
 def render(
-    request: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN, turns: Sequence[Turn] = ()
+    request: str,
+    tokenizer: PreTrainedTokenizerBase,
+    form: PromptForm = PLAIN,
+    turns: Sequence[Turn] = (),
+    known: Surroundings | None = None,
 ) -> Rendered:
     """A user's text in its template, with the think block and the beginning of the answer that the study asks for.
+
+    known: where many texts are rendered.
 
     Raises:
         PairsError: the template fails, does not print the text once and whole, or prints other things around it.
     """
-    if form.template == NO_TEMPLATE or not (form.template or getattr(tokenizer, "chat_template", None)):
+    if not _has_template(tokenizer, form):
         if form.system or turns or form.think:
             raise PairsError("without a chat template there are no messages but one; give [prompt] a template")
         return Rendered(request + form.prefill, 0, len(request), templated=False)
     text, marker = _template(request, tokenizer, form, turns), _marker(request)
-    before, after = _around(_template(marker, tokenizer, form, turns), marker)
+    if known and known.around and not turns and marker == _MARKER:
+        before, after = known.around
+    else:
+        before, after = _around(_template(marker, tokenizer, form, turns), marker)
     if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
         raise PairsError("the chat template prints other things around this text than around others")
     end = len(text) - len(after)
@@ -156,7 +249,9 @@ def encode_after(prompts: Sequence[str], continuation: str, tokenizer: PreTraine
     raise PairsError(f"{continuation!r} merges with the end of a prompt; begin it with another character")
 
 
-def refuse_control(text: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> None:
+def refuse_control(
+    text: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN, known: Surroundings | None = None
+) -> None:
     """Refuse a text that would be read as parts of the template, unless the study allows it.
 
     These are tokens that a tokenizer makes of it, whatever its capitals, and marks that the template writes as text.
@@ -166,20 +261,21 @@ def refuse_control(text: str, tokenizer: PreTrainedTokenizerBase, form: PromptFo
     """
     if form.control_tokens == "allow":
         return
-    control = {
-        number: token.content
-        for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special or _CONTROL.fullmatch(token.content)
-    }
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    made = [control[number] for number in ids if number in control and _plain(control[number]) in _plain(text)]
-    written = [content for content in control.values() if content in text]
-    marks = [mark for mark in _marks(tokenizer, form) if mark in text]
+    known, plain = known or surroundings(tokenizer, form), _plain(text)
+    written = [token.content for token in known.control if token.content in text]
+    alike = {token.id: token.content for token in known.control if token.plain in plain}
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if alike else []
+    made = [alike[number] for number in ids if number in alike]
+    marks = [mark for mark in known.marks if mark in text]
     for found, kind in (((*written, *made), "control token"), (marks, "template's mark")):
         if found:
             raise PairsError(
                 f"the text holds the {kind} {found[0]!r}; take it out, or set [prompt] control_tokens to 'allow'"
             )
+
+
+def _has_template(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> bool:
+    return form.template != NO_TEMPLATE and bool(form.template or getattr(tokenizer, "chat_template", None))
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:
@@ -282,22 +378,40 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _encoded(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Any:
+class _Tokens(NamedTuple):
+    """What a tokenizer makes of a text."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    added: list[int]
+    """1 where a token is none of the text's."""
+
+
+def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[_Tokens | PairsError]:
+    """Tokens of rendered texts, all at once; each by itself where one of them makes the tokenizer fail."""
+    if not texts:
+        return []
     try:
-        return tokenizer(
-            rendered.text,
-            add_special_tokens=not rendered.templated,
+        found = tokenizer(
+            list(texts),
+            add_special_tokens=not _has_template(tokenizer, form),
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
         )
     except Exception as error:  # whatever a tokenizer makes of a text
-        raise PairsError(f"the tokenizer fails on it: {innermost(error)}") from error
+        if len(texts) == 1:
+            return [PairsError(f"the tokenizer fails on it: {innermost(error)}")]
+        return [one for text in texts for one in _encoded([text], tokenizer, form)]
+    columns = (found["input_ids"], found["offset_mapping"], found["special_tokens_mask"])
+    return [_Tokens(*row) for row in zip(*columns, strict=True)]
 
 
 def _check_ends(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if begin is not None and tuple(ids[:2]) == (begin, begin):
-        raise PairsError(f"the prompt begins with {tokenizer.bos_token!r} twice; take one out of the template")
+    # Where texts end as they begin, the end of one turn may stand before the beginning of the next.
+    begun = ids[:2] if begin == end else ids
+    if begin is not None and (begin, begin) in pairwise(begun):
+        raise PairsError(f"the prompt has {tokenizer.bos_token!r} twice in a row; take one out of the template")
     if end is not None and ids and ids[-1] == end:
         raise PairsError(
             f"the prompt ends with {tokenizer.eos_token!r}, behind which nothing is said; mend the template"

@@ -27,6 +27,11 @@ from remote_mediation.runfiles import Submitted as Submitted
 from remote_mediation.tokens import Prepared
 
 _log = logging.getLogger(__name__)
+MERGED = 200
+"""So many readouts become one file."""
+_MANY = "merged-"
+# What prompts or answers may stand in.
+_PRIVATE = ("*.jsonl", "failures.json*", "readouts/*", "notes/*", "submitted/*")
 _Content = TypeVar("_Content")
 
 
@@ -37,6 +42,7 @@ class Store:
         """Use `create` or `open`."""
         self.folder = folder
         self._lock: Lock | None = None
+        self._single = 0  # readouts of one job each, once they have been counted
 
     @classmethod
     def create(cls, folder: Path, identity: dict[str, Any]) -> Store:
@@ -51,6 +57,7 @@ class Store:
                 store._check_same(identity)
             elif folder.exists() and (not folder.is_dir() or _in_use(folder)):
                 raise StoreError(f"{folder} is in use and is no run folder; choose another with --out")
+            store._hide()
             parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         except OSError as error:
             raise StoreError(f"cannot use {folder}: {error.strerror}; choose another --out") from error
@@ -71,7 +78,20 @@ class Store:
             raise StoreError(
                 f"{folder} is no run folder (it has no run.json); give the folder of a finished or begun run"
             )
+        store._hide()
         return store
+
+    def _hide(self) -> None:
+        """Let nobody but their owner read the files for which older versions did not see to that."""
+        if os.name == "nt":
+            return  # has no such modes
+        paths = (path for pattern in _PRIVATE for path in self.folder.glob(pattern) if path.is_file())
+        for path in paths:
+            if path.stat().st_mode & 0o077:
+                try:
+                    path.chmod(0o600)
+                except OSError as error:
+                    _log.warning("%s can be read by others, and not be changed: %s", path, error.strerror)
 
     def record(self) -> dict[str, Any]:
         """What `run.json` holds; empty for a new run.
@@ -147,9 +167,33 @@ class Store:
         return [ticket for ticket in found if ticket]
 
     def save_readout(self, job: Job | Submitted, readout: Readout) -> None:
-        """Write what a job brought back, and forget its ticket."""
+        """Write what a job brought back, and forget its ticket; many such files become one, as they all are read."""
         self._keep(f"readouts/{job.id}.npz", runfiles.readout_bytes(job, readout))
         self.forget(job.id)
+        self._single = self._single + 1 if self._single else len(self._readouts(merged=False))
+        if self._single >= MERGED:
+            self._merge()
+
+    def _readouts(self, *, merged: bool) -> list[Path]:
+        """Files of many jobs (merged), or of one."""
+        paths = sorted((self.folder / "readouts").glob("*.npz"))
+        return [path for path in paths if path.name.startswith(_MANY) == merged]
+
+    def _merge(self) -> None:
+        """Write all files of one job as one. Stopped before it is done, it leaves values twice, and they are equal."""
+        paths = self._readouts(merged=False)
+        found = {key: value for path in paths for key, value in self._read(path).items()}
+        if found:
+            whole = Submitted(f"{_MANY}{runfiles.digest_of(repr(list(found)).encode())[:16]}", "", list(found), 0, 0.0)
+            content = runfiles.readout_bytes(whole, Readout(list(found.values()), 0.0))
+            self._keep(f"readouts/{whole.id}.npz", content)
+        for path in paths:
+            path.unlink(missing_ok=True)  # a damaged one has another name by now
+        self._single = 0
+
+    def _read(self, path: Path) -> dict[str, npt.NDArray[np.float32]]:
+        """Values of a readout; of a damaged one none, and it is set aside. Raises: as `values`."""
+        return self._doubted(path, runfiles.read_readout) or {}
 
     def forget(self, job_id: str) -> None:
         """Drop a job's ticket."""
@@ -177,10 +221,8 @@ class Store:
         Raises:
             StoreError: a file of them cannot be opened.
         """
-        found: dict[str, npt.NDArray[np.float32]] = {}
-        for path in sorted((self.folder / "readouts").glob("*.npz")):
-            found.update(self._doubted(path, runfiles.read_readout) or {})
-        return found
+        paths = [*self._readouts(merged=False), *self._readouts(merged=True)]
+        return {key: value for path in paths for key, value in self._read(path).items()}
 
     def _doubted(self, path: Path, read: Callable[[bytes], _Content]) -> _Content | None:
         """What a file holds that can be made anew; None where it is not there, or damaged and set aside.

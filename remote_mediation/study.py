@@ -112,7 +112,7 @@ def prepared_lab(
         raise StoreError(f"{store.folder} holds a run made by other means ({changed}); choose another --out")
     info = as_begun(backend.info, begun, store.folder)
     files = unchanged_files(config, begun, store.folder)
-    prompts = described(select(load_texts(config), config.max_pairs), backend.tokenizer, config.prompt.form())
+    prompts = described(chosen_texts(config), backend.tokenizer, config.prompt.form())
     if begun.get("prompts", prompts) != prompts:
         raise StoreError(
             f"{store.folder} holds a run whose prompts are rendered otherwise: the chat template has changed since; "
@@ -131,7 +131,7 @@ def prepared_lab(
     store.save_record(record)
     store.save_prepared(prepared)
     if config.harmful:
-        store.save_note("matching", [asdict(pair) for pair in select(load_texts(config), config.max_pairs)])
+        store.save_note("matching", [asdict(pair) for pair in chosen_texts(config)])
     study = completed(lab)
     store.save_prepared(Prepared(study.pairs, study.refusals))
     store.save_prepared(Prepared(study.placebos, placebos.refusals), PLACEBOS)
@@ -191,16 +191,23 @@ def chosen_openings(lab: Lab) -> Outcome:
 
 
 def prepare_placebos(
-    config: StudyConfig, pairs: Sequence[TokenPair], tokenizer: PreTrainedTokenizerBase, info: ModelInfo
+    config: StudyConfig,
+    pairs: Sequence[TokenPair],
+    tokenizer: PreTrainedTokenizerBase,
+    info: ModelInfo,
+    texts: Sequence[PromptPair] | None = None,
 ) -> Prepared:
-    """The placebo pairs of a study's pairs, in their clusters; those that cannot be aligned are refused."""
+    """The placebo pairs of a study's pairs, in their clusters; those that cannot be aligned are refused.
+
+    texts: of these pairs, read anew by default.
+    """
     clusters = {placebo_id(pair.id): pair.cluster for pair in pairs}
-    texts = [
+    placebos = [
         text.of_placebo(placebo_id(text.id))
-        for text in select(load_texts(config), config.max_pairs)
+        for text in (chosen_texts(config) if texts is None else texts)
         if text.placebo and placebo_id(text.id) in clusters
     ]
-    prepared = fitting(tokenise(texts, tokenizer, config.prompt.form()), info, longest_answer(config))
+    prepared = fitting(tokenise(placebos, tokenizer, config.prompt.form()), info, longest_answer(config))
     return Prepared(tuple(replace(pair, cluster=clusters[pair.id]) for pair in prepared.pairs), prepared.refusals)
 
 
@@ -245,13 +252,20 @@ def measure_precision(
     store.save_record({**record, "deviation_from_float32": {**summary, "unit": study.outcome.unit}})
 
 
-def prepare(config: StudyConfig, tokenizer: PreTrainedTokenizerBase, info: ModelInfo) -> Prepared:
+def prepare(
+    config: StudyConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    info: ModelInfo,
+    texts: Sequence[PromptPair] | None = None,
+) -> Prepared:
     """Step 1: aligned pairs, with the answers that the file gives where the outcome compares answers.
+
+    texts: those of the study by default.
 
     Raises:
         PairsError: they cannot be read, or fewer than two can be run.
     """
-    texts = select(load_texts(config), config.max_pairs)
+    texts = chosen_texts(config) if texts is None else texts
     prepared = fitting(tokenise(texts, tokenizer, config.prompt.form()), info, longest_answer(config))
     if config.outcome == "response_logprob":
         given = {text.id: text for text in texts}
@@ -330,7 +344,7 @@ def check_enough(prepared: Prepared) -> None:
 
 def texts_digest(config: StudyConfig) -> str:
     """Hash of the pairs as text: what a path alone does not tell when a run is continued."""
-    pairs = select(load_texts(config), config.max_pairs)
+    pairs = chosen_texts(config)
     texts = repr(pairs) + "".join(repr(pair.turns) for pair in pairs if pair.turns)
     openings = load_openings(config.pairs) if config.outcome == "refusal" else None
     return hashlib.sha256(f"{texts}{openings or ''}".encode()).hexdigest()[:16]
@@ -343,18 +357,31 @@ def select(pairs: Sequence[PromptPair], most: int | None) -> tuple[PromptPair, .
     return tuple(pairs[i] for i in spread(components(pairs), most))
 
 
-def outcome_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> Outcome:
-    """The outcome that the settings name; of `refusal` the openings are chosen later (`completed`)."""
+def chosen_texts(config: StudyConfig) -> tuple[PromptPair, ...]:
+    """The pairs that a study runs on, as text. Raises: as `load_texts`."""
+    return select(load_texts(config), config.max_pairs)
+
+
+def outcome_of(
+    config: StudyConfig, tokenizer: PreTrainedTokenizerBase, texts: Sequence[PromptPair] | None = None
+) -> Outcome:
+    """The outcome that the settings name; of `refusal` the openings are chosen later (`completed`).
+
+    texts: those of the study by default.
+    """
     if config.outcome == "logit_diff":
-        return logit_diff(config.logit_diff.plus, config.logit_diff.minus, tokenizer, prompts_of(config, tokenizer))
+        behind = prompts_of(config, tokenizer, texts)
+        return logit_diff(config.logit_diff.plus, config.logit_diff.minus, tokenizer, behind)
     return Outcome(config.outcome)
 
 
-def prompts_of(config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Rendered prompts that stand for all of a study's: one of each end that they have."""
+def prompts_of(
+    config: StudyConfig, tokenizer: PreTrainedTokenizerBase, texts: Sequence[PromptPair] | None = None
+) -> list[str]:
+    """Rendered prompts that stand for all of a study's, or of these texts': one of each end that they have."""
     found: dict[str, str] = {}
     form = config.prompt.form()
-    for pair in select(load_texts(config), config.max_pairs):
+    for pair in chosen_texts(config) if texts is None else texts:
         prompts = (("harmless", pair.harmless), ("harmful", pair.harmful), ("placebo", pair.placebo))
         for name, request in prompts:
             with contextlib.suppress(PairsError):  # its pair is refused

@@ -11,7 +11,7 @@ from typing import Any
 from remote_mediation.config import StudyConfig
 from remote_mediation.errors import PairsError
 from remote_mediation.lists import PromptList, matched, read_list
-from remote_mediation.pairs import PromptPair, load_pairs
+from remote_mediation.pairs import HEADER, GivenOpenings, PromptPair, load_pairs
 
 
 def load_texts(config: StudyConfig) -> tuple[PromptPair, ...]:
@@ -44,12 +44,17 @@ def write_texts(pairs: Sequence[PromptPair], target: Path) -> None:
     Raises:
         PairsError: there is such a file, or it cannot be written.
     """
-    lines = [json.dumps(_record(pair), ensure_ascii=False) + "\n" for pair in pairs]
     try:
         with target.open("x", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
+            file.writelines(texts_lines(pairs))
     except OSError as error:
         raise PairsError(f"cannot write {str(target)!r}: {error.strerror}; name another file") from error
+
+
+def texts_lines(pairs: Sequence[PromptPair], openings: GivenOpenings | None = None) -> list[str]:
+    """Pairs as lines of a file that `load_pairs` reads back. openings: in a header, for `load_openings`."""
+    header = [{HEADER: openings._asdict()}] if openings else []
+    return [json.dumps(record, ensure_ascii=False) + "\n" for record in (*header, *map(_record, pairs))]
 
 
 def _lists(config: StudyConfig) -> tuple[PromptList, PromptList] | None:

@@ -10,7 +10,7 @@ tokens of the longer edit have partners and its first ones have none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from remote_mediation.errors import PairsError, SiteError
 from remote_mediation.pairs import PromptPair
 from remote_mediation.placebo import components
-from remote_mediation.prompts import PLAIN, PromptForm, encode_prompt
+from remote_mediation.prompts import PLAIN, Asked, Encoded, PromptForm, encode_prompts, surroundings
 from remote_mediation.sites import ModelInfo
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SPANS = ("edit", "after_edit", "post_instruction", "last", "all")
 # Edits whose lengths differ by more tokens than this leave too much of the longer one without a partner.
 MAX_EDIT_DIFFERENCE = 4
+# Pairs that are encoded together.
+_TOGETHER = 500
 
 
 class Places(NamedTuple):
@@ -181,8 +183,7 @@ def tokenise(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, fo
     done: list[TokenPair] = []
     used: list[PromptPair] = []
     refused: list[Refusal] = []
-    for pair in pairs:
-        outcome = _align(pair, tokenizer, form)
+    for pair, outcome in zip(pairs, _aligned(pairs, tokenizer, form), strict=True):
         if isinstance(outcome, Refusal):
             refused.append(outcome)
             continue
@@ -233,14 +234,30 @@ def from_record(record: dict[str, Any]) -> TokenPair:
     return TokenPair(**{**record, **ids, "answers": answers, "openings": openings, "notes": notes})
 
 
-def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> TokenPair | Refusal:
-    try:
-        harmless, harmful = (
-            encode_prompt(text, tokenizer, form, pair.before(name))
+def _aligned(
+    pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm
+) -> Iterator[TokenPair | Refusal]:
+    """What becomes of each pair; so many are encoded together as are soon done and take little memory."""
+    known = surroundings(tokenizer, form)
+    for start in range(0, len(pairs), _TOGETHER):
+        part = pairs[start : start + _TOGETHER]
+        asked = [
+            Asked(text, pair.before(name))
+            for pair in part
             for name, text in (("harmless", pair.harmless), ("harmful", pair.harmful))
-        )
-    except PairsError as error:
-        return Refusal(pair.id, str(error))
+        ]
+        found = encode_prompts(asked, tokenizer, form, known)
+        yield from (_align(*one, tokenizer) for one in zip(part, found[::2], found[1::2], strict=True))
+
+
+def _align(
+    pair: PromptPair, harmless: Encoded | PairsError, harmful: Encoded | PairsError, tokenizer: PreTrainedTokenizerBase
+) -> TokenPair | Refusal:
+    for encoded in (harmless, harmful):
+        if isinstance(encoded, PairsError):
+            return Refusal(pair.id, str(encoded))
+    assert isinstance(harmless, Encoded)
+    assert isinstance(harmful, Encoded)
     x0, x1 = harmless.ids, harmful.ids
     if x0 == x1:
         return Refusal(pair.id, "both prompts have the same tokens")
@@ -253,7 +270,10 @@ def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptFor
         pair.id, pair.id, pair.category, x0, x1, first, after, post, aligned=pair.aligned, notes=pair.notes
     )
     if not pair.aligned:
-        return found
+        unknown = any(tokenizer.unk_token_id in _of_text(encoded) for encoded in (harmless, harmful))
+        return (
+            Refusal(pair.id, f"the tokenizer has only {tokenizer.unk_token!r} for a word of it") if unknown else found
+        )
     if tokenizer.unk_token_id in (*x0[first : len(x0) - after], *x1[first : len(x1) - after]):
         return Refusal(
             pair.id, f"the tokenizer has only {tokenizer.unk_token!r} for a word in which the prompts differ"
@@ -263,3 +283,10 @@ def _align(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptFor
     if edits[0] != edits[1] and after == 0:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens reach the last token: nothing to align by")
     return found
+
+
+def _of_text(encoded: Encoded) -> list[int]:
+    """Ids of the tokens of the user's text."""
+    text = encoded.rendered
+    spans = zip(encoded.ids, encoded.offsets, strict=False)  # an end that was taken off still has its place
+    return [token for token, (start, stop) in spans if stop > text.begin and start < text.end]

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -434,6 +435,27 @@ def test_what_is_exported_has_no_prompt_and_no_answer(call: Run, tmp_path: Path,
     refused(call("export", "runs/tiny", "shared/tiny"), "shared/tiny is in use; name a folder that is new or empty")
     refused(call("export", "runs/tiny", file), "is in use")
     refused(call("export", "shared", "other"), "shared is no run folder")
+
+
+@pytest.fixture
+def after_down() -> dict[str, str]:
+    """The environment of a shell that sourced the variables of a local server, which is down by now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{free.getsockname()[1]}"
+    return {**os.environ, "NDIF_HOST": gone, "HF_ENDPOINT": gone, "HF_HOME": "client", "HF_HUB_OFFLINE": "0"}
+
+
+def test_a_local_model_runs_after_the_server_went_down(tmp_path: Path, model: str, after_down: dict[str, str]) -> None:
+    command = [*PYTHON, "run", study(tmp_path, model), "--analyses", "layers"]
+    done = subprocess.run(command, cwd=tmp_path, env=after_down, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_hub_that_is_down_and_still_named(tmp_path: Path, model: str, after_down: dict[str, str]) -> None:
+    command = [*PYTHON, "plan", study(tmp_path, model), "--model", "org/none"]
+    done = subprocess.run(command, cwd=tmp_path, env=after_down, capture_output=True, text=True, check=False)
+    refused(Ran(done.returncode, done.stdout, done.stderr), "Connection refused", "`unset HF_ENDPOINT HF_HOME`")
 
 
 def test_an_interrupted_run_goes_on(call: Run, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

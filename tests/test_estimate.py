@@ -20,7 +20,7 @@ from remote_mediation.study import run_study
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The speed of this machine is not asked for."""
-    monkeypatch.setattr(module, "matmul_rate", lambda: 1e10)
+    monkeypatch.setattr(module, "matmul_rate", lambda _: 1e10)
 
 
 def config(folder: Path, model: str, **settings: Any) -> StudyConfig:
@@ -117,3 +117,45 @@ def test_a_study_without_neurons_has_no_rows_for_them(subject: Callable[[str], S
     }  # whole templates of two pairs
     assert more.flops > fewer.flops
     assert more.rows == fewer.rows
+
+
+OWN = (
+    "steal wash fix burn car bank bike house school night day story sure sorry yes take ride wreck paint rob rent "
+    "flood clean please word0 word1 word2 word3 word4 word5 word6 word7"
+)
+
+
+def many(folder: Path) -> str:
+    """Sixteen pairs of one shape, each with words of its own."""
+    words = OWN.split()
+    both = zip(words[:16], words[16:], strict=True)
+    content = [{"id": one, "harmful": f"how do i {one}", "harmless": f"how do i {other}"} for one, other in both]
+    return str(write_pairs(folder / "many.jsonl", content))
+
+
+def test_what_is_counted_on_a_part_is_carried_on_to_all(
+    subject: Callable[[str], Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capped = {"analyses": ["layers", "neurons", "verify"], "verify": {"pairs": 2, "samples": 2, "tokens": 4}}
+    few = {"neurons": {"exact": 3, "random_sets": 25}}
+    study = config(tmp_path, subject("llama_chat").info.name, **few, **capped)
+    study = study.model_copy(update={"pairs": many(tmp_path)})
+    exact = estimate(study)
+    assert (exact.counted, exact.pairs) == (16, 16)
+    assert "counted on" not in dict(exact.described())
+    monkeypatch.setattr(module, "COUNTED", 8)
+    found = estimate(study)
+    assert (found.counted, found.pairs, found.rows) == (8, 16, exact.rows)
+    assert dict(found.described())["counted on"] == "8 of them, and carried on to all"
+    assert found.later["verify"].rows == exact.later["verify"].rows  # two pairs, of however many
+    for name, one in exact.later.items():
+        assert found.later[name] == pytest.approx(one, rel=1e-9), name
+    for name in ("flops", "held", "seconds", "down"):
+        assert getattr(found, name) == pytest.approx(getattr(exact, name), rel=0.02), name
+
+
+def test_pairs_and_rows_are_part_of_the_memory(subject: Callable[[str], Subject], tmp_path: Path) -> None:
+    planned = estimate(config(tmp_path, subject("llama_chat").info.name, analyses=["layers", "neurons"]))
+    assert planned.held > 1000 * (planned.rows + planned.later["neurons"].rows)
+    assert planned.memory - planned.weights - planned.batch - module.LIBRARIES == pytest.approx(planned.held)
+    assert dict(planned.described())["pairs and rows"] == f"{planned.held / 1e9:,.2f} GB"

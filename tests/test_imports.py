@@ -15,7 +15,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("dequantise", "engine", "engine.program", "errors", "meter", "paths"),
+    ("dequantise", "engine", "engine.program", "errors", "meter", "paths", "toml"),
     ("planted", "planted.words", "prompts", "provenance", "records", "show", "show.embed"),
     ("engine.exchange", "lock", "planted.canvas", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
@@ -43,7 +43,7 @@ ORDER = (
     ("analyses.*",),
     ("analyses",),
     ("study",),
-    ("cost", "engine.local", "engine.remote", "report"),
+    ("cost", "engine.local", "engine.remote", "replicate", "report"),
     ("compare", "door", "export", "planted.selfcheck"),
     ("show.views",),
     ("show.page",),
@@ -65,6 +65,7 @@ AT_ONCE = {
     "planted.words": {"torch", "transformers"},
 }
 LAZILY = {
+    "cost": {"torch"},
     "dequantise": {"torch", "transformers"},
     "engine.coverage": {"torch", "transformers"},
     "fetch": {"transformers"},

@@ -180,6 +180,26 @@ def test_single_tokens_in_order() -> None:
         assert tokens == [place for place in pair.places("all").x0 if place < len(pair.x0)]
 
 
+@pytest.mark.parametrize(
+    ("harmless", "harmful", "chat", "refused"),
+    [
+        ("wash the car", "how do i ruin the bike", False, True),
+        ("ruin the car", "steal my bike", True, True),
+        ("wash the car", "steal my bike", True, False),
+    ],
+)
+def test_a_listed_prompt_with_an_unknown_word_is_refused(
+    harmless: str, harmful: str, chat: bool, refused: bool
+) -> None:
+    tokenizer = words_tokenizer(chat)
+    if chat:  # what the template writes is the same on both sides
+        tokenizer.chat_template = "ruin " + str(tokenizer.chat_template)
+    pair = PromptPair("p", harmful, harmless, "", "", aligned=False)
+    found = tokenise([pair], tokenizer)
+    reasons = [refusal.reason for refusal in found.refusals]
+    assert reasons == (["the tokenizer has only '<unk>' for a word of it"] if refused else [])
+
+
 @pytest.mark.parametrize("position", ["nowhere", "", "Edit", "edits[0]"])
 def test_unknown_position(position: str) -> None:
     with pytest.raises(SiteError, match=r"unknown position .*use one of edit, after_edit, post_instruction, last, all"):

@@ -223,7 +223,9 @@ def test_a_prompt_that_ends_with_the_end_of_text_is_refused() -> None:
 
 def test_two_beginnings_are_refused_and_none_is_kept() -> None:
     twice = byte_level("{{ bos_token }}{{ bos_token }}" + CHATML, post=["<s>", "$A"])
-    assert "begins with '<s>' twice" in reason("bad", "good", twice)
+    assert "has '<s>' twice in a row" in reason("bad", "good", twice)
+    later = byte_level("x{{ bos_token }}{{ bos_token }}" + CHATML)
+    assert "has '<s>' twice in a row" in reason("bad", "good", later)
     once, none = byte_level("{{ bos_token }}" + CHATML, post=["<s>", "$A"]), byte_level(CHATML, post=["<s>", "$A"])
     assert encode_prompt("bad", once).ids[:2] == (0, 2)
     assert encode_prompt("bad", none).ids[0] == 2  # as apply_chat_template would have it; `pairs check --show` shows it

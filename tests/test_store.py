@@ -124,6 +124,55 @@ def test_values_are_found_by_key(tmp_path: Path) -> None:
     assert Store.open(tmp_path / "run").values().keys() == values.keys()
 
 
+def test_many_readouts_become_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remote_mediation.store.MERGED", 4)
+    store, folder = begun(tmp_path / "run"), tmp_path / "run/readouts"
+    for number in range(10):
+        store.save_readout(job(f"a{number}", f"b{number}"), readout([number], [number, 0.5]))
+        assert store.values().keys() == {f"{side}{n}" for n in range(number + 1) for side in "ab"}
+    assert sorted(path.name.startswith("merged-") for path in folder.iterdir()) == [False, False, True, True]
+    assert {key: value.tolist() for key, value in Store.open(store.folder).values().items()} == {
+        key: value for n in range(10) for key, value in ((f"a{n}", [n]), (f"b{n}", [n, 0.5]))
+    }
+    assert all(state.whole for state in check_run(store.folder))
+    again = Store.open(store.folder)  # of a process that goes on
+    again.save_readout(job("c"), readout([7]))
+    assert len(list(folder.iterdir())) == 5
+    again.save_readout(job("d"), readout([8]))
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_merge_that_is_stopped_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = begun(tmp_path / "run")
+    for number in range(3):
+        store.save_readout(job(f"a{number}"), readout([number]))
+    known = {key: value.tolist() for key, value in store.values().items()}
+
+    def stop(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".npz":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", stop)
+        with pytest.raises(KeyboardInterrupt):
+            store._merge()
+    assert len(list((tmp_path / "run/readouts").iterdir())) == 4
+    assert {key: value.tolist() for key, value in Store.open(store.folder).values().items()} == known
+    store._merge()
+    assert len(list((tmp_path / "run/readouts").iterdir())) == 1
+    assert {key: value.tolist() for key, value in store.values().items()} == known
+
+
+def test_a_damaged_readout_is_not_merged(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remote_mediation.store.MERGED", 3)
+    file.write_bytes(file.read_bytes()[:50])
+    store = Store.open(file.parents[1])
+    store.save_readout(job("k4"), readout([5.5]))
+    assert {key: value.tolist() for key, value in store.values().items()} == {"k3": [4.5], "k4": [5.5]}
+    assert len(list(file.parent.glob("*.npz"))) == 1
+    assert file.with_name(f"{file.name}.bad").exists()
+
+
 def test_tickets_are_kept_until_the_values_are_here(tmp_path: Path) -> None:
     store = begun(tmp_path / "run")
     first, second = job("k1", "k2", "k3"), job("k4", "k5")
@@ -197,6 +246,36 @@ def test_what_holds_prompts_or_answers_is_for_its_owner_alone(tmp_path: Path) ->
     assert {name for name, mode in modes.items() if mode == 0o600} == private
     store.write("report.md", "no text")
     assert (tmp_path / "run/report.md").stat().st_mode & 0o077
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such modes")
+@pytest.mark.parametrize("begin", [Store.open, lambda folder: Store.create(folder, {"model": "m", "seed": 0})])
+def test_what_an_older_version_let_others_read_is_hidden_on_opening(full: Path, begin: Any) -> None:
+    old = {path for path in full.rglob("*") if path.is_file()}
+    (full / "effects.csv").touch()
+    (full / "report.md").touch()
+    for path in (*old, full / "effects.csv", full / "report.md"):
+        path.chmod(0o644)
+    begin(full)
+    shared = {path.name for path in full.rglob("*") if path.is_file() and path.stat().st_mode & 0o077}
+    assert shared == {"run.json", "effects.csv", "report.md", ".lock"}
+    assert len(old) == 8
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such modes")
+def test_a_mode_that_cannot_be_mended_is_named(
+    full: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def denied(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (full / "pairs.jsonl").chmod(0o644)
+    monkeypatch.setattr(Path, "chmod", denied)
+    Store.open(full)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{full / 'pairs.jsonl'} can be read by others, and not be changed: Operation not permitted"
+    )
 
 
 def files(store: Store) -> list[Path]:

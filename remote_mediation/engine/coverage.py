@@ -139,7 +139,7 @@ def _on_meta(config: PreTrainedConfig, name: str) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, ImportError, AttributeError) as error:
         raise ModelError(f"transformers cannot build {name!r}: {str(error).strip().splitlines()[0]}") from error
     return model

@@ -31,7 +31,7 @@ from remote_mediation.engine.exchange import MOST_RESULT, OddError, RefusedError
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.engine.server import preflight, refuse_bad
 from remote_mediation.errors import JobError, LostJobError, PreflightError, TransportError
-from remote_mediation.models import load_info
+from remote_mediation.models import load_configuration, load_info
 from remote_mediation.sites import family_of
 
 if TYPE_CHECKING:
@@ -114,14 +114,21 @@ class NdifBackend:
         for which a lost connection is tried again, and a model whose process ended is waited for.
 
         Raises:
-            PreflightError: the server cannot be reached, refuses the key, or cannot run the model.
+            PreflightError: the server cannot be reached, refuses the key, or cannot run the model as it is.
             ModelError: the model's configuration or tokenizer cannot be had here.
             SiteError: the model's family is not in the table.
         """
         self.info = load_info(name, revision)
+        if not load_configuration(name, revision).return_dict:
+            raise PreflightError(
+                f"{name} has return_dict = false in its config.json, with which a server can run nothing of it; have "
+                "it served without, or run it locally"
+            )
         refuse_bad(preflight(server, name, revision))
         self._server, self._notify, self._retry_for = server, notify, retry_for
-        self._model = TransformersModel(name, revision=revision or "main", task="text-generation")
+        self._model = TransformersModel(
+            name, revision=revision or "main", task="text-generation", trust_remote_code=False
+        )
         self._model_key = self._model.to_model_key()
         self.traffic = Traffic()
         self._sent: dict[str, str] = {}

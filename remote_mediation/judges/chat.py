@@ -95,8 +95,8 @@ def load_chat_judge(spec: str, name: str) -> ChatJudge:
 
     try:
         with quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(located(name), dtype="auto").eval()
-            tokenizer = AutoTokenizer.from_pretrained(located(name))
+            model = AutoModelForCausalLM.from_pretrained(located(name), dtype="auto", trust_remote_code=False).eval()
+            tokenizer = AutoTokenizer.from_pretrained(located(name), trust_remote_code=False)
     except Exception as error:  # a damaged folder makes several libraries raise errors of their own
         raise JudgeError(
             f"cannot load model {name!r} of judge {spec!r}: {first_line(error)}; give a local folder or a hub id of a "

@@ -63,9 +63,9 @@ def _classifier(spec: str, name: str, label: str) -> Classifier:
     try:
         with quiet_loading():
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                located(name), dtype="float32", output_loading_info=True
+                located(name), dtype="float32", output_loading_info=True, trust_remote_code=False
             )
-            tokenizer = AutoTokenizer.from_pretrained(located(name))
+            tokenizer = AutoTokenizer.from_pretrained(located(name), trust_remote_code=False)
     except Exception as error:  # a damaged folder makes several libraries raise errors of their own
         raise JudgeError(
             f"cannot load classifier {name!r} of judge {spec!r}: {first_line(error)}; give a local folder or a hub id "

@@ -111,8 +111,8 @@ def load_embedding(spec: str, folder: str) -> EmbeddingJudge:
     name = folder or ENCODER
     try:
         with quiet_loading():
-            model = AutoModel.from_pretrained(located(name), dtype="float32").eval()
-            tokenizer = AutoTokenizer.from_pretrained(located(name))
+            model = AutoModel.from_pretrained(located(name), dtype="float32", trust_remote_code=False).eval()
+            tokenizer = AutoTokenizer.from_pretrained(located(name), trust_remote_code=False)
     except Exception as error:  # a damaged folder makes several libraries raise errors of their own
         raise JudgeError(
             f"cannot load sentence encoder {name!r} of judge {spec!r}: {first_line(error)}; run remote-mediation "

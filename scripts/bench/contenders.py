@@ -261,4 +261,4 @@ class Pyvene:
 
 def load_plain(folder: str) -> Any:
     """The model as transformers loads it, for libraries that change the model that they are given."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()

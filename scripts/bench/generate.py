@@ -76,7 +76,9 @@ def _plain_generation(model: str, pairs: list[TokenPair]) -> Callable[[], list[l
     """Transformers' greedy answers to both prompts of every pair, left-padded, every step run."""
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(located(model), dtype=torch.float32).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        located(model), dtype=torch.float32, trust_remote_code=False
+    ).eval()
     prompts = [ids for pair in pairs for ids in pair.prompts]
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(one)) + list(one) for one in prompts])

@@ -75,14 +75,16 @@ def _backend(layers: int) -> LocalBackend:
 
     logging.set_verbosity_error()  # the layers left out are no news
     logging.disable_progress_bar()
-    folder, config = located(MODEL), AutoConfig.from_pretrained(located(MODEL), num_hidden_layers=layers)
+    folder = located(MODEL)
+    config = AutoConfig.from_pretrained(folder, num_hidden_layers=layers, trust_remote_code=False)
     model = TransformersModel(
         folder,
         task="text-generation",
         dispatch=True,
         dtype=torch.float32,
-        device_map="cpu",
+        device="cpu",
         num_hidden_layers=layers,
+        trust_remote_code=False,
     )
     model.eval()
     return LocalBackend(model, info_of(config, MODEL))

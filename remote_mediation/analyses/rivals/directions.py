@@ -14,16 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from remote_mediation.analyses.claims.samples import Sample
+from remote_mediation.analyses.claims.beside import Drawn, random_beside
+from remote_mediation.analyses.claims.samples import Sample, activations
 from remote_mediation.analyses.rivals import rulings
 from remote_mediation.analyses.rivals.rulings import DIRECTION, Carrier, Judged, values_of
-from remote_mediation.analyses.rivals.samples import (
-    Drawn,
-    activations,
-    few_pairs,
-    swapped_at,
-    with_random,
-)
+from remote_mediation.analyses.rivals.samples import few_pairs, swapped_at
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Site
@@ -147,7 +142,7 @@ def tested(heldout: Sample, site: Subspace, everywhere: list[Site]) -> Judged:
     def draw() -> Drawn:
         return Drawn([_elsewhere(site, Basis.random(1, basis.width, rng))])
 
-    own, bench = with_random(heldout, own, draw), heldout.bench()
+    own, bench = own._replace(beside=random_beside(heldout, own.effect, draw)), heldout.bench()
     return rulings.judged(bench, DIRECTION, rulings.one_direction(bench, own, all_layers), [own], [all_layers, whole])
 
 
