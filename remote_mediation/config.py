@@ -180,6 +180,13 @@ class VerifySettings(_Strict):
     """At most so many held-out pairs."""
 
 
+class DirectionSettings(_Strict):
+    """`[directions]`: a direction from elsewhere beside the one that is found."""
+
+    basis: str = ""
+    """A safetensors or .npy file, such as another run's `direction.safetensors`: `[k, width]` of the stream."""
+
+
 class StatisticsSettings(_Strict):
     """`[statistics]`: intervals and tests."""
 
@@ -241,6 +248,7 @@ class StudyConfig(_Strict):
     monitor: MonitorSettings = MonitorSettings()
     alignment: AlignmentSettings = AlignmentSettings()
     verify: VerifySettings = VerifySettings()
+    directions: DirectionSettings = DirectionSettings()
     statistics: StatisticsSettings = StatisticsSettings()
 
     @model_validator(mode="before")
@@ -259,6 +267,8 @@ class StudyConfig(_Strict):
             )
         if "alignment" in self.analyses and not self.alignment.base:
             raise ValueError("the analysis alignment needs [alignment] with `base`, the checkpoint before the training")
+        if self.directions.basis and "directions" not in self.analyses:
+            raise ValueError("a basis is measured by the analysis directions; add it to `analyses`")
         if bool(self.refusal.compliant) != bool(self.refusal.refusing):
             raise ValueError("[refusal] needs both `compliant` and `refusing`, lists of openings, or neither")
         return self

@@ -101,13 +101,16 @@ def estimate(config: StudyConfig, more: Sequence[Analysis] = ()) -> Estimate:
     Raises:
         ModelError: configuration or tokenizer cannot be loaded.
         PairsError: the pairs cannot be used, or not be split where neurons are searched.
-        SiteError: the study names something that the model does not have.
+        SiteError: the study names something that the model does not have, or a basis that is none of it.
     """
     info, tokenizer = load_info(config.model, config.revision), load_tokenizer(config.model, config.revision)
     analyses = chosen(config.analyses, more)
     prepared = prepare(config, tokenizer, info)
     placebos = prepare_placebos(config, prepared.pairs, tokenizer, info).pairs
     asked = Study(config, info, outcome_of(config, tokenizer), *prepared, placebos)
+    for one in analyses:
+        if one.check:
+            one.check(asked)
     study = _guessed(asked, tokenizer)
     pairs = study.pairs
     by_id = {pair.id: pair for pair in pairs}

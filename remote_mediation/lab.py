@@ -337,15 +337,6 @@ class Lab:
             self._store.save_note(name, content)
         return content
 
-    def keep(self, name: str, content: bytes) -> None:
-        """Leave a file in the run folder beside the tables; nothing where a report is rebuilt.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
-        if self.can_measure:
-            self._store.write(name, content)
-
     def _present(self) -> Backend:
         if self._backend is None:
             raise UnmeasuredError

@@ -12,6 +12,7 @@ from typing import Any
 
 # Settings that name a file, and those that name one or something else, by section ("" is the study itself).
 _FILES = {"": ("pairs", "harmful", "harmless"), "monitor": ("hard_negatives",), "verify": ("labelled",)}
+_FILES |= {"directions": ("basis",)}
 _PERHAPS = {"": ("model",), "prompt": ("template",), "attacks": ("checkpoints",), "alignment": ("base",)}
 # Judges that are a folder, which stands behind their kind and before a label.
 _JUDGES = ("classifier", "embedding", "openings+embedding")

@@ -32,7 +32,7 @@ from remote_mediation.result import Result
 from remote_mediation.sites import Site
 from remote_mediation.store import Store
 from remote_mediation.study import prepared_lab, reread, run_study
-from remote_mediation.subspaces import Basis, Subspace
+from remote_mediation.subspaces import Basis, Direction, Subspace
 
 Subjects = Callable[[str], Subject]
 
@@ -463,7 +463,12 @@ def test_tables_report_and_file(measured: Measured) -> None:
     chosen = result.tables["directions.csv"].query("chosen").iloc[0]
     (basis,) = load_file(store.folder / directions.FILE).values()
     assert basis.shape == (1, 32)
-    assert Basis.load(store.folder / directions.FILE) == Basis(basis)
+    saved = Direction.load(store.folder / directions.FILE)
+    assert saved.basis == Basis(basis)
+    assert (saved.layer, saved.position) == (chosen["layer"], chosen["position"])
+    assert saved.length == pytest.approx(chosen["norm"])
+    assert saved.model == result.study.info.name
+    assert f"`{directions.FILE}`, `figures/`" in report
     assert chosen["cosine_chosen"] == pytest.approx(1)
 
 

@@ -1,6 +1,6 @@
 """What others say carries the effect: one direction, 0.1% of the neurons, early layers, a few heads."""
 
-from remote_mediation.analyses.rivals import cost, directions, sets, show
+from remote_mediation.analyses.rivals import cost, directions, given, sets, show
 from remote_mediation.analyses.rivals.rulings import CLAIM_COLUMNS, SET_COLUMNS
 from remote_mediation.result import Analysis
 
@@ -15,6 +15,7 @@ DIRECTIONS = Analysis(
     cost=cost.directions,
     sections=show.directions,
     verdicts=show.direction_verdicts,
+    check=given.check,
 )
 RIVALS = Analysis(
     "rivals",

@@ -26,12 +26,15 @@ def directions(study: Study) -> Later:
         Site("layer_output", info.layers // 2, positions[0]),
         Site("layer_output", 0, "all"),
     )
+    one = of_rows(study, both, middle).plus(
+        of_rows(study, both, everywhere),
+        of_rows(study, heldout, middle).times(sum(RANDOM_SETS)),
+    )
     return of_bases(study, [*few, *both]).plus(
         of_readings(study, discovery, len(sites) * info.d_model),
         *(of_rows(study, few, site) for site in sites),
-        of_rows(study, both, middle).times(2),
-        of_rows(study, both, everywhere),
-        of_rows(study, heldout, middle).times(sum(RANDOM_SETS)),
+        of_rows(study, both, middle),
+        one.times(2 if study.config.directions.basis else 1),
     )
 
 

@@ -5,13 +5,16 @@ Tables of `directions.analyse` and `sets.analyse` in, tables of text and figures
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 
 from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLPS
+from remote_mediation.analyses.rivals.directions import GIVEN
 from remote_mediation.analyses.rivals.figures import AXIS, axis_figure, map_figure
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
-from remote_mediation.show.tables import NONE, Note, Table, interval, notes_on, number, percent
+from remote_mediation.show.tables import NONE, Note, Table, interval, literal, notes_on, number, percent
 from remote_mediation.show.words import UNMEASURED, share_of
 from remote_mediation.sites import thirds
 
@@ -53,7 +56,7 @@ def directions(result: Result) -> list[Section]:
     heldout = f"Held out: {claim['why']} ({claim['said']})."
     if claim["gate"] == _NOTHING:
         return [Section(name, title, did, heldout, (_measures(sets),))]
-    finding = f"{_chosen(table)} {heldout}"
+    finding = " ".join(filter(None, (_chosen(table), heldout, _given(result, table, sets))))
     tables, figure = (_measures(sets), _map_table(table)), map_figure(table, claim["said"])
     return [Section(name, title, did, finding, tables, figure, brief=heldout)]
 
@@ -68,6 +71,20 @@ def _chosen(table: pd.DataFrame) -> str:
         f"{percent(best['nie'])} of TE by NIE and {percent(best['tie'])} by TIE on {best['n']} "
         f"discovery pairs; its cosine is {', '.join(near) or 'with no neighbour'}. "
         "The direction itself is in the run folder, `direction.safetensors`."
+    )
+
+
+def _given(result: Result, table: pd.DataFrame, sets: pd.DataFrame) -> str:
+    """What a direction from a file carries; nothing where none was given."""
+    name = Path(result.study.config.directions.basis).name
+    own = sets[sets["measure"].str.startswith(f"{GIVEN}, ")].set_index("direction")
+    if own.empty:
+        return ""
+    best = table[table["chosen"]].iloc[0]
+    shares = ", ".join(f"{way.upper()} {share_of(own.loc[way], 'harm')}" for way in DIRECTIONS)
+    return (
+        f"The direction of the file {literal(name)} ({own['measure'].iloc[0].removeprefix(f'{GIVEN}, ')}) carries "
+        f"{shares} of TE; its cosine with the chosen one is {number(best['cosine_given'])}."
     )
 
 
