@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from remote_mediation.analyses.claims import verdicts
-from remote_mediation.analyses.claims.verdicts import Bench, Both, Effect, Read, Sparse
+from remote_mediation.analyses.claims.verdicts import Bench, Beside, Both, Effect, Read, Sparse
 from remote_mediation.sites import Site, band, thirds
 
 PAIRS = 24
@@ -208,7 +208,7 @@ def _sparse(
     chosen: tuple[float, float],
     most: tuple[float, float],
     reaching: int = 0,
-    drawn: int = 200,
+    drawn: bool = True,
     likeness: float = 0.9,
 ) -> verdicts.Claim:
     found = Sparse(
@@ -217,9 +217,7 @@ def _sparse(
         most=effect(*most),
         size=size,
         chosen=None if size is None else effect(*chosen),
-        reaching=reaching,
-        drawn=drawn,
-        likeness=likeness,
+        beside=Beside(reaching, 200, likeness) if drawn else None,
     )
     return verdicts.sparse_gate(bench(), found)
 
@@ -252,7 +250,7 @@ def test_sparse_gate(
 
 
 def test_without_random_sets_a_gate_is_not_supported() -> None:
-    assert _sparse(10, (0.8, 0.8), (0.8, 0.8), drawn=0).verdict == "undecided"
+    assert _sparse(10, (0.8, 0.8), (0.8, 0.8), drawn=False).verdict == "undecided"
 
 
 def test_redundancy_and_overshoot_are_notes() -> None:

@@ -20,7 +20,7 @@ from remote_mediation.study import run_study
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The speed of this machine is not asked for."""
-    monkeypatch.setattr(module, "matmul_rate", lambda: 1e10)
+    monkeypatch.setattr(module, "matmul_rate", lambda _: 1e10)
 
 
 def config(folder: Path, model: str, **settings: Any) -> StudyConfig:

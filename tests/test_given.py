@@ -124,7 +124,7 @@ def test_without_a_place_it_is_swapped_where_the_found_one_lies(
 def test_it_costs_no_more_than_planned(
     study: StudyConfig, subject: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost, "matmul_rate", lambda: 1e10)
+    monkeypatch.setattr(cost, "matmul_rate", lambda *_: 1e10)
     plain = estimate(study)
     config = with_file(study, saved(tmp_path, np.ones(WIDTH)))
     _, _, backend = run(config, subject, tmp_path / "run")

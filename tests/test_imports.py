@@ -65,6 +65,7 @@ AT_ONCE = {
     "planted.words": {"torch", "transformers"},
 }
 LAZILY = {
+    "cost": {"torch"},
     "dequantise": {"torch", "transformers"},
     "engine.coverage": {"torch", "transformers"},
     "fetch": {"transformers"},

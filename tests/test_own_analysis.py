@@ -81,7 +81,7 @@ def test_it_has_all_that_an_analysis_of_the_package_has(
     assert "| two MLPs are enough | 1 |  | supported |" in report
     assert (tmp_path / "run/figures/mine.png").is_file()
 
-    monkeypatch.setattr("remote_mediation.cost.matmul_rate", lambda: 1e10)
+    monkeypatch.setattr("remote_mediation.cost.matmul_rate", lambda _: 1e10)
     asked = study.model_copy(update={"analyses": ["layers", "mine"]})
     planned, without = estimate(asked, [MINE]), estimate(study)
     assert planned.later["mine"].rows == 2 * len(expected)

@@ -16,10 +16,11 @@ from oracle import LOGIT_DIFF, TOLERANCE, Subject, token_pair
 from safetensors.numpy import load_file
 
 from remote_mediation import cost
-from remote_mediation.analyses.claims.samples import Sample
-from remote_mediation.analyses.claims.verdicts import HALF, Bench, Both, Effect
+from remote_mediation.analyses.claims import beside
+from remote_mediation.analyses.claims.samples import Sample, activations
+from remote_mediation.analyses.claims.verdicts import HALF, Bench, Beside, Both, Effect
 from remote_mediation.analyses.rivals import DIRECTIONS, RIVALS, directions, rulings, samples, sets, show
-from remote_mediation.analyses.rivals.rulings import EARLY, NEURONS, Beside, Carrier
+from remote_mediation.analyses.rivals.rulings import EARLY, NEURONS, Carrier
 from remote_mediation.config import StudyConfig
 from remote_mediation.cost import estimate
 from remote_mediation.engine.local import LocalBackend
@@ -76,9 +77,8 @@ def test_few_carry_half_as_no_random_ones_do(nie: float, tie: float, reached: in
     assert (f"{reached} of 200 random sets" in found.why) == (min(nie, tie) > 0.5)
 
 
-@pytest.mark.parametrize("beside", [None, Beside(0, 0)])
-def test_without_random_sets_few_are_not_supported(beside: Beside | None) -> None:
-    assert rulings.few(bench(), carrier(0.8, 0.8, beside)).verdict == "undecided"
+def test_without_random_sets_few_are_not_supported() -> None:
+    assert rulings.few(bench(), carrier(0.8, 0.8)).verdict == "undecided"
 
 
 @pytest.mark.parametrize(("likeness", "noted"), [(0.79, True), (0.81, False), (np.nan, True)])
@@ -399,23 +399,34 @@ def test_the_first_size_that_carries_half() -> None:
 
 def test_random_sets_that_do_as_much_are_counted(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """A set beside itself always does as much, one that does nothing never does, and few are drawn where many do."""
-    monkeypatch.setattr(samples, "RANDOM_SETS", (5, 15))
+    monkeypatch.setattr(beside, "RANDOM_SETS", (5, 15))
     heldout = Sample.of(lab, "heldout")
     whole, nothing = [Site("layer_output", 2, "last")], [Site("layer_output", 2, "post_instruction[-2]")]
     (effect,) = heldout.effects(lab.joint, [whole])  # by construction all of TE
-    assert samples.beside_random(heldout, effect, lambda: samples.Drawn(whole, 0.5)) == Beside(5, 5, 0.5)
-    assert samples.beside_random(heldout, effect, lambda: samples.Drawn(nothing)) == Beside(0, 20, 1.0)
+    assert beside.beside_random(heldout, effect, lambda: beside.Drawn(whole, 0.5)) == Beside(5, 5, 0.5)
+    assert beside.beside_random(heldout, effect, lambda: beside.Drawn(nothing)) == Beside(0, 20, 1.0)
+
+
+def test_random_sets_are_drawn_only_where_a_rule_asks_for_them(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "RANDOM_SETS", (5,))
+    every, whole = Sample.of(lab, "all"), [Site("layer_output", 2, "last")]
+    alike = [pair for pair, te in zip(every.pairs, every.bench().total.harm, strict=True) if te > 0.1]
+    heldout = replace(every, pairs=tuple(alike))  # a TE that is clear of 0 has shares
+    (effect,) = heldout.effects(lab.joint, [whole])  # by construction all of TE
+    less = effect._replace(tie=effect.tie._replace(harm=0.4 * effect.tie.harm))
+    assert beside.random_beside(heldout, effect, lambda: beside.Drawn(whole)) == Beside(5, 5)
+    assert beside.random_beside(heldout, less, lambda: pytest.fail("drawn")) is None
 
 
 def test_one_side_alone_is_as_much(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "RANDOM_SETS", (5,))
+    monkeypatch.setattr(beside, "RANDOM_SETS", (5,))
     heldout = Sample.of(lab, "heldout")
     whole = [Site("layer_output", 2, "last")]
     (effect,) = heldout.effects(lab.joint, [whole])
     harder = Effect(effect.nie, Both(2 * effect.tie.harm, effect.tie.placebo))
     hardest = Effect(Both(2 * effect.nie.harm, effect.nie.placebo), harder.tie)
-    assert samples.beside_random(heldout, harder, lambda: samples.Drawn(whole)).reached == 5
-    assert samples.beside_random(heldout, hardest, lambda: samples.Drawn(whole)).reached == 0
+    assert beside.beside_random(heldout, harder, lambda: beside.Drawn(whole)).reached == 5
+    assert beside.beside_random(heldout, hardest, lambda: beside.Drawn(whole)).reached == 0
 
 
 # --- a whole study ----------------------------------------------------------------------------------------------------
@@ -480,7 +491,7 @@ def test_a_run_folder_gives_the_same_without_a_model(measured: Measured) -> None
 
 
 def test_it_costs_no_more_than_planned(measured: Measured, study: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "matmul_rate", lambda: 1e10)
+    monkeypatch.setattr(cost, "matmul_rate", lambda _: 1e10)
     _, _, backend = measured
     planned = estimate(study)
     more = sum(one.rows for one in planned.later.values())
@@ -635,7 +646,7 @@ def test_what_takes_two_directions_is_not_one(tmp_path: Path) -> None:
 
     lab, layer = prepared_lab(study, backend, store), 9
     discovery = Sample.of(lab, "discovery")
-    found = samples.activations(discovery, "layer_output", ["last"])[:, :, layer, 0]
+    found = activations(discovery, "layer_output", ["last"])[:, :, layer, 0]
     change = found[:, 1] - found[:, 0]
     words = np.array([int(pair.id.removeprefix("frame")[:2]) % 2 == 0 for pair in discovery.pairs])
     one, two = change.mean(axis=0), [change[words].mean(axis=0), change[~words].mean(axis=0)]

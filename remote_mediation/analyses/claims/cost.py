@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from remote_mediation.analyses.claims import handed, sparse
 from remote_mediation.analyses.claims.ask import layer_sets
+from remote_mediation.analyses.claims.beside import RANDOM_SETS
 from remote_mediation.analyses.claims.verdicts import FEWEST_LAYERS
 from remote_mediation.engine.tasks import columns_task, direct_task, screen_tasks
 from remote_mediation.lab import Study, placebo_id
@@ -45,7 +46,7 @@ def _claims_of_place(
             *(of_rows(study, pairs, site) for pairs in (discovery, both) for site in stream),
             of_rows(study, discovery, late).times(1 + sizes),
             of_rows(study, both, late).times(3),
-            of_rows(study, heldout, late).times(sizes + sum(sparse.RANDOM_SETS)),
+            of_rows(study, heldout, late).times(sizes + sum(RANDOM_SETS)),
             of_rows(study, heldout, Site("mlp_output", 0, "last")).times(sizes),
             of_rows(study, both, handed.early_site(info.layers)).times(frozen),
             of_tasks(screened, 2 * info.layers * info.d_ff),

@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from remote_mediation.analyses.claims.verdicts import Bench, Both, Effect
 from remote_mediation.engine.rows import Row
+from remote_mediation.engine.tasks import Reading, read_task
 from remote_mediation.errors import JobError
 from remote_mediation.lab import Floats, Indirect, Lab, placebo_id
-from remote_mediation.sites import Site
+from remote_mediation.sites import Component, Site
 from remote_mediation.tokens import TokenPair
 
 Ask = Callable[[Sequence[Sequence[Site]], Sequence[TokenPair]], Indirect]
@@ -79,6 +80,20 @@ class Sample:
         for placebo, value in zip(self.placebos, values, strict=True):
             by_pair[number[placebo.id]] = value
         return by_pair
+
+
+def activations(sample: Sample, component: Component, positions: Sequence[str]) -> Floats:
+    """`[pair, side, layer, position, width]`, averaged over the prompt tokens of each position."""
+    study = sample.lab.study
+    tasks = []
+    for pair in sample.pairs:
+        for side, ids in enumerate(pair.prompts):
+            places = [tuple(at for at in pair.places(name)[side] if at < len(ids)) for name in positions]
+            readings = [Reading(component, layer, at) for layer in range(study.info.layers) for at in places]
+            tasks.append(read_task(pair.id, ids, readings, study.setting))
+    found = np.array(sample.lab.run(tasks), dtype=np.float64)
+    width = study.info.tensor_width(component)
+    return found.reshape(len(sample.pairs), 2, study.info.layers, len(positions), width)
 
 
 def failing(lab: Lab, name: str, run: Callable[[], object]) -> str:

@@ -8,25 +8,26 @@ stand beside the set.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from remote_mediation.analyses.claims import verdicts
-from remote_mediation.analyses.claims.samples import Sample, failing
+from remote_mediation.analyses.claims.beside import Drawn, direction_of, random_beside
+from remote_mediation.analyses.claims.samples import Sample, activations, failing
 from remote_mediation.analyses.claims.verdicts import (
     CARRIED,
-    MOST_REACHING,
     SPARSE,
     Bench,
     Claim,
     Sparse,
 )
-from remote_mediation.engine.tasks import Reading, Task, columns_task, read_task, screen_tasks
+from remote_mediation.engine.tasks import Task, columns_task, screen_tasks
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.shares import share
-from remote_mediation.sites import Site, band, thirds
+from remote_mediation.sites import Component, Site, band, thirds
 
 GATE_SET_COLUMNS: dict[str, str] = {
     "size": "neurons of the late third in the set, the first by rank",
@@ -51,9 +52,8 @@ GATE_SET_COLUMNS: dict[str, str] = {
 }
 PARTS = (0.0001, 0.001, SPARSE, 0.05)
 """Sizes that are measured beside the powers of two, as parts of the late third's neurons."""
-RANDOM_SETS = (50, 150)
-"""Random sets that are measured first, and then where few of them reach the set."""
-Neuron = tuple[int, int]
+Unit = tuple[int, int]
+"""Layer and number of a neuron or head."""
 
 
 class Gated(NamedTuple):
@@ -85,7 +85,7 @@ class Search(NamedTuple):
 
     lab: Lab
     position: str
-    ranked: list[Neuron]
+    ranked: list[Unit]
     """Layer and unit of every late neuron, the strongest first."""
     changes: Floats
     """`[layer, unit]`, size of what the neuron adds or takes away from x0 to x1 (`_changes`)."""
@@ -124,14 +124,22 @@ class Search(NamedTuple):
         )
 
     def judged(self, heldout: Sample) -> Sparse:
-        """The sets on the held-out pairs."""
+        """The sets on the held-out pairs; random ones beside them where a rule asks for these."""
         late = thirds(self.lab.study.info.layers).late
         sets = [band("mlp_output", late, self.position), self._first(self.most)]
         if self.size:
             sets.append(self._first(self.size))
         whole, few, *chosen = heldout.effects(self.lab.joint, sets)
         found = Sparse(len(self.ranked), whole, few, self.size, chosen[0] if chosen else None)
-        return self._beside_random(found, heldout) if self.size and self.size <= self.most else found
+        if found.chosen is None or not found.size or found.size > self.most:
+            return found
+        neurons, rng = self.ranked[: found.size], self.lab.rng("claims: matched sets")
+
+        def draw() -> Drawn:
+            other = matched(neurons, self.changes, rng)
+            return Drawn(grouped("mlp_neurons", other, self.position), _likeness(neurons, other, self.changes))
+
+        return replace(found, beside=random_beside(heldout, found.chosen, draw))
 
     @property
     def most(self) -> int:
@@ -163,34 +171,6 @@ class Search(NamedTuple):
     def _first(self, size: int) -> list[Site]:
         return first(self.ranked, size, self.position)
 
-    def _beside_random(self, found: Sparse, heldout: Sample) -> Sparse:
-        """Count matched random sets that do as much: 50 first, and more where at most 2 of these do."""
-        assert found.size is not None
-        assert found.chosen is not None
-        chosen, rng = self.ranked[: found.size], self.lab.rng("claims: matched sets")
-        te = heldout.bench().total.harm
-        direction = -1.0 if np.nanmean(te) < 0 else 1.0
-        bars = [direction * np.nanmean(both.harm) for both in found.chosen]
-        reaching, likeness = 0, []
-        for count in RANDOM_SETS:
-            drawn = [matched(chosen, self.changes, rng) for _ in range(count)]
-            likeness += [_likeness(chosen, one, self.changes) for one in drawn]
-            effects = self.lab.joint([sites_of(one, self.position) for one in drawn], heldout.pairs)
-            nie, tie = (direction * np.nanmean(table, axis=1) for table in (effects.nie, effects.tie))
-            reaching += int(((nie >= bars[0]) | (tie >= bars[1])).sum())
-            if reaching > MOST_REACHING:
-                break
-        return Sparse(
-            neurons=found.neurons,
-            band=found.band,
-            most=found.most,
-            size=found.size,
-            chosen=found.chosen,
-            reaching=reaching,
-            drawn=len(likeness),
-            likeness=float(np.mean(likeness)),
-        )
-
 
 def grid(neurons: int) -> list[int]:
     """Sizes at which the curve is measured: powers of two, `PARTS`, and all."""
@@ -213,13 +193,13 @@ def fewest(sizes: Sequence[int], carried: Floats) -> int | None:
     return found
 
 
-def matched(chosen: Sequence[Neuron], changes: Floats, rng: np.random.Generator) -> list[Neuron]:
+def matched(chosen: Sequence[Unit], changes: Floats, rng: np.random.Generator) -> list[Unit]:
     """As many other neurons of the same layers, each the nearest to one of the set in the size of its change.
 
     Nearest among a random half of the layer's other neurons, without replacement and in random order: else every draw
     would be the same set.
     """
-    found: list[Neuron] = []
+    found: list[Unit] = []
     for layer in sorted({layer for layer, _ in chosen}):
         units = [unit for one, unit in chosen if one == layer]
         others = np.setdiff1d(np.arange(changes.shape[1]), units)
@@ -231,24 +211,24 @@ def matched(chosen: Sequence[Neuron], changes: Floats, rng: np.random.Generator)
     return found
 
 
-def first(ranked: Sequence[Neuron], size: int, position: str) -> list[Site]:
+def first(ranked: Sequence[Unit], size: int, position: str) -> list[Site]:
     """The first neurons as sites, one a layer."""
-    return sites_of(ranked[:size], position)
+    return grouped("mlp_neurons", ranked[:size], position)
 
 
-def sites_of(neurons: Sequence[Neuron], position: str) -> list[Site]:
-    """Neurons as sites, one a layer."""
+def grouped(component: Component, units: Sequence[Unit], position: str) -> list[Site]:
+    """Neurons or heads as sites, one a layer."""
     layers: dict[int, list[int]] = {}
-    for layer, unit in neurons:
+    for layer, unit in units:
         layers.setdefault(layer, []).append(unit)
-    return [Site("mlp_neurons", layer, position, tuple(sorted(units))) for layer, units in sorted(layers.items())]
+    return [Site(component, layer, position, tuple(sorted(found))) for layer, found in sorted(layers.items())]
 
 
 def _has_all(sample: Sample) -> bool:
     return all(all(pair.places("all")) for pair in sample.pairs)
 
 
-def _likeness(chosen: Sequence[Neuron], drawn: Sequence[Neuron], changes: Floats) -> float:
+def _likeness(chosen: Sequence[Unit], drawn: Sequence[Unit], changes: Floats) -> float:
     """Ratio of the summed changes of a random set to those of the set."""
     sizes = [sum(changes[layer, unit] for layer, unit in neurons) for neurons in (drawn, chosen)]
     return float(sizes[0] / sizes[1]) if sizes[1] else float("nan")
@@ -259,14 +239,14 @@ def _screen(discovery: Sample, position: str) -> list[Task]:
     return screen_tasks(discovery.pairs, "mlp_neurons", position, setting)
 
 
-def _ranked(discovery: Sample, position: str, bench: Bench) -> list[Neuron]:
+def _ranked(discovery: Sample, position: str, bench: Bench) -> list[Unit]:
     """Late neurons by the larger of the screen's NIE and TIE in the direction of TE (attribution patching)."""
     study = discovery.lab.study
     late = thirds(study.info.layers).late
     found = discovery.lab.run(_screen(discovery, position))
     shape = (-1, 2, study.info.layers, study.info.d_ff)
     nie, tie = np.array(found, dtype=np.float64).reshape(shape).sum(axis=0)
-    direction = -1.0 if np.nanmean(bench.total.harm) < 0 else 1.0
+    direction = direction_of(bench.total.harm)
     scores = np.maximum(direction * nie, direction * tie)[late.start :]
     order = np.argsort(-scores, axis=None, kind="stable")
     return [(late.start + int(flat // study.info.d_ff), int(flat % study.info.d_ff)) for flat in order]
@@ -278,15 +258,7 @@ def _changes(discovery: Sample, position: str) -> Floats:
     The activation is averaged over the tokens of the position, its change over pairs. Where a server shows no weights
     it is the change alone.
     """
-    study = discovery.lab.study
-    tasks = []
-    for pair in discovery.pairs:
-        for side, ids in enumerate(pair.prompts):
-            at = tuple(place for place in pair.places(position)[side] if place < len(ids))
-            readings = [Reading("mlp_neurons", layer, at) for layer in range(study.info.layers)]
-            tasks.append(read_task(pair.id, ids, readings, study.setting))
-    shape = (-1, 2, study.info.layers, study.info.d_ff)
-    values = np.array(discovery.lab.run(tasks), dtype=np.float64).reshape(shape)
+    values = activations(discovery, "mlp_neurons", [position])[:, :, :, 0]
     found: Floats = np.abs(values[:, 1] - values[:, 0]).mean(axis=0)
     return found * column_norms(discovery.lab)
 

@@ -212,6 +212,10 @@ class Bench:
         """Share of a total, with its interval."""
         return share(effect, total, self.clusters, self.rng(), self.resamples)
 
+    def shares(self, effect: Effect) -> list[Interval]:
+        """NIE and TIE of harm as shares of TE."""
+        return [self.share(both.harm, self.total.harm) for both in effect]
+
     def measure(self, name: str, direction: Direction | Literal["both"], effect: Both) -> Measure:
         """An effect as share of TE, and its slopes on TE.
 
@@ -361,6 +365,27 @@ def _opposing(parts: Sequence[Measure]) -> str:
     return f"{listed}: each less than {TRIFLE:.0%} of TE" if trifle else listed
 
 
+class Beside(NamedTuple):
+    """Random sets as large as a set, on the held-out pairs."""
+
+    reached: int
+    """Those whose mean NIE or TIE is at least that of the set."""
+    drawn: int
+    """Those that were measured."""
+    likeness: float = 1.0
+    """Mean size of their change over that of the set's."""
+
+    @property
+    def said(self) -> str:
+        """The count in words."""
+        return f"{self.reached} of {self.drawn} random sets of {self.likeness:.2f} times its size do as much"
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before one relies on it."""
+        return [] if self.likeness >= MATCHED else [f"not matched: no others are {MATCHED:.0%} as large"]
+
+
 @dataclass(frozen=True)
 class Sparse:
     """Sets of late neurons, ranked and cut on the discovery pairs, as the held-out pairs see them."""
@@ -375,12 +400,8 @@ class Sparse:
     """Fewest neurons that do the late MLPs' work on the discovery pairs; None where no number does."""
     chosen: Effect | None
     """Joint effect of so many."""
-    reaching: int = 0
-    """Matched random sets of that size whose mean NIE or TIE is at least that of the set."""
-    drawn: int = 0
-    """Matched random sets that were measured."""
-    likeness: float = float("nan")
-    """Mean ratio of the size of a random set's units to those of the set."""
+    beside: Beside | None = None
+    """Random sets of other neurons of these layers; none where the set is not few, or not clear of half of TE."""
 
     @property
     def few(self) -> int:
@@ -397,12 +418,17 @@ def sparse_gate(bench: Bench, found: Sparse) -> Claim:
     return bench.claim(3, ruling, chosen or most, (*(most if chosen else ()), *band))
 
 
+def clear_of_half(shares: Sequence[Interval]) -> bool:
+    """Whether both lower ends are above half of TE: only then does a rule ask for random sets beside a set."""
+    return all(share.low > HALF for share in shares)
+
+
 def _sparse(bench: Bench, found: Sparse, chosen: Sequence[Measure], most: Sequence[Measure]) -> Ruling:
     few_enough = found.size is not None and found.size <= found.few
-    rivals = f"{found.reaching} of {found.drawn} random sets of {found.likeness:.2f} times its size do as much"
-    if few_enough and _all_above(chosen, HALF) and found.drawn and found.reaching <= MOST_REACHING:
-        notes = _sparse_notes(found, chosen)
-        return Ruling("supported", "; ".join([_text(chosen), rivals, *notes]))
+    enough = few_enough and clear_of_half([measure.harm for measure in chosen])
+    if enough and found.beside and found.beside.reached <= MOST_REACHING:
+        notes = [*_sparse_notes(chosen), *found.beside.notes]
+        return Ruling("supported", "; ".join([_text(chosen), found.beside.said, *notes]))
     if any(measure.harm.high < HALF for measure in most):
         return Ruling("not supported", f"{_text(most)}: the first 1% stay below half of TE")
     of_band = [bench.share(effect.harm, whole.harm) for effect, whole in zip(found.most, found.band, strict=True)]
@@ -412,19 +438,17 @@ def _sparse(bench: Bench, found: Sparse, chosen: Sequence[Measure], most: Sequen
             f"{_text(most)}: it takes {found.size or 'more'} neurons to do the late MLPs' work, "
             "and the first 1% stay below 80% of it",
         )
-    reason = rivals if few_enough and found.reaching > MOST_REACHING else "neither rule is met"
+    reason = found.beside.said if enough and found.beside else "neither rule is met"
     return Ruling("undecided", f"{_text(chosen or most)}: {reason}")
 
 
-def _sparse_notes(found: Sparse, chosen: Sequence[Measure]) -> list[str]:
+def _sparse_notes(chosen: Sequence[Measure]) -> list[str]:
     nie, tie = (measure.harm for measure in chosen)
     notes = []
     if abs(tie.value - nie.value) > REDUNDANT:
         notes.append(f"redundant: INT is {tie.value - nie.value:.0%} of TE")
     if max(nie.low, tie.low) > 1:
         notes.append("overshoots: the rest works against it")
-    if not found.likeness >= MATCHED:
-        notes.append(f"not matched: no other neurons of these layers are {MATCHED:.0%} as large")
     return notes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from remote_mediation.analyses.claims.sparse import RANDOM_SETS
+from remote_mediation.analyses.claims.beside import RANDOM_SETS
 from remote_mediation.analyses.rivals.directions import positions_of
 from remote_mediation.analyses.rivals.samples import few_pairs
 from remote_mediation.analyses.rivals.sets import PARTS, head_sizes, third_band

@@ -17,16 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from remote_mediation.analyses.claims.samples import Sample
+from remote_mediation.analyses.claims.beside import Drawn, random_beside
+from remote_mediation.analyses.claims.samples import Sample, activations
 from remote_mediation.analyses.rivals import given, rulings
 from remote_mediation.analyses.rivals.rulings import DIRECTION, Carrier, Judged, values_of
-from remote_mediation.analyses.rivals.samples import (
-    Drawn,
-    activations,
-    few_pairs,
-    swapped_at,
-    with_random,
-)
+from remote_mediation.analyses.rivals.samples import few_pairs, swapped_at
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Site
@@ -181,7 +176,7 @@ def _beside_random(heldout: Sample, carrier: Carrier, site: Subspace, purpose: s
     def draw() -> Drawn:
         return Drawn([replace(site, along=Basis.random(basis.size, basis.width, rng))])
 
-    return with_random(heldout, carrier, draw)
+    return carrier._replace(beside=random_beside(heldout, carrier.effect, draw))
 
 
 def map_table(found: Map, other: Direction | None = None) -> pd.DataFrame:

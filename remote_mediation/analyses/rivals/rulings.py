@@ -17,14 +17,15 @@ import pandas as pd
 from remote_mediation.analyses.claims.verdicts import (
     FEWEST_LAYERS,
     HALF,
-    MATCHED,
     MOST_REACHING,
     Bench,
+    Beside,
     Claim,
     Effect,
     Measure,
     Ruling,
     Verdict,
+    clear_of_half,
 )
 from remote_mediation.intervals import Interval
 from remote_mediation.sites import ModelInfo, Site
@@ -112,17 +113,6 @@ HEADS = Rival(
 )
 
 
-class Beside(NamedTuple):
-    """Random sets as large, on the held-out pairs."""
-
-    reached: int
-    """Those whose mean NIE or TIE is at least that of the set."""
-    drawn: int
-    """Those that were measured."""
-    likeness: float = 1.0
-    """Mean size of their change over that of the set's."""
-
-
 class Carrier(NamedTuple):
     """Mediators that were swapped together."""
 
@@ -177,24 +167,21 @@ def judged(
 
 def few(bench: Bench, carrier: Carrier) -> Ruling:
     """Whether few mediators carry half of TE in both directions, as no random ones do."""
-    shares = shares_of(bench, carrier.effect)
+    shares = bench.shares(carrier.effect)
     text = _text(carrier.name, shares)
     if any(share.high < HALF for share in shares):
         return Ruling("not supported", f"{text}: below {HALF:.0%}")
     if not clear_of_half(shares):
         return Ruling("undecided", f"{text}: not clear of {HALF:.0%}")
-    if carrier.beside is None or not carrier.beside.drawn:
+    if carrier.beside is None:
         return Ruling("undecided", f"{text}: no random set could be drawn beside it")
-    reached, drawn, likeness = carrier.beside
-    rivals = f"{reached} of {drawn} random sets of {likeness:.2f} times its size do as much"
-    note = "" if likeness >= MATCHED else f"; not matched: no others are {MATCHED:.0%} as large"
-    verdict: Verdict = "supported" if reached <= MOST_REACHING else "undecided"
-    return Ruling(verdict, f"{text}; {rivals}{note}")
+    verdict: Verdict = "supported" if carrier.beside.reached <= MOST_REACHING else "undecided"
+    return Ruling(verdict, "; ".join([text, carrier.beside.said, *carrier.beside.notes]))
 
 
 def one_direction(bench: Bench, own: Carrier, everywhere: Carrier) -> Ruling:
     """The rule of `few` at the direction's own site; it says no only where it fails at all layers and tokens, too."""
-    found, beyond = few(bench, own), shares_of(bench, everywhere.effect)
+    found, beyond = few(bench, own), bench.shares(everywhere.effect)
     if found.verdict == "not supported" and not any(share.high < HALF for share in beyond):
         return Ruling("undecided", f"{found.why}, but {_text(everywhere.name, beyond)}")
     return found
@@ -207,7 +194,7 @@ def early_layers(bench: Bench, early: Carrier, late: Carrier) -> Ruling:
             "not tested",
             f"{bench.layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}",
         )
-    shares, more = shares_of(bench, early.effect), shares_of(bench, early.effect.less(late.effect))
+    shares, more = bench.shares(early.effect), bench.shares(early.effect.less(late.effect))
     text = f"{_text(early.name, shares)}; {_text('more than the late third by', more)}"
     if any(share.high < HALF for share in shares):
         return Ruling("not supported", f"{text}: below {HALF:.0%}")
@@ -263,16 +250,6 @@ def _set_row(one: Judged, measure: Measure, carrier: Carrier) -> dict[str, Any]:
         "clusters": measure.harm.n_clusters,
         "reason": measure.harm.reason or measure.placebo.reason,
     }
-
-
-def shares_of(bench: Bench, effect: Effect) -> list[Interval]:
-    """NIE and TIE of harm as shares of TE."""
-    return [bench.share(both.harm, bench.total.harm) for both in effect]
-
-
-def clear_of_half(shares: Sequence[Interval]) -> bool:
-    """Whether both lower ends are above half of TE."""
-    return all(share.low > HALF for share in shares)
 
 
 def _text(name: str, shares: Sequence[Interval]) -> str:

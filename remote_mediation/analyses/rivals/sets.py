@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from remote_mediation.analyses.claims.samples import Sample
-from remote_mediation.analyses.claims.sparse import column_norms
+from remote_mediation.analyses.claims.beside import Drawn, direction_of, random_beside
+from remote_mediation.analyses.claims.samples import Sample, activations
+from remote_mediation.analyses.claims.sparse import Unit, column_norms, grouped
 from remote_mediation.analyses.claims.sparse import matched as matched_neurons
 from remote_mediation.analyses.claims.verdicts import HALF
 from remote_mediation.analyses.rivals import rulings
@@ -24,16 +25,7 @@ from remote_mediation.analyses.rivals.rulings import (
     Judged,
     values_of,
 )
-from remote_mediation.analyses.rivals.samples import (
-    Drawn,
-    Unit,
-    activations,
-    direction_of,
-    few_pairs,
-    grouped,
-    swapped_at,
-    with_random,
-)
+from remote_mediation.analyses.rivals.samples import few_pairs, swapped_at
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Component, Site, band, family_of, thirds
@@ -261,4 +253,4 @@ def _beside_random(
     """A set with random ones beside it; without where there are not as many other units."""
     if units.sizes.size < 2 * len(chosen):
         return own
-    return with_random(heldout, own, lambda: units.drawn(chosen, rng))
+    return own._replace(beside=random_beside(heldout, own.effect, lambda: units.drawn(chosen, rng)))
