@@ -187,6 +187,19 @@ class DirectionSettings(_Strict):
     """A safetensors or .npy file, such as another run's `direction.safetensors`: `[k, width]` of the stream."""
 
 
+class AblationSettings(_Strict):
+    """`[ablation]`: what a judge says of answers while a direction is taken out of the stream, or added to it."""
+
+    judge: str = DEFAULT_JUDGE
+    """A judge's spec (`judges.load_judge`)."""
+    labelled: str = BUILTIN
+    """Labelled answers that tell how the judge errs: the package's, or a CSV file (`judges.load_labelled`)."""
+    tokens: int = Field(default=32, ge=1)
+    """Tokens of each greedy answer."""
+    pairs: int = Field(default=48, ge=2)
+    """At most so many held-out pairs."""
+
+
 class StatisticsSettings(_Strict):
     """`[statistics]`: intervals and tests."""
 
@@ -249,6 +262,7 @@ class StudyConfig(_Strict):
     alignment: AlignmentSettings = AlignmentSettings()
     verify: VerifySettings = VerifySettings()
     directions: DirectionSettings = DirectionSettings()
+    ablation: AblationSettings = AblationSettings()
     statistics: StatisticsSettings = StatisticsSettings()
 
     @model_validator(mode="before")

@@ -100,9 +100,10 @@ def _files(config: StudyConfig) -> dict[str, str]:
         found |= {f"{setting} {name!r}": fingerprint(name) for name in names}
     if "intervene" in config.analyses or "attacks" in config.analyses:
         found[f"intervene.judge {config.intervene.judge!r}"] = _judge(config.intervene.judge)
-    if "verify" in config.analyses:
-        found[f"verify.judge {config.verify.judge!r}"] = _judge(config.verify.judge)
-        found[f"verify.labelled {config.verify.labelled!r}"] = _file(config.verify.labelled)
+    for name, settings in (("verify", config.verify), ("ablation", config.ablation)):
+        if name in config.analyses:
+            found[f"{name}.judge {settings.judge!r}"] = _judge(settings.judge)
+            found[f"{name}.labelled {settings.labelled!r}"] = _file(settings.labelled)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 # Settings that name a file, and those that name one or something else, by section ("" is the study itself).
 _FILES = {"": ("pairs", "harmful", "harmless"), "monitor": ("hard_negatives",), "verify": ("labelled",)}
-_FILES |= {"directions": ("basis",)}
+_FILES |= {"directions": ("basis",), "ablation": ("labelled",)}
 _PERHAPS = {"": ("model",), "prompt": ("template",), "attacks": ("checkpoints",), "alignment": ("base",)}
 # Judges that are a folder, which stands behind their kind and before a label.
 _JUDGES = ("classifier", "embedding", "openings+embedding")
@@ -23,7 +23,9 @@ def resolved(settings: dict[str, Any], base: Path = Path()) -> dict[str, Any]:
     """Settings with every path as seen from here. base: the folder that relative ones are named from."""
     found = _each(settings, _FILES, lambda value: _file(value, base))
     found = _each(found, _PERHAPS, lambda value: _perhaps(value, base))
-    return _each(found, {"intervene": ("judge",), "verify": ("judge",)}, lambda value: _judge(value, base))
+    return _each(
+        found, dict.fromkeys(("intervene", "verify", "ablation"), ("judge",)), lambda value: _judge(value, base)
+    )
 
 
 def _each(
