@@ -21,6 +21,7 @@ from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.jobs import Job
 from remote_mediation.engine.rows import Row, swap, swap_all
 from remote_mediation.engine.samples import Manner, bare, plan_samples
+from remote_mediation.engine.tasks import Ablated, Added, generate_task, plan_tasks
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import Site
 from remote_mediation.subspaces import Basis, Subspace
@@ -87,7 +88,15 @@ def _samples(subject: Subject) -> Job:
     return next(plan_samples(rows, {pair.id: pair}, manner, 0, setting, budget))
 
 
-JOBS = pytest.mark.parametrize("job_of", [_job, _samples])
+def _steered(subject: Subject) -> Job:
+    setting = Setting(subject.info, "float32", Outcome("response_logprob"))
+    basis = Basis.random(1, subject.info.d_model, np.random.default_rng(0))
+    prompts, added = ((7, 8, 9), (10, 11)), Added(1, tuple(basis.vectors[0].tolist()))
+    tasks = [generate_task(prompts, 3, held, setting) for held in (Ablated(basis), added)]
+    return next(plan_tasks(tasks, setting, Budget(lambda: 1e18, 1e9)))
+
+
+JOBS = pytest.mark.parametrize("job_of", [_job, _samples, _steered])
 
 
 def _blob(subject: Subject, job: Job) -> bytes:
@@ -135,7 +144,7 @@ def test_without_registering_the_package_would_be_named(
 
 def test_a_payload_is_small(subject: Callable[[str], Subject], by_value: None) -> None:
     blob = _blob(subject("llama"), _job(subject("llama")))
-    assert len(blob) < 50_000  # the program's source is most of it
+    assert len(blob) < 55_000  # the program's source is most of it
 
 
 @pytest.mark.slow
