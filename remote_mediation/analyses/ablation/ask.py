@@ -146,23 +146,27 @@ def _row(
         "prompts": SIDES[side],
         **found.columns("refused"),
         **true.columns("corrected"),
-        **done,
         "n": len(refused),
         "clusters": found.n_clusters,
         "reason": found.reason or true.reason,
+        **done,
     }
 
 
-def _changes(lab: Lab, asked: _Prompts, condition: Condition, side: int, change: Floats) -> dict[str, float]:
-    """Change of refusals, and on harmless prompts the divergences, with their intervals."""
+def _changes(lab: Lab, asked: _Prompts, condition: Condition, side: int, change: Floats) -> dict[str, Any]:
+    """Change of refusals, and on harmless prompts the divergences, with their intervals, and how to read these."""
     values = {"change": change}
     if side == 0:
         values["kl_first"], values["kl_next"] = divergences(lab, asked.pairs, condition.intervention)
     resamples = lab.study.config.statistics.resamples
-    means = estimate_means(list(values.values()), asked.clusters, lab.rng("ablation"), resamples)
-    return {
-        name: value for label, mean in zip(values, means, strict=True) for name, value in mean.columns(label).items()
-    }
+    means = dict(
+        zip(values, estimate_means(list(values.values()), asked.clusters, lab.rng("ablation"), resamples), strict=True)
+    )
+    found: dict[str, Any] = {}
+    for name, mean in means.items():
+        found |= mean.columns(name)
+    said = [f"{name}: {mean.reason}" for name, mean in means.items() if mean.reason]
+    return {**found, **({"reason": "; ".join(said)} if said else {})}
 
 
 def _errors(quality: pd.DataFrame) -> tuple[Interval, Interval]:

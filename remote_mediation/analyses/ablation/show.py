@@ -109,7 +109,7 @@ def _table(result: Result, table: pd.DataFrame) -> Table:
     size = (
         f"{table['n'].max()} pairs in {table['clusters'].max()} clusters; divergences in nats, per token along answers"
     )
-    return Table(header, rows, (Note("", size), *_judge_notes(result, refused), *notes_on(true, table["reason"])))
+    return Table(header, rows, (Note("", size), *_judge_notes(result, refused), *notes_on("", table["reason"])))
 
 
 def _judge_notes(result: Result, column: str) -> list[Note]:
