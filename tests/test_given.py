@@ -85,7 +85,7 @@ def test_what_one_run_saves_another_one_measures(study: StudyConfig, subject: Su
     np.testing.assert_allclose(table["cosine_given"], table["cosine_chosen"], atol=1e-5)
     assert first.tables["directions.csv"]["cosine_given"].isna().all()
     pd.testing.assert_frame_equal(again.tables["direction.csv"], first.tables["direction.csv"])  # it decides nothing
-    (section,) = show.directions(told(again))
+    section, _ = show.directions(told(again))
     assert "The direction of the file direction.safetensors (layer " in section.finding
     assert "its cosine with the chosen one is 1." in section.finding
     assert "carries NIE 25% [-], TIE 25% [-] of TE" in section.finding

@@ -521,7 +521,7 @@ def shown(measured: Measured, said: str, gate: str = "") -> Result:
 
 def test_figures_say_what_was_ruled(measured: Measured) -> None:
     result = shown(measured, "not supported")
-    (one,) = show.directions(result)
+    one, _ = show.directions(result)
     assert one.figure is not None
     assert one.figure.get_suptitle().endswith("dot: chosen, held out: not supported")
     _, axis = show.rivals(result)

@@ -84,16 +84,27 @@ class Sample:
 
 def activations(sample: Sample, component: Component, positions: Sequence[str]) -> Floats:
     """`[pair, side, layer, position, width]`, averaged over the prompt tokens of each position."""
+
+    def places(pair: TokenPair, side: int) -> list[tuple[int, ...]]:
+        length = len(pair.prompts[side])
+        return [tuple(at for at in pair.places(name)[side] if at < length) for name in positions]
+
+    return activations_at(sample, component, places)
+
+
+def activations_at(
+    sample: Sample, component: Component, places: Callable[[TokenPair, int], list[tuple[int, ...]]]
+) -> Floats:
+    """`[pair, side, layer, place, width]`, averaged over the token indices of each place of a pair's side."""
     study = sample.lab.study
     tasks = []
     for pair in sample.pairs:
         for side, ids in enumerate(pair.prompts):
-            places = [tuple(at for at in pair.places(name)[side] if at < len(ids)) for name in positions]
-            readings = [Reading(component, layer, at) for layer in range(study.info.layers) for at in places]
+            every = places(pair, side)
+            readings = [Reading(component, layer, at) for layer in range(study.info.layers) for at in every]
             tasks.append(read_task(pair.id, ids, readings, study.setting))
     found = np.array(sample.lab.run(tasks), dtype=np.float64)
-    width = study.info.tensor_width(component)
-    return found.reshape(len(sample.pairs), 2, study.info.layers, len(positions), width)
+    return found.reshape(len(sample.pairs), 2, study.info.layers, -1, study.info.tensor_width(component))
 
 
 def failing(lab: Lab, name: str, run: Callable[[], object]) -> str:

@@ -19,7 +19,7 @@ import pandas as pd
 
 from remote_mediation.analyses.claims.beside import Drawn, random_beside
 from remote_mediation.analyses.claims.samples import Sample, activations
-from remote_mediation.analyses.rivals import given, rulings
+from remote_mediation.analyses.rivals import geometry, given, rulings
 from remote_mediation.analyses.rivals.rulings import DIRECTION, Carrier, Judged, values_of
 from remote_mediation.analyses.rivals.samples import few_pairs, swapped_at
 from remote_mediation.lab import Floats, Lab
@@ -123,6 +123,7 @@ def analyse(lab: Lab, before: Findings) -> Finding:
         "directions.csv": map_table(found, other),
         "direction.csv": rulings.claim_table([judged]),
         "direction_sets.csv": rulings.set_table([judged]),
+        **geometry.measured(lab, discovery),
     }
     own = {name: (one.own,) for name, one in mediators.items()}
     everywhere = {f"{name} at all layers": one.everywhere for name, one in mediators.items()}

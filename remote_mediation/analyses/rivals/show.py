@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLPS
-from remote_mediation.analyses.rivals.directions import GIVEN
-from remote_mediation.analyses.rivals.figures import AXIS, axis_figure, map_figure
+from remote_mediation.analyses.rivals.directions import DEPTH, GIVEN, eligible
+from remote_mediation.analyses.rivals.figures import AXIS, axis_figure, geometry_figure, map_figure
+from remote_mediation.analyses.rivals.geometry import PLACES
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
 from remote_mediation.show.tables import NONE, Note, Table, interval, literal, notes_on, number, percent
@@ -58,7 +59,36 @@ def directions(result: Result) -> list[Section]:
         return [Section(name, title, did, heldout, (_measures(sets),))]
     finding = " ".join(filter(None, (_chosen(table), heldout, _given(result, table, sets))))
     tables, figure = (_measures(sets), _map_table(table)), map_figure(table, claim["said"])
-    return [Section(name, title, did, finding, tables, figure, brief=heldout)]
+    return [Section(name, title, did, finding, tables, figure, brief=heldout), *_geometry(result)]
+
+
+def _geometry(result: Result) -> list[Section]:
+    """How far the directions of harm and refusal are apart."""
+    table = result.tables.get("geometry.csv")
+    if table is None:
+        return []
+    did = (
+        "On the discovery pairs the mean difference of the stream, harmful minus harmless, was taken after every layer "
+        "at the last token of the user's text (*harm*) and at the last prompt token (*refusal*), after arXiv "
+        "2507.11878. A cosine is to be read against those of the same direction on two halves of the pairs, and a "
+        "silhouette, from -1 to 1, says how well the two kinds of prompts are told apart by the stream."
+    )
+    depth = eligible(len(table))
+    middle, shown = table.iloc[depth // 2], table.iloc[:depth]["cosine"]
+    best = {
+        name: table.loc[table[f"silhouette_{name}"].idxmax()] for name in PLACES if table[f"silhouette_{name}"].any()
+    }
+    told = [
+        f"at the token of {name} after layer {row['layer']:.0f} ({number(row[f'silhouette_{name}'])})"
+        for name, row in best.items()
+    ]
+    finding = (
+        f"Below {DEPTH:.0%} of the depth the cosine of the two lies between {number(shown.min())} and "
+        f"{number(shown.max())}; after layer {middle['layer']:.0f} it is {number(middle['cosine'])}, and on two halves "
+        f"{number(middle['cosine_harm'])} for harm, {number(middle['cosine_refusal'])} for refusal. Harmful and "
+        f"harmless prompts are told apart best {' and '.join(told) or 'nowhere'}."
+    )
+    return [Section("geometry", "Harm and refusal in the stream", did, finding, figure=geometry_figure(table))]
 
 
 def _chosen(table: pd.DataFrame) -> str:
