@@ -53,7 +53,7 @@ Kinds = Annotated[str | None, typer.Option(help="Comma-separated: claims, layers
 OutcomeFlag = Annotated[str | None, typer.Option("--outcome", help="refusal, response_logprob or logit_diff.")]
 BackendFlag = Annotated[str | None, typer.Option("--backend", help="local or ndif.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="Where a local model runs: cpu, cuda, cuda:0 ...")]
+Device = Annotated[str | None, typer.Option(help="Where a local model runs: cpu, cuda, cuda:1, or auto for all GPUs.")]
 MaxMemory = Annotated[float | None, typer.Option(help="Most memory in GB, kept by the size of batches.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the split, the bootstrap and the permutations.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")]

@@ -241,7 +241,7 @@ class StudyConfig(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model."""
     device: str = "cpu"
-    """Where a local model runs, as torch names it."""
+    """Where a local model runs, as torch names it; `auto` shares it out over all GPUs."""
     seed: int = Field(default=0, ge=0)
     """Of the split, the bootstrap and the permutations."""
     out: Path | None = None

@@ -11,6 +11,7 @@ MediationError
 └── BackendError          the place that runs the model (exit code 1)
     ├── PreflightError    server not reachable, key refused, model not deployable, versions apart
     ├── TransportError    connection lost; the only error that is retried
+    ├── OutOfMemoryError  a job is too large for the GPU of this machine
     └── JobError          the job itself failed; carries the server's message
 """
 
@@ -95,6 +96,10 @@ class TransportError(BackendError):
         """
         super().__init__(message)
         self.status, self.wait, self.silent = status, wait, silent
+
+
+class OutOfMemoryError(BackendError):
+    """A job needs more memory than a GPU of this machine has."""
 
 
 class JobError(BackendError):

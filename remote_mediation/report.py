@@ -48,6 +48,7 @@ TOLERANCE = 1e-4
 """Largest deviation from an identity that float32 explains, in the outcome's unit."""
 
 _UNRECORDED = "not recorded"
+_CLAIM = "claim "
 _PROVENANCE = ("model", "config", "outcome", "versions", "git", "host", "started", "finished", "seconds")
 """Keys of `run.json` that every report shows, recorded or not."""
 _SIGNS = {
@@ -242,8 +243,16 @@ def _headline(result: Result) -> str:
         by_said.setdefault(verdict.said, []).append(verdict.label)
     if not by_said:
         return f"**This run maps where {decided} acts in {name}; it tests no claim.**"
-    verdicts = "; ".join(f"{', '.join(labels)}: {said}" for said, labels in by_said.items())
+    verdicts = "; ".join(f"{_together(labels)}: {said}" for said, labels in by_said.items())
     return f"**Where in {name} is {decided} decided? {verdicts}.**"
+
+
+def _together(labels: Sequence[str]) -> str:
+    """`claim 1, claim 2, head gate` as `claims 1, 2, head gate`."""
+    numbers = [label.removeprefix(_CLAIM) for label in labels if label.startswith(_CLAIM)]
+    others = [label for label in labels if not label.startswith(_CLAIM)]
+    claims = f"{_CLAIM.strip()}{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
+    return ", ".join([claims, *others] if numbers else others)
 
 
 def _setting_table(result: Result, prompts: Mapping[str, Any]) -> Table:

@@ -246,7 +246,7 @@ def test_verdicts_are_the_first_sentence() -> None:
     found = result(effects(modules()), more=chosen(["claims", "modules"]))
     first = report_module._answer(dataclasses.replace(found, tables={"claims.csv": claims, "sets.csv": sets}))
     assert first.startswith(
-        "**Where in planted is harmful text decided? claim 1, claim 3: supported; claim 2: not supported; "
+        "**Where in planted is harmful text decided? claims 1, 3: supported; claim 2: not supported; "
         "claim 4: undecided; claim 5: supported, of any edit.**"
     )
 

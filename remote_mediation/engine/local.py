@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import re
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from remote_mediation.engine import program
 from remote_mediation.engine.backend import split_values
 from remote_mediation.engine.jobs import Job, Readout
-from remote_mediation.errors import LostJobError, ModelError, innermost
+from remote_mediation.errors import LostJobError, ModelError, OutOfMemoryError, innermost
 from remote_mediation.fetch import located
 from remote_mediation.models import load_info
 from remote_mediation.sites import ModelInfo
@@ -51,21 +52,25 @@ class LocalBackend:
     ) -> LocalBackend:
         """Load a model's weights from a local folder or the hub. limited: as for the class.
 
+        device: as torch names it, or `auto`: over all GPUs that there are, and what they cannot hold beside them.
+
         Raises:
             ModelError: the weights or the device cannot be had.
             SiteError: the model's family is not in the table.
         """
         info = load_info(name, revision)
         try:
-            torch.empty(0, device=device)
+            if device != "auto":
+                torch.empty(0, device=device)
             model = TransformersModel(
                 located(name),
                 revision=revision or "main",
                 task="text-generation",
                 dispatch=True,
                 dtype=getattr(torch, dtype),
-                device_map=device,
                 trust_remote_code=False,
+                # A map of one place is forgotten by the pipeline, which would then move the model to the first GPU.
+                **({"device_map": "auto"} if device == "auto" else {"device": device}),
             )
             missing, unread = _other_weights(model._module, located(name), revision)
         except Exception as error:  # whatever a checkpoint's files make foreign code raise
@@ -117,11 +122,19 @@ class LocalBackend:
 
         Raises:
             LostJobError: it was submitted in another process.
+            OutOfMemoryError: a GPU has too little memory for it.
         """
         if ticket not in self._jobs:
             raise LostJobError(f"job {ticket} was not submitted in this process")
-        start = time.perf_counter()
-        values, made = program.opened(program.execute(self._model, self._jobs.pop(ticket).payload))
+        job, start = self._jobs.pop(ticket), time.perf_counter()
+        try:
+            with _whole_products():
+                values, made = program.opened(program.execute(self._model, job.payload))
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"a GPU ran out of memory in a {job.task} job of {job.rows:,} rows: {innermost(error)}; what is "
+                "measured is kept: give the same command again with a smaller --max-memory, in GB with the weights"
+            ) from error
         return Readout(split_values(values), time.perf_counter() - start, made["job"])
 
 
@@ -150,6 +163,20 @@ def _other_weights(module: Any, folder: str, revision: str) -> tuple[list[str], 
 def _named(names: list[str]) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextlib.contextmanager
+def _whole_products() -> Iterator[None]:
+    """Let a GPU make products of float32 in float32, though the caller may have switched TF32 on."""
+    products = torch.backends.cuda.matmul
+    # The newer name where there is one: torch refuses to read the older where a caller has used the newer.
+    name, whole = ("fp32_precision", "ieee") if hasattr(products, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(products, name)
+    setattr(products, name, whole)
+    try:
+        yield
+    finally:
+        setattr(products, name, before)
 
 
 def _keep_freed_memory() -> None:

@@ -100,13 +100,15 @@ def shape_sum(value: torch.Tensor) -> int:
 def weights_sum(model: Any, blocks: Any) -> torch.Tensor:
     """`[1]` int64: checksum of the first numbers of each parameter of three blocks and of the unembedding.
 
-    0 where a server does not show its weights.
+    0 where a server does not show its weights, or they are only fetched while their layer runs.
     """
     if sandboxed(model):
         return torch.zeros(1, dtype=torch.int64)
     parameters = [model.lm_head.weight]
     for layer in sorted({0, len(blocks) // 2, len(blocks) - 1}):
         parameters += list(blocks[layer]._module.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        return torch.zeros(1, dtype=torch.int64)
     first = [parameter.detach().reshape(-1)[:64].float().cpu() for parameter in parameters]
     return checksum([torch.cat(first)])
 
@@ -188,19 +190,25 @@ def batch_run(
     """Answer values `[row, read]` of the rows of one batch, in the order in which they join."""
     arguments, keyvalues = forward_arguments(spec, stack, batch["start"]), bases[batch["stack"]]["keyvalues"]
     past = prefix_cache(keyvalues, batch["start"])
+    joined = sum(batch["joining"], ())
+    rows = placed(joined, keyvalues[0][0].device)
     if sandboxed(model):  # it copies the cache where the run begins
         for layer in range(batch["low"], spec["layers"]):
-            show_prefix(past, layer, keyvalues, rows_at(batch, layer), batch["start"])
+            show_prefix(past, layer, keyvalues, rows[: joined_at(batch, layer)], batch["start"])
     with model.trace(input_ids=torch.tensor([stack["ids"][0][batch["start"] :]]), past_key_values=past, **arguments):
-        climb(model, spec, stack, batch, bases, past)
-        values = answer_values(model, spec, stack, rows_at(batch, spec["layers"] - 1))
+        climb(model, spec, stack, batch, bases, past, rows)
+        values = answer_values(model, spec, stack, joined)
     return values
 
 
-def rows_at(batch: dict[str, Any], layer: int) -> tuple[int, ...]:
-    """The base prompt of each row that has joined up to a layer."""
-    rows: tuple[int, ...] = sum(batch["joining"][: layer + 1 - batch["low"]], ())
-    return rows
+def joined_at(batch: dict[str, Any], layer: int) -> int:
+    """How many rows have joined up to a layer."""
+    return sum(len(joining) for joining in batch["joining"][: layer + 1 - batch["low"]])
+
+
+def placed(numbers: Any, device: torch.device) -> torch.Tensor:
+    """Numbers where they are used; with indices from the host torch would wait for all that runs on a GPU."""
+    return torch.as_tensor(numbers).to(device, non_blocking=device.type == "cuda")
 
 
 def forward_arguments(spec: dict[str, Any], stack: dict[str, Any], start: int) -> dict[str, Any]:
@@ -258,25 +266,29 @@ def climb(
     batch: dict[str, Any],
     bases: list[dict[str, Any]],
     past: DynamicCache,
+    rows: torch.Tensor,
 ) -> None:
-    """Lead the batch through the layers: skip those below the first write, let rows join at their layer, write."""
+    """Lead the batch's base prompts `[row]` through the layers: skip those below the first write, join, write."""
     blocks, base, low = module_at(model, spec["blocks"]), bases[batch["stack"]], batch["low"]
-    stream, offset = base["captured"]["stream"], batch["start"] - stack["first"]
-    entering = stream[low][torch.tensor(batch["joining"][0]), offset:]
+    stream, offset, before = base["captured"]["stream"], batch["start"] - stack["first"], joined_at(batch, low)
+    entering = stream[low][rows[:before].to(stream[low].device), offset:]
     skip_layers(spec, blocks, low, entering)
-    show_prefix(past, low, base["keyvalues"], rows_at(batch, low), batch["start"])
+    show_prefix(past, low, base["keyvalues"], rows[:before], batch["start"])
     for layer in range(low, spec["layers"]):
-        joining = batch["joining"][layer - low]
+        after = joined_at(batch, layer)
         bound_window(spec, stack, batch["start"], blocks[layer], layer)
         below = blocks[layer].input
         if layer == low:
             blocks[layer].input = entering
-        elif joining:
-            blocks[layer].input = torch.cat([below, stream[layer][torch.tensor(joining), offset:]])
+        elif after > before:
+            joining = rows[before:after].to(stream[layer].device)
+            blocks[layer].input = torch.cat([below, stream[layer][joining, offset:]])
+        before = after
         if layer > low:
             past.layers[layer - 1].keys = past.layers[layer - 1].values = None  # this layer is done
         if layer + 1 < spec["layers"]:
-            show_prefix(past, layer + 1, base["keyvalues"], rows_at(batch, layer + 1), batch["start"])
+            joined = joined_at(batch, layer + 1)
+            show_prefix(past, layer + 1, base["keyvalues"], rows[:joined], batch["start"])
         for name, writes in batch["writes"].get(layer, ()):
             write(spec, blocks[layer], name, layer, writes, bases)
 
@@ -287,10 +299,11 @@ def write(
     """Overwrite a component of one layer, row by row; places and columns are ranges where contiguous."""
     target, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
     for row, places, columns, kind, value in writes:
-        where = grid(places, columns)
+        where = grid(places, columns, target.device)
         if kind in ("source", "projected"):
             stack, prompt, source_places, *subspace = value
-            new = bases[stack]["captured"][name][layer][prompt][grid(source_places, columns)] / factor
+            source = bases[stack]["captured"][name][layer][prompt]
+            new = source[grid(source_places, columns, source.device)] / factor
             new = projected(target[row][where], new, *subspace) if subspace else new
         elif kind == "scale":
             new = target[row][where] * value
@@ -303,17 +316,17 @@ def write(
 def projected(own: torch.Tensor, other: torch.Tensor, read: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
     """`own` plus what a basis reads of the change to `other`, written along a basis: `[..., width]` in float32."""
     change = other.to(own.device).float() - own.float()
-    return own.float() + change @ read.to(own.device).T @ along.to(own.device)
+    return own.float() + change @ placed(read, own.device).T @ placed(along, own.device)
 
 
-def grid(places: Any, columns: Any) -> tuple[Any, Any]:
-    """Index of `places` by `columns` in a `[token, width]` tensor; no columns means all of them."""
-    rows = slice(places.start, places.stop) if isinstance(places, range) else torch.tensor(places)
+def grid(places: Any, columns: Any, device: torch.device) -> tuple[Any, Any]:
+    """Index of `places` by `columns` in a `[token, width]` tensor on a device; no columns means all of them."""
+    rows = slice(places.start, places.stop) if isinstance(places, range) else placed(places, device)
     if not columns:
         return rows, slice(None)
     if isinstance(columns, range):
         return rows, slice(columns.start, columns.stop)
-    return (rows if isinstance(rows, slice) else rows[:, None]), torch.tensor(columns)
+    return (rows if isinstance(rows, slice) else rows[:, None]), placed(columns, device)
 
 
 def tensor_of(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
@@ -356,20 +369,21 @@ def prefix_cache(keyvalues: list[Any], start: int) -> DynamicCache:
     return DynamicCache([(keys[:1, :, :start], values[:1, :, :start]) for keys, values in keyvalues])
 
 
-def show_prefix(past: DynamicCache, layer: int, keyvalues: list[Any], rows: tuple[int, ...], start: int) -> None:
+def show_prefix(past: DynamicCache, layer: int, keyvalues: list[Any], rows: torch.Tensor, start: int) -> None:
     """Let the rows of a layer see their own prompts' keys and values before `start`."""
-    index = torch.tensor(rows)
+    index = rows.to(keyvalues[layer][0].device)
     past.layers[layer].keys, past.layers[layer].values = (kept[index, :, :start] for kept in keyvalues[layer])
 
 
 def answer_values(model: Any, spec: dict[str, Any], stack: dict[str, Any], rows: Any) -> torch.Tensor:
     """`[row, read]` float32: the logit, or with `normalise` the log-probability in nats, of each token that is read."""
-    queries, tokens = torch.tensor(stack["queries"]), torch.tensor([stack["tokens"][prompt] for prompt in rows])
-    head, places = model.lm_head, torch.arange(len(rows))[:, None]
+    tokens, head = torch.tensor([stack["tokens"][prompt] for prompt in rows]), model.lm_head
     if not spec["normalise"] and not sandboxed(model):
         wanted, tokens = torch.unique(tokens, return_inverse=True)
         head.skip(rows_of(head, head.input, wanted))  # a few rows of the unembedding in place of the vocabulary
     logits = model.output.logits.float()
+    queries, tokens = placed(stack["queries"], logits.device), placed(tokens, logits.device)
+    places = torch.arange(len(rows), device=logits.device)[:, None]
     values: torch.Tensor = logits[places, queries, tokens]
     return values - torch.logsumexp(logits, -1)[places, queries] if spec["normalise"] else values
 
@@ -381,6 +395,7 @@ def sandboxed(model: Any) -> bool:
 
 def rows_of(linear: Any, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Some outputs of a linear module."""
+    rows = placed(rows, linear.weight.device)
     bias = None if linear.bias is None else linear.bias[rows]
     return torch.nn.functional.linear(value, linear.weight[rows], bias)
 
@@ -408,7 +423,8 @@ def held_stream(own: dict[str, Any], other: dict[str, Any], sites: tuple[Any, ..
     """`[token, width]` float32: the final stream with some contributions as on the other prompt."""
     stream: torch.Tensor = own["layer_output"][-1][0].float()
     for name, layer in sites:
-        stream = stream + other[name][layer][0].float() - own[name][layer][0].float()
+        new, old = (side[name][layer][0].float().to(stream.device) for side in (other, own))
+        stream = stream + new - old
     return stream
 
 
@@ -439,7 +455,7 @@ def read(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Ten
             block = module_at(model, spec["blocks"])[layer]
             for name, places, columns in reads:
                 tensor = block.input if name == "layer_input" else tensor_of(spec, block, name)
-                found.append(tensor[0][grid(places, columns)].float().mean(0))
+                found.append(tensor[0][grid(places, columns, tensor.device)].float().mean(0))
     return torch.cat([value.to(found[0].device) for value in found])[None]
 
 
@@ -480,18 +496,21 @@ def attributions(model: Any, spec: dict[str, Any], pair: dict[str, Any], context
     name, stacks = context["component"], pair["stacks"]
     bases = [base_run(model, spec, stack, (name,)) for stack in stacks]
     held = [
-        [layer[0][grid(places, ())].float() for layer in base["captured"][name]]
+        [layer[0][grid(places, (), layer.device)].float() for layer in base["captured"][name]]
         for base, places in zip(bases, pair["places"], strict=True)
     ]
     scores = []
     for side in (0, 1):
-        where, change = grid(pair["places"][side], ())[0], [one - zero for zero, one in zip(*held, strict=True)]
+        places, change = pair["places"][side], [one - zero for zero, one in zip(*held, strict=True)]
         products = []  # of the change and the gradient, `[layer, unit]` each: as it is, then with a layer cut off
         for first in range(0, context["cuts"], context["rows"]):
             cuts = range(first, min(first + context["rows"], context["cuts"]))
             gradients = gradients_of(model, spec, pair, side, name, bases[side]["keyvalues"], cuts)
-            by_layer = [(change[layer] * gradient[:, where]).sum(1).cpu() for layer, gradient in enumerate(gradients)]
-            products.append(torch.stack(by_layer, 1))
+            by_layer = []
+            for layer, gradient in enumerate(gradients):
+                where, _ = grid(places, (), gradient.device)
+                by_layer.append((change[layer] * gradient[:, where]).sum(1))
+            products.append(torch.stack([product.cpu() for product in by_layer], 1))
         by_cut = torch.cat(products)
         scores.append(by_cut[0])
         if len(by_cut) > 1:
@@ -504,9 +523,9 @@ def gradients_of(
 ) -> list[torch.Tensor]:
     """By layer the gradient `[row, token, width]` of Y; a row of cut c > 0 ignores what layer c - 1 adds."""
     stack, start, live, rows = pair["stacks"][side], pair["start"], [], (0,) * len(cuts)
-    past = prefix_cache(keyvalues, start)
+    past, index = prefix_cache(keyvalues, start), placed(rows, keyvalues[0][0].device)
     for layer in range(spec["layers"]):
-        show_prefix(past, layer, keyvalues, rows, start)
+        show_prefix(past, layer, keyvalues, index, start)
     ids = torch.tensor([stack["ids"][0][start:]]).expand(len(cuts), -1)
     with (
         torch.enable_grad(),
@@ -622,10 +641,11 @@ def write_samples(
     """Overwrite a component of one layer, row by row; all samples of a row stand together and get the same."""
     target, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
     for row, places, columns, kind, value in writes:
-        where = (slice(row * samples, (row + 1) * samples), *grid(places, columns))
+        where = (slice(row * samples, (row + 1) * samples), *grid(places, columns, target.device))
         if kind in ("source", "projected"):
             prompt, source_places, *subspace = value
-            new = taken[name][prompt][grid(source_places, columns)] / factor
+            source = taken[name][prompt]
+            new = source[grid(source_places, columns, source.device)] / factor
             new = projected(target[where], new, *subspace) if subspace else new
         elif kind == "scale":
             new = target[where] * value
@@ -722,7 +742,7 @@ def hold(model: Any, spec: dict[str, Any], held: dict[int, Any], tokens: int) ->
         block = module_at(model, spec["blocks"])[layer]
         for name, columns, kind, value in parts:
             target, factor = module_tensor(spec, block, name), spec["factors"].get(name, 1.0)
-            where = (slice(None), slice(-tokens, None), torch.tensor(columns))
+            where = (slice(None), slice(-tokens, None), placed(columns, target.device))
             new = target[where] * value if kind == "scale" else torch.tensor(value) / factor
             target[where] = new.to(target.device, target.dtype)
             replace_tensor(spec, block, name, target)

@@ -81,7 +81,7 @@ def _backend(layers: int) -> LocalBackend:
         task="text-generation",
         dispatch=True,
         dtype=torch.float32,
-        device_map="cpu",
+        device="cpu",
         num_hidden_layers=layers,
     )
     model.eval()

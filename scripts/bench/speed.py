@@ -82,7 +82,7 @@ def _options() -> argparse.Namespace:
 def _contenders() -> tuple[list[Contender], ModelInfo, object, torch.nn.Module]:
     """Everyone, on one model; its layers as plain torch has them come last."""
     folder = located(MODEL)
-    model = TransformersModel(folder, task="text-generation", dispatch=True, dtype=torch.float32, device_map="cpu")
+    model = TransformersModel(folder, task="text-generation", dispatch=True, dtype=torch.float32, device="cpu")
     model.eval()
     info = load_info(MODEL)
     outcome = logit_diff([PLUS], [MINUS], model.tokenizer)
