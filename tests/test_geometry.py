@@ -24,6 +24,7 @@ from remote_mediation.analyses.rivals.geometry import (
     places_of,
     silhouette,
 )
+from remote_mediation.analyses.rivals.rulings import CLAIM_COLUMNS, SET_COLUMNS
 from remote_mediation.config import StudyConfig
 from remote_mediation.lab import Lab, Study
 from remote_mediation.show.section import Section
@@ -130,8 +131,10 @@ def test_a_run_of_before_has_no_geometry_and_all_else(lab: Lab, tmp_path: Path) 
 
 
 def shown(tables: dict[str, pd.DataFrame]) -> list[Section]:
-    """Of a run with these tables."""
-    return show._geometry(SimpleNamespace(tables=tables))  # type: ignore[arg-type]
+    """Of a run with these tables, in which the rival claim was not tested."""
+    claims, sets = pd.DataFrame(columns=list(CLAIM_COLUMNS)), pd.DataFrame(columns=list(SET_COLUMNS))
+    beside = {"direction.csv": claims, "direction_sets.csv": sets}
+    return show._geometry(SimpleNamespace(tables={**tables, **beside}))  # type: ignore[arg-type]
 
 
 def test_it_is_said_and_drawn() -> None:

@@ -19,7 +19,7 @@ import pandas as pd
 
 from remote_mediation.analyses.claims.beside import Drawn, random_beside
 from remote_mediation.analyses.claims.samples import Sample, activations
-from remote_mediation.analyses.rivals import geometry, given, rulings
+from remote_mediation.analyses.rivals import geometry, given, harm, rulings
 from remote_mediation.analyses.rivals.rulings import DIRECTION, Carrier, Judged, values_of
 from remote_mediation.analyses.rivals.samples import few_pairs, swapped_at
 from remote_mediation.lab import Floats, Lab
@@ -61,19 +61,32 @@ class Map(NamedTuple):
     """Pairs of the shares."""
 
     @property
+    def strength(self) -> Floats:
+        """`[layer, position]`, the smaller of both shares; of layers that may not be chosen minus infinity."""
+        found: Floats = self.shares.min(axis=0)
+        found[eligible(len(found)) :] = -np.inf
+        return found
+
+    @property
     def chosen(self) -> tuple[int, int]:
         """Layer and number of the position of the best direction."""
-        strength = self.shares.min(axis=0)
-        strength[eligible(len(strength)) :] = -np.inf
-        layer, position = np.unravel_index(int(np.argmax(strength)), strength.shape)
+        layer, position = np.unravel_index(int(np.argmax(self.strength)), self.strength.shape)
         return int(layer), int(position)
 
     @property
     def best(self) -> Direction:
         """The best direction."""
-        layer, position = self.chosen
-        length = float(np.linalg.norm(self.differences[self.chosen]))
-        return Direction(self.site(*self.chosen).basis, layer, self.positions[position], length)
+        return self.direction(*self.chosen)
+
+    @property
+    def best_last(self) -> Direction:
+        """The best of those at the last prompt token."""
+        return self.direction(int(np.argmax(self.strength[:, -1])), len(self.positions) - 1)
+
+    def direction(self, layer: int, position: int) -> Direction:
+        """A direction with its place."""
+        length = float(np.linalg.norm(self.differences[layer, position]))
+        return Direction(self.site(layer, position).basis, layer, self.positions[position], length)
 
     def site(self, layer: int, position: int) -> Subspace:
         """The projection onto a direction, where it was found."""
@@ -118,11 +131,12 @@ def analyse(lab: Lab, before: Findings) -> Finding:
         directions[GIVEN] = given.placed(other, directions[FOUND])
     position, layers = swapped_at([discovery, heldout]), lab.study.info.layers
     mediators = {name: Mediators.of(one, layers, position) for name, one in directions.items()}
-    judged = tested(heldout, mediators[FOUND], mediators.get(GIVEN))
+    claims = [tested(heldout, mediators[FOUND], mediators.get(GIVEN))]
+    claims += harm.judged(discovery, heldout, found.best_last, eligible(layers))
     tables = {
         "directions.csv": map_table(found, other),
-        "direction.csv": rulings.claim_table([judged]),
-        "direction_sets.csv": rulings.set_table([judged]),
+        "direction.csv": rulings.claim_table(claims),
+        "direction_sets.csv": rulings.set_table(claims),
         **geometry.measured(lab, discovery),
     }
     own = {name: (one.own,) for name, one in mediators.items()}

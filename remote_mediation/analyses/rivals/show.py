@@ -13,6 +13,7 @@ from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLP
 from remote_mediation.analyses.rivals.directions import DEPTH, GIVEN, eligible
 from remote_mediation.analyses.rivals.figures import AXIS, axis_figure, geometry_figure, map_figure
 from remote_mediation.analyses.rivals.geometry import PLACES
+from remote_mediation.analyses.rivals.rulings import TWO
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
 from remote_mediation.show.tables import NONE, Note, Table, interval, literal, notes_on, number, percent
@@ -54,6 +55,7 @@ def directions(result: Result) -> list[Section]:
         return [Section(name, title, did, UNMEASURED)]
     claims, sets = (result.tables[file] for file in _CLAIMS[name])
     claim = claims.iloc[0]
+    sets = sets[sets["rival"] == claim["rival"]]
     heldout = f"Held out: {claim['why']} ({claim['said']})."
     if claim["gate"] == _NOTHING:
         return [Section(name, title, did, heldout, (_measures(sets),))]
@@ -88,7 +90,20 @@ def _geometry(result: Result) -> list[Section]:
         f"{number(middle['cosine_harm'])} for harm, {number(middle['cosine_refusal'])} for refusal. Harmful and "
         f"harmless prompts are told apart best {' and '.join(told) or 'nowhere'}."
     )
-    return [Section("geometry", "Harm and refusal in the stream", did, finding, figure=geometry_figure(table))]
+    said, tables = _two_directions(result)
+    return [
+        Section("geometry", "Harm and refusal in the stream", did, f"{finding}{said}", tables, geometry_figure(table))
+    ]
+
+
+def _two_directions(result: Result) -> tuple[str, tuple[Table, ...]]:
+    """Whether they are two directions that both act, and the numbers behind that; nothing where it was not tested."""
+    claims, sets = (result.tables[file] for file in _CLAIMS["directions"])
+    claim, own = claims[claims["rival"] == TWO.name], sets[sets["rival"] == TWO.name]
+    if claim.empty:
+        return "", ()
+    said = f" Two directions that both act, held out: {claim.iloc[0]['why']} ({claim.iloc[0]['said']})."
+    return said, () if own.empty else (_measures(own),)
 
 
 def _chosen(table: pd.DataFrame) -> str:
