@@ -60,6 +60,10 @@ MaxMemory = Annotated[float | None, typer.Option(help="Most memory in GB, kept b
 Seed = Annotated[int | None, typer.Option(help="Seed of the split, the bootstrap and the permutations.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+BasisFlag = Annotated[
+    str | None,
+    typer.Option("--basis", metavar="FILE", help="A saved direction, measured beside the one that is found."),
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other setting; repeat it for more.")
 ]
@@ -95,6 +99,7 @@ def run(
     dtype: Dtype = None,
     device: Device = None,
     max_memory: MaxMemory = None,
+    basis: BasisFlag = None,
     seed: Seed = None,
     out: Out = None,
     settings: Settings = None,
@@ -214,6 +219,7 @@ def plan(
     dtype: Dtype = None,
     device: Device = None,
     max_memory: MaxMemory = None,
+    basis: BasisFlag = None,
     settings: Settings = None,
 ) -> None:
     """Say what a study would cost: rows, jobs, operations, memory and time. No weights are loaded."""
@@ -545,6 +551,9 @@ def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
     overrides = {name: value for name, value in flags.items() if name not in ("study", "show_text", "settings")}
     if overrides["analyses"] is not None:
         overrides["analyses"] = _names(overrides["analyses"])
+    if overrides["basis"] is not None:
+        overrides["directions"] = {"basis": overrides["basis"]}
+    del overrides["basis"]
     return load_config(study, overrides, flags["settings"] or ())
 
 

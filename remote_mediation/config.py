@@ -181,6 +181,26 @@ class VerifySettings(_Strict):
     """At most so many held-out pairs."""
 
 
+class DirectionSettings(_Strict):
+    """`[directions]`: a direction from elsewhere beside the one that is found."""
+
+    basis: str = ""
+    """A safetensors or .npy file, such as another run's `direction.safetensors`: `[k, width]` of the stream."""
+
+
+class AblationSettings(_Strict):
+    """`[ablation]`: what a judge says of answers while a direction is taken out of the stream, or added to it."""
+
+    judge: str = DEFAULT_JUDGE
+    """A judge's spec (`judges.load_judge`)."""
+    labelled: str = BUILTIN
+    """Labelled answers that tell how the judge errs: the package's, or a CSV file (`judges.load_labelled`)."""
+    tokens: int = Field(default=32, ge=1)
+    """Tokens of each greedy answer."""
+    pairs: int = Field(default=48, ge=2)
+    """At most so many held-out pairs."""
+
+
 class StatisticsSettings(_Strict):
     """`[statistics]`: intervals and tests."""
 
@@ -242,6 +262,8 @@ class StudyConfig(_Strict):
     monitor: MonitorSettings = MonitorSettings()
     alignment: AlignmentSettings = AlignmentSettings()
     verify: VerifySettings = VerifySettings()
+    directions: DirectionSettings = DirectionSettings()
+    ablation: AblationSettings = AblationSettings()
     statistics: StatisticsSettings = StatisticsSettings()
 
     @model_validator(mode="before")
@@ -260,6 +282,8 @@ class StudyConfig(_Strict):
             )
         if "alignment" in self.analyses and not self.alignment.base:
             raise ValueError("the analysis alignment needs [alignment] with `base`, the checkpoint before the training")
+        if self.directions.basis and "directions" not in self.analyses:
+            raise ValueError("a basis is measured by the analysis directions; add it to `analyses`")
         if bool(self.refusal.compliant) != bool(self.refusal.refusing):
             raise ValueError("[refusal] needs both `compliant` and `refusing`, lists of openings, or neither")
         return self

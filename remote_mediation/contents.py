@@ -19,6 +19,7 @@ from remote_mediation.errors import ModelError, StoreError
 from remote_mediation.models import dated_fingerprint, fingerprint, hub_contents
 from remote_mediation.pairs import load_pairs
 from remote_mediation.sites import ModelInfo
+from remote_mediation.subspaces import Direction
 from remote_mediation.texts import load_texts
 
 # How the name of a local folder begins that can be nothing else.
@@ -29,12 +30,14 @@ def look_at(config: StudyConfig) -> None:
     """Read every file that a study names, before anything runs.
 
     Raises:
-        PairsError, SettingsError, ModelError: one of them cannot be used.
+        PairsError, SettingsError, ModelError, SiteError: one of them cannot be used.
     """
     load_texts(config)
     config.prompt.form()
     if "monitor" in config.analyses and config.monitor.hard_negatives:
         load_pairs(config.monitor.hard_negatives)
+    if config.directions.basis:
+        Direction.load(Path(config.directions.basis))
     for setting, names in config.checkpoints.items():
         for name in names:
             if name.startswith(LOCAL) and not Path(name).is_dir():
@@ -91,13 +94,16 @@ def _files(config: StudyConfig) -> dict[str, str]:
         found[f"prompt.template {config.prompt.template!r}"] = _file(config.prompt.template)
     if "monitor" in config.analyses and config.monitor.hard_negatives:
         found[f"monitor.hard_negatives {config.monitor.hard_negatives!r}"] = _file(config.monitor.hard_negatives)
+    if config.directions.basis:
+        found[f"directions.basis {config.directions.basis!r}"] = _file(config.directions.basis)
     for setting, names in config.checkpoints.items():
         found |= {f"{setting} {name!r}": fingerprint(name) for name in names}
     if "intervene" in config.analyses or "attacks" in config.analyses:
         found[f"intervene.judge {config.intervene.judge!r}"] = _judge(config.intervene.judge)
-    if "verify" in config.analyses:
-        found[f"verify.judge {config.verify.judge!r}"] = _judge(config.verify.judge)
-        found[f"verify.labelled {config.verify.labelled!r}"] = _file(config.verify.labelled)
+    for name, settings in (("verify", config.verify), ("ablation", config.ablation)):
+        if name in config.analyses:
+            found[f"{name}.judge {settings.judge!r}"] = _judge(settings.judge)
+            found[f"{name}.labelled {settings.labelled!r}"] = _file(settings.labelled)
     return found
 
 

@@ -135,7 +135,7 @@ def estimate(config: StudyConfig, more: Sequence[Analysis] = ()) -> Estimate:
     Raises:
         ModelError: configuration or tokenizer cannot be loaded.
         PairsError: the pairs cannot be used, or not be split where neurons are searched.
-        SiteError: the study names something that the model does not have.
+        SiteError: the study names something that the model does not have, or a basis that is none of it.
     """
     info, tokenizer = load_info(config.model, config.revision), load_tokenizer(config.model, config.revision)
     analyses, texts = chosen(config.analyses, more), chosen_texts(config)
@@ -163,6 +163,9 @@ def _counted(
     prepared = prepare(config, tokenizer, info, texts)
     placebos = prepare_placebos(config, prepared.pairs, tokenizer, info, texts).pairs
     asked = Study(config, info, outcome_of(config, tokenizer, texts), *prepared, placebos)
+    for one in analyses:
+        if one.check:
+            one.check(asked)
     study = _guessed(asked, tokenizer, texts)
     pairs = study.pairs
     by_id = {pair.id: pair for pair in pairs}

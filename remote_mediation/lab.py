@@ -22,7 +22,7 @@ from remote_mediation.engine.budget import Setting, batch_budget
 from remote_mediation.engine.payload import digest
 from remote_mediation.engine.rows import Row, direct_row, swap_all
 from remote_mediation.engine.samples import Manner, bare, sample_key
-from remote_mediation.engine.tasks import Held, Task, direct_task, generate_task
+from remote_mediation.engine.tasks import Intervention, Task, direct_task, generate_task
 from remote_mediation.models import ends_of_answers
 from remote_mediation.openings import longest_answer
 from remote_mediation.outcomes import Outcome
@@ -275,9 +275,9 @@ class Lab:
         return self._runner.read(task)
 
     def continued(
-        self, prompts: Sequence[tuple[int, ...]], tokens: int, held: Sequence[Held] = ()
+        self, prompts: Sequence[tuple[int, ...]], tokens: int, held: Intervention = ()
     ) -> list[tuple[int, ...]]:
-        """Greedy answers of at most so many tokens, up to the token that ends them, while neurons are held.
+        """Greedy answers of at most so many tokens, up to the token that ends them, while held or steered.
 
         Raises:
             JobError: some could not be generated.
@@ -336,15 +336,6 @@ class Lab:
             content = make(self._present().tokenizer)
             self._store.save_note(name, content)
         return content
-
-    def keep(self, name: str, content: bytes) -> None:
-        """Leave a file in the run folder beside the tables; nothing where a report is rebuilt.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
-        if self.can_measure:
-            self._store.write(name, content)
 
     def _present(self) -> Backend:
         if self._backend is None:

@@ -12,9 +12,12 @@ from typing import Any
 
 # Settings that name a file, and those that name one or something else, by section ("" is the study itself).
 _FILES = {"": ("pairs", "harmful", "harmless"), "monitor": ("hard_negatives",), "verify": ("labelled",)}
+_FILES |= {"directions": ("basis",), "ablation": ("labelled",)}
 _PERHAPS = {"": ("model",), "prompt": ("template",), "attacks": ("checkpoints",), "alignment": ("base",)}
 # Judges that are a folder, which stands behind their kind and before a label.
 _JUDGES = ("classifier", "embedding", "openings+embedding")
+# Settings of judges: a folder may stand in them.
+_JUDGED = dict.fromkeys(("intervene", "verify", "ablation"), ("judge",))
 _NO_FILES = ("builtin", "-")
 
 
@@ -30,7 +33,7 @@ def renamed(settings: dict[str, Any], file: Callable[[str], str], perhaps: Calla
     """
     found = _each(settings, _FILES, file)
     found = _each(found, _PERHAPS, perhaps)
-    return _each(found, {"intervene": ("judge",), "verify": ("judge",)}, lambda value: _judge(value, perhaps))
+    return _each(found, _JUDGED, lambda value: _judge(value, perhaps))
 
 
 def _each(

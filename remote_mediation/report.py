@@ -6,7 +6,7 @@ are shown. Numbers have three significant digits (`markdown`); the CSV files hav
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +106,8 @@ def write_report(store: Store, result: Result, texts: Sequence[PairText] = (), *
     target = Store(shared) if shared else store
     for name, table in csv_tables(result, notes=not shared).items():
         target.write(name, table.to_csv(index=False, lineterminator="\n"))
+    for name, content in result.files.items():
+        target.write(name, content)
     parts = sections(result)
     for section in parts:
         if section.figure:
@@ -177,7 +179,7 @@ def _report(result: Result, parts: Sequence[Section], store: Store, texts: Seque
         "## Identities": _identities_table(study, summary.identities).markdown(),
         "## How to read the numbers": bullets(_READING),
         "## Limits": bullets(_limits(study, summary.total)),
-        "## Prompts and answers": _shown(texts),
+        "## Prompts and answers": _shown(texts, result.files),
         **{f"## Appendix: {section.title}": section.markdown() for section in parts if section.appendix},
         "## Provenance": _folded("how this run was made", _provenance_table(record).markdown()),
     }
@@ -345,14 +347,16 @@ def _limits(study: Study, total: Estimate) -> list[str]:
     ]
 
 
-def _shown(texts: Sequence[PairText]) -> str:
+def _shown(texts: Sequence[PairText], files: Iterable[str]) -> str:
+    """files: names of what analyses left beside tables."""
     if not texts:
+        kept = "".join(f"`{name}`, " for name in files)
         return paragraphs(
             "Prompts and generated answers are hidden: some are harmful. "
             "`remote-mediation report FOLDER --show-text` writes this report again with them.",
-            "To share: this report, the CSV files, `figures/` and `run.json`. Not to share, as they have prompts and "
-            "answers, most of them as numbers of tokens: `*.jsonl`, `readouts/`, `notes/`, `submitted/` and "
-            "`failures.json`. Only their owner can read them.",
+            f"To share: this report, the CSV files, {kept}`figures/` and `run.json`. Not to share, as they have "
+            "prompts and answers, most of them as numbers of tokens: `*.jsonl`, `readouts/`, `notes/`, `submitted/` "
+            "and `failures.json`. Only their owner can read them.",
         )
     header = ("pair", "harmful prompt", "answer", "harmless prompt", "answer")
     order = [(text.id, text.harmful, text.harmful_answer, text.harmless, text.harmless_answer) for text in texts]

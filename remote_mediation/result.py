@@ -31,6 +31,8 @@ class Finding(NamedTuple):
     """Sets of sites that it found to carry the effect, by what they are."""
     value: Any = None
     """What analyses after it build on, such as `neurons.GateSet`."""
+    files: Mapping[str, bytes] = MappingProxyType({})
+    """Other files that it leaves in the run folder, and in what is exported of it, by name."""
 
 
 Findings = Mapping[str, Finding]
@@ -57,6 +59,8 @@ class Analysis:
     """Its rows of the table of claims."""
     needs: tuple[str, ...] = ()
     """Analyses whose findings it builds on; `extend` adds them."""
+    check: Callable[[Study], None] | None = None
+    """Refuses a study of which it could not be asked, before anything is measured."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Result:
     summary: Summary
     analyses: tuple[Analysis, ...] = ()
     """Those that were asked for, in the order in which they ran."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """What they left beside tables, by name."""
 
     def verdicts(self) -> list[Verdict]:
         """The table of claims."""

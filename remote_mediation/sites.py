@@ -102,6 +102,8 @@ class Family:
     """Input of the down-projection, `d_ff` wide; None for a mixture of experts, which has no such tensor."""
     attention_heads: Hook
     """Input of the attention's output projection, heads side by side."""
+    embeddings: tuple[str, ...] = ("embed_tokens",)
+    """Modules beside the list of layers whose outputs add up to what enters the first one, but for a factor."""
     layer_item: int | None = None
     """Which item of what a block returns is the stream; None where it returns nothing else."""
     gated: bool = True
@@ -142,6 +144,12 @@ class Family:
         if hook is not None or self.mixture is None:
             return hook.path if hook else ""
         return self.mixture.shared_module if component == "shared_expert_output" else self.mixture.module
+
+    @property
+    def embedding_paths(self) -> tuple[str, ...]:
+        """Paths of the embeddings from the model."""
+        around = self.blocks.rpartition(".")[0]
+        return tuple(f"{around}.{name}" for name in self.embeddings)
 
     @property
     def hooks(self) -> dict[Component, Hook]:
@@ -244,6 +252,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         blocks="transformer.h",
+        embeddings=("wte", "wpe"),
         attention_output=Hook("attn", "output", 0),
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.c_proj", "input"),
@@ -253,6 +262,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gptj": Family(
         blocks="transformer.h",
+        embeddings=("wte",),
         attention_output=Hook("attn", "output", 0),
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.fc_out", "input"),
@@ -263,6 +273,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(
         blocks="gpt_neox.layers",
+        embeddings=("embed_in",),
         attention_output=Hook("attention", "output", 0),
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.dense_4h_to_h", "input"),
@@ -271,6 +282,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "falcon": Family(
         blocks="transformer.h",
+        embeddings=("word_embeddings",),
         attention_output=Hook("self_attention", "output", 0),
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.dense_4h_to_h", "input"),

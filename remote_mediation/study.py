@@ -402,11 +402,15 @@ def analysed(lab: Lab, analyses: tuple[Analysis, ...]) -> Result:
             if one.analyse:
                 findings[one.name] = one.analyse(lab, findings)
     tables = {name: table for found in findings.values() for name, table in found.tables.items()}
-    return Result(study, lab.effects, tables, _summary(study, lab.effects), analyses)
+    files = {name: content for found in findings.values() for name, content in found.files.items()}
+    return Result(study, lab.effects, tables, _summary(study, lab.effects), analyses, files)
 
 
 def first_requests(study: Study, analyses: Sequence[Analysis]) -> list[Request]:
-    """All sites that analyses name, on every pair. Raises: as `requests_of`."""
+    """All sites that analyses name, on every pair. Raises: as `requests_of`, or as an analysis' `check`."""
+    for one in analyses:
+        if one.check:
+            one.check(study)
     return [request for one in analyses for request in requests_of(study, one)]
 
 

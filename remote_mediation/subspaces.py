@@ -8,10 +8,11 @@ the same norm at every token, as both are orthonormal.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -104,32 +105,122 @@ class Basis:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def cosine(self, vector: ArrayLike) -> float:
+        """Of the angle with a vector `[width]`: with a sign where it is one direction, else with what it spans.
+
+        NaN where the vector is 0.
+        """
+        given = np.asarray(vector, dtype=np.float64)
+        length = float(np.linalg.norm(given))
+        if not length:
+            return np.nan
+        along = self.vectors @ given / length
+        return float(along[0]) if self.size == 1 else float(np.linalg.norm(along))
+
     def __repr__(self) -> str:
         return f"Basis({self.size} of {self.width}, {self.digest})"
 
-    def safetensors(self, **about: str) -> bytes:
-        """As a safetensors file with one tensor, `basis`. about: what its metadata say."""
+
+@dataclass(frozen=True)
+class Direction:
+    """A direction of the residual stream, or a few, and where it was found: what one run saves and another applies."""
+
+    basis: Basis
+    """What it spans."""
+    layer: int | None = None
+    """Decoder layer after which it was found; None where nobody says."""
+    position: str = ""
+    """Token at which it was found, as pairs name it; empty where nobody says."""
+    length: float = float("nan")
+    """Of the difference of means; NaN of several directions."""
+    model: str = ""
+    """In which it was found."""
+
+    @property
+    def vector(self) -> npt.NDArray[np.float32]:
+        """`[width]`, as long as the difference of means."""
+        return np.asarray(self.length * self.basis.vectors[0], dtype=np.float32)
+
+    def safetensors(self) -> bytes:
+        """As a safetensors file with one tensor, the basis; all else stands in its metadata."""
         from safetensors.numpy import save
 
-        return bytes(save({_NAME: np.ascontiguousarray(self.vectors)}, about))
+        about = {
+            "model": self.model,
+            "layer": "" if self.layer is None else str(self.layer),
+            "position": self.position,
+            "length": repr(self.length),
+        }
+        return bytes(save({_NAME: np.ascontiguousarray(self.basis.vectors)}, about))
 
     @classmethod
-    def load(cls, path: Path) -> Basis:
-        """From a `.npy` file, or a safetensors file with one tensor; directions are made orthonormal.
+    def load(cls, path: Path) -> Self:
+        """From a `.npy` file, or a safetensors file with one tensor, `[k, width]` or one direction `[width]`.
+
+        The length of one direction is that in the metadata, or else its own; several are made orthonormal.
 
         Raises:
-            SiteError: the file cannot be read, holds several tensors, or its directions span no such subspace.
+            SiteError: the file cannot be read, or holds no directions.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            found = [np.load(path)] if path.suffix == ".npy" else [*load_file(path).values()]
-        except (OSError, ValueError, SafetensorError) as error:
-            raise SiteError(f"no basis can be read from {path}: {error}") from error
+        found, about = _read(path)
         if len(found) != 1:
             raise SiteError(f"{path} holds {len(found)} tensors; give a file with the one that is the basis")
-        return cls.spanning(found[0])
+        given = _checked(path, found[0])
+        try:
+            layer = int(about["layer"]) if about.get("layer") else None
+            own = float(np.linalg.norm(given[0])) if len(given) == 1 else np.nan
+            length = float(about.get("length", own))
+        except ValueError as error:
+            raise SiteError(f"the metadata of {path} say what is no number: {error}") from error
+        return cls(Basis.spanning(given), layer, about.get("position", ""), length, about.get("model", ""))
+
+    def record(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {
+            "vectors": self.basis.vectors.tolist(),
+            "layer": self.layer,
+            "position": self.position,
+            "length": self.length,
+            "model": self.model,
+        }
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Self:
+        """The inverse of `record`."""
+        vectors = np.array(record["vectors"], dtype=np.float32)
+        return cls(Basis(vectors), **{name: value for name, value in record.items() if name != "vectors"})
+
+
+class _Content(NamedTuple):
+    """Of a file."""
+
+    tensors: list[npt.NDArray[Any]]
+    about: Mapping[str, str]
+    """Its metadata."""
+
+
+def _read(path: Path) -> _Content:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".npy":
+            return _Content([np.asarray(np.load(path))], {})
+        with safe_open(path, framework="numpy") as file:
+            return _Content([file.get_tensor(name) for name in file.keys()], dict(file.metadata() or {}))  # noqa: SIM118
+    except (OSError, ValueError, EOFError, TypeError, SafetensorError) as error:
+        raise SiteError(f"no basis can be read from {path}: {error}; give a .npy or safetensors file") from error
+
+
+def _checked(path: Path, found: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Directions `[k, width]`. Raises: SiteError, they are none."""
+    if found.ndim not in (1, 2) or not found.size or found.dtype.kind not in "fiu":
+        raise SiteError(f"{path} holds {found.dtype} {list(found.shape)}; a basis is [k, width] or [width] of numbers")
+    given = np.atleast_2d(found).astype(np.float64)
+    if not np.isfinite(given).all():
+        raise SiteError(f"{path} holds numbers that are not finite; save the direction again")
+    if not given.any(axis=1).all():
+        raise SiteError(f"{path} holds a direction that is 0; save the direction again")
+    return given
 
 
 @dataclass(frozen=True, order=True)

@@ -24,7 +24,7 @@ from remote_mediation.sites import ModelInfo
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPANS = ("edit", "after_edit", "post_instruction", "last", "all")
+SPANS = ("edit", "after_edit", "instruction_end", "post_instruction", "last", "all")
 # Edits whose lengths differ by more tokens than this leave too much of the longer one without a partner.
 MAX_EDIT_DIFFERENCE = 4
 # Pairs that are encoded together.
@@ -113,9 +113,10 @@ class TokenPair:
     def places(self, position: str) -> Places:
         """Token indices of a position in both packed sequences; possibly empty.
 
-        Positions: `edit` (the differing tokens), `after_edit` (the user's text behind them), `post_instruction`
-        (template tokens after the user's text), `last` (where the answer is read: the last prompt token and the fed
-        answer tokens), `all` (everything from the first differing token on), or one token of a span, `edit[-1]`.
+        Positions: `edit` (the differing tokens), `after_edit` (the user's text behind them), `instruction_end` (the
+        last token of the user's text), `post_instruction` (template tokens after it), `last` (where the answer is read:
+        the last prompt token and the fed answer tokens), `all` (everything from the first differing token on), or one
+        token of a span, `edit[-1]`.
 
         Raises:
             SiteError: not a position.
@@ -144,12 +145,14 @@ class TokenPair:
 
     def _offsets(self, span: str) -> tuple[int, ...]:
         """Token offsets from the end of the prompt (-1 is its last token, 0 the first fed answer token)."""
-        if not self.aligned and span not in ("post_instruction", "last"):
+        if not self.aligned and span not in ("instruction_end", "post_instruction", "last"):
             return ()
         paired = min(len(self.x0), len(self.x1)) - self.first
+        end = self.post + 1
         bounds = {
             "edit": (-paired, -self.after),
             "after_edit": (-self.after, -self.post),
+            "instruction_end": (-end, 1 - end if end <= paired else -end),
             "post_instruction": (-self.post, 0),
             "last": (-1, self.fed),
             "all": (-paired, self.fed),

@@ -27,7 +27,7 @@ def test_analyses_run_checks_first_and_each_after_those_it_builds_on() -> None:
 
 
 def test_an_unknown_analysis_is_refused_with_those_there_are() -> None:
-    with pytest.raises(SettingsError, match=r"unknown analysis 'layer'; known: claims, directions, rivals"):
+    with pytest.raises(SettingsError, match=r"unknown analysis 'layer'; known: claims, directions, ablation"):
         chosen(["layers", "layer"])
 
 

@@ -176,6 +176,8 @@ def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
         ({"monitor": {"hard_negatives": "hard.csv"}}, True),
         ({"alignment": {"base": "other"}}, True),
         ({"verify": {"samples": 4}}, True),
+        ({"ablation": {"tokens": 4}}, True),
+        ({"directions": {"basis": "saved.npy"}, "analyses": ["directions"]}, True),
         ({"statistics": {"resamples": 100}}, True),
     ],
 )

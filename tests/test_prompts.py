@@ -145,6 +145,7 @@ CHAT = TokenPair(
     [
         ("edit", (4,), (5,)),
         ("after_edit", (5, 6), (6, 7)),
+        ("instruction_end", (6,), (7,)),
         ("post_instruction", (7, 8), (8, 9)),
         ("last", (8, 9, 10, 11), (9, 10, 11, 12)),
         ("all", (4, 5, 6, 7, 8, 9, 10, 11), (5, 6, 7, 8, 9, 10, 11, 12)),
@@ -169,6 +170,14 @@ def test_places_without_answers_end_with_the_prompt() -> None:
     assert bare.fed == 0
     assert bare.places("last") == ((8,), (9,))
     assert bare.places("all") == ((4, 5, 6, 7, 8), (5, 6, 7, 8, 9))
+
+
+def test_the_instruction_ends_where_its_last_token_has_a_partner() -> None:
+    assert replace(CHAT, aligned=False).places("instruction_end") == CHAT.places("instruction_end")
+    at_the_end = token_pair(x0=(1, 2, 3, 5), x1=(1, 2, 9, 5), after=1, post=1)  # the edit itself
+    assert at_the_end.places("instruction_end") == ((2,), (2,))
+    left_out = token_pair(x0=(1, 2, 5), x1=(1, 2, 9, 5), after=1, post=1)  # a word that only one prompt has
+    assert left_out.places("instruction_end") == ((), ())
 
 
 def test_single_tokens_in_order() -> None:
@@ -202,7 +211,7 @@ def test_a_listed_prompt_with_an_unknown_word_is_refused(
 
 @pytest.mark.parametrize("position", ["nowhere", "", "Edit", "edits[0]"])
 def test_unknown_position(position: str) -> None:
-    with pytest.raises(SiteError, match=r"unknown position .*use one of edit, after_edit, post_instruction, last, all"):
+    with pytest.raises(SiteError, match=r"unknown position .*use one of edit, after_edit, instruction_end, post_inst"):
         CHAT.places(position)
 
 

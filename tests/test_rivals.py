@@ -19,11 +19,12 @@ from remote_mediation import cost
 from remote_mediation.analyses.claims import beside
 from remote_mediation.analyses.claims.samples import Sample, activations
 from remote_mediation.analyses.claims.verdicts import HALF, Bench, Beside, Both, Effect
-from remote_mediation.analyses.rivals import DIRECTIONS, RIVALS, directions, rulings, samples, sets, show
+from remote_mediation.analyses.rivals import DIRECTIONS, RIVALS, directions, harm, rulings, samples, sets, show
 from remote_mediation.analyses.rivals.rulings import EARLY, NEURONS, Carrier
 from remote_mediation.config import StudyConfig
 from remote_mediation.cost import estimate
 from remote_mediation.engine.local import LocalBackend
+from remote_mediation.engine.rows import Row
 from remote_mediation.lab import Lab, Study
 from remote_mediation.planted.cases import CASES, Bed, Case, build
 from remote_mediation.planted.selfcheck import written
@@ -33,7 +34,7 @@ from remote_mediation.result import Result
 from remote_mediation.sites import Site
 from remote_mediation.store import Store
 from remote_mediation.study import prepared_lab, reread, run_study
-from remote_mediation.subspaces import Basis, Subspace
+from remote_mediation.subspaces import Basis, Direction, Subspace
 
 Subjects = Callable[[str], Subject]
 
@@ -119,6 +120,28 @@ def test_one_direction_has_to_fail_at_all_layers_too(
 )
 def test_early_layers(early: tuple[float, float], late: tuple[float, float], verdict: str) -> None:
     assert rulings.early_layers(bench(), carrier(*early), carrier(*late)).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("own", "crossed", "verdict"),
+    [
+        (((0.4, 0.4), (0.8, 0.8)), ((0.1, 0.0), (0.2, 0.0)), "supported"),
+        (((0.4, 0.4), (0.8, 0.8)), ((0.1, 0.0), (0.2, 0.8)), "undecided"),  # in one direction the same
+        (((0.4, 0.4), (0.8, 0.8)), ((0.3, 0.3), (0.7, 0.7)), "not supported"),  # either does most of the other's work
+        (((0.4, 0.4), (0.8, 0.8)), ((0.3, 0.3), (0.7, 0.1)), "supported"),
+        (((0.4, 0.4), (0.8, 0.8)), ((0.4, 0.3), (0.7, 0.1)), "undecided"),
+        (((0.01, 0.4), (0.8, 0.8)), ((0.0, 0.0), (0.0, 0.0)), "not supported"),  # harm does not act
+        (((0.4, 0.4), (0.8, 0.01)), ((0.0, 0.0), (0.0, 0.0)), "not supported"),  # refusal does not
+    ],
+)
+def test_two_directions_act_and_neither_does_the_other_s_work(
+    own: Sequence[tuple[float, float]], crossed: Sequence[tuple[float, float]], verdict: str
+) -> None:
+    each = [carrier(*shares, name=name) for name, shares in zip(("harm", "refusal"), own, strict=True)]
+    # What is left over must have a spread of its own, or every share is exact.
+    others = [carrier(*shares, name="other")._replace(name="other") for shares in crossed]
+    others = [one._replace(effect=one.effect.less(carrier(0, 0).effect.times(3.0))) for one in others]
+    assert rulings.two_directions(bench(), each, others).verdict == verdict
 
 
 def test_places_take_six_layers() -> None:
@@ -319,15 +342,17 @@ def test_directions_are_differences_of_means_by_plain_hooks(subject: Subjects, l
     assert np.linalg.norm(found.differences, axis=-1).min() > 0.01
 
 
-def swapped_along(model: Subject, base: tuple[int, ...], other: tuple[int, ...], layer: int, unit: np.ndarray) -> float:
-    """Y of a prompt whose last token takes over, after a layer, what the other prompt has along a direction."""
-    target = recorded(model, other, f"model.layers.{layer}")[-1] @ unit
+def swapped_along(
+    model: Subject, base: tuple[int, ...], other: tuple[int, ...], layer: int, unit: np.ndarray, at: int = -1
+) -> float:
+    """Y of a prompt one of whose tokens takes over, after a layer, what the other prompt has along a direction."""
+    target = recorded(model, other, f"model.layers.{layer}")[at] @ unit
     along = torch.tensor(unit, dtype=torch.float32)
 
     def change(_: Any, __: Any, output: Any) -> Any:
         stream = output[0] if isinstance(output, tuple) else output
         stream = stream.clone()
-        stream[0, -1] += (target - stream[0, -1] @ along) * along
+        stream[0, at] += (target - stream[0, at] @ along) * along
         return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
     handle = model.plain.get_submodule(f"model.layers.{layer}").register_forward_hook(change)
@@ -352,6 +377,41 @@ def test_shares_of_the_map_are_those_of_plain_hooks(subject: Subjects, lab: Lab)
     nie, tie, te = np.mean(rows, axis=0)
     assert found.shares[:, layer, 1] == pytest.approx([nie / te, tie / te], rel=1e-3, abs=TOLERANCE)
     assert np.abs(found.shares[:, layer, 1]).min() > 0.01
+
+
+def test_two_directions_are_swapped_at_their_own_token_and_at_the_other_s(subject: Subjects, lab: Lab) -> None:
+    model, discovery, heldout = subject("llama"), Sample.of(lab, "discovery"), Sample.of(lab, "heldout")
+    found = directions.mapped(discovery, ["post_instruction[-2]", "last"])
+    refusal, end = found.best_last, -4  # three tokens of the template stand behind the user's text
+    assert refusal.position == "last"
+    judged = harm.tested(discovery, heldout, refusal, 2)
+    strongest = harm.harm(discovery, 2)
+    change = [
+        np.mean([recorded(model, ids, f"model.layers.{strongest.layer}")[end] for ids in prompts], axis=0)
+        for prompts in zip(*(pair.prompts for pair in discovery.pairs), strict=True)
+    ]
+    unit = (change[1] - change[0]) / np.linalg.norm(change[1] - change[0])
+    np.testing.assert_allclose(strongest.basis.vectors[0], unit, atol=1e-4)
+    other = refusal.basis.vectors[0].astype(np.float64)
+    places = [(strongest.layer, end, unit), (strongest.layer, end, other)]
+    places += [(refusal.layer, -1, other), (refusal.layer, -1, unit)]
+    by_name = {one.name: one.effect for one in judged.carriers}
+    names = [f"harm at 'instruction_end', layer {strongest.layer}", "refusal in its place"]
+    names += [f"refusal at 'last', layer {refusal.layer}", "harm in its place"]
+    assert set(by_name) == set(names)
+    for name, (layer, at, direction) in zip(names, places, strict=True):
+        for number, pair in enumerate(heldout.pairs):
+            (y0,) = lab.outcomes([Row(pair.id, 0)])
+            swapped = swapped_along(model, pair.x0, pair.x1, layer, direction, at)
+            assert by_name[name].nie.harm[number] == pytest.approx(swapped - y0, abs=TOLERANCE)
+    assert [one.name for one in judged.claim.deciding[::2]] == names[::2]
+
+
+def test_where_no_template_follows_the_text_both_tokens_are_one(subject: Subjects, lab: Lab) -> None:
+    bare = lab.beside([replace(pair, post=0) for pair in lab.study.pairs])
+    samples_of = [Sample.of(bare, split) for split in ("discovery", "heldout")]
+    refusal = Direction(Basis.random(1, 32, np.random.default_rng(0)), 1, "last")
+    assert harm.tested(*samples_of, refusal, 2).claim.said == "not tested"
 
 
 def test_changes_of_heads_and_neurons_are_those_of_plain_hooks(subject: Subjects, lab: Lab) -> None:
@@ -463,6 +523,7 @@ def test_tables_report_and_file(measured: Measured) -> None:
     table = report.split("## Claims")[1].split("##")[0]
     assert [line.split("|")[1].strip()[:28] for line in table.splitlines() if line.startswith("| rival")] == [
         "rival: one direction of the ",
+        "rival: harm (end of the inst",
         "rival: 0.1% of the neurons, ",
         "rival: early layers carry th",
         "rival: a few attention heads",
@@ -474,7 +535,12 @@ def test_tables_report_and_file(measured: Measured) -> None:
     chosen = result.tables["directions.csv"].query("chosen").iloc[0]
     (basis,) = load_file(store.folder / directions.FILE).values()
     assert basis.shape == (1, 32)
-    assert Basis.load(store.folder / directions.FILE) == Basis(basis)
+    saved = Direction.load(store.folder / directions.FILE)
+    assert saved.basis == Basis(basis)
+    assert (saved.layer, saved.position) == (chosen["layer"], chosen["position"])
+    assert saved.length == pytest.approx(chosen["norm"])
+    assert saved.model == result.study.info.name
+    assert f"`{directions.FILE}`, `figures/`" in report
     assert chosen["cosine_chosen"] == pytest.approx(1)
 
 
@@ -516,7 +582,7 @@ def shown(measured: Measured, said: str, gate: str = "") -> Result:
 
 def test_figures_say_what_was_ruled(measured: Measured) -> None:
     result = shown(measured, "not supported")
-    (one,) = show.directions(result)
+    one, _ = show.directions(result)
     assert one.figure is not None
     assert one.figure.get_suptitle().endswith("dot: chosen, held out: not supported")
     _, axis = show.rivals(result)
@@ -590,12 +656,15 @@ def test_the_fewest_that_carry_half_are_named_with_their_verdict(lows: list[floa
 
 # --- planted ----------------------------------------------------------------------------------------------------------
 
-YES, NO, EITHER = "supported", "not supported", "undecided"
-PLANTED = {  # direction, neurons, early layers, heads; what is written down in `cases`
-    "heads-to-gate": (YES, YES, NO, NO),  # more heads than few bring the word to neurons of one late layer
-    "late-head": (YES, NO, NO, YES),  # one head answers
-    "early-gate": (YES, YES, YES, YES),  # one head, then neurons of one layer, both in the early third
-    "gate-at-edit": (NO, NO, NO, YES),  # what the gate says reaches the last token above 80% of the depth
+YES, NO, OPEN = "supported", "not supported", "undecided"
+PLANTED = {  # direction, two of them, neurons, early layers, heads; what is written down in `cases`
+    # In all of them harm goes from the noun to the last token, and by no token between.
+    "heads-to-gate": (YES, NO, YES, NO, NO),  # more heads than few bring the word to neurons of one late layer
+    "late-head": (YES, NO, NO, NO, YES),  # one head answers
+    # One head, then neurons of one layer, both in the early third. They write at every token behind the noun, the end
+    # of the instruction among them, and whether random heads above bring some of that on is left open.
+    "early-gate": (YES, OPEN, YES, YES, YES),
+    "gate-at-edit": (NO, NO, NO, NO, YES),  # what the gate says reaches the last token above 80% of the depth
 }
 
 
@@ -637,7 +706,7 @@ def test_what_takes_two_directions_is_not_one(tmp_path: Path) -> None:
     study = written(build(case, 0), tmp_path, 0).model_copy(update={"analyses": ["directions"]})
     backend, store = LocalBackend.load(study.model), Store.create(tmp_path / "run", study.identity())
     result = run_study(study, backend, store)
-    assert result.tables["direction.csv"]["said"].tolist() == ["not supported"]
+    assert result.tables["direction.csv"]["said"].tolist()[0] == "not supported"
 
     lab, layer = prepared_lab(study, backend, store), 9
     discovery = Sample.of(lab, "discovery")

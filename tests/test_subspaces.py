@@ -1,5 +1,6 @@
 """Subspaces as mediators against plain hooks: one direction, a few, all of them, and directions written elsewhere."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from remote_mediation.engine.rows import Row, swap, swap_all
 from remote_mediation.engine.tasks import direct_task
 from remote_mediation.errors import SiteError
 from remote_mediation.sites import Component, Site
-from remote_mediation.subspaces import Basis, Subspace
+from remote_mediation.subspaces import Basis, Direction, Subspace
 from remote_mediation.tokens import TokenPair
 
 Subjects = Callable[[str], Subject]
@@ -157,17 +158,61 @@ def test_another_width_and_a_direct_effect_are_refused_by_name(subject: Subjects
         replace(narrow, along=Basis.spanning([1.0, 0]))
 
 
-def test_files(tmp_path: Path) -> None:
+def test_a_saved_direction_is_read_as_it_was_written(tmp_path: Path) -> None:
+    basis = Basis.random(1, 5, np.random.default_rng(7))
+    saved = Direction(basis, 3, "post_instruction[-2]", 12.5, "some/model")
+    np.testing.assert_array_equal(load(saved.safetensors())["basis"], basis.vectors)
+    (tmp_path / "b.safetensors").write_bytes(saved.safetensors())
+    again = Direction.load(tmp_path / "b.safetensors")
+    np.testing.assert_allclose(again.basis.vectors, basis.vectors, atol=1e-6)
+    assert replace(again, basis=basis) == saved
+    assert Direction.of_record(json.loads(json.dumps(saved.record()))) == saved
+    np.testing.assert_allclose(again.vector, 12.5 * basis.vectors[0], atol=1e-5)
+
+
+def test_directions_from_elsewhere_may_say_nothing_of_themselves(tmp_path: Path) -> None:
     basis = Basis.random(2, 5, np.random.default_rng(7))
-    np.testing.assert_array_equal(load(basis.safetensors())["basis"], basis.vectors)
-    (tmp_path / "b.safetensors").write_bytes(basis.safetensors())
-    np.testing.assert_allclose(Basis.load(tmp_path / "b.safetensors").vectors, basis.vectors, atol=1e-6)
     np.save(tmp_path / "one.npy", 3 * basis.vectors[0])
-    np.testing.assert_allclose(Basis.load(tmp_path / "one.npy").vectors, basis.vectors[:1], atol=1e-6)
-    save_file({"a": basis.vectors, "b": basis.vectors}, tmp_path / "two.safetensors")
-    with pytest.raises(SiteError, match="holds 2 tensors"):
-        Basis.load(tmp_path / "two.safetensors")
+    one = Direction.load(tmp_path / "one.npy")
+    np.testing.assert_allclose(one.basis.vectors, basis.vectors[:1], atol=1e-6)
+    assert (one.layer, one.position, one.model) == (None, "", "")
+    assert one.length == pytest.approx(3)
+    save_file({"any": np.ascontiguousarray(2 * basis.vectors, np.float16)}, tmp_path / "two.safetensors")
+    two = Direction.load(tmp_path / "two.safetensors")
+    np.testing.assert_allclose(two.basis.vectors @ basis.vectors.T, np.eye(2), atol=1e-2)
+    assert np.isnan(two.length)
+
+
+def test_what_is_no_direction_is_refused_in_one_line(tmp_path: Path) -> None:
+    rows = np.random.default_rng(8).normal(size=(2, 5))
+    files = {
+        "two.safetensors": ({"a": rows, "b": rows}, {}, "holds 2 tensors"),
+        "layer.safetensors": ({"a": rows}, {"layer": "late"}, "say what is no number: .*'late'"),
+        "nan.npy": (np.where(np.eye(2, 5), np.nan, rows), {}, "not finite"),
+        "zero.npy": (rows * [[1], [0]], {}, "a direction that is 0"),
+        "same.npy": (rows[[0, 0]], {}, "span no subspace of 2 dimensions"),
+        "cube.npy": (np.ones((1, 1, 5)), {}, r"holds float64 \[1, 1, 5\]; a basis is"),
+        "words.npy": (np.array(["a", "b"]), {}, "a basis is"),
+        "empty.npy": (np.zeros((0, 5)), {}, "a basis is"),
+        "objects.npy": (np.array([None]), {}, "no basis can be read from"),
+    }
+    for name, (content, about, said) in files.items():
+        if isinstance(content, dict):
+            save_file(content, tmp_path / name, about)
+        else:
+            np.save(tmp_path / name, content, allow_pickle=True)
+        with pytest.raises(SiteError, match=f"{said}") as caught:
+            Direction.load(tmp_path / name)
+        assert "\n" not in str(caught.value)
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
-    for name in ("bad.safetensors", "absent.npy"):
+    (tmp_path / "bad.npy").write_bytes(b"")
+    for name in ("bad.safetensors", "bad.npy", "absent.npy", "absent.safetensors"):
         with pytest.raises(SiteError, match=f"no basis can be read from .*{name}"):
-            Basis.load(tmp_path / name)
+            Direction.load(tmp_path / name)
+
+
+def test_cosines_with_one_direction_have_a_sign_and_with_several_none() -> None:
+    one, two = Basis.spanning([0, -2.0, 0]), Basis.spanning([[0, 1.0, 0], [1.0, 0, 0]])
+    assert one.cosine([3, 4, 0]) == pytest.approx(-0.8)
+    assert two.cosine([3, 4, 12]) == pytest.approx(5 / 13)
+    assert np.isnan(one.cosine([0, 0, 0]))

@@ -21,6 +21,7 @@ from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.jobs import Job
 from remote_mediation.engine.rows import Row, swap, swap_all
 from remote_mediation.engine.samples import Manner, bare, plan_samples
+from remote_mediation.engine.tasks import Ablated, Added, generate_task, plan_tasks
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import Site
 from remote_mediation.subspaces import Basis, Subspace
@@ -105,8 +106,17 @@ def _hybrid(subject: Subject) -> Job:
     return subject.plan([pair], rows, Outcome("response_logprob"))[0]
 
 
+def _steered(subject: Subject) -> Job:
+    setting = Setting(subject.info, "float32", Outcome("response_logprob"))
+    basis = Basis.random(1, subject.info.d_model, np.random.default_rng(0))
+    prompts, added = ((7, 8, 9), (10, 11)), Added(1, tuple(basis.vectors[0].tolist()))
+    tasks = [generate_task(prompts, 3, held, setting) for held in (Ablated(basis), added)]
+    return next(plan_tasks(tasks, setting, Budget(lambda: 1e18, 1e9)))
+
+
 JOBS = pytest.mark.parametrize(
-    ("name", "job_of"), [("llama", _job), ("llama", _samples), ("qwen2_moe", _experts), ("lfm2", _hybrid)]
+    ("name", "job_of"),
+    [("llama", _job), ("llama", _samples), ("llama", _steered), ("qwen2_moe", _experts), ("lfm2", _hybrid)],
 )
 
 

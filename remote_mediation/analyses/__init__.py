@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from remote_mediation.analyses.ablation import ABLATION
 from remote_mediation.analyses.alignment import ALIGNMENT
 from remote_mediation.analyses.attacks import ATTACKS
 from remote_mediation.analyses.checks import CHECKS
@@ -25,7 +26,7 @@ from remote_mediation.show.section import Section
 ALWAYS = (CHECKS, TOTAL)
 """What every study runs first."""
 EVERY: tuple[Analysis, ...] = (
-    *(CLAIMS, DIRECTIONS, RIVALS, LAYERS, MODULES, TOKENS, HEADS, EXPERTS),
+    *(CLAIMS, DIRECTIONS, ABLATION, RIVALS, LAYERS, MODULES, TOKENS, HEADS, EXPERTS),
     *(NEURONS, DETECT, PATHS, INTERVENE, ATTACKS, MONITOR, ALIGNMENT, VERIFY),
 )
 """All that a study can name."""

@@ -764,14 +764,14 @@ def cut_off(tensor: torch.Tensor, row: int) -> torch.Tensor:
 
 
 def generate(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
-    """Greedy continuations `[1, (prompt, token)]` of prompts, with units held from the last prompt token on.
+    """Greedy continuations `[1, (prompt, token)]` of prompts, with units held from their last token on, or steered.
 
     Every answer has all its tokens, whatever follows its end.
     """
     ids, mask = left_padded(context["prompts"])
     with model.generate(input_ids=ids, attention_mask=mask, **every_step(spec, context["tokens"])) as tracer:
         for _ in tracer.iter[: context["tokens"]]:
-            hold(model, spec, context["held"], 1)
+            intervene(model, spec, context, 1)
         found = tracer.result
     new: torch.Tensor = found[:, ids.shape[1] :].float().reshape(1, -1)
     return new
@@ -887,17 +887,56 @@ def greedy() -> dict[str, Any]:
 
 
 def drift(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
-    """What holding units changes along an answer: `[1, (quantity, token)]` of KL(plain || held) and both losses."""
+    """What an intervention changes along an answer: `[1, (quantity, token)]` of KL(plain || held) and both losses."""
     answer, tokens = torch.tensor(context["answer"]), len(context["answer"])
     ids = torch.tensor([context["ids"] + context["answer"][:-1]])
     with model.trace(input_ids=ids, logits_to_keep=tokens):
         plain = torch.log_softmax(model.output.logits[0].float(), -1)
     with model.trace(input_ids=ids, logits_to_keep=tokens):
-        hold(model, spec, context["held"], tokens)
+        intervene(model, spec, context, tokens)
         held = torch.log_softmax(model.output.logits[0].float(), -1)
     divergence = (plain.exp() * (plain - held)).sum(-1)
     losses = [-scores[torch.arange(tokens), answer] for scores in (plain, held)]
     return torch.cat([divergence, *losses])[None]
+
+
+def intervene(model: Any, spec: dict[str, Any], context: dict[str, Any], tokens: int) -> None:
+    """Hold units at the last `tokens` tokens of what runs, or steer the stream at all of them."""
+    if "ablated" in context:
+        ablate(model, spec, **context["ablated"])
+    if "added" in context:
+        add(model, spec, **context["added"])
+    hold(model, spec, context["held"], tokens)
+
+
+def ablate(model: Any, spec: dict[str, Any], embeddings: tuple[str, ...], basis: tuple[tuple[float, ...], ...]) -> None:
+    """Take orthonormal directions out of the stream, in every row and at every token that runs.
+
+    Where embeddings and contributions have nothing of a direction, the input of no block has; after each layer it is
+    taken out once more, as what rounding leaves of it adds up.
+    """
+    rows = torch.tensor(basis)
+    for path in embeddings:
+        module = module_at(model, path)
+        module.output = without(module.output, rows)
+    for layer in range(spec["layers"]):
+        block = module_at(model, spec["blocks"])[layer]
+        for name in ("attention_output", "mlp_output", "layer_output"):
+            replace_tensor(spec, block, name, without(module_tensor(spec, block, name), rows))
+
+
+def add(model: Any, spec: dict[str, Any], layer: int, vector: tuple[float, ...]) -> None:
+    """Add a vector to the stream after a layer, in every row and at every token that runs."""
+    block = module_at(model, spec["blocks"])[layer]
+    stream = module_tensor(spec, block, "layer_output")
+    raised = stream.float() + torch.tensor(vector).to(stream.device)
+    replace_tensor(spec, block, "layer_output", raised.to(stream.dtype))
+
+
+def without(tensor: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """A tensor `[..., width]` without its part along orthonormal directions `[direction, width]`."""
+    whole, rows = tensor.float(), basis.to(tensor.device)
+    return (whole - whole @ rows.T @ rows).to(tensor.dtype)
 
 
 def hold(model: Any, spec: dict[str, Any], held: dict[int, Any], tokens: int) -> None:

@@ -18,8 +18,8 @@ from remote_mediation.engine.rows import Constant, Scale
 from remote_mediation.engine.unfold import tokens_run
 from remote_mediation.errors import SiteError
 from remote_mediation.outcomes import Outcome
-from remote_mediation.sites import FORWARD_ORDER, Component, Site
-from remote_mediation.subspaces import Subspace
+from remote_mediation.sites import FORWARD_ORDER, Component, Site, family_of
+from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
 # Backward passes of a screening that share a batch; each keeps its whole graph in memory.
@@ -69,6 +69,28 @@ class Held(NamedTuple):
     layer: int
     units: tuple[int, ...]
     value: Scale | Constant
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """Directions taken out of the residual stream at every token, of prompt and answer (arXiv 2406.11717).
+
+    Out of embeddings, of what attention and MLP add, and of the stream after each layer.
+    """
+
+    basis: Basis
+
+
+@dataclass(frozen=True)
+class Added:
+    """A vector added to the residual stream after one layer at every token, of prompt and answer (arXiv 2406.11717)."""
+
+    layer: int
+    vector: tuple[float, ...]
+    """As wide as the stream."""
+
+
+Intervention = Sequence[Held] | Ablated | Added
 
 
 def read_task(pair: str, ids: tuple[int, ...], readings: Sequence[Reading], setting: Setting) -> Task:
@@ -167,17 +189,15 @@ def routing_task(pair: TokenPair, position: str, setting: Setting) -> Task:
     return Task("routing", (pair.id,), payload, base_flops(pair, setting))
 
 
-def generate_task(prompts: Sequence[tuple[int, ...]], tokens: int, held: Sequence[Held], setting: Setting) -> Task:
-    """Continue prompts greedily while neurons are held: `[prompt, token]` of token ids."""
-    payload = {"prompts": tuple(prompts), "tokens": tokens, "held": _held_payload(held)}
+def generate_task(prompts: Sequence[tuple[int, ...]], tokens: int, held: Intervention, setting: Setting) -> Task:
+    """Continue prompts greedily while neurons are held or the stream is steered: `[prompt, token]` of token ids."""
+    payload = {"prompts": tuple(prompts), "tokens": tokens, **_intervention_payload(held, setting)}
     return Task("generate", (), payload, _forward(sum(len(ids) + tokens for ids in prompts), setting))
 
 
-def drift_task(
-    pair: str, ids: tuple[int, ...], answer: tuple[int, ...], held: Sequence[Held], setting: Setting
-) -> Task:
-    """What holding neurons changes along an answer: `[quantity, token]` of KL, plain loss and loss held (nats)."""
-    payload = {"ids": ids, "answer": answer, "held": _held_payload(held)}
+def drift_task(pair: str, ids: tuple[int, ...], answer: tuple[int, ...], held: Intervention, setting: Setting) -> Task:
+    """What holding or steering changes along an answer: `[quantity, token]` of KL, plain loss and loss held (nats)."""
+    payload = {"ids": ids, "answer": answer, **_intervention_payload(held, setting)}
     return Task("drift", (pair,), payload, _forward(2 * (len(ids) + len(answer)), setting))
 
 
@@ -200,6 +220,18 @@ def _outcome_payload(outcome: Outcome, pair: TokenPair) -> dict[str, Any]:
     if outcome.name == "refusal":
         return {"sides": outcome.sides(pair)}
     return {"weights": tuple(read.weight for read in outcome.reads(pair))}
+
+
+def _intervention_payload(held: Intervention, setting: Setting) -> dict[str, Any]:
+    """What is held, or else steered; directions are sent, and hashed, once."""
+    match held:
+        case Ablated(basis):
+            paths = family_of(setting.info.family).embedding_paths
+            return {"held": {}, "ablated": {"embeddings": paths, "basis": tuple(map(tuple, basis.vectors.tolist()))}}
+        case Added(layer, vector):
+            return {"held": {}, "added": {"layer": layer, "vector": vector}}
+        case _:
+            return {"held": _held_payload(held)}
 
 
 def _held_payload(held: Sequence[Held]) -> dict[int, Any]:

@@ -23,12 +23,14 @@ from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.remote import NdifBackend
 from remote_mediation.engine.rows import Row, swap_all
 from remote_mediation.engine.samples import Manner, bare, plan_samples
+from remote_mediation.engine.tasks import Ablated, Added, drift_task, generate_task, plan_tasks
 from remote_mediation.errors import SiteError
 from remote_mediation.outcomes import Outcome
 from remote_mediation.pairs import load_pairs
 from remote_mediation.sites import Site, band
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
+from remote_mediation.subspaces import Basis
 from remote_mediation.tokens import tokenise
 
 TOLERANCE = 1e-4
@@ -91,6 +93,27 @@ def test_sampled_answers_are_the_local_ones(held: bool, backend: NdifBackend, lo
     there, here = (np.array(one.collect(one.submit(job)).values) for one in (backend, local))
     np.testing.assert_allclose(there, here, rtol=0, atol=TOLERANCE)  # token ids and logits
     assert len(np.unique(here, axis=0)) == len(rows)
+
+
+@pytest.mark.parametrize("kind", ["ablated", "added"])
+def test_steered_answers_are_the_local_ones(kind: str, backend: NdifBackend, local: LocalBackend) -> None:
+    rng, width = np.random.default_rng(0), backend.info.d_model
+    steered = {
+        "ablated": Ablated(Basis.random(2, width, rng)),
+        "added": Added(1, tuple(map(float, 3 * rng.normal(size=width)))),
+    }[kind]
+    prompts, setting = ((7, 8, 9, 10, 11), (12, 13, 14)), Setting(backend.info, "float32", Outcome("response_logprob"))
+    tasks = [generate_task(prompts, 5, held, setting) for held in ((), steered)]
+    tasks.append(drift_task("a", prompts[0], (20, 21), steered, setting))
+    jobs = list(plan_tasks(tasks, setting, Budget(lambda: 1e18, 1e9)))
+    there, here = (
+        [np.array(value) for job in jobs for value in one.collect(one.submit(job)).values] for one in (backend, local)
+    )
+    for far, near in zip(there, here, strict=True):
+        np.testing.assert_allclose(far, near, rtol=0, atol=TOLERANCE)  # token ids, divergences
+    (plain, answers), drift = sorted(here, key=len)[1:], min(here, key=len)
+    assert (plain != answers).any()
+    assert drift[0] > 10 * TOLERANCE
 
 
 def test_screening_by_gradients_is_refused_with_the_reason(

@@ -84,17 +84,29 @@ class Sample:
 
 def activations(sample: Sample, component: Component, positions: Sequence[str]) -> Floats:
     """`[pair, side, layer, position, width]`, averaged over each position's prompt tokens; NaN in layers without."""
+
+    def places(pair: TokenPair, side: int) -> list[tuple[int, ...]]:
+        length = len(pair.prompts[side])
+        return [tuple(at for at in pair.places(name)[side] if at < length) for name in positions]
+
+    return activations_at(sample, component, places)
+
+
+def activations_at(
+    sample: Sample, component: Component, places: Callable[[TokenPair, int], list[tuple[int, ...]]]
+) -> Floats:
+    """`[pair, side, layer, place, width]`, averaged over a place's token indices; NaN in layers without."""
     study, tasks = sample.lab.study, []
     there = list(study.info.layers_with(component))
     for pair in sample.pairs:
         for side, ids in enumerate(pair.prompts):
-            places = [tuple(at for at in pair.places(name)[side] if at < len(ids)) for name in positions]
-            readings = [Reading(component, layer, at) for layer in there for at in places]
+            every = places(pair, side)
+            readings = [Reading(component, layer, at) for layer in there for at in every]
             tasks.append(read_task(pair.id, ids, readings, study.setting))
-    width, pairs = study.info.tensor_width(component), len(sample.pairs)
-    found = np.full((pairs, 2, study.info.layers, len(positions), width), np.nan)
     read = np.array(sample.lab.run(tasks), dtype=np.float64)
-    found[:, :, there] = read.reshape(pairs, 2, len(there), len(positions), width)
+    read = read.reshape(len(sample.pairs), 2, len(there), -1, study.info.tensor_width(component))
+    found = np.full((*read.shape[:2], study.info.layers, *read.shape[3:]), np.nan)
+    found[:, :, there] = read
     return found
 
 

@@ -88,6 +88,10 @@ class Effect(NamedTuple):
         """This set's effect minus another's."""
         return Effect(self.nie.less(other.nie), self.tie.less(other.tie))
 
+    def times(self, factor: float) -> Effect:
+        """So much of it."""
+        return Effect(*(Both(factor * both.harm, factor * both.placebo) for both in self))
+
     @classmethod
     def joined(cls, parts: Sequence[Effect]) -> Effect:
         """The same set on the pairs of several samples, one after the other."""

@@ -1,6 +1,6 @@
 """What others say carries the effect: one direction, 0.1% of the neurons, early layers, a few heads."""
 
-from remote_mediation.analyses.rivals import cost, directions, sets, show
+from remote_mediation.analyses.rivals import cost, directions, geometry, given, sets, show
 from remote_mediation.analyses.rivals.rulings import CLAIM_COLUMNS, SET_COLUMNS
 from remote_mediation.result import Analysis
 
@@ -11,10 +11,12 @@ DIRECTIONS = Analysis(
         "directions.csv": directions.MAP_COLUMNS,
         "direction.csv": CLAIM_COLUMNS,
         "direction_sets.csv": SET_COLUMNS,
+        "geometry.csv": geometry.GEOMETRY_COLUMNS,
     },
     cost=cost.directions,
     sections=show.directions,
     verdicts=show.direction_verdicts,
+    check=given.check,
 )
 RIVALS = Analysis(
     "rivals",

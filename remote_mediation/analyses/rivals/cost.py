@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from remote_mediation.analyses.claims.beside import RANDOM_SETS
-from remote_mediation.analyses.rivals.directions import positions_of
+from remote_mediation.analyses.rivals.directions import eligible, positions_of
+from remote_mediation.analyses.rivals.geometry import PLACES
+from remote_mediation.analyses.rivals.harm import most_sites
 from remote_mediation.analyses.rivals.samples import few_pairs
 from remote_mediation.analyses.rivals.sets import PARTS, head_sizes, third_band
 from remote_mediation.engine.tasks import columns_task
@@ -26,12 +28,18 @@ def directions(study: Study) -> Later:
         Site("layer_output", info.layers // 2, positions[0]),
         Site("layer_output", 0, "all"),
     )
-    return of_bases(study, [*few, *both]).plus(
-        of_readings(study, discovery, len(sites) * info.d_model),
-        *(of_rows(study, few, site) for site in sites),
-        of_rows(study, both, middle).times(2),
+    one = of_rows(study, both, middle).plus(
         of_rows(study, both, everywhere),
         of_rows(study, heldout, middle).times(sum(RANDOM_SETS)),
+    )
+    return of_bases(study, [*few, *both]).plus(
+        of_readings(study, discovery, len(sites) * info.d_model),
+        of_readings(study, discovery, info.layers * len(PLACES) * info.d_model),
+        *(of_rows(study, few, site) for site in most_sites(eligible(info.layers))),
+        of_rows(study, both, most_sites(1)[0]).times(4),
+        *(of_rows(study, few, site) for site in sites),
+        of_rows(study, both, middle),
+        one.times(2 if study.config.directions.basis else 1),
     )
 
 

@@ -4,11 +4,14 @@ A direction is the mean over discovery pairs of the residual stream on the harmf
 one, after a layer and at a token behind the user's text (arXiv 2406.11717). Its mediator is the stream's projection
 onto it, at that site; which one is best is chosen on discovery pairs, among layers below 80% of the depth, as there:
 above, the stream is all but the answer itself. Beside it the same change, token by token, along random directions.
+The direction is left as a file. One of another run, or from elsewhere, is measured in the same way where it was found
+(`given`), with its cosines with all of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +19,13 @@ import pandas as pd
 
 from remote_mediation.analyses.claims.beside import Drawn, random_beside
 from remote_mediation.analyses.claims.samples import Sample, activations
-from remote_mediation.analyses.rivals import rulings
+from remote_mediation.analyses.rivals import geometry, given, harm, rulings
 from remote_mediation.analyses.rivals.rulings import DIRECTION, Carrier, Judged, values_of
 from remote_mediation.analyses.rivals.samples import few_pairs, swapped_at
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Site
-from remote_mediation.subspaces import Basis, Subspace
+from remote_mediation.subspaces import Basis, Direction, Subspace
 from remote_mediation.tokens import TokenPair
 
 MAP_COLUMNS: dict[str, str] = {
@@ -34,6 +37,7 @@ MAP_COLUMNS: dict[str, str] = {
     "cosine_below": "cosine with the direction at the layer below, same token",
     "cosine_before": "cosine with the direction at the token before, same layer",
     "cosine_chosen": "cosine with the chosen direction",
+    "cosine_given": "cosine with the direction given in a file, or with what several span; empty where none was",
     "eligible": "whether it lies below 80% of the depth",
     "chosen": "whether it is the best of these, by the smaller of NIE and TIE",
     "n": "pairs of nie and tie",
@@ -41,7 +45,8 @@ MAP_COLUMNS: dict[str, str] = {
 DEPTH = 0.8
 """Of the layers, those that may be chosen (arXiv 2406.11717)."""
 FILE = "direction.safetensors"
-"""Of the run folder: the chosen direction, as long as 1."""
+"""Of the run folder: the chosen direction, as long as 1, with its length and its place."""
+FOUND, GIVEN = "the direction", "the given direction"
 
 
 class Map(NamedTuple):
@@ -56,12 +61,32 @@ class Map(NamedTuple):
     """Pairs of the shares."""
 
     @property
+    def strength(self) -> Floats:
+        """`[layer, position]`, the smaller of both shares; of layers that may not be chosen minus infinity."""
+        found: Floats = self.shares.min(axis=0)
+        found[eligible(len(found)) :] = -np.inf
+        return found
+
+    @property
     def chosen(self) -> tuple[int, int]:
         """Layer and number of the position of the best direction."""
-        strength = self.shares.min(axis=0)
-        strength[eligible(len(strength)) :] = -np.inf
-        layer, position = np.unravel_index(int(np.argmax(strength)), strength.shape)
+        layer, position = np.unravel_index(int(np.argmax(self.strength)), self.strength.shape)
         return int(layer), int(position)
+
+    @property
+    def best(self) -> Direction:
+        """The best direction."""
+        return self.direction(*self.chosen)
+
+    @property
+    def best_last(self) -> Direction:
+        """The best of those at the last prompt token."""
+        return self.direction(int(np.argmax(self.strength[:, -1])), len(self.positions) - 1)
+
+    def direction(self, layer: int, position: int) -> Direction:
+        """A direction with its place."""
+        length = float(np.linalg.norm(self.differences[layer, position]))
+        return Direction(self.site(layer, position).basis, layer, self.positions[position], length)
 
     def site(self, layer: int, position: int) -> Subspace:
         """The projection onto a direction, where it was found."""
@@ -80,27 +105,43 @@ def positions_of(pairs: Sequence[TokenPair]) -> list[str]:
     return [*(f"post_instruction[{at - post}]" for at in range(post - 1)), "last"]
 
 
+class Mediators(NamedTuple):
+    """What a direction is swapped as."""
+
+    own: Subspace
+    """Where it was found."""
+    everywhere: tuple[Subspace, ...]
+    """After every layer, at all tokens where pairs can be aligned."""
+
+    @classmethod
+    def of(cls, one: Direction, layers: int, position: str) -> Mediators:
+        """position: of `everywhere`."""
+        assert one.layer is not None
+        every = (Subspace("layer_output", layer, position, basis=one.basis) for layer in range(layers))
+        return cls(Subspace("layer_output", one.layer, one.position, basis=one.basis), tuple(every))
+
+
 def analyse(lab: Lab, before: Findings) -> Finding:
     """`directions.csv`, the rival claim with its numbers, and the direction itself as a file."""
     discovery, heldout = Sample.of(lab, "discovery"), Sample.of(lab, "heldout")
     found = mapped(discovery, positions_of([*lab.pairs(), *lab.placebos(lab.pairs())]))
-    site = found.site(*found.chosen)
-    lab.keep(
-        FILE,
-        site.basis.safetensors(model=lab.study.info.name, layer=str(site.layer), position=site.position),
-    )
-    everywhere = at_all_layers(site, lab.study.info.layers, swapped_at([discovery, heldout]))
-    judged = tested(heldout, site, everywhere)
+    directions = {FOUND: replace(found.best, model=lab.study.info.name)}
+    other = given.loaded(lab)
+    if other:
+        directions[GIVEN] = given.placed(other, directions[FOUND])
+    position, layers = swapped_at([discovery, heldout]), lab.study.info.layers
+    mediators = {name: Mediators.of(one, layers, position) for name, one in directions.items()}
+    claims = [tested(heldout, mediators[FOUND], mediators.get(GIVEN))]
+    claims += harm.judged(discovery, heldout, found.best_last, eligible(layers))
     tables = {
-        "directions.csv": map_table(found),
-        "direction.csv": rulings.claim_table([judged]),
-        "direction_sets.csv": rulings.set_table([judged]),
+        "directions.csv": map_table(found, other),
+        "direction.csv": rulings.claim_table(claims),
+        "direction_sets.csv": rulings.set_table(claims),
+        **geometry.measured(lab, discovery),
     }
-    return Finding(
-        tables,
-        {"the direction": (site,), "the direction at all layers": tuple(everywhere)},
-        site.basis,
-    )
+    own = {name: (one.own,) for name, one in mediators.items()}
+    everywhere = {f"{name} at all layers": one.everywhere for name, one in mediators.items()}
+    return Finding(tables, {**own, **everywhere}, directions, {FILE: directions[FOUND].safetensors()})
 
 
 def mapped(discovery: Sample, positions: list[str]) -> Map:
@@ -119,40 +160,42 @@ def mapped(discovery: Sample, positions: list[str]) -> Map:
     return drawn._replace(shares=shares)
 
 
-def at_all_layers(site: Subspace, layers: int, position: str) -> list[Site]:
-    """The projection onto one direction after every layer, at all tokens where pairs can be aligned."""
-    return [Subspace("layer_output", layer, position, basis=site.basis) for layer in range(layers)]
-
-
-def tested(heldout: Sample, site: Subspace, everywhere: list[Site]) -> Judged:
-    """The rival claim on held-out pairs."""
-    lab = heldout.lab
-    sets: Mapping[str, list[Site]] = {
+def tested(heldout: Sample, found: Mediators, other: Mediators | None) -> Judged:
+    """The rival claim on held-out pairs. other: of a given direction, which stands beside it."""
+    site = found.own
+    sets: dict[str, Sequence[Site]] = {
         f"the direction of layer {site.layer} at '{site.position}'": [site],
-        "the same direction after all layers": everywhere,
+        "the same direction after all layers": found.everywhere,
         "the whole stream there": [Site(site.component, site.layer, site.position)],
     }
-    effects = heldout.effects(lab.joint, list(sets.values()))
-    own, all_layers, whole = (
-        Carrier(name, values_of(sites, lab.study.info), effect)
+    if other:
+        sets[f"{GIVEN}, layer {other.own.layer} at '{other.own.position}'"] = [other.own]
+        sets[f"{GIVEN} after all layers"] = other.everywhere
+    effects = heldout.effects(heldout.lab.joint, list(sets.values()))
+    own, all_layers, whole, *beside = (
+        Carrier(name, values_of(sites, heldout.lab.study.info), effect)
         for (name, sites), effect in zip(sets.items(), effects, strict=True)
     )
-    rng, basis = lab.rng("directions: random ones"), site.basis
+    own = _beside_random(heldout, own, site, "directions: random ones")
+    if other:
+        beside[0] = _beside_random(heldout, beside[0], other.own, "directions: random ones beside the given")
+    bench = heldout.bench()
+    ruling = rulings.one_direction(bench, own, all_layers)
+    return rulings.judged(bench, DIRECTION, ruling, [own], [all_layers, whole, *beside])
+
+
+def _beside_random(heldout: Sample, carrier: Carrier, site: Subspace, purpose: str) -> Carrier:
+    """A direction with random ones beside it, along which the same change is written at every token."""
+    rng, basis = heldout.lab.rng(purpose), site.basis
 
     def draw() -> Drawn:
-        return Drawn([_elsewhere(site, Basis.random(1, basis.width, rng))])
+        return Drawn([replace(site, along=Basis.random(basis.size, basis.width, rng))])
 
-    own, bench = own._replace(beside=random_beside(heldout, own.effect, draw)), heldout.bench()
-    return rulings.judged(bench, DIRECTION, rulings.one_direction(bench, own, all_layers), [own], [all_layers, whole])
-
-
-def _elsewhere(site: Subspace, along: Basis) -> Subspace:
-    """The same change, at every token, along another direction."""
-    return Subspace(site.component, site.layer, site.position, basis=site.basis, along=along)
+    return carrier._replace(beside=random_beside(heldout, carrier.effect, draw))
 
 
-def map_table(found: Map) -> pd.DataFrame:
-    """`MAP_COLUMNS`."""
+def map_table(found: Map, other: Direction | None = None) -> pd.DataFrame:
+    """`MAP_COLUMNS`. other: a given direction."""
     norms = np.linalg.norm(found.differences, axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):  # no direction, no cosine
         units = found.differences / norms[..., None]
@@ -167,6 +210,7 @@ def map_table(found: Map) -> pd.DataFrame:
             "cosine_below": units[layer, position] @ units[layer - 1, position] if layer else np.nan,
             "cosine_before": units[layer, position] @ units[layer, position - 1] if position else np.nan,
             "cosine_chosen": units[layer, position] @ units[chosen],
+            "cosine_given": other.basis.cosine(found.differences[layer, position]) if other else np.nan,
             "eligible": layer < eligible(len(norms)),
             "chosen": (layer, position) == chosen,
             "n": found.pairs,

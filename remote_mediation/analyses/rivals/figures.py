@@ -10,6 +10,7 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from remote_mediation.analyses.rivals.geometry import PLACES
 from remote_mediation.show.figures import COLOURS, DPI, MARKERS, QUESTIONS, WIDTH, ticks
 
 _MOST_TICKS = 9
@@ -55,6 +56,24 @@ def map_figure(table: pd.DataFrame, said: str) -> Figure:
     figure.colorbar(drawn, ax=axes, label="share of TE", format=PercentFormatter(1.0), shrink=0.9)
     shown = f"{best['n']} discovery pairs; dot: chosen, held out: {said}"
     figure.suptitle(f"Projections onto differences of means, {shown}", fontsize=11)
+    return figure
+
+
+def geometry_figure(table: pd.DataFrame) -> Figure:
+    """Cosine, silhouettes and lengths of the directions of harm and refusal by layer. table: `GEOMETRY_COLUMNS`."""
+    figure = Figure((WIDTH, 3.6), DPI, layout="constrained")
+    panels = {"cosine": "cosine", "silhouette": "silhouette", "length": "length of the difference"}
+    for axis, (quantity, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        if quantity == "cosine":
+            axis.plot(table["layer"], table["cosine"], color="black", label="harm with refusal")
+        for name, colour, marker in zip(PLACES, COLOURS, MARKERS, strict=False):
+            text = f"{name}, of two halves" if quantity == "cosine" else f"direction of {name}"
+            style = ":" if quantity == "cosine" else "-"
+            axis.plot(table["layer"], table[f"{quantity}_{name}"], style, color=colour, marker=marker, ms=3, label=text)
+        axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+        axis.set(xlabel="layer", ylabel=label)
+        axis.legend(fontsize=7, frameon=False)
+    figure.suptitle(f"Harm and refusal in the stream ({table['n'].max()} discovery pairs)", fontsize=11)
     return figure
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from remote_mediation.analyses.claims.verdicts import (
+    ACTS,
     FEWEST_LAYERS,
     HALF,
     MOST_REACHING,
@@ -91,6 +92,14 @@ DIRECTION = Rival(
     "one direction of the residual stream carries {}",
     f"of the direction at its own site {_FEW}, there and at all layers and tokens (ours); differences of means, and "
     "layers below 80% of the depth (the paper's)",
+)
+TWO = Rival(
+    "harm and refusal",
+    "2507.11878",
+    "harm (end of the instruction) and refusal (last token) are two directions, and both carry {}",
+    f"each carries clearly more than {ACTS:.0%} of TE at its own token, and more than the other one does there; "
+    f"against it, one of them carries less than {ACTS:.0%}, or the other does clearly more than half as much at both "
+    "tokens (ours); differences of means at the two tokens (the paper's)",
 )
 NEURONS = Rival(
     "cross-layer neurons",
@@ -185,6 +194,25 @@ def one_direction(bench: Bench, own: Carrier, everywhere: Carrier) -> Ruling:
     if found.verdict == "not supported" and not any(share.high < HALF for share in beyond):
         return Ruling("undecided", f"{found.why}, but {_text(everywhere.name, beyond)}")
     return found
+
+
+def two_directions(bench: Bench, own: Sequence[Carrier], crossed: Sequence[Carrier]) -> Ruling:
+    """Whether two directions each act at their own token, and neither as the other one does there.
+
+    own: each direction at its own token. crossed: at the same tokens, in the same order, the other direction.
+    """
+    pairs = list(zip(own, crossed, strict=True))
+    acts = [share for one in own for share in bench.shares(one.effect)]
+    apart = [share for one, other in pairs for share in bench.shares(one.effect.less(other.effect))]
+    alike = [share for one, other in pairs for share in bench.shares(other.effect.less(one.effect.times(0.5)))]
+    text = "; ".join(_text(one.name, bench.shares(one.effect)) for one in (*own, *crossed))
+    if any(share.high < ACTS for share in acts):
+        return Ruling("not supported", f"{text}: one of the two does not act where it was found")
+    if all(share.low > 0 for share in alike):
+        return Ruling("not supported", f"{text}: either does the work of the other")
+    if all(share.low > ACTS for share in acts) and all(share.low > 0 for share in apart):
+        return Ruling("supported", text)
+    return Ruling("undecided", text)
 
 
 def early_layers(bench: Bench, early: Carrier, late: Carrier) -> Ruling:

@@ -5,13 +5,18 @@ Tables of `directions.analyse` and `sets.analyse` in, tables of text and figures
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 
 from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLPS
-from remote_mediation.analyses.rivals.figures import AXIS, axis_figure, map_figure
+from remote_mediation.analyses.rivals.directions import DEPTH, GIVEN, eligible
+from remote_mediation.analyses.rivals.figures import AXIS, axis_figure, geometry_figure, map_figure
+from remote_mediation.analyses.rivals.geometry import PLACES
+from remote_mediation.analyses.rivals.rulings import TWO
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
-from remote_mediation.show.tables import NONE, Note, Table, interval, notes_on, number, percent
+from remote_mediation.show.tables import NONE, Note, Table, interval, literal, notes_on, number, percent
 from remote_mediation.show.words import UNMEASURED, share_of
 from remote_mediation.sites import thirds
 
@@ -50,12 +55,55 @@ def directions(result: Result) -> list[Section]:
         return [Section(name, title, did, UNMEASURED)]
     claims, sets = (result.tables[file] for file in _CLAIMS[name])
     claim = claims.iloc[0]
+    sets = sets[sets["rival"] == claim["rival"]]
     heldout = f"Held out: {claim['why']} ({claim['said']})."
     if claim["gate"] == _NOTHING:
         return [Section(name, title, did, heldout, (_measures(sets),))]
-    finding = f"{_chosen(table)} {heldout}"
+    finding = " ".join(filter(None, (_chosen(table), heldout, _given(result, table, sets))))
     tables, figure = (_measures(sets), _map_table(table)), map_figure(table, claim["said"])
-    return [Section(name, title, did, finding, tables, figure, brief=heldout)]
+    return [Section(name, title, did, finding, tables, figure, brief=heldout), *_geometry(result)]
+
+
+def _geometry(result: Result) -> list[Section]:
+    """How far the directions of harm and refusal are apart."""
+    table = result.tables.get("geometry.csv")
+    if table is None:
+        return []
+    did = (
+        "On the discovery pairs the mean difference of the stream, harmful minus harmless, was taken after every layer "
+        "at the last token of the user's text (*harm*) and at the last prompt token (*refusal*), after arXiv "
+        "2507.11878. A cosine is to be read against those of the same direction on two halves of the pairs, and a "
+        "silhouette, from -1 to 1, says how well the two kinds of prompts are told apart by the stream."
+    )
+    depth = eligible(len(table))
+    middle, shown = table.iloc[depth // 2], table.iloc[:depth]["cosine"]
+    best = {
+        name: table.loc[table[f"silhouette_{name}"].idxmax()] for name in PLACES if table[f"silhouette_{name}"].any()
+    }
+    told = [
+        f"at the token of {name} after layer {row['layer']:.0f} ({number(row[f'silhouette_{name}'])})"
+        for name, row in best.items()
+    ]
+    finding = (
+        f"Below {DEPTH:.0%} of the depth the cosine of the two lies between {number(shown.min())} and "
+        f"{number(shown.max())}; after layer {middle['layer']:.0f} it is {number(middle['cosine'])}, and on two halves "
+        f"{number(middle['cosine_harm'])} for harm, {number(middle['cosine_refusal'])} for refusal. Harmful and "
+        f"harmless prompts are told apart best {' and '.join(told) or 'nowhere'}."
+    )
+    said, tables = _two_directions(result)
+    return [
+        Section("geometry", "Harm and refusal in the stream", did, f"{finding}{said}", tables, geometry_figure(table))
+    ]
+
+
+def _two_directions(result: Result) -> tuple[str, tuple[Table, ...]]:
+    """Whether they are two directions that both act, and the numbers behind that; nothing where it was not tested."""
+    claims, sets = (result.tables[file] for file in _CLAIMS["directions"])
+    claim, own = claims[claims["rival"] == TWO.name], sets[sets["rival"] == TWO.name]
+    if claim.empty:
+        return "", ()
+    said = f" Two directions that both act, held out: {claim.iloc[0]['why']} ({claim.iloc[0]['said']})."
+    return said, () if own.empty else (_measures(own),)
 
 
 def _chosen(table: pd.DataFrame) -> str:
@@ -68,6 +116,20 @@ def _chosen(table: pd.DataFrame) -> str:
         f"{percent(best['nie'])} of TE by NIE and {percent(best['tie'])} by TIE on {best['n']} "
         f"discovery pairs; its cosine is {', '.join(near) or 'with no neighbour'}. "
         "The direction itself is in the run folder, `direction.safetensors`."
+    )
+
+
+def _given(result: Result, table: pd.DataFrame, sets: pd.DataFrame) -> str:
+    """What a direction from a file carries; nothing where none was given."""
+    name = Path(result.study.config.directions.basis).name
+    own = sets[sets["measure"].str.startswith(f"{GIVEN}, ")].set_index("direction")
+    if own.empty:
+        return ""
+    best = table[table["chosen"]].iloc[0]
+    shares = ", ".join(f"{way.upper()} {share_of(own.loc[way], 'harm')}" for way in DIRECTIONS)
+    return (
+        f"The direction of the file {literal(name)} ({own['measure'].iloc[0].removeprefix(f'{GIVEN}, ')}) carries "
+        f"{shares} of TE; its cosine with the chosen one is {number(best['cosine_given'])}."
     )
 
 
