@@ -155,7 +155,7 @@ def test_every_file_is_looked_at_before_the_model(
 SETTINGS = {
     "colour = 1": ("tiny.toml", "unknown setting 'colour'", "--help"),
     "[neurons]\nwidth = 1": ("unknown setting 'neurons.width'", "--help"),
-    'analyses = ["layer"]': ("unknown analysis 'layer'", "known: claims, directions, rivals, layers"),
+    'analyses = ["layer"]': ("unknown analysis 'layer'", "known: claims, directions, ablation, rivals, layers"),
     'outcome = "logits"': ("outcome", "(got 'logits')", "'response_logprob' or 'logit_diff'"),
     'backend = "cloud"': ("backend", "(got 'cloud')", "'local' or 'ndif'"),
     'dtype = "float8"': ("dtype", "(got 'float8')", "'float32', 'bfloat16' or 'float16'"),
@@ -215,7 +215,7 @@ def test_pairs_are_checked_shown_and_converted(call: Run, tmp_path: Path, model:
     refused(call("pairs", "check", file, "--show", "steal"), "no pair has the id 'steal'; there are 'steal-")
     for name, content in (
         ("bad.csv", "goal\nsteal a car\nburn a house\n"),
-        ("good.json", json.dumps(["fix it now", "wash a bike", "tell me a story"])),
+        ("good.json", json.dumps(["fix my bike", "wash a bike", "tell me a story"])),
     ):
         (tmp_path / name).write_text(content, "utf-8")
     lists = ("bad.csv", "--harmless", "good.json")

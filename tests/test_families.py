@@ -81,12 +81,13 @@ def test_every_site_is_measured_as_the_oracle_does(
     largest = np.abs(measured.effects).max()
     assert largest >= 0.1
     assert measured.deviation < TOLERANCE * largest
-    assert measured.felt() > 0.75
+    assert measured.felt() > 2 / 3
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *WIRED])
 def test_effects_in_bfloat16_are_those_of_float32(subject: Subjects, family: str) -> None:
-    assert bfloat16_correlation(subject(family)) > 0.97
+    whole = FAMILIES[subject(family).info.family].mixture is None  # else a token may go to another expert in bfloat16
+    assert bfloat16_correlation(subject(family)) > (0.97 if whole else 0.9)
 
 
 def bfloat16_correlation(model: Subject) -> float:

@@ -47,7 +47,9 @@ def effects(model: Subject, pair: TokenPair, sites: Sequence[Site], outcome: Out
 
 def sites_of(model: Subject) -> list[Site]:
     """Every component, layer and span."""
-    return [Site(*place) for place in product(FAMILIES[model.info.family].hooks, range(model.info.layers), SPANS)]
+    hooks = FAMILIES[model.info.family].hooks
+    places = [(component, layer) for component in hooks for layer in model.info.layers_with(component)]
+    return [Site(*place, span) for place, span in product(places, SPANS)]
 
 
 @every_model
@@ -57,7 +59,7 @@ def test_a_prompt_patched_into_itself(subject: Subjects, name: str, outcome: Out
     # The sum inside an expert depends on which tokens it is given together, so prompts side by side may differ there.
     assert table["te"].abs().max() <= (0.0 if FAMILIES[model.info.family].mixture is None else ROUNDING)
     assert table[["nie", "nde", "tie", "int"]].abs().to_numpy().max() < ROUNDING
-    assert effects(model, pair, sites_of(model), outcome)["nie"].abs().median() > CLEAR
+    assert effects(model, pair, sites_of(model), outcome)["nie"].abs().quantile(0.75) > CLEAR
 
 
 @every_model
@@ -81,7 +83,7 @@ def test_trading_places_changes_signs(subject: Subjects, name: str, outcome: Out
     assert (there["te"] == -here["te"]).all()
     assert (there["nie"] == -here["tie"]).all()
     assert (there["tie"] == -here["nie"]).all()
-    assert (here["nie"] - here["tie"]).abs().median() > CLEAR
+    assert (here["nie"] - here["tie"]).abs().quantile(0.75) > CLEAR
 
 
 @every_model

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from oracle import KINDS, LOGIT_DIFF, MODULES, TOLERANCE, Subject
+from oracle import KINDS, LOGIT_DIFF, TOLERANCE, Subject, module_path
 
 from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.tasks import Ablated, Added, Intervention, Task, drift_task, generate_task, plan_tasks
@@ -19,6 +19,7 @@ Subjects = Callable[[str], Subject]
 PROMPTS = ((7, 8, 9, 10, 11), (12, 13, 14), (20, 21, 22, 23, 24, 25, 26))
 ANSWER = (30, 31, 32)
 TOKENS = 4
+STREAM = ("layer_output", "attention_output", "mlp_output")
 
 
 def setting(model: Subject) -> Setting:
@@ -48,7 +49,7 @@ def steerings(model: Subject) -> dict[str, Intervention]:
 @contextmanager
 def by_hooks(model: Subject, steering: Intervention) -> Iterator[None]:
     """What refusal_direction does: hooks on the inputs of blocks, on attention and on MLP outputs."""
-    names, handles = MODULES[model.plain.config.model_type], []
+    handles = []
 
     def out(tensor: torch.Tensor) -> torch.Tensor:
         for direction in torch.tensor(steering.basis.vectors) if isinstance(steering, Ablated) else ():
@@ -65,9 +66,10 @@ def by_hooks(model: Subject, steering: Intervention) -> Iterator[None]:
         return hook
 
     for layer in range(model.info.layers):
-        parts = {name: model.plain.get_submodule(names[name].format(layer)) for name in names}
+        paths = {name: module_path(model.plain, name, layer) for name in STREAM}
+        parts = {name: model.plain.get_submodule(path) for name, path in paths.items()}
         handles.append(parts["layer_output"].register_forward_pre_hook(on_input))
-        for name in ("attention_output", "mlp_output"):
+        for name in STREAM[1:]:
             handles.append(parts[name].register_forward_hook(on_output(out)))
         if isinstance(steering, Added) and steering.layer == layer:
             vector = torch.tensor(steering.vector)

@@ -75,8 +75,10 @@ def backend(shape: Shape, dtype: str, device: str) -> LocalBackend:
     torch.manual_seed(SEED)
     config = AutoConfig.for_model(shape.family, **shape.settings)
     with torch.device(device):
-        module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
-    model = TransformersModel(module, tokenizer=_tokenizer(), task="text-generation", device=device)
+        module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False).eval()
+    model = TransformersModel(
+        module, tokenizer=_tokenizer(), task="text-generation", device=device, trust_remote_code=False
+    )
     return LocalBackend(model, info(shape))
 
 
