@@ -24,7 +24,7 @@ from remote_mediation.lab import Study
 from remote_mediation.outcomes import Outcome, OutcomeName
 from remote_mediation.report import MEANINGS, PairText, terminal_summary, write_report
 from remote_mediation.result import Analysis, Result
-from remote_mediation.show.tables import markdown_table
+from remote_mediation.show.tables import markdown_table, number
 from remote_mediation.sites import ModelInfo
 from remote_mediation.store import Store
 from remote_mediation.summary import SUMMARY_COLUMNS, UNITS, Identity, summarise
@@ -480,3 +480,11 @@ def test_markdown_cells_keep_bars_and_line_breaks_inside() -> None:
         r"| x\|y | 1<br>2 |",
         r"| z\| |  |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0001234, "0.000123"), (-17.04, "-17"), (999.4, "999"), (999.6, "1,000"), (-2605.6, "-2,606"), (1e12, "1e+12")],
+)
+def test_numbers_have_no_powers_of_ten_where_people_write_none(value: float, shown: str) -> None:
+    assert number(value) == shown

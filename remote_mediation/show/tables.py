@@ -18,6 +18,7 @@ from rich.text import Text
 
 from remote_mediation.stats import Interval
 
+_MOST_PLAIN = 1e9  # from here on powers of ten are easier to read
 NONE = "-"
 _STYLES = {
     **{"supported": "green", "not supported": "red", "undecided": "yellow", "not tested": "dim"},
@@ -88,8 +89,10 @@ def bullets(lines: Iterable[object]) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits."""
-    return NONE if np.isnan(value) else f"{value:.3g}"
+    """Three significant digits, all of them where there are more before the point."""
+    if np.isnan(value):
+        return NONE
+    return f"{value:,.0f}" if 999.5 <= abs(value) < _MOST_PLAIN else f"{value:.3g}"
 
 
 def percent(value: float) -> str:
