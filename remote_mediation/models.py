@@ -79,7 +79,8 @@ def refuse_adapter(name: str) -> None:
 
 def _telling_files(folder: Path) -> list[Path]:
     """Files of a local folder that make a model what it is; none of a hub id."""
-    return sorted(path for path in folder.glob("*") if path.suffix in _TELLING and path.is_file())
+    files = (*folder.glob("*"), *folder.glob("additional_chat_templates/*"))
+    return sorted(path for path in files if path.suffix in _TELLING and path.is_file())
 
 
 def load_configuration(name: str, revision: str = "") -> PreTrainedConfig:
@@ -173,12 +174,23 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
         window=window,
         multiplier=getattr(text, family.multiplier) if family.multiplier else 1.0,
         stored_ff=stored_ff,
-        context=next((length for name in _LENGTHS if (length := getattr(text, name, None))), 0),
+        context=_context(text),
         experts=getattr(text, family.mixture.experts) if family.mixture else 0,
         chosen=text.num_experts_per_tok if family.mixture else 0,
         routed=_routed_layers(text, family),
         recurrent=_recurrent_layers(text, family),
     )
+
+
+def _context(config: PreTrainedConfig) -> int:
+    """Tokens of the longest sequence whose numbers depend on nothing but itself; 0 where the configuration says none.
+
+    From one length on LongRoPE turns every sequence of a batch otherwise, short ones too (transformers,
+    `longrope_frequency_update`).
+    """
+    longest = next((length for name in _LENGTHS if (length := getattr(config, name, None))), 0)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else longest
 
 
 def _check(config: PreTrainedConfig, family: Family, name: str) -> None:

@@ -30,6 +30,7 @@ from remote_mediation.engine.backend import Backend
 from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
 from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
+from remote_mediation.judges.exchanges import exchanges
 from remote_mediation.lab import Lab, Study, UnmeasuredError, placebo_id
 from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_openings, longest_answer, openings_of
 from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
@@ -179,9 +180,7 @@ def chosen_openings(lab: Lab) -> Outcome:
         else:
             prompts = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
             answers = lab.continued(prompts, JUDGED_TOKENS)
-            asked, said = (
-                [tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in (prompts, answers)
-            )
+            asked, said = exchanges(prompts, answers, tokenizer, lab.study.config.prompt.form())
             complied = load_judge(REFUSAL_OPENINGS)(asked, said)
             outcome = openings_of(answers, [not yes for yes in complied], tokenizer, behind)
         return outcome.compliant, outcome.refusing

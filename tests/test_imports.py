@@ -15,14 +15,14 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("dequantise", "engine", "engine.program", "errors", "meter", "paths", "toml"),
+    ("dequantise", "engine", "engine.copies", "engine.program", "errors", "meter", "paths", "toml"),
     ("planted", "planted.words", "prompts", "provenance", "records", "show", "show.embed"),
     ("engine.exchange", "lock", "planted.canvas", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
     ("lists", "placebo", "rates", "shares", "stats", "subspaces"),
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
-    ("judges", "models", "probes", "show.tables", "tokens"),
+    ("judges", "judges.exchanges", "models", "probes", "show.tables", "tokens"),
     ("outcomes", "show.section", "shown"),
     ("config", "engine.coverage", "engine.rows", "engine.unfold"),
     ("engine.budget", "openings", "texts"),
@@ -56,6 +56,7 @@ GROUND = ("analyses.neurons", "analyses.intervene", "analyses.claims")
 # Who may import what is slow to load: as the module is loaded, or only inside functions.
 HEAVY = ("nnsight", "torch", "transformers")
 AT_ONCE = {
+    "engine.copies": {"torch"},
     "engine.program": {"nnsight", "torch", "transformers"},
     "engine.local": {"nnsight", "torch", "transformers"},
     "engine.remote": {"nnsight", "torch"},

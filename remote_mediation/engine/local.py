@@ -7,6 +7,7 @@ import ctypes
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from remote_mediation.engine import program
 from remote_mediation.engine.backend import split_values
+from remote_mediation.engine.copies import other_copy
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.errors import LostJobError, ModelError, OutOfMemoryError, innermost
 from remote_mediation.fetch import located
@@ -73,6 +75,7 @@ class LocalBackend:
                 **({"device_map": "auto"} if device == "auto" else {"device": device}),
             )
             missing, unread = _other_weights(model._module, located(name), revision)
+            other = other_copy(Path(located(name)))
         except Exception as error:  # whatever a checkpoint's files make foreign code raise
             raise ModelError(
                 f"cannot load {name!r} as {dtype} on {device!r}: {innermost(error)}; give a whole model "
@@ -87,6 +90,11 @@ class LocalBackend:
             raise ModelError(
                 f"cannot load {name!r}: its files hold {_named(unread)}, for which its config.json has no place, so "
                 "that another model would run; give the config.json of these weights, or merge adapters"
+            )
+        if other:
+            raise ModelError(
+                f"cannot load {name!r}: it holds two models, {other} is not what its safetensors have, which would be "
+                "read; take one of the two copies away"
             )
         model.eval()
         model._module.config.return_dict = True  # whatever its config.json says; the program reads names
