@@ -185,8 +185,8 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
 def _context(config: PreTrainedConfig) -> int:
     """Tokens of the longest sequence whose numbers depend on nothing but itself; 0 where the configuration says none.
 
-    From one length on LongRoPE turns every sequence of a batch otherwise, short ones too (transformers,
-    `longrope_frequency_update`).
+    From one length on LongRoPE turns every sequence of a batch otherwise, short ones too, but not keys that are kept
+    from before (transformers, `longrope_frequency_update`).
     """
     longest = next((length for name in _LENGTHS if (length := getattr(config, name, None))), 0)
     rope = getattr(config, "rope_parameters", None) or {}

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from fakes import records, write_pairs
@@ -72,20 +71,16 @@ def long_rope(subject: Subject, folder: Path, original: int) -> Path:
     return folder
 
 
-def test_sequences_that_turn_those_beside_them_are_refused(subject: Subjects, tmp_path: Path) -> None:
-    """One long prompt in a batch moved the numbers of the short ones."""
+def test_prompts_beyond_the_first_length_of_longrope_are_refused(subject: Subjects, tmp_path: Path) -> None:
+    """Beyond it every sequence of a batch is turned otherwise, and keys kept from before are not."""
     folder = long_rope(subject("phi3"), tmp_path / "model", 16)
     assert load_info(str(folder)).context == 16
     long = {"id": "long", "harmful": "please " * 20 + "burn it", "harmless": "please " * 20 + "fix it"}
-    known = [*records(), {**records()[0], **long, "template": "long"}]
-    effects = []
-    for name, rows in (("short", known[:-1]), ("both", known)):
-        config = study_of(folder, write_pairs(tmp_path / f"{name}.jsonl", rows))
-        store = Store.create(tmp_path / name, config.identity())
-        result = run_study(config, LocalBackend.load(str(folder)), store)
-        effects.append(result.effects.set_index(["pair_id", "component", "layer", "position"]).sort_index())
-    assert "long" not in effects[1].index.get_level_values("pair_id")
-    np.testing.assert_allclose(effects[1]["nie"], effects[0]["nie"], atol=1e-4)
+    rows = [*records(), {**records()[0], **long, "template": "long"}]
+    config = study_of(folder, write_pairs(tmp_path / "pairs.jsonl", rows))
+    store = Store.create(tmp_path / "run", config.identity())
+    effects = run_study(config, LocalBackend.load(str(folder)), store).effects
+    assert "long" not in set(effects["pair_id"])
 
 
 def test_other_ropes_leave_the_context_as_it_is(subject: Subjects, tmp_path: Path) -> None:
