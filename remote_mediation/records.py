@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from remote_mediation.errors import PairsError, innermost
+from remote_mediation.paths import expanded
 
 STANDARD_INPUT = "-"
 _TABLES = (".csv", ".tsv", ".tab")
@@ -38,7 +39,7 @@ def read_records(source: str) -> list[Any]:
     Raises:
         PairsError: unreadable, in no encoding that can be told, or not in the format its name says.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         if path.suffix.lower() == ".parquet":
             return _parquet(path)
@@ -57,7 +58,13 @@ def read_records(source: str) -> list[Any]:
 
 @cache
 def _standard_input() -> bytes:
-    """What stands in standard input, which can be read once."""
+    """What stands in standard input, which can be read once.
+
+    Raises:
+        OSError: it is closed.
+    """
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
     return sys.stdin.buffer.read()
 
 
