@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -36,8 +37,18 @@ models_app = typer.Typer(rich_markup_mode="rich", help="Which models can be stud
 app.add_typer(models_app, name="models")
 # Pairs of a kind that `pairs check` shows.
 _MOST_LINES = 1000
+
+
+class Errors(Console):
+    """Standard error: a study does not end because nobody reads of its progress any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing from here on."""
+        self.quiet = True
+
+
 console = Console()
-errors = Console(stderr=True)
+errors = Errors(stderr=True)
 
 StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY.toml]", help="Study file; flags override it.")]
 Model = Annotated[str | None, typer.Option(help="Hub id or local folder of the model.")]
@@ -72,13 +83,23 @@ ShowText = Annotated[bool, typer.Option("--show-text", help="Show generated answ
 
 def main() -> None:
     """Entry point: errors made for users become one line and an exit code; bugs keep their traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of what the terminal's encoding lacks
     try:
         app()
     except MediationError as error:
         # Libraries quote whole tracebacks; what a user can act on stands in the first line.
         message = str(error).splitlines()[0] if isinstance(error, InputError) else str(error)
-        errors.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
-        sys.exit(error.exit_code)
+        _end(message, error.exit_code)
+    except OSError as error:  # what the system refuses where nothing else was to be done about it
+        place = f" ({error.filename})" if error.filename else ""
+        _end(f"{error.strerror or error}{place}; see to the space, the permissions and the folders there", 2)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    errors.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    sys.exit(code)
 
 
 @app.command(
@@ -130,7 +151,7 @@ def extend(
     from remote_mediation.config import load_config
     from remote_mediation.store import Store
 
-    known = Store.open(folder).record()["config"]
+    known = Store.open(folder).config().model_dump(mode="json")
     asked = with_needed([*known["analyses"], *_names(analyses)])
     _measure(load_config(None, {**known, "analyses": asked}, settings or ()), folder, show_text)
 

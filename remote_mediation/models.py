@@ -26,6 +26,8 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "ma
 _POINTER = b"version https://git-lfs"
 # Files of a model's folder that change what it computes or what it is fed.
 _TELLING = {".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".jinja", ".txt", ".py", ".tiktoken"}
+# Those of them that hold weights.
+_WEIGHTS = (".safetensors", ".bin")
 # Files up to so many bytes are hashed whole, about 2 s; of larger ones so many blocks.
 _WHOLE, _BLOCK, _SAMPLES = 2 * 10**9, 2**20, 256
 
@@ -273,6 +275,12 @@ def hub_contents(name: str, revision: str = "") -> dict[str, str]:
         return {}
     facts = [(path, path.stat()) for path in _telling_files(config.parent)]
     return {path.name: _content(path, fact.st_size, fact.st_mtime_ns) for path, fact in facts}
+
+
+def weights_here(name: str, revision: str = "") -> bool:
+    """Whether files of a model's weights are on this machine: in its folder, or in the hub's cache."""
+    config = _at_hand(name, revision, "config.json")
+    return config is not None and any(path.suffix in _WEIGHTS for path in _telling_files(config.parent))
 
 
 def dated_fingerprint(name: str) -> str:

@@ -21,12 +21,12 @@ _JUDGED = dict.fromkeys(("intervene", "verify", "ablation"), ("judge",))
 _NO_FILES = ("builtin", "-")
 
 
-def expanded(value: str) -> Path:
-    """A path with the user's folder for `~`; as it is where there is no such user."""
+def expanded(name: str) -> Path:
+    """A path with the user's folder for `~`; as it is written where there is no such user, or the folder is unknown."""
     try:
-        return Path(value).expanduser()
+        return Path(name).expanduser()
     except RuntimeError:
-        return Path(value)
+        return Path(name)
 
 
 def resolved(settings: dict[str, Any], base: Path = Path()) -> dict[str, Any]:

@@ -69,7 +69,13 @@ def read_records(source: str) -> list[Any]:
 
 @cache
 def _standard_input() -> bytes:
-    """What stands in standard input, which can be read once."""
+    """What stands in standard input, which can be read once.
+
+    Raises:
+        OSError: it is closed.
+    """
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
     return sys.stdin.buffer.read()
 
 

@@ -231,8 +231,11 @@ def _reread_study(store: Store) -> Study:
         raise StoreError(f"{store.folder / name} is gone; run the study again, which makes it anew")
     record, prepared = store.record(), store.prepared() or Prepared((), ())
     placebos = store.prepared(PLACEBOS) or Prepared((), ())
-    config = StudyConfig(**record["config"])
-    info, outcome = ModelInfo.from_record(record["model"]), outcome_from(record["outcome"])
+    config = store.config()
+    try:
+        info, outcome = ModelInfo.from_record(record["model"]), outcome_from(record["outcome"])
+    except (LookupError, TypeError) as error:
+        raise StoreError(f"{store.folder} holds a run of another version ({error}); run the study anew") from error
     return Study(config, info, outcome, *prepared, placebos.pairs)
 
 
@@ -245,7 +248,8 @@ def measure_precision(
     sample = requests[:: -(-len(requests) // PRECISION_SAMPLE)]
     rows = [row for request in sample for row in request.rows(study.info)]
     found = Lab(study, store).outcomes(rows)
-    exact = Lab(replace(study, config=study.config.model_copy(update={"dtype": "float32"})), store, reference, watch)
+    here = study.config.model_copy(update={"dtype": "float32", "backend": "local"})
+    exact = Lab(replace(study, config=here), store, reference, watch)
     deviation = np.abs(found - exact.outcomes(rows))
     summary = {"outcomes": len(rows), "largest": float(np.nanmax(deviation)), "mean": float(np.nanmean(deviation))}
     store.save_record({**record, "deviation_from_float32": {**summary, "unit": study.outcome.unit}})

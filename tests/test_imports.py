@@ -16,7 +16,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
     ("dequantise", "engine", "engine.copies", "engine.program", "errors", "meter", "paths", "toml"),
-    ("planted", "planted.words", "prompts", "provenance", "records", "show", "show.embed"),
+    ("engine.deadline", "planted", "planted.words", "prompts", "provenance", "records", "show", "show.embed"),
     ("engine.exchange", "lock", "planted.canvas", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
     ("lists", "placebo", "rates", "shares", "stats", "subspaces"),
@@ -43,7 +43,7 @@ ORDER = (
     ("analyses.*",),
     ("analyses",),
     ("study",),
-    ("cost", "engine.local", "engine.remote", "replicate", "report"),
+    ("cost", "engine.local", "engine.remote", "reference", "replicate", "report"),
     ("compare", "door", "export", "planted.selfcheck"),
     ("show.views",),
     ("show.page",),
@@ -76,6 +76,7 @@ LAZILY = {
     "judges.classifier": {"transformers"},
     "judges.embedding": {"torch", "transformers"},
     "models": {"transformers"},
+    "reference": {"torch"},
     "subspaces": {"torch"},
     "cli": {"transformers"},
 }

@@ -99,19 +99,28 @@ def shape_sum(value: torch.Tensor) -> int:
 
 
 def weights_sum(model: Any, blocks: Any) -> torch.Tensor:
-    """`[1]` int64: checksum of the first numbers of each parameter of three blocks and of the unembedding.
+    """`[1]` int64: checksum of some of the weights (`first_numbers`).
 
     0 where a server does not show its weights, or they are only fetched while their layer runs.
     """
-    if sandboxed(model):
+    if sandboxed(model) or any(parameter.is_meta for parameter in some_parameters(model, blocks)):
         return torch.zeros(1, dtype=torch.int64)
+    return checksum([first_numbers(model, blocks)])
+
+
+def some_parameters(model: Any, blocks: Any) -> list[torch.Tensor]:
+    """The unembedding, and the parameters of three blocks."""
     parameters = [model.lm_head.weight]
     for layer in sorted({0, len(blocks) // 2, len(blocks) - 1}):
         parameters += list(blocks[layer]._module.parameters())
-    if any(parameter.is_meta for parameter in parameters):
-        return torch.zeros(1, dtype=torch.int64)
-    first = [parameter.detach().reshape(-1)[:64].float().cpu() for parameter in parameters]
-    return checksum([torch.cat(first)])
+    return parameters
+
+
+def first_numbers(model: Any, blocks: Any) -> torch.Tensor:
+    """The first numbers of each of these parameters, in float32."""
+    return torch.cat(
+        [parameter.detach().reshape(-1)[:64].float().cpu() for parameter in some_parameters(model, blocks)]
+    )
 
 
 def witness(model: Any, job: str) -> torch.Tensor:
@@ -137,14 +146,14 @@ def opened(found: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, str
         ValueError: it is not what was returned.
     """
     *made, sums = found or [torch.empty(0)]
-    if not torch.equal(checksum(made), sums):
+    if sums.dtype != torch.int64 or not torch.equal(checksum(made), sums):
         raise ValueError("values that are not those that were made there: their checksum is another one")
     try:
         *values, weights, text = made
         lines = bytes(text.tolist()).decode().splitlines()
         named = {name: value for name, _, value in (line.partition(" ") for line in lines)}
         return values, {"job": named.pop("job"), **named, "weights": hexadecimal(int(weights))}
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, OverflowError) as error:
         raise ValueError("values and nothing of what made them") from error
 
 

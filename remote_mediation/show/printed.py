@@ -88,7 +88,7 @@ def read_printed(folder: Path) -> Printed:
     effects = tables.get("effects.csv")
     if effects is None or effects.empty:
         raise StoreError(f"{folder} has no effects.csv with rows; write it with `remote-mediation report {folder}`")
-    config, prepared = StudyConfig(**record["config"]), store.prepared()
+    config, prepared = store.config(), store.prepared()
     pairs = prepared.pairs if prepared else ()
     equal = {pair.id for pair in pairs if len(pair.x0) == len(pair.x1)}
     return Printed(
