@@ -43,19 +43,27 @@ def records(study: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level pieces as GPT-2 has them: words with their blank, two digits of a year, but 1776 as one."""
+    """Byte-level pieces as GPT-2 has them: words with their blank, two digits of a year, but 1776 as one.
+
+    Merges are written out, as training breaks ties in another order each time.
+    """
     texts = [record[key] for study in NAMES for record in records(study) for key in ("harmful", "harmless")]
-    # No pair of the two halves of a year is ever seen, so that they are two tokens.
-    seen = [re.sub(r"(\d\d)\d\d", r"\1", text) for text in texts] + [f"{number:02d}" for number in range(100)]
-    seen += [f" {record['harmful_response'].strip()}" for record in records("ioi")] + [" 1776"] * 40
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trained.train_from_iterator(
-        seen, tokenizers.trainers.BpeTrainer(vocab_size=2000, special_tokens=[END], initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token=END, eos_token=END)
+    centuries = [f" {number}" for number in range(11, 18)]
+    years = [f"{number:02d}" for number in range(100)]
+    words = [word for text in texts for word in re.findall(r" ?[A-Za-z]+", text)]
+    merges = [*merged(centuries), *merged(years), ("Ġ17", "76"), *merged(words)]
+    pieces = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([END, *pieces]))}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, list(dict.fromkeys(merges))))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=END, eos_token=END)
+
+
+def merged(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Merges that make one token of each of these texts, from its beginning on."""
+    spelled = [text.replace(" ", "Ġ") for text in texts]
+    return [(text[:end], text[end]) for text in spelled for end in range(1, len(text))]
 
 
 @pytest.fixture(scope="module")
