@@ -339,7 +339,7 @@ def _sources(file: str, harmless: str | None, harmful_column: str, harmless_colu
 
 @app.command(
     epilog="Examples:\n\n  remote-mediation selfcheck\n\n  remote-mediation selfcheck --case late-head --seed 7\n\n"
-    "  remote-mediation selfcheck --all"
+    "  remote-mediation selfcheck --all\n\n  remote-mediation selfcheck --published"
 )
 def selfcheck(
     case: Annotated[
@@ -347,9 +347,15 @@ def selfcheck(
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="All cases, one after the other; some minutes.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Which model of the case to build.")] = 1,
+    published: Annotated[
+        bool, typer.Option("--published", help="Numbers published of real models, of those that can be had.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Run the pipeline on models whose mechanism was planted; exit code 1 unless all that it says of them is true."""
+    if published:
+        _check_published(as_json)
+        return
     from remote_mediation.planted.cases import CASES
     from remote_mediation.planted.selfcheck import PLAIN, run_selfcheck
     from remote_mediation.progress import reporter
@@ -370,6 +376,24 @@ def selfcheck(
         if not as_json and (len(results) == 1 or not result.passed):
             console.print(result.table())
     if not all(result.passed for result in results):
+        raise typer.Exit(1)
+
+
+def _check_published(as_json: bool) -> None:
+    """Compare numbers that were published of real models with ours; exit code 1 where one is off."""
+    from remote_mediation.planted.published import check_published, published_studies
+    from remote_mediation.progress import reporter
+
+    _quiet_libraries()
+    checked = []
+    for folder in published_studies():
+        with reporter(errors) as watch:
+            checked.append(check_published(folder, watch))
+        for line in [] if as_json else checked[-1].lines():
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if as_json:
+        console.print_json(data=[one.as_data() for one in checked])
+    if not all(one.passed for one in checked):
         raise typer.Exit(1)
 
 

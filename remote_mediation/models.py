@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Files of a model that may say which tokens end an answer.
 _DECLARING = ("generation_config.json", "config.json")
+# Files of which one is there where a model's weights are.
+_WEIGHTS = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 # Settings that say for how long a sequence a model was made.
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 # How a file begins that stands for one which git has not fetched.
@@ -145,6 +147,27 @@ def _at_hand(name: str, revision: str, file: str) -> Path | None:
     except ValueError:  # no name that a hub could have
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def folder_at_hand(name: str, revision: str = "") -> Path | None:
+    """Where a whole model lies on this machine: a folder of its own, or in the hub's cache; None: nowhere."""
+    folder = Path(located(name))
+    if folder.is_dir():
+        return folder
+    config = _at_hand(name, revision, "config.json")
+    whole = any(_at_hand(name, revision, file) for file in _WEIGHTS)
+    return config.parent if config and whole else None
+
+
+def why_no_hub(name: str, revision: str = "", seconds: float = 3.0) -> str:
+    """Why a model cannot be had from a hub, which is waited for so long; empty where one has it."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, revision=revision or None, timeout=seconds)
+    except Exception as error:  # of several libraries
+        return innermost(error)
+    return ""
 
 
 def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInfo:

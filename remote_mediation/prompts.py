@@ -31,6 +31,7 @@ _DIRECTIVES = "aAbBdeHIjmMpSuUVwWyYZ"
 """Letters of strftime that a template may use."""
 _MARKER = "qzmarkzq"
 _ANSWER = "qzanswerzq"
+_LINE_BREAK = "\n"
 # Added tokens that are not marked special and still look like parts of a template.
 _CONTROL = re.compile(r"[<\[|].*[>\]|]")
 # What templates write as plain text to say who speaks: `<|user|>`, `[INST]`, `### Response:`, `ASSISTANT:`.
@@ -256,13 +257,17 @@ def encode_after(prompts: Sequence[str], continuation: str, tokenizer: PreTraine
     """Token ids of a text as they are behind prompts, all as the model is given them (rendered).
 
     Encoded alone a text may begin otherwise: SentencePiece puts a blank before it. Where it would run into the last
-    word of a prompt, or merge with its end, a blank stands between.
+    word of a prompt, or merge with its end, a blank stands between. A number behind a number goes on with it, as "42"
+    does with "17" in 1742, and has the tokens that it has at the beginning of a line: of the whole a tokenizer may
+    make one token, which a model that was given its first part cannot say.
 
     Raises:
         PairsError: it has no tokens there, or none that are the same behind all of these prompts.
     """
     if not continuation.strip():
         raise PairsError(f"{continuation!r} has no tokens behind the prompt; give text")
+    if continuation.split()[0].isdecimal() and all(prompt[-1:].isdecimal() for prompt in prompts):
+        prompts = (_LINE_BREAK,)
     one_word = continuation[0].isalnum() and any(prompt[-1:].isalnum() for prompt in prompts)
     for blank in (" ",) if one_word else ("", " "):
         found = {_behind(prompt, blank + continuation, tokenizer) for prompt in prompts}

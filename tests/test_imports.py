@@ -45,7 +45,7 @@ ORDER = (
     ("study",),
     ("cost", "engine.local", "engine.remote", "reference", "replicate", "report"),
     ("compare", "door", "export", "planted.selfcheck"),
-    ("show.views",),
+    ("planted.published", "show.views"),
     ("show.page",),
     ("cli",),
     ("__main__",),
