@@ -27,9 +27,9 @@ from remote_mediation.engine.tasks import Task, outcome_payload
 from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
-STEPS = 40
+STEPS = 24
 ANGLE = 0.3
-"""Of the first step, in radians; all of them together could turn a direction around twice."""
+"""Of the first step, in radians; all of them together turn by half a circle and more, where they go one way."""
 _BYTES = DEFAULT_BATCH / 2
 """For what base runs keep, and for one batch with its graph."""
 

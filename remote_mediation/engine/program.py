@@ -818,7 +818,8 @@ def turned(basis: torch.Tensor, slope: torch.Tensor, angle: float) -> torch.Tens
     tangent = slope - slope @ basis.T @ basis
     length = tangent.norm()
     moved = basis - angle * tangent / length if length else basis
-    return torch.linalg.qr(moved.T).Q.T
+    orthogonal: torch.Tensor = torch.linalg.qr(moved.T).Q
+    return orthogonal.T
 
 
 def generate(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
