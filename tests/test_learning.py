@@ -116,10 +116,15 @@ def test_each_step_is_the_steepest(subject: Subjects, monkeypatch: pytest.Monkey
     assert abs(found.basis.cosine(start)) == pytest.approx(np.cos(np.arctan(0.1)), abs=1e-4)
 
 
-def test_a_slope_that_is_none_turns_nothing() -> None:
-    basis = torch.eye(5)[:2]
-    turned = program.turned(basis, basis, 0.3)  # along the subspace itself
-    torch.testing.assert_close(turned.T @ turned, basis.T @ basis)
+def test_only_what_leads_out_of_a_subspace_turns_it() -> None:
+    basis, out = torch.eye(5)[:2], torch.zeros(2, 5)
+    out[0, 4] = 2.0
+    moved = torch.tensor([[1.0, 0, 0, 0, -0.3], [0, 1.0, 0, 0, 0]])
+    moved[0] /= moved[0].norm()
+    for slope, expected in ((out + 7 * basis, moved), (7 * basis, basis), (torch.zeros(2, 5), basis)):
+        turned = program.turned(basis, slope, 0.3)
+        torch.testing.assert_close(turned.T @ turned, expected.T @ expected)
+        torch.testing.assert_close(turned @ turned.T, torch.eye(2))
 
 
 def test_pairs_of_one_shape_share_batches_and_memory_bounds_them(
@@ -147,7 +152,8 @@ def test_as_many_numbers_come_back_as_are_expected(subject: Subjects) -> None:
 def test_another_start_is_another_task(subject: Subjects) -> None:
     model, outcome = subject("llama"), LOGIT_DIFF
     lessons, setting = [Lesson(pair, (1.0, 0.0)) for pair in pairs_of(outcome)], Setting(model.info, "float32", outcome)
-    starts = [start_at("layer_output", 1, "last", 1, seed) for seed in (0, 1)]
-    keys = [learn_task(lessons, start, scale, setting).key(setting) for start in starts for scale in (1.0, 2.0)]
+    one = start_at("layer_output", 1, "last", 1)
+    other = replace(one, basis=Basis.spanning(one.basis.vectors[0] + 1e-6 * np.eye(WIDTH)[0]))
+    keys = [learn_task(lessons, start, scale, setting).key(setting) for start in (one, other) for scale in (1.0, 2.0)]
     assert len(set(keys)) == 4
-    assert learn_task(lessons, starts[0], 1.0, setting).key(setting) == keys[0]
+    assert learn_task(lessons, one, 1.0, setting).key(setting) == keys[0]
