@@ -30,7 +30,7 @@ ORDER = (
     ("engine.payload",),
     ("engine.jobs",),
     ("engine.answers", "engine.backend", "engine.samples", "engine.tasks"),
-    ("runfiles",),
+    ("engine.learning", "runfiles"),
     ("effects", "store"),
     ("checkup", "runner", "summary"),
     ("lab", "progress", "show.printed"),

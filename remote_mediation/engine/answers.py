@@ -137,6 +137,8 @@ def _length(task: str, part: Part) -> int | None:
         return len(payload["prompts"]) * int(payload["tokens"])
     if task == "sample":
         return 2 * int(payload["samples"]) * int(payload["tokens"])
+    if task == "learn":
+        return sum(map(len, payload["start"])) + int(payload["steps"]) + 1
     if task == "drift":
         return 3 * len(payload["answer"])
     return None

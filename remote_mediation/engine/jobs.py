@@ -129,7 +129,7 @@ def plan_jobs(
     loads = [_load(pairs[name], group, setting) for name, group in _by(dict.fromkeys(rows), lambda row: row.pair)]
     contexts: list[Context] = []
     spent = 0.0
-    for _, group in _by(loads, lambda load: _shape(load.pair)):
+    for _, group in _by(loads, lambda load: shape_of(load.pair)):
         pending = list(group)
         while pending:
             taken = _fitting(pending, budget.job_flops() - spent, budget.batch_bytes, setting)
@@ -178,7 +178,7 @@ def _by(items: Iterable[_Item], key: Callable[[_Item], Any]) -> Iterator[tuple[A
     return groupby(sorted(items, key=key), key=key)
 
 
-def _shape(pair: TokenPair) -> tuple[int, ...]:
+def shape_of(pair: TokenPair) -> tuple[int, ...]:
     """Lengths of both prompts and all answers; what makes tokens of two pairs stand at the same places."""
     return (*map(len, pair.prompts), *map(len, pair.answers), *map(len, pair.openings))
 

@@ -5,6 +5,7 @@ Tables of `directions.analyse` and `sets.analyse` in, tables of text and figures
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLP
 from remote_mediation.analyses.rivals.directions import DEPTH, GIVEN, eligible
 from remote_mediation.analyses.rivals.figures import AXIS, axis_figure, geometry_figure, map_figure
 from remote_mediation.analyses.rivals.geometry import PLACES
-from remote_mediation.analyses.rivals.rulings import TWO
+from remote_mediation.analyses.rivals.rulings import DIRECTION, TWO
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
 from remote_mediation.show.tables import NONE, Note, Table, interval, literal, notes_on, number, percent
@@ -61,7 +62,8 @@ def directions(result: Result) -> list[Section]:
         return [Section(name, title, did, heldout, (_measures(sets),))]
     finding = " ".join(filter(None, (_chosen(table), heldout, _given(result, table, sets))))
     tables, figure = (_measures(sets), _map_table(table)), map_figure(table, claim["said"])
-    return [Section(name, title, did, finding, tables, figure, brief=heldout), *_geometry(result)]
+    one = Section(name, title, did, finding, tables, figure, brief=heldout)
+    return [one, *_bases(result), *_geometry(result)]
 
 
 def _geometry(result: Result) -> list[Section]:
@@ -131,6 +133,61 @@ def _given(result: Result, table: pd.DataFrame, sets: pd.DataFrame) -> str:
         f"The direction of the file {literal(name)} ({own['measure'].iloc[0].removeprefix(f'{GIVEN}, ')}) carries "
         f"{shares} of TE; its cosine with the chosen one is {number(best['cosine_given'])}."
     )
+
+
+def _bases(result: Result) -> list[Section]:
+    """The bases that were made where the chosen direction lies; nothing where none were."""
+    made = result.tables.get("bases.csv")
+    if made is None:
+        return []
+    chosen = made.iloc[0]
+    did = (
+        f"At the site of the chosen direction, layer {chosen['layer']} at '{chosen['position']}', other bases were "
+        f"made from {chosen['n']} discovery pairs, and the projection onto each was swapped on these and on the "
+        "held-out pairs. Gradients find a learnt basis so that it carries Y (DAS, arXiv 2303.02536). Beside it stands "
+        "the same training with shuffled labels: on half of the components, the swap should move Y as far the other "
+        "way, so that what it fits of them is memory. What a basis carries is what it carries held out."
+    )
+    held = _held_out(result, chosen["basis"])
+    rows = [(one, held[one["basis"]]) for _, one in made.iterrows()]
+    said = [f"{one['basis']} {' and '.join(share_of(own.loc[way], 'harm') for way in DIRECTIONS)}" for one, own in rows]
+    finding = f"NIE and TIE held out, as shares of TE: {'; '.join(said)}."
+    less = [one["basis"] for one, own in rows if any(own.loc[way, "harm_high"] < one[way] for way in DIRECTIONS)]
+    if less:
+        finding += f" Clearly less than on its own pairs, so that it overfits: {'; '.join(less)}."
+    return [Section("bases", "Other bases at its site", did, finding, (_basis_table(rows),))]
+
+
+def _held_out(result: Result, chosen: str) -> dict[str, pd.DataFrame]:
+    """By basis its rows of `direction_sets.csv`, by direction. chosen: name of the one on which the verdict rests."""
+    sets = result.tables["direction_sets.csv"]
+    sets = sets[sets["rival"] == DIRECTION.name]
+    found = {str(name): rows.set_index("direction") for name, rows in sets.groupby("measure")}
+    return {**found, chosen: sets[sets["decides"]].set_index("direction")}
+
+
+def _basis_table(rows: Sequence[tuple[pd.Series, pd.DataFrame]]) -> Table:
+    """Each basis on its own pairs (of `bases.csv`) and held out (of `direction_sets.csv`, by direction)."""
+    header = (
+        "basis",
+        "values",
+        "NIE on its pairs",
+        "NIE held out",
+        "TIE on its pairs",
+        "TIE held out",
+        "cosine with the chosen",
+        "miss",
+    )
+    cells = []
+    for made, held in rows:
+        shares = [text for way in DIRECTIONS for text in (percent(made[way]), share_of(held.loc[way], "harm"))]
+        miss = NONE if pd.isna(made["loss"]) else f"{number(made['loss_before'])} to {number(made['loss'])}"
+        cells.append((made["basis"], str(made["values"]), *shares, number(made["cosine_chosen"]), miss))
+    notes = (
+        Note("", "on its pairs, what has shuffled labels counts in the way that it was taught"),
+        Note("miss", "mean squared miss of Y on its pairs, before and after training; 1 where nothing is swapped"),
+    )
+    return Table(header, cells, notes)
 
 
 def rivals(result: Result) -> list[Section]:
