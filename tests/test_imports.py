@@ -15,8 +15,8 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("dequantise", "engine", "engine.program", "errors", "meter", "paths", "toml"),
-    ("planted", "planted.words", "prompts", "provenance", "records", "show", "show.embed"),
+    ("dequantise", "engine", "engine.program", "errors", "forms", "meter", "paths", "toml"),
+    ("planted", "planted.words", "prompts", "provenance", "records", "show", "show.embed", "show.serve"),
     ("engine.exchange", "lock", "planted.canvas", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
     ("lists", "placebo", "rates", "shares", "stats", "subspaces"),
@@ -25,7 +25,7 @@ ORDER = (
     ("judges", "models", "probes", "show.tables", "tokens"),
     ("outcomes", "show.section", "shown"),
     ("config", "engine.coverage", "engine.rows", "engine.unfold"),
-    ("engine.budget", "openings", "texts"),
+    ("engine.budget", "openings", "show.made", "texts"),
     ("contents",),
     ("engine.payload",),
     ("engine.jobs",),
@@ -44,7 +44,7 @@ ORDER = (
     ("analyses",),
     ("study",),
     ("cost", "engine.local", "engine.remote", "replicate", "report"),
-    ("compare", "door", "export", "planted.selfcheck"),
+    ("compare", "door", "export", "planted.selfcheck", "terminal"),
     ("show.views",),
     ("show.page",),
     ("cli",),
