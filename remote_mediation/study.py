@@ -37,7 +37,7 @@ from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_fro
 from remote_mediation.pairs import PromptPair, load_openings
 from remote_mediation.placebo import components
 from remote_mediation.prompts import encode_after, refuse_control, render
-from remote_mediation.provenance import now, provenance
+from remote_mediation.provenance import now, peak_memory, provenance
 from remote_mediation.result import Analysis, Finding, Result
 from remote_mediation.runner import Watch
 from remote_mediation.shown import described
@@ -85,11 +85,20 @@ def run_study(
         if missing:
             raise SettingsError(f"{setting} names {min(missing)!r}, and no backend of it is among the variants")
     lab = prepared_lab(config, backend, store, watch, variants, more)
-    record = store.record()
-    result = analysed(lab, chosen(config.analyses, more))
-    spent = record["seconds"] + time.monotonic() - started
-    store.save_record({**record, "finished": now(), "seconds": round(spent, 1)})
+    try:
+        result = analysed(lab, chosen(config.analyses, more))
+    finally:  # what a run took is known of one that was stopped, too
+        _note_cost(store, time.monotonic() - started)
+    store.save_record({**store.record(), "finished": now()})
     return result
+
+
+def _note_cost(store: Store, seconds: float) -> None:
+    """Add a sitting to what the run has taken: seconds of all of them, and the most memory of any, in GB."""
+    record = store.record()
+    known = [most for most in (record.get("memory"), peak_memory()) if most]
+    spent = {"seconds": round(record["seconds"] + seconds, 1), "memory": max(known, default=None)}
+    store.save_record({**record, **spent})
 
 
 def prepared_lab(

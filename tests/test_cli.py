@@ -580,9 +580,9 @@ def test_compare(call: Run, tmp_path: Path, model: str) -> None:
 
     written = call("compare", "two", "one", "--out", "both")
     assert (written.code, written.err) == (0, "")
-    assert "both/comparison.md" in written.out
-    assert {"comparison.csv", "comparison.md"} <= {path.name for path in (tmp_path / "both").iterdir()}
-    assert [line.split(",")[0] for line in (tmp_path / "both/comparison.csv").read_text().splitlines()[1:]] == [
+    assert "both/report.md" in written.out
+    assert {"runs.csv", "verdicts.csv", "report.md"} <= {path.name for path in (tmp_path / "both").iterdir()}
+    assert [line.split(",")[0] for line in (tmp_path / "both/runs.csv").read_text().splitlines()[1:]] == [
         "two",
         "one",
     ]
@@ -591,7 +591,7 @@ def test_compare(call: Run, tmp_path: Path, model: str) -> None:
     refused(call("compare", "one"), "two run folders or more, got 1", "name another run")
     refused(call("compare", "one", "./one"), "is named twice")
     refused(call("compare", "one", "both"), "both is no run folder")
-    refused(call("compare", "one", "two", "--out", "both/comparison.md"), "choose another --out")
+    refused(call("compare", "one", "two", "--out", "both/report.md"), "choose another --out")
     assert tree(tmp_path) == before
 
 

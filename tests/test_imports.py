@@ -15,8 +15,18 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("dequantise", "engine", "engine.copies", "engine.program", "errors", "meter", "paths", "toml"),
-    ("engine.deadline", "planted", "planted.words", "prompts", "provenance", "records", "show", "show.embed"),
+    ("dequantise", "engine", "engine.copies", "engine.program", "errors", "forms", "meter", "paths", "toml"),
+    (
+        "engine.deadline",
+        "planted",
+        "planted.words",
+        "prompts",
+        "provenance",
+        "records",
+        "show",
+        "show.embed",
+        "show.serve",
+    ),
     ("engine.exchange", "lock", "planted.canvas", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
     ("lists", "placebo", "rates", "shares", "stats", "subspaces"),
@@ -25,7 +35,7 @@ ORDER = (
     ("judges", "judges.exchanges", "models", "probes", "show.tables", "tokens"),
     ("outcomes", "show.section", "shown"),
     ("config", "engine.coverage", "engine.rows", "engine.unfold"),
-    ("engine.budget", "openings", "texts"),
+    ("engine.budget", "openings", "show.made", "texts"),
     ("contents",),
     ("engine.payload",),
     ("engine.jobs",),
@@ -44,7 +54,7 @@ ORDER = (
     ("analyses",),
     ("study",),
     ("cost", "engine.local", "engine.remote", "reference", "replicate", "report"),
-    ("compare", "door", "export", "planted.selfcheck"),
+    ("compare", "door", "export", "planted.selfcheck", "terminal"),
     ("planted.published", "show.views"),
     ("show.page",),
     ("cli",),

@@ -316,7 +316,7 @@ def test_one_number_that_is_off_fails(
     numbers = true_numbers["greater-than"]
     with_numbers(folder, "greater-than", numbers, tmp_path / "right")
     code, out = selfcheck(monkeypatch, capsys, tmp_path / "right", "--json")
-    (told,) = json.loads(out)
+    (told,) = json.loads(out)["studies"]
     assert (code, told["passed"], [number["agrees"] for number in told["numbers"]]) == (0, True, [True] * len(numbers))
     with_numbers(folder, "greater-than", [numbers[0] + 0.002, *numbers[1:]], tmp_path / "wrong")
     code, out = selfcheck(monkeypatch, capsys, tmp_path / "wrong")

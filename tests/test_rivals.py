@@ -592,6 +592,8 @@ def test_figures_say_what_was_ruled(measured: Measured) -> None:
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels[0] == "one direction: not supported"
     assert all(label.endswith(": not supported") for label in labels)
+    title = axis.figure.get_suptitle().splitlines()[0]
+    assert title == show._axis_title(show.carriers(result))
 
 
 def test_filled_dots_are_those_that_decide(measured: Measured) -> None:
@@ -653,6 +655,12 @@ def test_the_fewest_that_carry_half_are_named_with_their_verdict(lows: list[floa
         }
     )
     assert words in show._fewest(every)
+    named = words.partition(": ")[2].partition(" (")[0]  # a number and what it is
+    numbers, _, measure = named.partition(", ")
+    title = f"{numbers} numbers at each token carry half of the effect or more: {measure}"
+    assert show._axis_title(every) == (
+        title if named else "No set of mediators is shown to carry half of the effect in both directions"
+    )
 
 
 # --- planted ----------------------------------------------------------------------------------------------------------

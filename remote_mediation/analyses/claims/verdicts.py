@@ -568,8 +568,8 @@ def _ends(found: Interval, signed: bool = False) -> str:
         return f"unknown ({found.reason})"
     if np.isnan(found.low):
         return f"{found.value:.0%} without an interval ({found.reason})"
-    sign = "+" if signed else ""
-    return f"{found.value:{sign}.0%} [{found.low:{sign}.0%}, {found.high:{sign}.0%}]"
+    shown = "+z.0%" if signed else "z.0%"  # what rounds to 0 has no minus
+    return f"{found.value:{shown}} [{found.low:{shown}}, {found.high:{shown}}]"
 
 
 def _in_unit(found: Interval) -> str:

@@ -17,14 +17,15 @@ from remote_mediation.analyses.rivals.geometry import PLACES
 from remote_mediation.analyses.rivals.rulings import DIRECTION, TWO
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
-from remote_mediation.show.tables import NONE, Note, Table, interval, literal, notes_on, number, percent
-from remote_mediation.show.words import UNMEASURED, share_of
+from remote_mediation.show.tables import Note, Table, count, interval, literal, notes_on, number, percent
+from remote_mediation.show.words import UNMEASURED, in_groups, pairs_notes, share_of, shares_from, told
 from remote_mediation.sites import thirds
 
-_CLAIMS = {
+CLAIM_FILES = {
     "directions": ("direction.csv", "direction_sets.csv"),
     "rivals": ("rivals.csv", "rival_sets.csv"),
 }
+"""Verdicts on rivals, and the numbers behind them, by analysis."""
 _NOTHING = "no effect"
 """The gate's word where no share is defined."""
 _MOST = 10
@@ -54,7 +55,7 @@ def directions(result: Result) -> list[Section]:
     table = result.tables.get("directions.csv")
     if table is None:
         return [Section(name, title, did, UNMEASURED)]
-    claims, sets = (result.tables[file] for file in _CLAIMS[name])
+    claims, sets = (result.tables[file] for file in CLAIM_FILES[name])
     claim = claims.iloc[0]
     sets = sets[sets["rival"] == claim["rival"]]
     heldout = f"Held out: {claim['why']} ({claim['said']})."
@@ -100,7 +101,7 @@ def _geometry(result: Result) -> list[Section]:
 
 def _two_directions(result: Result) -> tuple[str, tuple[Table, ...]]:
     """Whether they are two directions that both act, and the numbers behind that; nothing where it was not tested."""
-    claims, sets = (result.tables[file] for file in _CLAIMS["directions"])
+    claims, sets = (result.tables[file] for file in CLAIM_FILES["directions"])
     claim, own = claims[claims["rival"] == TWO.name], sets[sets["rival"] == TWO.name]
     if claim.empty:
         return "", ()
@@ -200,9 +201,8 @@ def rivals(result: Result) -> list[Section]:
     )
     if "rivals.csv" not in result.tables:
         return [Section(name, title, did, UNMEASURED)]
-    claims, sets = (result.tables[file] for file in _CLAIMS[name])
-    said = "; ".join(f"{row.claim} ({row.paper}): {row.said}" for row in claims.itertuples())
-    finding = f"{said[0].upper()}{said[1:]}."
+    claims, sets = (result.tables[file] for file in CLAIM_FILES[name])
+    finding = f"{in_groups(verdicts_of(claims, sets))}."
     tables = (_reasons(claims), _measures(sets))
     return [Section(name, title, did, finding, tables), *_one_axis(result)]
 
@@ -217,14 +217,14 @@ def _one_axis(result: Result) -> list[Section]:
         "Filled: what a verdict rests on. Hollow: what was measured beside it."
     )
     title, found = "All mediators on one axis", _fewest(every)
-    return [Section("one-axis", title, did, found, figure=axis_figure(every))]
+    return [Section("one-axis", title, did, found, figure=axis_figure(every, _axis_title(every)))]
 
 
 def carriers(result: Result) -> pd.DataFrame:
     """Every set with joint effects on the held-out pairs, and what is said of its claim (`AXIS`)."""
     tables = result.tables
     parts = []
-    for claims, sets in _CLAIMS.values():
+    for claims, sets in CLAIM_FILES.values():
         if sets in tables:
             parts.append(tables[sets].merge(tables[claims][["rival", "said"]], on="rival"))
     if "gate_sets.csv" in tables:
@@ -248,30 +248,28 @@ def _of_claim_3(result: Result) -> list[pd.DataFrame]:
 
 
 def _verdicts(result: Result, analysis: str) -> list[Verdict]:
-    claims, sets = (result.tables.get(file) for file in _CLAIMS[analysis])
-    if claims is None or sets is None:
-        return []
+    claims, sets = (result.tables.get(file) for file in CLAIM_FILES[analysis])
+    return [] if claims is None or sets is None else verdicts_of(claims, sets)
+
+
+def verdicts_of(claims: pd.DataFrame, sets: pd.DataFrame) -> list[Verdict]:
+    """A rival a row: harm, placebo, verdict. claims, sets: as of `rivals.csv` and `rival_sets.csv`."""
     rows = []
     for claim in claims.itertuples():
-        own = sets[(sets["rival"] == claim.rival) & sets["decides"]]
-        harm, placebo = ("; ".join(_with_slope(row, side) for _, row in own.iterrows()) for side in ("harm", "placebo"))
+        shares = shares_from(sets[(sets["rival"] == claim.rival) & sets["decides"]])
         rows.append(
             Verdict(
-                f"rival '{claim.rival}'",
-                f"rival: {claim.claim} ({claim.paper})",
-                harm,
-                placebo,
-                claim.said,
+                label=f"rival '{claim.rival}'",
+                claim=f"rival: {claim.claim} ({claim.paper})",
+                harm=told(shares, "harm"),
+                placebo=told(shares, "placebo"),
+                said=claim.said,
+                short=claim.rival,
+                shares=shares,
+                why=claim.why,
             )
         )
     return rows
-
-
-def _with_slope(row: pd.Series, side: str) -> str:
-    """A share, and the slope on TE."""
-    share = [] if pd.isna(row[side]) else [share_of(row, side)]
-    slope = [] if pd.isna(row[f"beta_{side}"]) else [f"β {number(row[f'beta_{side}'])}"]
-    return ", ".join([*share, *slope]) or NONE
 
 
 def _reasons(claims: pd.DataFrame) -> Table:
@@ -310,6 +308,7 @@ def _measures(sets: pd.DataFrame) -> Table:
             "random sets",
             "those that do as much, and the mean size of their change over that of the set",
         ),
+        *pairs_notes(sets, "held-out pair"),
         *notes_on("", sets["reason"].dropna()),
     )
     return Table(header, rows, notes)
@@ -351,16 +350,31 @@ def _map_table(table: pd.DataFrame) -> Table:
 
 def _fewest(every: pd.DataFrame) -> str:
     """The fewest numbers that carry half of TE in both directions, and what is said of their claim."""
-    sets = every.groupby(["rival", "said", "measure", "values"], sort=False)
-    low = sets["harm_low"].min().rename("low").reset_index()
-    enough = low[low["low"] > HALF]
-    if enough.empty:
+    first = _fewest_set(every)
+    if first is None:
         return f"No set is clear of {HALF:.0%} of TE in both directions."
-    first = enough.sort_values("values", kind="stable").iloc[0]
     return (
         f"The fewest numbers that are clear of {HALF:.0%} of TE in both directions: "
         f"{first['values']}, {first['measure']} ({first['rival']}: {first['said']})."
     )
+
+
+def _axis_title(every: pd.DataFrame) -> str:
+    """The same for a figure."""
+    first = _fewest_set(every)
+    if first is None:
+        return "No set of mediators is shown to carry half of the effect in both directions"
+    numbers = count(int(first["values"]), "number")
+    carry = "carries" if first["values"] == 1 else "carry"
+    return f"{numbers} at each token {carry} half of the effect or more: {first['measure']}"
+
+
+def _fewest_set(every: pd.DataFrame) -> pd.Series | None:
+    """The smallest set that is clear of half of TE in both directions; None where none is. every: `AXIS`."""
+    sets = every.groupby(["rival", "said", "measure", "values"], sort=False)
+    low = sets["harm_low"].min().rename("low").reset_index()
+    enough = low[low["low"] > HALF]
+    return None if enough.empty else enough.sort_values("values", kind="stable").iloc[0]
 
 
 def _random(row: pd.Series) -> str:
