@@ -17,7 +17,7 @@ from remote_mediation.analyses.rivals.geometry import PLACES
 from remote_mediation.analyses.rivals.rulings import DIRECTION, TWO
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
-from remote_mediation.show.tables import Note, Table, count, interval, literal, notes_on, number, percent
+from remote_mediation.show.tables import NONE, Note, Table, count, interval, literal, notes_on, number, percent
 from remote_mediation.show.words import UNMEASURED, in_groups, pairs_notes, share_of, shares_from, told
 from remote_mediation.sites import thirds
 
