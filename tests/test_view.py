@@ -381,7 +381,14 @@ def test_the_command_serves_the_page_until_ctrl_c(make: Callable[..., Path]) -> 
     run = make()
     command = [sys.executable, "-m", "remote_mediation", "view", str(run), "--serve", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as shown:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored where tests run
+    ) as shown:
         assert shown.stdout is not None
         lines = [shown.stdout.readline() for _ in range(4)]  # a brace, two keys and a brace
         found = json.loads("".join(lines))
