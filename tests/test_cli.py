@@ -324,11 +324,13 @@ def test_folders_that_are_not_ours(call: Run, tmp_path: Path, model: str) -> Non
     refused(call("run", file, "--out", "used"), "used is in use and is no run folder; choose another with --out")
     refused(call("run", file, "--out", "used/thesis.tex"), "used/thesis.tex is in use")
     refused(call("run", file, "--out", "used/thesis.tex/run"), "used/thesis.tex is a file; choose another --out")
-    refused(call("run", file, "--out", "other"), "other/run.json was not written by a run; choose another")
+    refused(
+        call("run", file, "--out", "other"), "cannot use other/run.json: it was not written by a run", "choose another"
+    )
     refused(call("run", file, "--out", "x" * 300), "File name too long; choose another --out")
     refused(call("report", "used"), "used is no run folder (it has no run.json)", "give the folder of")
     refused(call("report", "nowhere"), "nowhere is no run folder", "give the folder of")
-    refused(call("report", "other"), "other/run.json was not written by a run")
+    refused(call("report", "other"), "cannot use other/run.json: it was not written by a run")
     assert tree(tmp_path) == before
 
 
