@@ -232,9 +232,13 @@ def test_a_chain_of_rows(subject: Subjects) -> None:
                     self._run(write.value.row, write.component, write.layer, answer)
             super()._run(row, component, layer, answer)
 
-    measured = model.compare([pair], [third], REFUSAL, Chained)
-    assert measured.deviation < TOLERANCE
-    assert measured.felt() == 1
+    # One that writes at fewer tokens runs from where the row begins that it takes from.
+    at_last = Row(pair.id, 0, (Write("mlp_output", 2, pair.places("last")[0], (), Reached(first)),))
+    assert at_last.start == first.start < pair.places("last").x0[0]
+    for row in (third, at_last):
+        measured = model.compare([pair], [row], REFUSAL, Chained)
+        assert measured.deviation < TOLERANCE
+        assert measured.felt() == 1
 
 
 def test_budgets_and_order_change_no_value(subject: Subjects) -> None:
@@ -332,6 +336,15 @@ def test_rows_that_others_take_from_are_stored_once(lab: Lab) -> None:
     assert backend.rows == 4 * 2 * len(pairs)
 
 
+def test_a_row_that_runs_in_several_batches_of_a_job_is_kept_once(lab: Lab, tmp_path: Path) -> None:
+    lab._runner._batch_bytes = 1.0  # every row is a batch of its own, with the one that it takes from
+    pairs, heads = lab.pairs(), (head(0, 1),)
+    lab.through([Way(heads), *(Way(heads, (mlp(layer),)) for layer in range(3))], pairs)
+    (readout,) = (tmp_path / "readouts").glob("*.npz")
+    keys = np.load(readout)["keys"].tolist()
+    assert len(keys) == len(set(keys)) == 2 * len(pairs) * (1 + 4)
+
+
 def test_what_is_passed_on_is_a_part_of_the_sender_s_effect(lab: Lab) -> None:
     few, sender = lab.pairs("discovery"), ask.Sender("head 0.1", (head(0, 1),))
     found = ask.received(lab, sender, few)
@@ -355,14 +368,17 @@ def test_amplifiers_are_single_heads_and_mlps_that_pass_on_enough() -> None:
 
 
 def test_the_gate_is_the_head_of_which_most_goes_onward(lab: Lab) -> None:
-    few, heads = lab.pairs("discovery"), (Site("attention_heads", 0, "all", (0, 3)), head(1, 2), head(2, 1))
+    few, heads = lab.pairs("discovery"), tuple(Site("attention_heads", layer, "all") for layer in range(3))
     single, together = ask.senders(lab, heads, few)
     assert together == ask.Sender(ask.TOGETHER, heads)
-    onward = {}
-    for site in (head(0, 0), head(0, 3), head(1, 2), head(2, 1)):
+    onward, whole_effects = {}, {}
+    for site in (head(layer, number) for layer in range(3) for number in range(4)):
         whole, direct = lab.joint([[site]], few), lab.through([Way((site,))], few)
         sign = np.sign(whole.te.mean())
         onward[site] = sign * ((whole.nie - direct.nie).mean() + (whole.tie - direct.tie).mean())
+        whole_effects[site] = sign * (whole.nie + whole.tie).mean()
+    strongest = max(whole_effects, key=lambda site: whole_effects[site])
+    assert onward[strongest] < max(onward.values())  # so that it matters what goes onward
     assert single.heads == (max(onward, key=lambda site: onward[site]),)
     assert ask.senders(lab, (head(1, 2),), few) == [ask.Sender("head 1.2", (head(1, 2),))]
 
