@@ -24,7 +24,7 @@ from remote_mediation.engine.answers import (
 )
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Budget, Setting
-from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs
+from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs, with_sources
 from remote_mediation.engine.rows import Row
 from remote_mediation.engine.samples import Manner, plan_samples
 from remote_mediation.engine.tasks import Task, plan_tasks
@@ -97,7 +97,8 @@ class Runner:
         wanted = (row for row in dict.fromkeys(rows) if row.pair in pairs)
         missing = [row for row in wanted if self.key(row) not in self.values]
         if missing:
-            self._work(sum(bool(row.writes) for row in missing), partial(self._jobs, missing), self._backend)
+            count = sum(bool(row.writes) for row in with_sources(missing))
+            self._work(count, partial(self._jobs, missing), self._backend)
 
     def run_tasks(self, tasks: Mapping[str, Task]) -> None:
         """The same of tasks, by key."""
@@ -226,10 +227,11 @@ class Runner:
     def _keep(self, job: Job | Submitted, readout: Readout) -> None:
         """A job's values, first in the run folder, then at hand.
 
-        Base prompts that run again in a later job keep their first values: in another batch the last digits may be
-        others, and a report that is made again would not be the same.
+        Base prompts that run again in a later job keep their first values, as do rows that run in several batches: in
+        another batch the last digits may be others, and a report that is made again would not be the same.
         """
-        new = [place for place, key in enumerate(job.keys) if key not in self.values]
+        first = {key: place for place, key in reversed(list(enumerate(job.keys)))}
+        new = sorted(place for key, place in first.items() if key not in self.values)
         if not new:
             self._store.forget(job.id)
             return

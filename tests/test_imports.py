@@ -35,7 +35,7 @@ ORDER = (
     ("judges", "judges.exchanges", "models", "probes", "show.tables", "tokens"),
     ("outcomes", "show.section", "shown"),
     ("config", "engine.coverage", "engine.rows", "engine.unfold"),
-    ("engine.budget", "openings", "show.made", "texts"),
+    ("engine.budget", "engine.pathrows", "openings", "show.made", "texts"),
     ("contents",),
     ("engine.payload",),
     ("engine.jobs",),

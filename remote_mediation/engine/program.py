@@ -9,6 +9,7 @@ the work a row can change:
   hold only while that layer runs;
 - layers below the first written one are skipped, the base run's residual stream is handed over instead;
 - a row joins the batch at the layer of its own first write, so the batch grows on its way up (`climb`);
+- a mediator can be as it is computed in another row of the batch, so that no run has to bring it back;
 - only the answer positions reach the unembedding.
 
 Sequences are packed: prompt, then the teacher-forced tokens of both responses, which see the prompt and themselves but
@@ -364,6 +365,8 @@ def write(
             source = bases[stack]["captured"][name][layer][prompt]
             new = source[grid(source_places, columns, source.device)] / factor
             new = projected(target[row][where], new, *subspace) if subspace else new
+        elif kind == "reached":  # of another row of the batch
+            new = target[value][where]
         elif kind == "scale":
             new = target[row][where] * value
         else:
