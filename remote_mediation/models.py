@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 # Files of a model that may say which tokens end an answer.
 _DECLARING = ("generation_config.json", "config.json")
-# Files of which one is there where a model's weights are.
-_WEIGHTS = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 # Settings that say for how long a sequence a model was made.
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 # How a file begins that stands for one which git has not fetched.
@@ -155,8 +153,7 @@ def folder_at_hand(name: str, revision: str = "") -> Path | None:
     if folder.is_dir():
         return folder
     config = _at_hand(name, revision, "config.json")
-    whole = any(_at_hand(name, revision, file) for file in _WEIGHTS)
-    return config.parent if config and whole else None
+    return config.parent if config and weights_here(name, revision) else None
 
 
 def why_no_hub(name: str, revision: str = "", seconds: float = 3.0) -> str:

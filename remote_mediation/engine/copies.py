@@ -21,6 +21,9 @@ _VALUES = 2**16
 
 def other_copy(folder: Path) -> str:
     """A parameter that a PyTorch file of a folder holds otherwise than its safetensors, in words; empty where none."""
+    others = sorted(folder.glob("pytorch_model*.bin"))
+    if not others:
+        return ""
     with ExitStack() as opened:
         read = {
             name: file
@@ -28,7 +31,7 @@ def other_copy(folder: Path) -> str:
             for file in [opened.enter_context(safe_open(path, "pt"))]
             for name in file.keys()  # noqa: SIM118 - it is no mapping
         }
-        for path in sorted(folder.glob("pytorch_model*.bin")) if read else ():
+        for path in others if read else ():
             tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
             for name, tensor in tensors.items():
                 if name in read and not _same(tensor, read[name].get_slice(name)):
