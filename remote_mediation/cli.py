@@ -661,7 +661,8 @@ def _write_report(command: str, store: Any, result: Any, show_text: bool, as_jso
     from remote_mediation.report import sections, write_report
     from remote_mediation.terminal import summary_data, terminal_summary
 
-    path, parts = write_report(store, result, _texts(result) if show_text else ()), sections(result)
+    parts = sections(result)
+    path = write_report(store, result, _texts(result) if show_text else (), parts=parts)
     _say(command, as_json, summary_data(result, path, parts), terminal_summary(result, path, parts))
 
 

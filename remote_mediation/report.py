@@ -91,12 +91,19 @@ class PairText(NamedTuple):
     """Answer to the harmless prompt, as the outcome reads it."""
 
 
-def write_report(store: Store, result: Result, texts: Sequence[PairText] = (), *, shared: Path | None = None) -> Path:
+def write_report(
+    store: Store,
+    result: Result,
+    texts: Sequence[PairText] = (),
+    *,
+    parts: Sequence[Section] | None = None,
+    shared: Path | None = None,
+) -> Path:
     """Write tables, figures and `report.md` into the run folder; the same bytes for the same run. Returns the report.
 
     texts: pairs to show as text; without them the report has no prompt and no generated answer, and with them nobody
-    but its owner can read it. shared: another folder to write all of it into, for others; the tables are then without
-    the further columns of the pairs file, in which anything may stand.
+    but its owner can read it. parts: the run's sections, made by default. shared: another folder to write all of it
+    into, for others; the tables are then without the further columns of the pairs file, in which anything may stand.
 
     Provenance is all of `store.record()` but `study`, which `config` contains. Of `model`, `config`, `outcome`,
     `versions`, `git`, `host`, `started`, `finished` and `seconds`, what is missing is reported as not recorded, and a
@@ -110,7 +117,7 @@ def write_report(store: Store, result: Result, texts: Sequence[PairText] = (), *
         target.write(name, table.to_csv(index=False, lineterminator="\n"))
     for name, content in result.files.items():
         target.write(name, content)
-    parts = sections(result)
+    parts = sections(result) if parts is None else parts
     for section in parts:
         if section.figure:
             target.write(section.figure_path, figures.png(section.figure))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pytest
-from fakes import Counting, records, write_pairs
+from fakes import Counting, placebo_study
 from oracle import Subject, token_pair
 
 from remote_mediation import cost
@@ -162,15 +162,8 @@ def test_the_table_has_what_each_carries_on_its_own_pairs(planted: Planted) -> N
 
 @pytest.fixture
 def study(tmp_path: Path, subject: Subjects) -> StudyConfig:
-    pairs = [{**record, "placebo": record["harmless"].replace(" a ", " the ")} for record in records()]
-    return StudyConfig(
-        model=subject("llama_chat").info.name,
-        pairs=str(write_pairs(tmp_path / "pairs.jsonl", pairs)),
-        analyses=["directions"],
-        outcome="logit_diff",
-        logit_diff={"plus": ["sure", "yes"], "minus": ["sorry", "no"]},
-        statistics={"resamples": 100},
-        directions={"bases": ALL, "rank": 2},
+    return placebo_study(
+        tmp_path, subject("llama_chat").info.name, analyses=["directions"], directions={"bases": ALL, "rank": 2}
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fakes import Counting, records, write_pairs
+from fakes import Counting, placebo_study
 from oracle import KINDS, LOGIT_DIFF, REFUSAL, TOLERANCE, Oracle, Subject, token_pair, unpacked
 
 from remote_mediation import cost
@@ -490,15 +490,7 @@ def study(tmp_path: Path, subject: Subjects, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sets, "FEW_HEADS", 0.25)
     monkeypatch.setattr(sets, "fewest_heads", lambda *_: 3)
     monkeypatch.setattr(own_cost, "_FEW_HEADS", 0.25)
-    pairs = [{**record, "placebo": record["harmless"].replace(" a ", " the ")} for record in records()]
-    return StudyConfig(
-        model=subject("llama_chat").info.name,
-        pairs=str(write_pairs(tmp_path / "pairs.jsonl", pairs)),
-        analyses=["rivals", "headpaths"],
-        outcome="logit_diff",
-        logit_diff={"plus": ["sure", "yes"], "minus": ["sorry", "no"]},
-        statistics={"resamples": 100},
-    )
+    return placebo_study(tmp_path, subject("llama_chat").info.name, analyses=["rivals", "headpaths"])
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fakes import Counting, records, write_pairs
+from fakes import Counting, placebo_study
 from oracle import LOGIT_DIFF, TOLERANCE, Subject, token_pair
 from safetensors.numpy import load_file
 
@@ -494,15 +494,7 @@ def test_one_side_alone_is_as_much(lab: Lab, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def study(tmp_path: Path, subject: Subjects) -> StudyConfig:
-    pairs = [{**record, "placebo": record["harmless"].replace(" a ", " the ")} for record in records()]
-    return StudyConfig(
-        model=subject("llama_chat").info.name,
-        pairs=str(write_pairs(tmp_path / "pairs.jsonl", pairs)),
-        analyses=["directions", "rivals"],
-        outcome="logit_diff",
-        logit_diff={"plus": ["sure", "yes"], "minus": ["sorry", "no"]},
-        statistics={"resamples": 100},
-    )
+    return placebo_study(tmp_path, subject("llama_chat").info.name, analyses=["directions", "rivals"])
 
 
 @pytest.fixture

@@ -54,6 +54,25 @@ def _share(row: pd.Series) -> Share:
     )
 
 
+def decided(claim: Any, sets: pd.DataFrame, *, label: str, text: str, short: str) -> Verdict:
+    """What a run says of a claim, with the numbers that decide it.
+
+    claim: a row of `claims.csv` or `rivals.csv`, as `itertuples` gives it. sets: its own rows of `sets.csv` or
+    `rival_sets.csv`. label, text, short: as of `Verdict`.
+    """
+    shares = shares_from(sets[sets["decides"]])
+    return Verdict(
+        label=label,
+        claim=text,
+        harm=told(shares, "harm"),
+        placebo=told(shares, "placebo"),
+        said=claim.said,
+        short=short,
+        shares=shares,
+        why=claim.why,
+    )
+
+
 def told(shares: Sequence[Share], side: Literal["harm", "placebo"]) -> str:
     """Shares of a side and their slopes on TE, one after the other; an accuracy has no slope."""
     return "; ".join(_with_slope(one, side) for one in shares)

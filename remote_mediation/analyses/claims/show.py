@@ -16,7 +16,7 @@ from remote_mediation.result import Result
 from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
 from remote_mediation.show.section import Section, Verdict
 from remote_mediation.show.tables import Table, interval, notes_on, number
-from remote_mediation.show.words import UNMEASURED, in_groups, pairs_notes, share_of, shares_from, told
+from remote_mediation.show.words import UNMEASURED, decided, in_groups, pairs_notes, share_of
 
 CLAIMS = {
     1: "late layers",
@@ -101,23 +101,16 @@ def verdicts_of(claims: pd.DataFrame, sets: pd.DataFrame) -> list[Verdict]:
 
     claims: `ask.CLAIM_COLUMNS`. sets: `ask.SET_COLUMNS`.
     """
-    deciding = sets[sets["decides"]]
-    rows = []
-    for claim in claims.itertuples():
-        shares = shares_from(deciding[deciding["number"] == claim.number])
-        rows.append(
-            Verdict(
-                label=f"claim {claim.number}",
-                claim=f"{claim.number}. {claim.claim}",
-                harm=told(shares, "harm"),
-                placebo=told(shares, "placebo"),
-                said=claim.said,
-                short=CLAIMS[claim.number],
-                shares=shares,
-                why=claim.why,
-            )
+    return [
+        decided(
+            claim,
+            sets[sets["number"] == claim.number],
+            label=f"claim {claim.number}",
+            text=f"{claim.number}. {claim.claim}",
+            short=CLAIMS[claim.number],
         )
-    return rows
+        for claim in claims.itertuples()
+    ]
 
 
 def reasons_table(claims: pd.DataFrame) -> Table:

@@ -18,7 +18,7 @@ import pandas as pd
 
 from remote_mediation.analyses.claims.beside import direction_of
 from remote_mediation.analyses.claims.samples import Sample
-from remote_mediation.analyses.claims.verdicts import DIRECTIONS, FEWEST_AGAINST, HALF, Bench, Effect
+from remote_mediation.analyses.claims.verdicts import DIRECTIONS, FEWEST_AGAINST, HALF, Bench, Effect, ends
 from remote_mediation.engine.pathrows import Way
 from remote_mediation.intervals import Interval
 from remote_mediation.lab import Floats, Indirect, Lab
@@ -307,15 +307,19 @@ def _beside_others(found: Tested, text: str) -> Ruling:
 
 
 def _in_words(shares: Sequence[Interval]) -> str:
-    said = ["unknown" if np.isnan(one.low) else f"{one.value:z.0%} [{one.low:z.0%}, {one.high:z.0%}]" for one in shares]
-    return ", ".join(f"{direction.upper()} {text}" for direction, text in zip(DIRECTIONS, said, strict=True))
+    return ", ".join(f"{way.upper()} {ends(share)}" for way, share in zip(DIRECTIONS, shares, strict=True))
 
 
 def label(site: Site) -> str:
     """A sender or receiver in words."""
-    if site.component == "mlp_output":
-        return f"MLP {site.layer}"
-    return f"head {site.layer}.{site.units[0]}" if site.units else f"heads of layer {site.layer}"
+    return named(site.component, site.layer, site.units[0] if site.units else None)
+
+
+def named(component: str, layer: int, head: int | None) -> str:
+    """The same of its parts; without a number the heads of a layer are meant together."""
+    if component == "mlp_output":
+        return f"MLP {layer}"
+    return f"heads of layer {layer}" if head is None else f"head {layer}.{head}"
 
 
 def step_row(found: Tested, info: ModelInfo) -> dict[str, Any]:

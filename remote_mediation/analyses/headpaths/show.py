@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.figure import Figure
 
 from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF
-from remote_mediation.analyses.headpaths.ask import ENOUGH, RARE, WHOLE
+from remote_mediation.analyses.headpaths.ask import ENOUGH, RARE, WHOLE, named
 from remote_mediation.result import Result
 from remote_mediation.show.figures import DPI, WIDTH, dot_rows, legend, share_axis
 from remote_mediation.show.section import Section
@@ -95,12 +97,9 @@ def _receivers_table(receivers: pd.DataFrame) -> Table:
     return Table(header, rows, (Note("", f"the strongest on {receivers['n'].max()} discovery pairs"),))
 
 
-def _receiver(row: object) -> str:
+def _receiver(row: Any) -> str:
     """A receiver in words."""
-    component, layer, head = (getattr(row, name) for name in ("component", "layer", "head"))
-    if component == "mlp_output":
-        return f"MLP {layer}"
-    return f"heads of layer {layer}" if pd.isna(head) else f"head {layer}.{head}"
+    return named(row.component, row.layer, None if pd.isna(row.head) else row.head)
 
 
 def paths_figure(paths: pd.DataFrame) -> Figure:

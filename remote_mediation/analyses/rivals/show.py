@@ -18,7 +18,7 @@ from remote_mediation.analyses.rivals.rulings import DIRECTION, TWO
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
 from remote_mediation.show.tables import NONE, Note, Table, count, interval, literal, notes_on, number, percent
-from remote_mediation.show.words import UNMEASURED, in_groups, pairs_notes, share_of, shares_from, told
+from remote_mediation.show.words import UNMEASURED, decided, in_groups, pairs_notes, share_of
 from remote_mediation.sites import thirds
 
 CLAIM_FILES = {
@@ -254,22 +254,16 @@ def _verdicts(result: Result, analysis: str) -> list[Verdict]:
 
 def verdicts_of(claims: pd.DataFrame, sets: pd.DataFrame) -> list[Verdict]:
     """A rival a row: harm, placebo, verdict. claims, sets: as of `rivals.csv` and `rival_sets.csv`."""
-    rows = []
-    for claim in claims.itertuples():
-        shares = shares_from(sets[(sets["rival"] == claim.rival) & sets["decides"]])
-        rows.append(
-            Verdict(
-                label=f"rival '{claim.rival}'",
-                claim=f"rival: {claim.claim} ({claim.paper})",
-                harm=told(shares, "harm"),
-                placebo=told(shares, "placebo"),
-                said=claim.said,
-                short=claim.rival,
-                shares=shares,
-                why=claim.why,
-            )
+    return [
+        decided(
+            claim,
+            sets[sets["rival"] == claim.rival],
+            label=f"rival '{claim.rival}'",
+            text=f"rival: {claim.claim} ({claim.paper})",
+            short=claim.rival,
         )
-    return rows
+        for claim in claims.itertuples()
+    ]
 
 
 def _reasons(claims: pd.DataFrame) -> Table:
