@@ -589,6 +589,12 @@ def test_what_was_not_recorded_of_its_making_is_said_to_be(store: Store) -> None
     assert "run time not recorded, memory not recorded, commit abc123 with changes that were not committed." in top
 
 
+def test_an_older_run_knows_the_time_of_its_last_sitting_alone(store: Store) -> None:
+    store.save_record({**RECORD, "seconds": 88.0})
+    top = written(store, result(effects(modules()))).split("\n## ")[0]
+    assert "88 s of run time in its last sitting, memory not recorded" in top
+
+
 def test_provenance_lists_the_settings_that_were_changed(store: Store) -> None:
     model = {"revision": "", "window": None, "sliding": [], "vocab": 50}
     store.save_record({**RECORD, "model": model, "versions": {"torch": None}})

@@ -48,7 +48,8 @@ def command(config: StudyConfig) -> str:
 def made_in_words(record: Mapping[str, Any]) -> str:
     """Run time, memory and commit, of what `run.json` holds."""
     seconds, memory, git = record.get("seconds"), record.get("memory"), record.get("git")
-    time = f"{_time(seconds)} of run time" if seconds else f"run time {UNKNOWN}"
+    last = "" if "memory" in record else " in its last sitting"  # all that older versions noted
+    time = f"{_time(seconds)} of run time{last}" if seconds else f"run time {UNKNOWN}"
     most = f"at most {number(memory)} GB of memory" if memory else f"memory {UNKNOWN}"
     return f"{time}, {most}, {_commit(git) if git else f'commit {UNKNOWN}'}."
 
