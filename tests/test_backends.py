@@ -36,6 +36,7 @@ print(fresh, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
 def test_pages_that_tensors_free_are_used_again(limited: bool) -> None:
