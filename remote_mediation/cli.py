@@ -424,10 +424,15 @@ def status() -> None:
     "  remote-mediation doctor --model meta-llama/Llama-3.1-70B-Instruct"
 )
 def doctor(model: Model = None, revision: Revision = None) -> None:
-    """Check versions, key, server and disk for remote studies; exit code 1 when something would fail."""
+    """Check versions, key, server and disk for remote studies, and whether a model fits this machine, and how.
+
+    Exit code 1 when something would fail on the server.
+    """
+    from remote_mediation.engine.fit import fits
     from remote_mediation.engine.server import examine, server_from_environment
 
     findings = examine(server_from_environment(), model, revision or "")
+    findings += [fits(model, revision or "")] if model else []
     for finding in findings:
         mark = "[green]ok  [/]" if finding.good else "[red]FAIL[/]"
         console.print(f"{mark} {escape(finding.name)}: {escape(finding.detail)}", highlight=False, soft_wrap=True)

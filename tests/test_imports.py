@@ -15,7 +15,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("dequantise", "engine", "engine.program", "errors", "meter", "paths", "toml"),
+    ("dequantise", "engine", "engine.program", "errors", "loading", "meter", "paths", "toml"),
     ("planted", "planted.words", "prompts", "provenance", "records", "show", "show.embed"),
     ("engine.exchange", "lock", "planted.canvas", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
@@ -24,9 +24,9 @@ ORDER = (
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
     ("judges", "models", "probes", "show.tables", "tokens"),
     ("outcomes", "show.section", "shown"),
-    ("config", "engine.coverage", "engine.rows", "engine.unfold"),
+    ("config", "engine.coverage", "engine.rows", "engine.unfold", "engine.weights"),
     ("engine.budget", "openings", "texts"),
-    ("contents",),
+    ("contents", "engine.fit"),
     ("engine.payload",),
     ("engine.jobs",),
     ("engine.answers", "engine.backend", "engine.samples", "engine.tasks"),
@@ -59,6 +59,7 @@ AT_ONCE = {
     "engine.program": {"nnsight", "torch", "transformers"},
     "engine.local": {"nnsight", "torch", "transformers"},
     "engine.remote": {"nnsight", "torch"},
+    "engine.weights": {"torch", "transformers"},
     "planted.canvas": {"torch", "transformers"},
     "planted.cases": {"torch", "transformers"},
     "planted.gate": {"torch", "transformers"},
@@ -67,7 +68,8 @@ AT_ONCE = {
 LAZILY = {
     "cost": {"torch"},
     "dequantise": {"torch", "transformers"},
-    "engine.coverage": {"torch", "transformers"},
+    "engine.coverage": {"torch"},
+    "engine.fit": {"torch"},
     "fetch": {"transformers"},
     "engine.server": {"nnsight"},
     "judges.base": {"transformers"},
