@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from remote_mediation import runfiles
-from remote_mediation.runfiles import DamagedError
+from remote_mediation.runfiles import DamagedError, content_of
 from remote_mediation.store import Store
 
 
@@ -30,18 +30,26 @@ def check_run(folder: Path) -> list[FileState]:
         StoreError: there is no run folder, or its `run.json` cannot be used.
     """
     store = Store.open(folder)
-    bound = store.bound()
-    states = [FileState("run.json", True, "whole" if bound else "of an older version, without digests")]
+    bound, form = store.bound(), store.form()
+    states = [_record(folder / "run.json", "whole" if bound else "of an older version, without digests")]
     for name in sorted({*bound, *(path.name for path in folder.glob("*.jsonl"))}):
         states.append(_pairs(folder / name, bound.get(name, [])))
     states += _each(folder, "failures.json", lambda path: runfiles.read_failures, "its pairs will run again")
     states += _each(
         folder, "submitted/*.json", lambda path: partial(runfiles.read_ticket, path.stem), "its job will run again"
     )
-    states += _each(folder, "readouts/*.npz", lambda path: runfiles.read_readout, "it will be measured anew")
-    states += _each(folder, "notes/*.json", lambda path: runfiles.read_note, "it will be made anew")
+    readout, note = (partial(read, form=form) for read in (runfiles.read_readout, runfiles.read_note))
+    states += _each(folder, "readouts/*.npz", lambda path: readout, "it will be measured anew")
+    states += _each(folder, "notes/*.json", lambda path: note, "it will be made anew")
     states += [_aside(path, folder) for path in sorted(folder.rglob("*.bad"))]
     return states
+
+
+def _record(path: Path, detail: str) -> FileState:
+    if not path.exists():
+        return FileState(path.name, False, "gone; its copy is used, and the next run writes it anew")
+    state = _state(path, path.parent, runfiles.read_record, "its copy is used, and the next run writes it anew")
+    return state._replace(detail=detail) if state.whole else state
 
 
 def _pairs(path: Path, allowed: list[str]) -> FileState:
@@ -64,7 +72,7 @@ def _each(
 def _state(path: Path, folder: Path, read: Callable[[bytes], Any], then: str) -> FileState:
     name = path.relative_to(folder).as_posix()
     try:
-        read(path.read_bytes())
+        read(content_of(path))
     except (OSError, DamagedError) as error:
         return FileState(name, False, f"{error}; {then}")
     return FileState(name, True, "whole")

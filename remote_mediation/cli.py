@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from remote_mediation.errors import InputError, MediationError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from remote_mediation.config import StudyConfig
     from remote_mediation.report import PairText
     from remote_mediation.result import Result
@@ -36,8 +40,20 @@ models_app = typer.Typer(rich_markup_mode="rich", help="Which models can be stud
 app.add_typer(models_app, name="models")
 # Pairs of a kind that `pairs check` shows.
 _MOST_LINES = 1000
+
+
+class Errors(Console):
+    """Standard error: a study does not end because nobody reads of its progress any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing from here on."""
+        self.quiet = True
+
+
+# Flags that are no settings of a study.
+_NO_SETTINGS = ("study", "show_text", "settings", "as_json")
 console = Console()
-errors = Console(stderr=True)
+errors = Errors(stderr=True)
 
 StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY.toml]", help="Study file; flags override it.")]
 Model = Annotated[str | None, typer.Option(help="Hub id or local folder of the model.")]
@@ -68,17 +84,28 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other setting; repeat it for more.")
 ]
 ShowText = Annotated[bool, typer.Option("--show-text", help="Show generated answers in the report.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON (its form: reports/guide/json.md).")]
 
 
 def main() -> None:
     """Entry point: errors made for users become one line and an exit code; bugs keep their traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of what the terminal's encoding lacks
     try:
         app()
     except MediationError as error:
         # Libraries quote whole tracebacks; what a user can act on stands in the first line.
         message = str(error).splitlines()[0] if isinstance(error, InputError) else str(error)
-        errors.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
-        sys.exit(error.exit_code)
+        _end(message, error.exit_code)
+    except OSError as error:  # what the system refuses where nothing else was to be done about it
+        place = f" ({error.filename})" if error.filename else ""
+        _end(f"{error.strerror or error}{place}; see to the space, the permissions and the folders there", 2)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    errors.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    sys.exit(code)
 
 
 @app.command(
@@ -104,12 +131,14 @@ def run(
     out: Out = None,
     settings: Settings = None,
     show_text: ShowText = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a study and write its report. The same command continues a run that was stopped."""
     config = _config(study, locals())
     from remote_mediation.door import study_name
 
-    _measure(config, config.out or Path("runs") / (study_name(study) if study else "study"), show_text)
+    folder = config.out or Path("runs") / (study_name(study) if study else "study")
+    _measure("run", config, folder, show_text, as_json)
 
 
 @app.command(
@@ -124,39 +153,40 @@ def extend(
     analyses: Annotated[str, typer.Argument(metavar="ANALYSES", help="Comma-separated, such as detect,paths.")],
     settings: Settings = None,
     show_text: ShowText = False,
+    as_json: AsJson = False,
 ) -> None:
     """Ask more of a run; what it has measured is kept, and analyses that these build on are added."""
     from remote_mediation.analyses import with_needed
     from remote_mediation.config import load_config
     from remote_mediation.store import Store
 
-    known = Store.open(folder).record()["config"]
+    known = Store.open(folder).config().model_dump(mode="json")
     asked = with_needed([*known["analyses"], *_names(analyses)])
-    _measure(load_config(None, {**known, "analyses": asked}, settings or ()), folder, show_text)
+    config = load_config(None, {**known, "analyses": asked}, settings or ())
+    _measure("extend", config, folder, show_text, as_json)
 
 
 @app.command(epilog="Example:\n\n  remote-mediation report runs/study --show-text")
-def report(folder: RunFolder, show_text: ShowText = False) -> None:
+def report(folder: RunFolder, show_text: ShowText = False, as_json: AsJson = False) -> None:
     """Rebuild CSV tables, figures and report from a run folder; no model is needed."""
     from remote_mediation.store import Store
     from remote_mediation.study import reread
 
     store = Store.open(folder)
-    _write_report(store, reread(store), show_text)
+    _write_report("report", store, reread(store), show_text, as_json)
 
 
 @app.command("check-run", epilog="Example:\n\n  remote-mediation check-run runs/study")
-def check_run_command(folder: RunFolder) -> None:
+def check_run_command(folder: RunFolder, as_json: AsJson = False) -> None:
     """Say which files of a run folder are whole; exit code 1 where one is not. What they hold is not changed."""
     from remote_mediation.checkup import check_run
 
     states = check_run(folder)
-    for state in states:
-        if not (state.whole and state.detail == "whole"):
-            mark = "note" if state.whole else "FAIL"
-            console.print(Text(f"{mark} {state.name}: {state.detail}"), soft_wrap=True)
+    told = [state for state in states if not (state.whole and state.detail == "whole")]
+    lines = [f"{'note' if state.whole else 'FAIL'} {state.name}: {state.detail}" for state in told]
     whole = sum(state.whole for state in states)
-    console.print(f"{whole} of {len(states)} files are whole")
+    lines.append(f"{whole} of {len(states)} files are whole")
+    _say("check-run", as_json, {"whole": whole == len(states), "files": states}, *lines)
     if whole < len(states):
         raise typer.Exit(1)
 
@@ -172,6 +202,7 @@ def export_command(
     replicate: Annotated[
         bool, typer.Option("--replicate", help="Also what another needs to run it again, prompts among it.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write what can be shared of a run: report, tables, figures and run.json, without prompts and answers."""
     from remote_mediation.export import export
@@ -179,27 +210,33 @@ def export_command(
 
     written = export(Store.open(folder), target, replicate=replicate)
     told = "; replicate/ has the prompts, some of them harmful" if replicate else ""
-    console.print(f"{len(written)} files: {target}{told}", highlight=False, markup=False, soft_wrap=True)
+    _say("export", as_json, {"folder": target, "files": written}, f"{len(written)} files: {target}{told}")
 
 
 @app.command(epilog="Examples:\n\n  remote-mediation show runs/study\n\n  remote-mediation show runs/study claims")
 def show(
     folder: RunFolder,
     section: Annotated[str | None, typer.Argument(help="A section of its report; all are listed without it.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show a run's summary, or one section of its report; no model is needed."""
     from rich.markdown import Markdown
 
-    from remote_mediation.report import section_text, terminal_summary
+    from remote_mediation.report import section_named, sections
     from remote_mediation.store import Store
     from remote_mediation.study import reread
+    from remote_mediation.terminal import overview, section_data, summary_data, terminal_summary
 
     store = Store.open(folder)
     result = reread(store)
-    if section is None:
-        console.print(terminal_summary(result, store.folder / "report.md"))
-    else:
-        console.print(Markdown(section_text(result, section)))
+    if section is not None:
+        found = section_named(result, section)
+        _say("show SECTION", as_json, section_data(found), Markdown(found.titled()))
+        return
+    path, parts = store.folder / "report.md", sections(result)
+    summary = terminal_summary(result, path, parts)
+    more = [overview(parts).rich("Sections")] if result.verdicts() else []
+    _say("show", as_json, summary_data(result, path, parts), summary, *more)
 
 
 @app.command(
@@ -221,16 +258,18 @@ def plan(
     max_memory: MaxMemory = None,
     basis: BasisFlag = None,
     settings: Settings = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a study would cost: rows, jobs, operations, memory and time. No weights are loaded."""
     config = _config(study, locals())
     from remote_mediation.cost import estimate
 
     _quiet_libraries()
+    cost = estimate(config)
     table = Table(title=Text(f"{config.model}: {', '.join(config.analyses)}"), show_header=False)
-    for name, value in estimate(config).described():
+    for name, value in cost.described():
         table.add_row(name, value)
-    console.print(table)
+    _say("plan", as_json, {"model": config.model, "analyses": config.analyses, **cost.as_data()}, table)
 
 
 @pairs_app.command(
@@ -246,6 +285,7 @@ def check(
     harmful_column: Column = "",
     harmless_column: Column = "",
     show: Annotated[str | None, typer.Option(metavar="ID", help="Show a pair as the model gets it.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Tokenise and align pairs: token counts, edits, what would be refused and why, and whether placebos are alike."""
     from remote_mediation.config import load_config
@@ -262,8 +302,8 @@ def check(
     texts, form = load_texts(config), config.prompt.form()
     tokenizer = load_tokenizer(config.model, config.revision)
     if show is not None:
-        for line in shown(find_pair(texts, show), tokenizer, form):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        lines = shown(find_pair(texts, show), tokenizer, form)
+        _say("pairs check --show", as_json, {"lines": lines}, *lines)
         return
     prepared = tokenise(texts, tokenizer, form)
     table = Table("pair", "cluster", "tokens x0", "tokens x1", "edit from", "after edit", "template after")
@@ -271,19 +311,21 @@ def check(
         counts = (len(pair.x0), len(pair.x1), pair.first, pair.after, pair.post)
         names = (Text(printable(name), overflow="fold") for name in (pair.id, pair.cluster))
         table.add_row(*names, *map(str, counts))
-    console.print(table)
-    for refusal in prepared.refusals[:_MOST_LINES]:
-        console.print(
-            f"refused {printable(refusal.id)}: {refusal.reason}", highlight=False, markup=False, soft_wrap=True
-        )
+    refused = [f"refused {printable(one.id)}: {one.reason}" for one in prepared.refusals[:_MOST_LINES]]
     if max(map(len, prepared)) > _MOST_LINES:
-        console.print(f"of usable and of refused pairs the first {_MOST_LINES:,} are shown; --show ID shows any")
-    for line in (*described_lists(config), *balanced(texts, tokenizer)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        refused.append(f"of usable and of refused pairs the first {_MOST_LINES:,} are shown; --show ID shows any")
+    notes = [*described_lists(config), *balanced(texts, tokenizer)]
     equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
-    console.print(
-        f"{len(texts)} pairs: {len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"
-    )
+    told = f"{len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"
+    usable = [
+        {
+            **{"id": pair.id, "cluster": pair.cluster, "tokens_x0": len(pair.x0), "tokens_x1": len(pair.x1)},
+            **{"first": pair.first, "after": pair.after, "post": pair.post},
+        }
+        for pair in prepared.pairs
+    ]
+    data = {"usable": usable, "refused": prepared.refusals, "notes": notes}
+    _say("pairs check", as_json, data, table, *refused, *notes, f"{len(texts)} pairs: {told}")
 
 
 @pairs_app.command(
@@ -297,6 +339,7 @@ def convert(
     harmless: Harmless = None,
     harmful_column: Column = "",
     harmless_column: Column = "",
+    as_json: AsJson = False,
 ) -> None:
     """Write pairs, or two lists matched into pairs, as JSON lines."""
     from remote_mediation.config import load_config
@@ -305,7 +348,7 @@ def convert(
     sources = _sources(file, harmless, harmful_column, harmless_column)
     texts = load_texts(load_config(None, {"model": "", **sources}))
     write_texts(texts, target)
-    console.print(f"{len(texts)} pairs: {target}", highlight=False, markup=False, soft_wrap=True)
+    _say("pairs convert", as_json, {"pairs": len(texts), "file": target}, f"{len(texts)} pairs: {target}")
 
 
 def _sources(file: str, harmless: str | None, harmful_column: str, harmless_column: str) -> dict[str, str]:
@@ -318,7 +361,7 @@ def _sources(file: str, harmless: str | None, harmful_column: str, harmless_colu
 
 @app.command(
     epilog="Examples:\n\n  remote-mediation selfcheck\n\n  remote-mediation selfcheck --case late-head --seed 7\n\n"
-    "  remote-mediation selfcheck --all"
+    "  remote-mediation selfcheck --all\n\n  remote-mediation selfcheck --published"
 )
 def selfcheck(
     case: Annotated[
@@ -326,9 +369,15 @@ def selfcheck(
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="All cases, one after the other; some minutes.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Which model of the case to build.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Numbers published of real models, of those that can be had.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the pipeline on models whose mechanism was planted; exit code 1 unless all that it says of them is true."""
+    if published:
+        _check_published(as_json)
+        return
     from remote_mediation.planted.cases import CASES
     from remote_mediation.planted.selfcheck import PLAIN, run_selfcheck
     from remote_mediation.progress import reporter
@@ -342,13 +391,33 @@ def selfcheck(
         with reporter(errors) as watch:
             results.append(run_selfcheck(name, seed, watch))
         if not as_json:
-            console.print(results[-1].line(), soft_wrap=True, highlight=False)
-    if as_json:
-        console.print_json(data=[result.as_data() for result in results])
-    for result in results:
-        if not as_json and (len(results) == 1 or not result.passed):
-            console.print(result.table())
-    if not all(result.passed for result in results):
+            console.print(results[-1].line(), soft_wrap=True, highlight=False)  # some cases take minutes
+    passed = all(result.passed for result in results)
+    tables = [result.table() for result in results if len(results) == 1 or not result.passed]
+    _say("selfcheck", as_json, {"passed": passed, "cases": results}, *tables)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _check_published(as_json: bool) -> None:
+    """Compare numbers that were published of real models with ours; exit code 1 where one is off."""
+    from remote_mediation.planted.published import check_published, published_studies
+    from remote_mediation.progress import reporter
+
+    _quiet_libraries()
+    checked = []
+    for folder in published_studies():
+        with reporter(errors) as watch:
+            checked.append(check_published(folder, watch))
+        for line in [] if as_json else checked[-1].lines():
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    passed = all(one.passed for one in checked)
+    _say(
+        "selfcheck --published",
+        as_json,
+        {"passed": passed, "studies": [one.as_data() for one in checked]},
+    )
+    if not passed:
         raise typer.Exit(1)
 
 
@@ -356,17 +425,19 @@ def selfcheck(
 def fetch_model_command(
     name: Annotated[str | None, typer.Argument(help="Its short name, from --list.")] = None,
     list_models: Annotated[bool, typer.Option("--list", help="Show the models, sizes and licences.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Put a small real model into the user's cache and print its folder."""
-    from remote_mediation.fetch import fetch_model, fetchable_table
+    from remote_mediation.fetch import fetch_model, fetchable_data, fetchable_table
 
     if list_models:
-        console.print(fetchable_table())
+        _say("fetch-model --list", as_json, {"models": fetchable_data()}, fetchable_table())
         return
     if name is None:
         raise InputError("name a model to fetch; fetch-model --list shows them")
     _quiet_libraries()
-    console.print(str(fetch_model(name, errors)), soft_wrap=True, highlight=False)
+    folder = fetch_model(name, errors)
+    _say("fetch-model", as_json, {"folder": folder}, str(folder))
 
 
 @models_app.callback(
@@ -375,17 +446,19 @@ def fetch_model_command(
     "  remote-mediation models\n\n"
     "  remote-mediation models check meta-llama/Llama-3.1-405B-Instruct",
 )
-def models(context: typer.Context) -> None:
+def models(context: typer.Context, as_json: AsJson = False) -> None:
     """List the model families: what each component is there, and why some families cannot be studied."""
     if context.invoked_subcommand is not None:
         return
     from remote_mediation.engine.coverage import family_lines
 
-    for line in family_lines():
-        console.print(Text(line.family, style="bold"), end="")
-        console.print(f": cannot be studied: {line.reason}" if line.reason else "", highlight=False, soft_wrap=True)
-        for name, words in line.components.items():
-            console.print(f"  {name:<20} {words}", highlight=False, markup=False, soft_wrap=True)
+    families = family_lines()
+    lines: list[Text] = []
+    for family in families:
+        why = f": cannot be studied: {family.reason}" if family.reason else ""
+        lines.append(Text.assemble((family.family, "bold"), why))
+        lines += [Text(f"  {name:<20} {words}") for name, words in family.components.items()]
+    _say("models", as_json, {"families": families}, *lines)
 
 
 @models_app.command("check", epilog="Example:\n\n  remote-mediation models check ./my-model")
@@ -394,28 +467,29 @@ def models_check(
         str, typer.Argument(metavar="MODEL", help="Hub id or local folder; only its configuration is read.")
     ],
     revision: Revision = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say whether a model can be studied, from its configuration alone; exit code 1 where it cannot."""
     from remote_mediation.engine.coverage import check_model
 
     _quiet_libraries()
     found = check_model(model, revision or "")
-    for line in found.lines():
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _say("models check", as_json, found, *found.lines())
     if not found.covered:
         raise typer.Exit(1)
 
 
 @app.command(epilog="Example:\n\n  remote-mediation status")
-def status() -> None:
+def status(as_json: AsJson = False) -> None:
     """Say which models the NDIF server has: hot, warm, deploying or cold."""
     from remote_mediation.engine.server import deployments, server_from_environment
 
     server = server_from_environment()
+    found = deployments(server)
     table = Table("model", "revision", "task", "state", "replicas", title=Text(server.host))
-    for one in deployments(server):
+    for one in found:
         table.add_row(Text(one.repo_id), one.revision, one.task, one.state, str(one.replicas))
-    console.print(table)
+    _say("status", as_json, {"host": server.host, "deployments": found}, table)
 
 
 @app.command(
@@ -423,7 +497,7 @@ def status() -> None:
     "  remote-mediation doctor\n\n"
     "  remote-mediation doctor --model meta-llama/Llama-3.1-70B-Instruct"
 )
-def doctor(model: Model = None, revision: Revision = None) -> None:
+def doctor(model: Model = None, revision: Revision = None, as_json: AsJson = False) -> None:
     """Check versions, key, server and disk for remote studies, and whether a model fits this machine, and how.
 
     Exit code 1 when something would fail on the server.
@@ -433,10 +507,11 @@ def doctor(model: Model = None, revision: Revision = None) -> None:
 
     findings = examine(server_from_environment(), model, revision or "")
     findings += [fits(model, revision or "")] if model else []
-    for finding in findings:
-        mark = "[green]ok  [/]" if finding.good else "[red]FAIL[/]"
-        console.print(f"{mark} {escape(finding.name)}: {escape(finding.detail)}", highlight=False, soft_wrap=True)
-    if not all(finding.good for finding in findings):
+    marks = {True: ("ok  ", "green"), False: ("FAIL", "red")}
+    lines = [Text.assemble(marks[finding.good], f" {finding.name}: {finding.detail}") for finding in findings]
+    good = all(finding.good for finding in findings)
+    _say("doctor", as_json, {"good": good, "findings": findings}, *lines)
+    if not good:
         raise typer.Exit(1)
 
 
@@ -462,6 +537,7 @@ def judge_check(
         bool, typer.Option("--all", help="All that are ready as they are (after fetch-model minilm).")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Compare judges' verdicts with labels: accuracy, recall, specificity and Cohen's kappa, with 95% intervals."""
     import numpy as np
@@ -483,10 +559,10 @@ def judge_check(
         _quiet_libraries()
     qualities = [check_judge(load_judge(spec), records, np.random.default_rng(seed)) for spec in specs]
     of = f"{file}: {len(records)} answers, {sum(record.harmful for record in records)} of them labelled harmful"
-    console.print(judge_table(qualities).rich(of))
-    console.print(f"{MEANING}. Brackets: 95% intervals.", soft_wrap=True, highlight=False)
+    notes = [f"{MEANING}. Brackets: 95% intervals."]
     if file == BUILTIN:
-        console.print("The built-in answers are harmless stand-ins, many of them hard: no sample of a model's answers.")
+        notes.append("The built-in answers are harmless stand-ins, many of them hard: no sample of a model's answers.")
+    _say("judge check", as_json, {"file": file, "judges": qualities}, judge_table(qualities).rich(of), *notes)
 
 
 @app.command(
@@ -497,17 +573,18 @@ def judge_check(
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two run folders or more.")],
     out: Annotated[
-        Path | None, typer.Option(help="Also write comparison.csv, comparison.md and comparison.png there.")
+        Path | None, typer.Option(metavar="FOLDER", help="Also write report.md, tables and a figure.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Put runs of several models or checkpoints side by side, on relative depth; no model is needed."""
-    from remote_mediation.compare import comparison_table, read_runs, write_comparison
+    """Put runs of several models or checkpoints side by side; it takes what `export` wrote of them, too."""
+    from remote_mediation.compare import comparison_data, read_runs, runs_table, verdicts_table, write_comparison
 
     runs = read_runs(folders)
     written = write_comparison(runs, out) if out else None
-    console.print(comparison_table(runs).rich(f"{len(runs)} runs compared"))
-    if written:
-        console.print(f"Comparison: {written}", soft_wrap=True, highlight=False, markup=False)
+    tables = [runs_table(runs).rich(f"{len(runs)} runs compared"), verdicts_table(runs).rich("Claims and rivals")]
+    lines = [f"Comparison: {written}"] if written else []
+    _say("compare", as_json, {**comparison_data(runs), "report": written}, *tables, *lines)
 
 
 @app.command(
@@ -519,17 +596,27 @@ def view(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page; RUN/view.html by default.")] = None,
     show_text: Annotated[bool, typer.Option("--show-text", help="Show each pair's tokens below the maps.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Show the page on this machine alone, until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where it is served; 0 takes a free one.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Write a page to explore: claims with their numbers, maps by pair, sizes of sets, runs side by side."""
     from remote_mediation.show.page import write_page
+    from remote_mediation.show.serve import served
 
     if show_text:
         _quiet_libraries()
     written = write_page(folders, out, show_text)
-    console.print(f"Page: {written}", soft_wrap=True, highlight=False, markup=False)
+    if not serve:
+        _say("view", as_json, {"page": written, "address": None}, f"Page: {written}")
+        return
+    with served(written.read_bytes(), port) as server, suppress(KeyboardInterrupt):
+        shown = f"Showing it on {server.address} (Ctrl-C ends that)"
+        _say("view", as_json, {"page": written, "address": server.address}, f"Page: {written}", shown)
+        server.serve_forever()
 
 
-def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None:
+def _measure(command: str, config: StudyConfig, folder: Path, show_text: bool, as_json: bool) -> None:
     """Run a study in its folder and write the report; Ctrl-C leaves what is finished."""
     from remote_mediation.contents import look_at
     from remote_mediation.store import Store
@@ -547,13 +634,13 @@ def _measure(config: StudyConfig, folder: Path, show_text: bool = False) -> None
         note = "stopped; everything finished so far is kept, and the same command goes on from there"
         errors.print(note, soft_wrap=True)
         raise typer.Exit(130) from None
-    _write_report(store, result, show_text)
+    _write_report(command, store, result, show_text, as_json)
 
 
 def _config(study: Path | None, flags: dict[str, Any]) -> StudyConfig:
     from remote_mediation.config import load_config
 
-    overrides = {name: value for name, value in flags.items() if name not in ("study", "show_text", "settings")}
+    overrides = {name: value for name, value in flags.items() if name not in _NO_SETTINGS}
     if overrides["analyses"] is not None:
         overrides["analyses"] = _names(overrides["analyses"])
     if overrides["basis"] is not None:
@@ -575,11 +662,25 @@ def _quiet_libraries() -> None:
     hub_logging.set_verbosity_error()
 
 
-def _write_report(store: Any, result: Any, show_text: bool) -> None:
-    from remote_mediation.report import terminal_summary, write_report
+def _write_report(command: str, store: Any, result: Any, show_text: bool, as_json: bool) -> None:
+    from remote_mediation.report import sections, write_report
+    from remote_mediation.terminal import summary_data, terminal_summary
 
-    path = write_report(store, result, _texts(result) if show_text else ())
-    console.print(terminal_summary(result, path))
+    parts = sections(result)
+    path = write_report(store, result, _texts(result) if show_text else (), parts=parts)
+    _say(command, as_json, summary_data(result, path, parts), terminal_summary(result, path, parts))
+
+
+def _say(command: str, as_json: bool, data: Any, *shown: RenderableType) -> None:
+    """Print a result as people read it, texts as they are and on lines of their own, or as data (`forms`)."""
+    if as_json:
+        from remote_mediation.forms import formed
+
+        typer.echo(json.dumps(formed(command, data), indent=2, ensure_ascii=False))
+        return
+    for part in shown:
+        whole = isinstance(part, str | Text)
+        console.print(part, highlight=False, markup=False, soft_wrap=whole)
 
 
 def _texts(result: Result) -> list[PairText]:

@@ -19,6 +19,7 @@ from remote_mediation.paths import resolved
 from remote_mediation.prompts import PromptForm
 
 Search = Literal["gradient", "windows", "all"]
+BasisKind = Literal["probe", "components", "learnt"]
 # Settings that had another name, by that name.
 RENAMED = {"granularity": "analyses"}
 _log = logging.getLogger(__name__)
@@ -219,10 +220,14 @@ class VerifySettings(_Strict):
 
 
 class DirectionSettings(_Strict):
-    """`[directions]`: a direction from elsewhere beside the one that is found."""
+    """`[directions]`: what is measured beside the direction that is found."""
 
     basis: str = ""
     """A safetensors or .npy file, such as another run's `direction.safetensors`: `[k, width]` of the stream."""
+    bases: list[BasisKind] = []
+    """Other bases at the same site: weights of a probe, top components of the differences, learnt by gradient."""
+    rank: int = Field(default=1, ge=1)
+    """Directions of each basis; a probe has one."""
 
 
 class AblationSettings(_Strict):
@@ -322,6 +327,8 @@ class StudyConfig(_Strict):
             raise ValueError("the analysis alignment needs [alignment] with `base`, the checkpoint before the training")
         if self.directions.basis and "directions" not in self.analyses:
             raise ValueError("a basis is measured by the analysis directions; add it to `analyses`")
+        if self.directions.bases and "directions" not in self.analyses:
+            raise ValueError("bases are made and measured by the analysis directions; add it to `analyses`")
         if bool(self.refusal.compliant) != bool(self.refusal.refusing):
             raise ValueError("[refusal] needs both `compliant` and `refusing`, lists of openings, or neither")
         return self

@@ -18,6 +18,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.errors import ModelError, StoreError
 from remote_mediation.models import dated_fingerprint, fingerprint, hub_contents
 from remote_mediation.pairs import load_pairs
+from remote_mediation.paths import expanded
 from remote_mediation.sites import ModelInfo
 from remote_mediation.subspaces import Direction
 from remote_mediation.texts import load_texts
@@ -113,7 +114,7 @@ def _judge(spec: str) -> str:
 
 
 def _file(name: str) -> str:
-    path = Path(name).expanduser()
+    path = expanded(name)
     return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() if path.is_file() else ""
 
 

@@ -99,6 +99,14 @@ class Estimate:
     def _running_in_words(self) -> str:
         return f", of which {self.running / 1e9:,.2f} GB run for a token" if self.running < self.weights else ""
 
+    def as_data(self) -> dict[str, Any]:
+        """All of it, and what follows the first wave as records."""
+        later = [
+            {"analysis": name, "rows": one.rows, "flops": one.flops, "down": one.down}
+            for name, one in self.later.items()
+        ]
+        return {**vars(self), "memory": self.memory, "later": later}
+
     def described(self) -> list[tuple[str, str]]:
         """Names and values for a table."""
         return [

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,12 +27,13 @@ from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.rows import Row
 from remote_mediation.errors import SettingsError
 from remote_mediation.lab import Indirect, Lab
+from remote_mediation.reference import compare_with_float32
 from remote_mediation.report import PairText, write_report
 from remote_mediation.result import Analysis, Result
 from remote_mediation.runner import Watch
 from remote_mediation.sites import Site, check_site, family_of
 from remote_mediation.store import Store
-from remote_mediation.study import check_backend, measure_precision, prepared_lab, reread, run_study
+from remote_mediation.study import check_backend, prepared_lab, reread, run_study
 from remote_mediation.tokens import TokenPair
 
 if TYPE_CHECKING:
@@ -281,9 +283,9 @@ class OpenLab:
         found = load_variants(config, self._note) if variants is None else variants
         result = run_study(config, self._backend, self._store, self._watch, found, self._more)
         # int8 has no products in float32 to compare with; nf4 is compared with nf4.
-        if config.dtype != "float32" and config.backend == "local" and config.load.quantization != "int8":
-            exact = config.model_copy(update={"dtype": "float32"})
-            measure_precision(self._store, load_backend(exact, self._note), self._watch, self._more)
+        if config.dtype != "float32" and config.load.quantization != "int8":
+            load = partial(load_backend, note=self._note)
+            compare_with_float32(self._store, config, self._backend.info, load, self._watch, self._more)
         return result
 
     def report(self, texts: Sequence[PairText] = ()) -> Path:

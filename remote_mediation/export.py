@@ -28,7 +28,7 @@ def export(store: Store, folder: Path, *, replicate: bool = False) -> list[Path]
     further = replica(store) if replicate else {}
     write_report(store, reread(store), shared=folder)
     target = Store(folder)
-    target.write("run.json", (store.folder / "run.json").read_bytes())
+    target.write("run.json", store.record_text())
     for name, content in further.items():
         target.write(f"replicate/{name}", content)
     return sorted(path for path in folder.rglob("*") if path.is_file())

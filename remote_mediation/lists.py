@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from remote_mediation.errors import PairsError
-from remote_mediation.pairs import PromptPair, named, text_of
+from remote_mediation.pairs import PromptPair, folded, named, text_of
 from remote_mediation.records import read_records
 
 # Columns that hold the prompt in the layouts that are published, the most telling first: beside a goal, a `behavior` is
@@ -35,7 +35,16 @@ _PROMPTS = (
 )
 _CATEGORIES = ("category", "semanticcategory", "functionalcategory")
 # Columns whose text belongs to the prompt: HarmBench puts it before, lists of instructions after.
-_BEFORE, _AFTER = "contextstring", "input"
+_BEFORE, _AFTER = ("contextstring", "context_string", "context"), ("input",)
+_INSTRUCTION = "instruction"
+# What such a column holds where there is nothing.
+_NOTHING = ("<noinput>", "noinput", "<no input>", "no input", "n/a")
+# Words by which a column says of each prompt whether it is harmful, and columns that say it by a truth value.
+_HARMFUL = frozenset({"harmful", "unsafe", "malicious", "toxic"})
+_HARMLESS = frozenset({"harmless", "unharmful", "safe", "benign", "non-toxic"})
+_TRUTHS = frozenset({"0", "1", "0.0", "1.0", "true", "false"})
+_SAY_HARMFUL = ("harmful", "is_harmful", "unsafe", "is_unsafe", "toxic", "toxicity")
+_SIDES = ("harmful", "harmless")
 _PIECES = re.compile(r"\w+|[^\w\s]")
 
 
@@ -64,18 +73,23 @@ class PromptList:
     prompts: tuple[Listed, ...]
 
 
-def read_list(source: str, column: str = "") -> PromptList:
-    """The prompts of a file, each once, in its order. column: the one that holds them; found by its name by default.
+def read_list(source: str, column: str = "", side: str = "") -> PromptList:
+    """The prompts of a file, each once, in its order.
+
+    column: the one that holds them; found by its name by default. side: `harmful` or `harmless`, so that of a file of
+    pairs the right one is read.
 
     Raises:
-        PairsError: unreadable, without prompts, or without a column that is known to hold them.
+        PairsError: unreadable, without prompts, without a column that is known to hold them, or with harmful and
+            harmless ones by its own account.
     """
     records = read_records(source)
     if records and all(isinstance(record, str) for record in records):
         found = [Listed(text_of(record, "prompt", f"{source}, record {i}")) for i, record in enumerate(records, 1)]
         return PromptList(source, "", _once(found, source))
     fields = [_lowered(record, f"{source}, record {number}") for number, record in enumerate(records, 1)]
-    column = column.strip().lower() or _prompt_column(fields, source)
+    _check_kind(fields, source)
+    column = column.strip().lower() or _prompt_column(fields, source, side)
     prompts = [_listed(record, column, f"{source}, record {number}") for number, record in enumerate(fields, 1)]
     return PromptList(source, column, _once(prompts, source))
 
@@ -86,9 +100,9 @@ def matched(harmful: PromptList, harmless: PromptList) -> tuple[PromptPair, ...]
     Raises:
         PairsError: fewer harmless prompts than harmful ones, or a prompt that stands in both lists.
     """
-    both = {one.text for one in harmful.prompts} & {one.text for one in harmless.prompts}
-    if both:
-        raise PairsError(f"{harmful.source} and {harmless.source} both hold {min(both)[:60]!r}; take it out of one")
+    other = {folded(one.text) for one in harmless.prompts}
+    if both := [one.text for one in harmful.prompts if folded(one.text) in other]:
+        raise PairsError(f"{harmful.source} and {harmless.source} both hold {both[0][:60]!r}; take it out of one")
     if len(harmless.prompts) < len(harmful.prompts):
         raise PairsError(
             f"{harmful.source} has {len(harmful.prompts)} prompts and {harmless.source} {len(harmless.prompts)}; give "
@@ -149,9 +163,24 @@ def _lowered(record: Any, where: str) -> dict[str, Any]:
     return {str(key).strip().lower(): value for key, value in record.items()}
 
 
-def _prompt_column(records: Sequence[dict[str, Any]], source: str) -> str:
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    found = next((name for name in _PROMPTS if name in columns), None)
+def _check_kind(records: Sequence[dict[str, Any]], source: str) -> None:
+    """Refuse a list whose own column calls some of its prompts harmful and others not."""
+    for name in _columns(records):
+        said = {str(record[name]).strip().casefold() for record in records if record.get(name) not in (None, "")}
+        by_word = said <= _HARMFUL | _HARMLESS and bool(said & _HARMFUL) and bool(said & _HARMLESS)
+        if by_word or (name in _SAY_HARMFUL and said <= _TRUTHS and len(said) > 1):
+            raise PairsError(
+                f"{source} holds prompts of both kinds: its column {name!r} has {sorted(said)}; give a list of one kind"
+            )
+
+
+def _columns(records: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for record in records for key in record))
+
+
+def _prompt_column(records: Sequence[dict[str, Any]], source: str, side: str) -> str:
+    columns = _columns(records)
+    found = next((name for name in _PROMPTS if name in columns and (name == side or name not in _SIDES)), None)
     if found is None:
         raise PairsError(
             f"{source} has the columns {columns}, and none is known to hold prompts; name it with --harmful-column or "
@@ -163,16 +192,24 @@ def _prompt_column(records: Sequence[dict[str, Any]], source: str) -> str:
 def _listed(record: dict[str, Any], column: str, where: str) -> Listed:
     if column not in record:
         raise PairsError(f"{where} has {sorted(record)} and lacks {column!r}; name another column")
-    text, before, after = (text_of(record.get(key), key, where) for key in (column, _BEFORE, _AFTER))
+    befores, afters = (_BEFORE, _AFTER) if column != _INSTRUCTION else ((), (*_AFTER, *_BEFORE))
+    text = text_of(record[column], column, where)
+    before, after = _first_of(record, befores, where), _first_of(record, afters, where)
     category = next((text_of(record[name], name, where) for name in _CATEGORIES if record.get(name)), "")
     parts = (f"{before}\n\n---" if before.strip() else "", text, after)
     others = {key: text_of(value, key, where, anything=True) for key, value in record.items() if key != column}
     return Listed("\n\n".join(part for part in parts if part.strip()), category, tuple(others.items()))
 
 
+def _first_of(record: dict[str, Any], columns: Sequence[str], where: str) -> str:
+    """The text of the first of these columns that has one."""
+    texts = (text_of(record.get(name), name, where) for name in columns)
+    return next((text for text in texts if text.strip() and text.strip().casefold() not in _NOTHING), "")
+
+
 def _once(prompts: Sequence[Listed], source: str) -> tuple[Listed, ...]:
     """The prompts that are not empty, each the first time it stands there."""
-    found = {one.text: one for one in reversed(prompts) if one.text.strip()}
+    found = {folded(one.text): one for one in reversed(prompts) if one.text.strip()}
     if not found:
         raise PairsError(f"{source} holds no prompts")
-    return tuple(one for one in prompts if found.get(one.text) is one)
+    return tuple(one for one in prompts if found.get(folded(one.text)) is one)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import socket
 import weakref
 from pathlib import Path
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class Lock:
-    """A folder held by this process, for as long as this object lives."""
+    """A folder held by this process, for as long as this object lives and the folder stays where it is."""
 
     def __init__(self, folder: Path) -> None:
         """Take the folder; `hold` also finds the lock that this process has already.
@@ -32,7 +33,8 @@ class Lock:
             StoreError: another process holds it.
             OSError: the lock file cannot be written.
         """
-        file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        # Without following a link, by which somebody else's file would be emptied.
+        file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         weakref.finalize(self, os.close, file)
         try:
             if fcntl is None:
@@ -44,9 +46,21 @@ class Lock:
             ) from None
         except OSError as error:
             _log.warning("%s cannot be locked (%s): let no other process measure into it", folder, error)
-            return
+        self._path = folder / LOCK_FILE
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "token": secrets.token_hex(8)}
+        self._said = json.dumps(who).encode()
         os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now()}).encode(), 0)
+        os.pwrite(file, self._said, 0)
+
+    def holds(self) -> bool:
+        """Whether the folder still is the one that was taken.
+
+        It may have been moved or deleted since, or taken by another process where the system has no locks.
+        """
+        try:
+            return self._path.read_bytes() == self._said
+        except OSError:
+            return False
 
 
 _held: weakref.WeakValueDictionary[tuple[int, Path], Lock] = weakref.WeakValueDictionary()
@@ -60,7 +74,7 @@ def hold(folder: Path) -> Lock:
     """
     key = (os.getpid(), folder.resolve())
     lock = _held.get(key)
-    if lock is None:
+    if lock is None or not lock.holds():
         lock = _held[key] = Lock(folder)
     return lock
 

@@ -26,6 +26,8 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "ma
 _POINTER = b"version https://git-lfs"
 # Files of a model's folder that change what it computes or what it is fed.
 _TELLING = {".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".jinja", ".txt", ".py", ".tiktoken"}
+# Those of them that hold weights.
+_WEIGHTS = (".safetensors", ".bin")
 # Files up to so many bytes are hashed whole, about 2 s; of larger ones so many blocks.
 _WHOLE, _BLOCK, _SAMPLES = 2 * 10**9, 2**20, 256
 
@@ -79,7 +81,8 @@ def refuse_adapter(name: str) -> None:
 
 def _telling_files(folder: Path) -> list[Path]:
     """Files of a local folder that make a model what it is; none of a hub id."""
-    return sorted(path for path in folder.glob("*") if path.suffix in _TELLING and path.is_file())
+    files = (*folder.glob("*"), *folder.glob("additional_chat_templates/*"))
+    return sorted(path for path in files if path.suffix in _TELLING and path.is_file())
 
 
 def load_configuration(name: str, revision: str = "") -> PreTrainedConfig:
@@ -151,6 +154,26 @@ def _at_hand(name: str, revision: str, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def folder_at_hand(name: str, revision: str = "") -> Path | None:
+    """Where a whole model lies on this machine: a folder of its own, or in the hub's cache; None: nowhere."""
+    folder = Path(located(name))
+    if folder.is_dir():
+        return folder
+    config = _at_hand(name, revision, "config.json")
+    return config.parent if config and weights_here(name, revision) else None
+
+
+def why_no_hub(name: str, revision: str = "", seconds: float = 3.0) -> str:
+    """Why a model cannot be had from a hub, which is waited for so long; empty where one has it."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, revision=revision or None, timeout=seconds)
+    except Exception as error:  # of several libraries
+        return innermost(error)
+    return ""
+
+
 def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInfo:
     """The shape of a model from its transformers configuration.
 
@@ -180,12 +203,23 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
         window=window,
         multiplier=getattr(text, family.multiplier) if family.multiplier else 1.0,
         stored_ff=stored_ff,
-        context=next((length for name in _LENGTHS if (length := getattr(text, name, None))), 0),
+        context=_context(text),
         experts=getattr(text, family.mixture.experts) if family.mixture else 0,
         chosen=text.num_experts_per_tok if family.mixture else 0,
         routed=_routed_layers(text, family),
         recurrent=_recurrent_layers(text, family),
     )
+
+
+def _context(config: PreTrainedConfig) -> int:
+    """Tokens of the longest sequence whose numbers depend on nothing but itself; 0 where the configuration says none.
+
+    From one length on LongRoPE turns every sequence of a batch otherwise, short ones too, but not keys that are kept
+    from before (transformers, `longrope_frequency_update`).
+    """
+    longest = next((length for name in _LENGTHS if (length := getattr(config, name, None))), 0)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else longest
 
 
 def _check(config: PreTrainedConfig, family: Family, name: str) -> None:
@@ -268,6 +302,12 @@ def hub_contents(name: str, revision: str = "") -> dict[str, str]:
         return {}
     facts = [(path, path.stat()) for path in _telling_files(config.parent)]
     return {path.name: _content(path, fact.st_size, fact.st_mtime_ns) for path, fact in facts}
+
+
+def weights_here(name: str, revision: str = "") -> bool:
+    """Whether files of a model's weights are on this machine: in its folder, or in the hub's cache."""
+    config = _at_hand(name, revision, "config.json")
+    return config is not None and any(path.suffix in _WEIGHTS for path in _telling_files(config.parent))
 
 
 def dated_fingerprint(name: str) -> str:

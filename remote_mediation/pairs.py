@@ -21,6 +21,10 @@ _REQUIRED = ("harmful", "harmless")
 _PROMPTS = (*_REQUIRED, "placebo")
 HEADER = "openings"
 _LABELS = ("id", "category", "template")
+# What scripts write where a text is missing.
+_MISSING = ("nan", "NaN", "NAN", "NaT", "None", "null", "NULL", "<NA>", "#N/A")
+# Who speaks in a message; what a template does with any other word is not what was meant.
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _OPTIONAL = (*_LABELS, "placebo", "harmful_response", "harmless_response")
 _XSTEST = ("id", "prompt", "type", "label", "focus", "note")
 # XSTest blocks whose unsafe contrasts have ids in the same order as their safe prompts.
@@ -205,10 +209,12 @@ def _pair(record: Any, name: str, number: int) -> PromptPair:
     if missing := [key for key in _REQUIRED if key not in fields]:
         raise PairsError(f"{where} has {sorted(fields)} and lacks {missing[0]!r}; it needs {', '.join(_REQUIRED)}")
     aligned, turns = _aligned(fields.pop("aligned", True), where), _turns(fields, where)
-    known = {key: text_of(fields.pop(key), key, where) for key in (*_REQUIRED, *_OPTIONAL) if key in fields}
+    written = {key: fields.pop(key) for key in (*_REQUIRED, *_OPTIONAL) if key in fields}
+    known = {key: text_of(value, key, where) for key, value in written.items()}
     for key in _REQUIRED:
         if not known[key].strip():
-            raise PairsError(f"{where}: {key!r} is empty; give a prompt")
+            found = str(written[key]).strip() or "empty"
+            raise PairsError(f"{where}: {key!r} is {found}; give a prompt")
     notes = tuple((key, text_of(value, key, where, anything=True)) for key, value in fields.items())
     for key, _ in notes:
         _check_spelling(key, where)
@@ -243,11 +249,16 @@ def _turns(fields: dict[str, Any], where: str) -> tuple[tuple[str, Turn], ...]:
 def _turn(message: Any, where: str) -> Turn:
     if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
         raise PairsError(f"{where} is {message!r}; write an object with role and content")
-    return Turn(*(text_of(message[key], key, where) for key in ("role", "content")))
+    turn = Turn(*(text_of(message[key], key, where) for key in ("role", "content")))
+    if turn.role not in _ROLES:
+        raise PairsError(f"{where} has the role {turn.role!r}; write one of {', '.join(_ROLES)}")
+    return turn
 
 
 def text_of(value: Any, key: str, where: str, *, anything: bool = False) -> str:
-    """A field as text; empty for None. anything: values other than text are written as JSON.
+    """A field as text; empty for None and for the words that stand for it.
+
+    anything: it is kept as it is, and values other than text are written as JSON.
 
     Raises:
         PairsError: it is no text, or holds half a character.
@@ -261,7 +272,7 @@ def text_of(value: Any, key: str, where: str, *, anything: bool = False) -> str:
     if not isinstance(value, str):
         raise PairsError(f"{where}: {key!r} is not text but {value!r}; write it as a string")
     _check_characters(value, key, where)
-    return value
+    return "" if value.strip() in _MISSING and not anything else value
 
 
 def _check_characters(value: str, key: str, where: str) -> None:
@@ -275,6 +286,11 @@ def _check_spelling(key: str, where: str) -> None:
     near = difflib.get_close_matches(key, (*_REQUIRED, *_OPTIONAL), 1, 0.85)
     if near:
         raise PairsError(f"{where} has a column {key!r}; call it {near[0]!r} if it is that, or something else if not")
+
+
+def folded(text: str) -> str:
+    """A text by which repeats are known: capitals and the kind of blanks do not matter."""
+    return " ".join(text.casefold().split())
 
 
 def named(pairs: Iterable[PromptPair]) -> tuple[PromptPair, ...]:

@@ -21,6 +21,14 @@ _JUDGED = dict.fromkeys(("intervene", "verify", "ablation"), ("judge",))
 _NO_FILES = ("builtin", "-")
 
 
+def expanded(name: str) -> Path:
+    """A path with the user's folder for `~`; as it is written where there is no such user, or the folder is unknown."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def resolved(settings: dict[str, Any], base: Path = Path()) -> dict[str, Any]:
     """Settings with every path as seen from here. base: the folder that relative ones are named from."""
     return renamed(settings, lambda value: _file(value, base), lambda value: _perhaps(value, base))
@@ -56,7 +64,7 @@ def _each(
 
 
 def _file(value: str, base: Path) -> str:
-    path = Path(value).expanduser()
+    path = expanded(value)
     if value in _NO_FILES or (path == Path(value) and base == Path()):
         return value
     here_only = path.exists() and not (base / path).exists()
@@ -64,7 +72,7 @@ def _file(value: str, base: Path) -> str:
 
 
 def _perhaps(value: str, base: Path) -> str:
-    path = Path(value).expanduser()
+    path = expanded(value)
     if path != Path(value):
         return str(path)
     if not (base / path).exists() or (path.exists() and path.samefile(base / path)):

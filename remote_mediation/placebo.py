@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from remote_mediation.pairs import PromptPair
+from remote_mediation.pairs import PromptPair, folded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,7 +157,7 @@ def _words(text: str) -> set[str]:
 def _shared_by(pair: PromptPair) -> set[tuple[str, str]]:
     """All that links a pair to others: kind and text."""
     prompts = (pair.harmful, pair.harmless, pair.placebo)
-    shared = {("prompt", " ".join(prompt.casefold().split())) for prompt in prompts if prompt}
+    shared = {("prompt", folded(prompt)) for prompt in prompts if prompt}
     if pair.aligned:
         shared |= {("word", word) for word in edit_words(pair)}
     if pair.template:

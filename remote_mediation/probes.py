@@ -109,6 +109,15 @@ def fit_scores(features: ArrayLike, labels: ArrayLike, *others: ArrayLike) -> li
     return [np.asarray(fitted.decision_function(np.asarray(other, dtype=np.float64))) for other in others]
 
 
+def probe_weights(features: ArrayLike, labels: ArrayLike) -> _Floats:
+    """`[width]`, how the log-odds of harm rise with each number of an activation, of one probe fitted to all prompts.
+
+    features: `[prompt, width]`. labels: `[prompt]`, 1 harmful.
+    """
+    scaler, model = logistic(np.shape(features)[1]).fit(np.asarray(features, dtype=np.float64), np.asarray(labels))
+    return np.asarray(model.coef_[0] / scaler.scale_)
+
+
 def probe(
     features: ArrayLike,
     labels: ArrayLike,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,7 +106,9 @@ class Lines:
         if now - self._printed < SECONDS:
             return
         self._printed = now
-        self._console.print(f"{_duration(now - self._began)}: {text}", markup=False, highlight=False, soft_wrap=True)
+        line = f"{_duration(now - self._began)}: {text}"
+        with contextlib.suppress(OSError):  # a full disk behind it is no reason to end
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -30,6 +30,8 @@ ALONE = ("",)
 _DIRECTIVES = "aAbBdeHIjmMpSuUVwWyYZ"
 """Letters of strftime that a template may use."""
 _MARKER = "qzmarkzq"
+_ANSWER = "qzanswerzq"
+_LINE_BREAK = "\n"
 # Added tokens that are not marked special and still look like parts of a template.
 _CONTROL = re.compile(r"[<\[|].*[>\]|]")
 # What templates write as plain text to say who speaks: `<|user|>`, `[INST]`, `### Response:`, `ASSISTANT:`.
@@ -121,7 +123,7 @@ def surroundings(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -
     around = None
     if _has_template(tokenizer, form):
         with contextlib.suppress(PairsError):  # said of each text
-            around = _around(_template(_MARKER, tokenizer, form, ()), _MARKER)
+            around = _frame(_MARKER, tokenizer, form, ())
     return Surroundings(control, tuple(_marks(tokenizer, form)), around)
 
 
@@ -164,7 +166,10 @@ def encode_prompts(
     known = known or surroundings(tokenizer, form)
     rendered = [_rendered(one, tokenizer, form, known) for one in asked]
     texts = iter(_encoded([one.text for one in rendered if isinstance(one, Rendered)], tokenizer, form))
-    return [_checked(one, next(texts), tokenizer, form) if isinstance(one, Rendered) else one for one in rendered]
+    control = frozenset(token.id for token in known.control)
+    return [
+        _checked(one, next(texts), tokenizer, form, control) if isinstance(one, Rendered) else one for one in rendered
+    ]
 
 
 def _rendered(
@@ -179,12 +184,20 @@ def _rendered(
 
 
 def _checked(
-    rendered: Rendered, tokens: _Tokens | PairsError, tokenizer: PreTrainedTokenizerBase, form: PromptForm
+    rendered: Rendered,
+    tokens: _Tokens | PairsError,
+    tokenizer: PreTrainedTokenizerBase,
+    form: PromptForm,
+    control: frozenset[int],
 ) -> Encoded | PairsError:
-    """What a tokenizer made of a prompt, unless it cannot be measured."""
+    """What a tokenizer made of a prompt, unless it cannot be measured. control: ids that only a template writes."""
     if isinstance(tokens, PairsError):
         return tokens
-    ids, offsets = tuple(tokens.ids), tuple((start, stop) for start, stop in tokens.offsets)
+    ids = tuple(tokens.ids)
+    offsets = tuple(
+        _of_mark(start, stop, rendered) if token in control else (start, stop)
+        for token, (start, stop) in zip(ids, tokens.offsets, strict=True)
+    )
     if not rendered.templated:  # what a tokenizer adds behind a text would end it before the answer
         ids = ids[: len(ids) - next((i for i, special in enumerate(reversed(tokens.added)) if not special), len(ids))]
     inside = [
@@ -199,6 +212,15 @@ def _checked(
     return Encoded(ids, behind if rendered.templated or form.prefill else 0, rendered, offsets)
 
 
+def _of_mark(start: int, stop: int, rendered: Rendered) -> tuple[int, int]:
+    """Where a template's mark lies, without the blanks of the text beside it, which it may take (lstrip, rstrip)."""
+    if start < rendered.end < stop:
+        return rendered.end, stop
+    if start < rendered.begin < stop:
+        return start, rendered.begin
+    return start, stop
+
+
 def render(
     request: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -211,17 +233,18 @@ def render(
     known: where many texts are rendered.
 
     Raises:
-        PairsError: the template fails, does not print the text once and whole, or prints other things around it.
+        PairsError: the template fails, does not print the text once and whole, prints other things around it, leaves
+            out a message before it, or does not open the answer.
     """
     if not _has_template(tokenizer, form):
-        if form.system or turns or form.think:
+        if form.system or turns or form.think or form.arguments:
             raise PairsError("without a chat template there are no messages but one; give [prompt] a template")
         return Rendered(request + form.prefill, 0, len(request), templated=False)
     text, marker = _template(request, tokenizer, form, turns), _marker(request)
     if known and known.around and not turns and marker == _MARKER:
         before, after = known.around
     else:
-        before, after = _around(_template(marker, tokenizer, form, turns), marker)
+        before, after = _frame(marker, tokenizer, form, turns)
     if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
         raise PairsError("the chat template prints other things around this text than around others")
     end = len(text) - len(after)
@@ -234,13 +257,17 @@ def encode_after(prompts: Sequence[str], continuation: str, tokenizer: PreTraine
     """Token ids of a text as they are behind prompts, all as the model is given them (rendered).
 
     Encoded alone a text may begin otherwise: SentencePiece puts a blank before it. Where it would run into the last
-    word of a prompt, or merge with its end, a blank stands between.
+    word of a prompt, or merge with its end, a blank stands between. A number behind a number goes on with it, as "42"
+    does with "17" in 1742, and has the tokens that it has at the beginning of a line: of the whole a tokenizer may
+    make one token, which a model that was given its first part cannot say.
 
     Raises:
         PairsError: it has no tokens there, or none that are the same behind all of these prompts.
     """
     if not continuation.strip():
         raise PairsError(f"{continuation!r} has no tokens behind the prompt; give text")
+    if continuation.split()[0].isdecimal() and all(prompt[-1:].isdecimal() for prompt in prompts):
+        prompts = (_LINE_BREAK,)
     one_word = continuation[0].isalnum() and any(prompt[-1:].isalnum() for prompt in prompts)
     for blank in (" ",) if one_word else ("", " "):
         found = {_behind(prompt, blank + continuation, tokenizer) for prompt in prompts}
@@ -281,7 +308,7 @@ def _has_template(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> bool:
 def _marks(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:
     """What a template writes around a text to say who speaks; none where it fails, which is said elsewhere."""
     try:
-        rendered = render(_MARKER, tokenizer, replace(form, system="", think=""))
+        rendered = render(_MARKER, tokenizer, replace(form, system=form.system and "x", think=""))
     except PairsError:
         return []
     around = rendered.text[: rendered.begin] + "\n" + rendered.text[rendered.end :]
@@ -304,26 +331,53 @@ def _template(
     turns: Sequence[Turn],
     day: datetime = DATE,
 ) -> str:
-    """What a template makes of messages, on a day.
+    """What a template makes of a request, on a day, with the answer opened.
 
     Raises:
-        PairsError: it fails, or there is no such template.
+        PairsError: as `_written`.
+    """
+    return _written([*_messages(form, turns), Turn("user", request)], tokenizer, form, day)
+
+
+def _messages(form: PromptForm, turns: Sequence[Turn]) -> list[Turn]:
+    """The messages before the user's last."""
+    own = any(turn.role == "system" for turn in turns)  # a conversation's own goes before the study's
+    return [*([Turn("system", form.system)] if form.system and not own else []), *turns]
+
+
+def _written(
+    messages: Sequence[Turn],
+    tokenizer: PreTrainedTokenizerBase,
+    form: PromptForm,
+    day: datetime = DATE,
+    *,
+    opened: bool = True,
+) -> str:
+    """What a template makes of messages, on a day. opened: with the beginning of the assistant's next message.
+
+    Raises:
+        PairsError: it fails, there is no such template, or it reads no variable of the name of an argument.
     """
     variants = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if form.template and "{" not in form.template and form.template not in variants:
         raise PairsError(f"the tokenizer has no chat template {form.template!r}; it has {sorted(variants) or 'one'}")
-    own = any(turn.role == "system" for turn in turns)  # a conversation's own goes before the study's
-    system = [Turn("system", form.system)] if form.system and not own else []
-    messages = [turn._asdict() for turn in (*system, *turns, Turn("user", request))]
     try:
-        template = _dated(tokenizer.get_chat_template(form.template or None), day)
-        return str(
+        template = tokenizer.get_chat_template(form.template or None)
+        text = str(
             tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True, **dict(form.arguments)
+                [message._asdict() for message in messages],
+                chat_template=_dated(template, day),
+                tokenize=False,
+                add_generation_prompt=opened,
+                **dict(form.arguments),
             )
         )
     except Exception as error:  # whatever a template's code raises
         raise PairsError(f"the chat template fails: {innermost(error)}; see [prompt] in the README") from error
+    for name, _ in form.arguments:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise PairsError(f"the chat template reads no {name!r}, so that [prompt] template_arguments change nothing")
+    return text
 
 
 def _dated(template: str, day: datetime) -> str:
@@ -339,6 +393,46 @@ def _marker(request: str) -> str:
     while marker in request.casefold():
         marker += "q"
     return marker
+
+
+def _frame(marker: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm, turns: Sequence[Turn]) -> tuple[str, str]:
+    """What a template writes before and after the user's text, the messages before it among that.
+
+    Raises:
+        PairsError: it fails, leaves a message out, or does not open the answer.
+    """
+    prompt = _template(marker, tokenizer, form, turns)
+    before, after = _around(prompt, marker)
+    written = _plain(f"{before} {after}")
+    for turn in _messages(form, turns):
+        said = turn.content.rpartition("</think>")[2]  # templates leave out what was thought in earlier turns
+        if _plain(said) not in written:
+            raise PairsError(
+                f"the chat template leaves out the {turn.role} message {said[:60]!r}; give [prompt] another "
+                "template, or do without it"
+            )
+    if not form.prefill:  # which may open the answer
+        _check_opened(prompt, [*_messages(form, turns), Turn("user", marker)], tokenizer, form)
+    return before, after
+
+
+def _check_opened(prompt: str, messages: list[Turn], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> None:
+    """Refuse a template that says who speaks in an answer that is given, and not in one that is to come.
+
+    Raises:
+        PairsError: behind this prompt a model would write that, or go on with the user's text.
+    """
+    try:
+        closed = _written(messages, tokenizer, form, opened=False)
+        answered = _written([*messages, Turn("assistant", _ANSWER)], tokenizer, form, opened=False)
+    except PairsError:
+        return  # it takes no answers
+    missing = answered.partition(_ANSWER)[0].removeprefix(prompt).strip()
+    if prompt == closed and _ANSWER in answered and answered.startswith(prompt) and missing:
+        raise PairsError(
+            f"the chat template does not open the answer: it writes {missing!r} before one that is given, and nothing "
+            "for one to come; give [prompt] a template that does (add_generation_prompt)"
+        )
 
 
 def _around(text: str, marker: str) -> tuple[str, str]:
@@ -362,6 +456,25 @@ def in_think_block(text: str) -> bool:
     """Whether a rendered prompt ends in a think block that is still open, so that a thought would be read."""
     found = _THINKS.search(text)
     return bool(found and not found[2])
+
+
+def requests(
+    prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN
+) -> list[str]:
+    """The user's texts of prompts as a model is given them; the whole of one that has other messages before it."""
+    before, after = "", ""
+    with contextlib.suppress(PairsError):  # no prompt of it could be encoded
+        frame = render(_MARKER, tokenizer, form)
+        before, after = frame.text[: frame.begin], frame.text[frame.end :]
+    marks = [token.content for token in surroundings(tokenizer, form).control]
+    found = []
+    for ids in prompts:
+        whole = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = whole[len(before) : len(whole) - len(after)]
+        if not before or whole != before + text + after or any(mark in text for mark in marks):
+            text = str(tokenizer.decode(ids, skip_special_tokens=True))
+        found.append(text)
+    return found
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -432,6 +545,12 @@ def _check_round_trip(text: str, tokens: Sequence[tuple[int, int, int]], tokeniz
     spelled = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if _plain(spelled) != _plain(meant):
         raise PairsError(f"its tokens spell {spelled[:60]!r}, not {meant[:60]!r}; the tokenizer cannot encode it")
+
+
+def visible(text: str) -> str:
+    """A text without what nobody sees: the kind of blanks, how characters are coded, signs of no width."""
+    seen = (one for one in unicodedata.normalize("NFKC", text) if unicodedata.category(one) != "Cf")
+    return " ".join("".join(seen).split())
 
 
 def _plain(text: str) -> str:

@@ -28,6 +28,16 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def peak_memory() -> float | None:
+    """The most memory that this process has had, in GB; None on systems that do not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024  # bytes there, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from remote_mediation.errors import PairsError, innermost
+from remote_mediation.paths import expanded
 
 STANDARD_INPUT = "-"
 _TABLES = (".csv", ".tsv", ".tab")
@@ -28,6 +29,17 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+# How files begin that hold no text of ours, and what they are.
+_OTHER_FILES = {
+    b"\x1f\x8b": "it is compressed (gzip); unpack it",
+    b"\x28\xb5\x2f\xfd": "it is compressed (Zstandard); unpack it",
+    b"PK\x03\x04": "it is an Excel workbook or a zip archive; save it as CSV in UTF-8, or unpack it",
+    b"\xd0\xcf\x11\xe0": "it is an Excel workbook; save it as CSV in UTF-8",
+    b"PAR1": "it is Parquet; let its name end in .parquet",
+    b"version https://git-lfs": "it is a git-LFS pointer; run `git lfs pull` beside it",
+    b"<!doctype html": "it is a web page; fetch the raw file",
+    b"<html": "it is a web page; fetch the raw file",
+}
 
 
 def read_records(source: str) -> list[Any]:
@@ -38,7 +50,7 @@ def read_records(source: str) -> list[Any]:
     Raises:
         PairsError: unreadable, in no encoding that can be told, or not in the format its name says.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         if path.suffix.lower() == ".parquet":
             return _parquet(path)
@@ -51,13 +63,19 @@ def read_records(source: str) -> list[Any]:
     if path.suffix.lower() in _TABLES or (source == STANDARD_INPUT and text.lstrip()[:1] not in ("{", "[", "")):
         return _table(text, source)
     if path.suffix.lower() == ".txt":
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        return [line.strip() for line in _line_feeds(text).split("\n") if line.strip()]  # not at every Unicode line end
     return parse_json(text, source)
 
 
 @cache
 def _standard_input() -> bytes:
-    """What stands in standard input, which can be read once."""
+    """What stands in standard input, which can be read once.
+
+    Raises:
+        OSError: it is closed.
+    """
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
     return sys.stdin.buffer.read()
 
 
@@ -69,7 +87,7 @@ def parse_json(text: str, name: str) -> list[Any]:
     """
     if text.lstrip().startswith("["):
         try:
-            return [_one_line_end(item) for item in _json(text, name)]
+            return list(_one_line_end(_json(text, name)))
         except json.JSONDecodeError as error:
             raise PairsError(
                 f"{name}, line {error.lineno} is not JSON ({error.msg}); mend the list, or write one object per line"
@@ -109,9 +127,13 @@ def _json(text: str, where: str) -> Any:
 
 
 def _decoded(raw: bytes, name: str) -> str:
+    begins = raw[:64].lstrip()
+    for beginning, what in _OTHER_FILES.items():
+        if beginning in (begins[: len(beginning)], begins[: len(beginning)].lower()):
+            raise PairsError(f"cannot read pairs file {name!r}: {what}")
     encoding = next((found for mark, found in _MARKS.items() if raw.startswith(mark)), "utf-8")
     try:
-        return raw.decode(encoding)
+        text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         what = f"a broken {encoding.upper()} file"
         if encoding == "utf-8":
@@ -120,10 +142,13 @@ def _decoded(raw: bytes, name: str) -> str:
             f"cannot read pairs file {name!r}: byte {raw[error.start]:#04x} at {error.start} is not UTF-8, "
             f"it is {what}; save it as UTF-8"
         ) from error
+    if text.count("\0") > len(text) // 4:
+        raise PairsError(f"cannot read pairs file {name!r}: it is probably UTF-16 without its mark; save it as UTF-8")
+    return text
 
 
 def _table(text: str, name: str) -> list[dict[str, str]]:
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _line_feeds(text)
     first, _, rest = text.partition("\n")
     if first.strip().strip('"').lower().startswith("sep=") and len(first.strip().strip('"')) <= len("sep=?"):
         delimiter, text = first.strip("\n").strip('"')[len("sep=") :] or "\t", rest
@@ -138,11 +163,18 @@ def _table(text: str, name: str) -> list[dict[str, str]]:
         raise PairsError(f"cannot read pairs file {name!r}: line {rows.line_num}: {error}; mend its quotes") from error
     if not filled:
         return []
-    header = [column.strip().lower() for column in filled[0]]
+    header = _header(filled[0])
     named = [column for column in header if column]
     if twice := [column for column in named if named.count(column) > 1]:
         raise PairsError(f"{name} has two columns called {twice[0]!r}; rename one")
+    if again := [number for number, row in enumerate(filled[1:], 1) if _header(row) == header]:
+        raise PairsError(f"{name}, record {again[0]} is the header again, as where two tables are joined; take it out")
     return [_row(header, row, name, number) for number, row in enumerate(filled[1:], 1)]
+
+
+def _header(row: list[str]) -> list[str]:
+    """Names of columns; a byte order mark stands before those of a second table."""
+    return [column.replace("\ufeff", "").strip().lower() for column in row]
 
 
 def _row(header: list[str], row: list[str], name: str, number: int) -> dict[str, str]:
@@ -159,20 +191,26 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     import pandas as pd
 
     try:
-        frame = pd.read_parquet(path)
+        text = pd.read_parquet(path).to_json(orient="records", lines=True, date_format="iso")
     except ImportError as error:
         raise PairsError(
             f"cannot read {str(path)!r}: Parquet needs pyarrow; `pip install 'remote-mediation[parquet]'`"
         ) from error
-    except (OSError, ValueError) as error:
-        raise PairsError(f"cannot read {str(path)!r} as Parquet: {error}; write it anew") from error
-    return parse_json(frame.to_json(orient="records", lines=True, force_ascii=True), str(path))
+    except Exception as error:  # whatever pandas and pyarrow make of columns that are no texts
+        raise PairsError(f"cannot read {str(path)!r} as Parquet: {innermost(error)}; write it anew") from error
+    return parse_json(text, str(path))
+
+
+def _line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _one_line_end(value: Any) -> Any:
     """The same with a line feed for every line end in the texts of a record."""
     if isinstance(value, str):
-        return value.replace("\r\n", "\n").replace("\r", "\n")
+        return _line_feeds(value)
     if isinstance(value, dict):
         return {key: _one_line_end(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_one_line_end(item) for item in value]
     return value

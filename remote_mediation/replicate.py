@@ -19,7 +19,7 @@ from remote_mediation.models import load_tokenizer
 from remote_mediation.openings import given_openings
 from remote_mediation.outcomes import outcome_from
 from remote_mediation.pairs import GivenOpenings, PromptPair, load_openings, load_pairs
-from remote_mediation.paths import renamed
+from remote_mediation.paths import expanded, renamed
 from remote_mediation.records import STANDARD_INPUT
 from remote_mediation.store import Store
 from remote_mediation.study import prompts_of, select, texts_digest
@@ -39,7 +39,7 @@ def replica(store: Store) -> dict[str, str]:
         ModelError: the model chose its openings, and its tokenizer cannot be had.
     """
     record = store.record()
-    config = StudyConfig(**record["config"])
+    config = store.config()
     pairs = select(_texts(config, record), config.max_pairs)
     if config.outcome == "response_logprob" and any(one.harmful_response or one.harmless_response for one in pairs):
         raise StoreError(
@@ -116,7 +116,7 @@ def _settings(config: StudyConfig, lacking: dict[str, str]) -> dict[str, Any]:
         return new
 
     def perhaps(name: str) -> str:
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.is_file():
             return _TEMPLATE
         return aside(name) if path.is_dir() or name.startswith(LOCAL) else name

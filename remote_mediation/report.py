@@ -1,4 +1,4 @@
-"""From a measured study to what people read: `report.md`, figures and CSV files in the run folder, and the terminal.
+"""From a measured study to what people read: `report.md`, figures and CSV files in the run folder.
 
 Nothing is estimated here that `summary` has not estimated, but for the share of the total effect of the few sites that
 are shown. Numbers have three significant digits (`markdown`); the CSV files have all of them.
@@ -7,14 +7,11 @@ are shown. Numbers have three significant digits (`markdown`); the CSV files hav
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from rich.console import Group
-from rich.markdown import Markdown
-from rich.panel import Panel
-from rich.text import Text
 
 from remote_mediation.analyses.total.show import covered, hardly_defined
 from remote_mediation.config import StudyConfig
@@ -23,8 +20,10 @@ from remote_mediation.errors import SettingsError
 from remote_mediation.judges import JudgeQuality
 from remote_mediation.lab import Study
 from remote_mediation.outcomes import MEANINGS, OutcomeName
+from remote_mediation.pairs import BUILTIN, load_pairs
 from remote_mediation.result import Result
 from remote_mediation.show import figures
+from remote_mediation.show.made import UNKNOWN, command, differing, made_in_words
 from remote_mediation.show.section import Section, Verdict
 from remote_mediation.show.sites import site_section
 from remote_mediation.show.tables import (
@@ -39,6 +38,7 @@ from remote_mediation.show.tables import (
     paragraphs,
     percent,
 )
+from remote_mediation.show.words import in_groups
 from remote_mediation.stats import Estimate
 from remote_mediation.store import Store
 from remote_mediation.summary import SUMMARY_COLUMNS, Identity
@@ -47,8 +47,6 @@ from remote_mediation.tokens import Refusal, TokenPair
 TOLERANCE = 1e-4
 """Largest deviation from an identity that float32 explains, in the outcome's unit."""
 
-_UNRECORDED = "not recorded"
-_CLAIM = "claim "
 _PROVENANCE = ("model", "config", "outcome", "versions", "git", "host", "started", "finished", "seconds")
 """Keys of `run.json` that every report shows, recorded or not."""
 _SIGNS = {
@@ -58,6 +56,10 @@ _SIGNS = {
     "drop, not harmful text.",
 }
 """What the sign of TE means for everything else."""
+_EMPTY = {"model.revision": "the default one", "model.window": "none"}
+"""What an empty value says in the table of provenance, where it is not that something is unknown."""
+_EXAMPLES = 3
+"""Pairs that are shown."""
 _OUTCOME_LIMITS: dict[OutcomeName, tuple[str, ...]] = {
     "response_logprob": (
         "The answers compared are those of the pairs file or, where it has none, the model's own. Its own answer to a "
@@ -89,12 +91,19 @@ class PairText(NamedTuple):
     """Answer to the harmless prompt, as the outcome reads it."""
 
 
-def write_report(store: Store, result: Result, texts: Sequence[PairText] = (), *, shared: Path | None = None) -> Path:
+def write_report(
+    store: Store,
+    result: Result,
+    texts: Sequence[PairText] = (),
+    *,
+    parts: Sequence[Section] | None = None,
+    shared: Path | None = None,
+) -> Path:
     """Write tables, figures and `report.md` into the run folder; the same bytes for the same run. Returns the report.
 
     texts: pairs to show as text; without them the report has no prompt and no generated answer, and with them nobody
-    but its owner can read it. shared: another folder to write all of it into, for others; the tables are then without
-    the further columns of the pairs file, in which anything may stand.
+    but its owner can read it. parts: the run's sections, made by default. shared: another folder to write all of it
+    into, for others; the tables are then without the further columns of the pairs file, in which anything may stand.
 
     Provenance is all of `store.record()` but `study`, which `config` contains. Of `model`, `config`, `outcome`,
     `versions`, `git`, `host`, `started`, `finished` and `seconds`, what is missing is reported as not recorded, and a
@@ -108,7 +117,7 @@ def write_report(store: Store, result: Result, texts: Sequence[PairText] = (), *
         target.write(name, table.to_csv(index=False, lineterminator="\n"))
     for name, content in result.files.items():
         target.write(name, content)
-    parts = sections(result)
+    parts = sections(result) if parts is None else parts
     for section in parts:
         if section.figure:
             target.write(section.figure_path, figures.png(section.figure))
@@ -127,20 +136,6 @@ def _with_notes(effects: pd.DataFrame, pairs: Sequence[TokenPair]) -> pd.DataFra
     return effects.assign(**added) if added else effects
 
 
-def terminal_summary(result: Result, report: Path) -> Group:
-    """What a run found, for the terminal. report: path of `report.md`, named in the last line."""
-    verdicts = result.verdicts()
-    return Group(
-        Panel(
-            Markdown(paragraphs(hardly_defined(covered(result)), _answer(result))), title=Text(result.study.info.name)
-        ),
-        *([_verdict_table(verdicts).rich("Claims")] if verdicts else []),
-        overview(sections(result)).rich("Sections"),
-        _identities_table(result.study, result.summary.identities).rich("Identities"),
-        Text(f"Report: {report}", overflow="fold"),
-    )
-
-
 def sections(result: Result) -> list[Section]:
     """What the report says, analysis by analysis; of one that has no sections of its own its strongest sites."""
     found: list[Section] = []
@@ -152,8 +147,8 @@ def sections(result: Result) -> list[Section]:
     return found
 
 
-def section_text(result: Result, name: str) -> str:
-    """One section of the report as Markdown, with its title.
+def section_named(result: Result, name: str) -> Section:
+    """One section of the report.
 
     Raises:
         SettingsError: the run has no such section.
@@ -161,13 +156,14 @@ def section_text(result: Result, name: str) -> str:
     known = {section.name: section for section in sections(result)}
     if name not in known:
         raise SettingsError(f"this run has no section {name!r}; it has {', '.join(known) or 'none'}")
-    return paragraphs(f"## {known[name].title}", known[name]._replace(figure=None).markdown())
+    return known[name]
 
 
 def _report(result: Result, parts: Sequence[Section], store: Store, texts: Sequence[PairText]) -> str:
     """`report.md`."""
     study, summary, record = result.study, result.summary, store.record()
     verdicts = result.verdicts()
+    examples = "" if texts else _examples(study)
     every = {
         f"# Causal mediation of harmful text in {study.info.name}": _opening(result, record),
         **({"## Claims": _verdict_table(verdicts).markdown()} if verdicts else {}),
@@ -175,13 +171,14 @@ def _report(result: Result, parts: Sequence[Section], store: Store, texts: Seque
         "## What was measured": paragraphs(
             _setting_table(result, record).markdown(), _left_out(study.refusals, store.failures())
         ),
+        **({"## Example pairs": examples} if examples else {}),
         **{f"## {section.title}": section.markdown() for section in parts if not section.appendix},
         "## Identities": _identities_table(study, summary.identities).markdown(),
         "## How to read the numbers": bullets(_READING),
         "## Limits": bullets(_limits(study, summary.total)),
         "## Prompts and answers": _shown(texts, result.files),
         **{f"## Appendix: {section.title}": section.markdown() for section in parts if section.appendix},
-        "## Provenance": _folded("how this run was made", _provenance_table(record).markdown()),
+        "## Provenance": _folded("how this run was made", _provenance_table(study.config, record).markdown()),
     }
     return paragraphs(*(part for section in every.items() for part in section)) + "\n"
 
@@ -193,12 +190,6 @@ def _verdict_table(verdicts: Sequence[Verdict]) -> Table:
     )
     rows = [(one.claim, one.harm, one.placebo, one.said) for one in verdicts]
     return Table(("claim", "harm", "placebo", "verdict"), rows, notes)
-
-
-def overview(parts: Sequence[Section]) -> Table:
-    """Findings in a line each, for the terminal."""
-    rows = [(section.name, section.brief or section.finding) for section in parts if not section.appendix]
-    return Table(("section", "finding"), rows)
 
 
 def csv_tables(result: Result, *, notes: bool = True) -> dict[str, pd.DataFrame]:
@@ -213,46 +204,44 @@ def csv_tables(result: Result, *, notes: bool = True) -> dict[str, pd.DataFrame]
 
 def _opening(result: Result, record: Mapping[str, Any]) -> str:
     """The answer, and before it whatever makes it doubtful."""
-    warnings = [
+    unfinished = (
+        ""
+        if record.get("finished")
+        else ("**This run is not finished**: what follows is what has been measured so far.")
+    )
+    made = f"Made by\n\n    {command(result.study.config)}\n\n{made_in_words(record)}"
+    return paragraphs(*doubts(result), unfinished, f"{headline(result)} {effect_in_words(result)}", made)
+
+
+def doubts(result: Result) -> list[str]:
+    """What makes the numbers doubtful, each in a sentence."""
+    violated = [
         f"**Do not trust these numbers: an identity that holds by construction is violated** ({identity.name}: "
         f"off by {number(identity.largest)} {result.study.outcome.unit})."
         for identity in result.summary.identities
         if _holds(identity, result.study) == "violated"
     ]
-    if not record.get("finished"):
-        warnings.append("**This run is not finished**: what follows is what has been measured so far.")
-    return paragraphs(*warnings, hardly_defined(covered(result)), _answer(result))
+    return [*violated, *filter(None, [hardly_defined(covered(result))])]
 
 
-def _answer(result: Result) -> str:
-    """Where in this model harmful text is decided, as far as this run can say."""
+def effect_in_words(result: Result) -> str:
+    """The total effect, and what its sign means for everything else."""
     total, unit = result.summary.total, result.study.outcome.unit
     size = f"{estimate(total)} {unit}"
     care = f" To be read with care: {total.reason}." if total.reason else ""
-    return f"{_headline(result)} {_SIGNS[total.sign].format(size=size)}{care}"
+    return f"{_SIGNS[total.sign].format(size=size)}{care}"
 
 
-def _headline(result: Result) -> str:
+def headline(result: Result) -> str:
     """The verdicts in a sentence; where TE < 0 the claims are worded about the refusal (METHOD, section 2)."""
     name, sign = result.study.info.name, result.summary.total.sign
     decided = "the refusal" if sign < 0 else "harmful text"
     if sign == 0:
         return f"**This run cannot say where in {name} harmful text is decided.**"
-    by_said: dict[str, list[str]] = {}
-    for verdict in result.verdicts():
-        by_said.setdefault(verdict.said, []).append(verdict.label)
-    if not by_said:
+    verdicts = result.verdicts()
+    if not verdicts:
         return f"**This run maps where {decided} acts in {name}; it tests no claim.**"
-    verdicts = "; ".join(f"{_together(labels)}: {said}" for said, labels in by_said.items())
-    return f"**Where in {name} is {decided} decided? {verdicts}.**"
-
-
-def _together(labels: Sequence[str]) -> str:
-    """`claim 1, claim 2, head gate` as `claims 1, 2, head gate`."""
-    numbers = [label.removeprefix(_CLAIM) for label in labels if label.startswith(_CLAIM)]
-    others = [label for label in labels if not label.startswith(_CLAIM)]
-    claims = f"{_CLAIM.strip()}{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
-    return ", ".join([claims, *others] if numbers else others)
+    return f"**Where in {name} is {decided} decided? {in_groups(verdicts)}.**"
 
 
 def _setting_table(result: Result, record: Mapping[str, Any]) -> Table:
@@ -383,17 +372,51 @@ def _folded(summary: str, text: str) -> str:
     return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
-def _provenance_table(record: Mapping[str, Any]) -> Table:
+def _provenance_table(config: StudyConfig, record: Mapping[str, Any]) -> Table:
     further = sorted(set(record) - {*_PROVENANCE, "study"})
-    rows = [row for name in (*_PROVENANCE, *further) for row in _flat(name, record.get(name))]
-    return Table(("what", "value"), rows)
+    told = {**record, "config": differing(config)}
+    rows = [row for name in (*_PROVENANCE, *further) for row in _flat(name, told.get(name))]
+    note = Note("", "of the settings (config) those that are not the defaults; `run.json` has all of them")
+    return Table(("what", "value"), rows, (note,))
 
 
 def _flat(name: str, value: Any) -> list[tuple[str, str]]:
     """Nested settings as rows with dotted names."""
     if isinstance(value, dict) and value:
         return [row for key, inner in value.items() for row in _flat(f"{name}.{key}", inner)]
-    return [(name, _UNRECORDED if value in (None, "") else str(value))]
+    if value in (None, ""):
+        return [(name, _EMPTY.get(name, UNKNOWN))]
+    return [(name, str(value) if value or isinstance(value, bool | int | float) else "none")]
+
+
+def _examples(study: Study) -> str:
+    """Harmless prompts of a few pairs beside their placebos; of the package's own pairs only, which are public."""
+    if study.config.source != BUILTIN:
+        return ""
+    texts = {text.id: text for text in load_pairs(BUILTIN)}
+    known = [texts[pair.id] for pair in study.pairs if pair.id in texts and texts[pair.id].placebo]
+    shown = known[:: max(1, len(known) // _EXAMPLES)][:_EXAMPLES]
+    rows = [(one.id, _marked(one.harmless, one.placebo), _marked(one.placebo, one.harmless)) for one in shown]
+    words = (
+        "The harmful prompt of a pair differs from the harmless one in the same words as its placebo does; it is not "
+        "shown here (`--show-text` does)."
+    )
+    return paragraphs(words, markdown_table(("pair", "harmless prompt", "placebo"), rows)) if rows else ""
+
+
+def _marked(text: str, other: str) -> str:
+    """A prompt with the words in bold in which it differs from another."""
+    own, theirs = text.split(), other.split()
+    start = _shared(own, theirs)
+    end = _shared(own[start:][::-1], theirs[start:][::-1])
+    parts = (own[:start], own[start : len(own) - end], own[len(own) - end :])
+    before, changed, after = (literal(" ".join(part)) for part in parts)
+    return " ".join(filter(None, (before, f"**{changed}**" if changed else "", after)))
+
+
+def _shared(words: Sequence[str], others: Sequence[str]) -> int:
+    """With how many of the same words both begin."""
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(words, others, strict=False)))
 
 
 def judge_table(qualities: Sequence[JudgeQuality]) -> Table:

@@ -2,7 +2,8 @@
 
 Any of them may be empty, cut, flipped in a bit, of another program or edited by hand. `run.json` ends in a digest of
 itself and binds the pairs by theirs; readouts and notes carry checksums; a ticket is named by the keys in it. What
-cannot be what was written is a `DamagedError`. Files of versions that wrote no digests are read all the same.
+cannot be what was written is a `DamagedError`. Files of versions that wrote no digests are read all the same, in
+folders that such a version began.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,8 +42,10 @@ _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-# Keys of `run.json` that are no part of what it says: its own digest, and those of files by name.
-_OWN, _OTHERS = "digest", "digests"
+# Keys of `run.json` that are no part of what it says: its own digest, those of files by name, and `FORM`.
+_OWN, _OTHERS, _FORM = "digest", "digests", "form"
+FORM = 1
+"""Of folders in which every readout and note has a checksum; 0 of those that an older version began."""
 
 
 class DamagedError(ValueError):
@@ -58,6 +62,8 @@ class Submitted(NamedTuple):
     flops: float
     lengths: Sequence[int | None] = ()
     """As of `lengths_of`; empty where an older version handed it over."""
+    task: str = ""
+    """What it does (`Job.task`); empty where an older version handed it over."""
 
 
 class Sealed(NamedTuple):
@@ -67,19 +73,33 @@ class Sealed(NamedTuple):
     """What it says."""
     digests: dict[str, list[str]]
     """By file, those that it may have; the last is that of the newest version."""
+    form: int = FORM
+    """0 where files without checksums are read (`FORM`)."""
 
 
 def record_text(sealed: Sealed) -> str:
     """`run.json`, with a digest of all of it."""
-    content = json.loads(json.dumps({**sealed.record, _OTHERS: sealed.digests}))
+    content = json.loads(json.dumps({**sealed.record, _OTHERS: sealed.digests, _FORM: sealed.form}))
     return json.dumps({**content, _OWN: _digest_of(content)}, indent=2, sort_keys=True) + "\n"
+
+
+def content_of(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        DamagedError: a folder, a pipe or the like lies in its place.
+        OSError: it is not there, or cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise DamagedError("it is no file")
+    return path.read_bytes()
 
 
 def read_record(content: bytes) -> Sealed:
     """What `run.json` holds.
 
     Raises:
-        DamagedError: it is no JSON, or not as it was written.
+        DamagedError: it is no JSON, not as it was written, or of another program.
     """
     found = _json(content)
     if not isinstance(found, dict):
@@ -87,9 +107,11 @@ def read_record(content: bytes) -> Sealed:
     rest = {name: value for name, value in found.items() if name != _OWN}
     if _OWN in found and found[_OWN] != _digest_of(rest):
         raise DamagedError("its digest is another one: it was changed by hand, or cut")
-    if _OTHERS in found and _OWN not in found:
+    if {_OTHERS, _FORM} & set(found) and _OWN not in found:
         raise DamagedError("its own digest was taken out")
-    return Sealed(rest, rest.pop(_OTHERS, {}))
+    if "study" not in found:
+        raise DamagedError("it was not written by a run")
+    return Sealed(rest, rest.pop(_OTHERS, {}), rest.pop(_FORM, 0))
 
 
 def pairs_text(prepared: Prepared) -> str:
@@ -118,8 +140,8 @@ def read_pairs(content: bytes, allowed: Sequence[str]) -> Prepared:
 
 def ticket_text(ticket: str, job: Job) -> str:
     """What is kept of a job that was handed over."""
-    content = {"ticket": ticket, "keys": job.keys, "rows": job.rows, "flops": job.flops, "lengths": lengths_of(job)}
-    return json.dumps(content)
+    content = {"ticket": ticket, "keys": job.keys, "rows": job.rows, "flops": job.flops, "task": job.task}
+    return json.dumps({**content, "lengths": lengths_of(job)})
 
 
 def read_ticket(job: str, content: bytes) -> Submitted:
@@ -133,7 +155,11 @@ def read_ticket(job: str, content: bytes) -> Submitted:
     except TypeError as error:
         raise DamagedError("it is no ticket") from error
     numbers = [found.rows, found.flops, *(length for length in found.lengths if length is not None)]
-    if not isinstance(found.ticket, str) or not all(isinstance(number, (int, float)) for number in numbers):
+    if (
+        not isinstance(found.ticket, str)
+        or not isinstance(found.task, str)
+        or not all(isinstance(number, (int, float)) for number in numbers)
+    ):
         raise DamagedError("it is no ticket")
     if digest(found.keys) != job:
         raise DamagedError("its keys are those of another job")
@@ -157,8 +183,8 @@ def readout_bytes(job: Job | Submitted, readout: Readout) -> bytes:
     return buffer.getvalue()
 
 
-def read_readout(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
-    """Values of one readout, by key. One without a checksum is of an older version.
+def read_readout(content: bytes, form: int = FORM) -> dict[str, npt.NDArray[np.float32]]:
+    """Values of one readout, by key. form: of its folder, which says whether it must have a checksum.
 
     Raises:
         DamagedError: they are not those that were written.
@@ -166,7 +192,7 @@ def read_readout(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as data:
             keys, lengths, values = data["keys"], data["lengths"], data["values"]
-            if "checksum" in data and str(data["checksum"]) != _checksum(keys, lengths, values):
+            if (form or "checksum" in data) and str(data["checksum"]) != _checksum(keys, lengths, values):
                 raise DamagedError("its checksum is another one")
         if values.dtype != np.float32 or len(keys) != len(lengths) or lengths.sum() != len(values):
             raise DamagedError("its values do not belong to its keys")
@@ -184,14 +210,16 @@ def note_text(content: Any) -> str:
     return json.dumps({"note": content, "checksum": _digest_of(content)})
 
 
-def read_note(content: bytes) -> Any:
-    """JSON data. Data without a checksum are of an older version.
+def read_note(content: bytes, form: int = FORM) -> Any:
+    """JSON data. form: of its folder, which says whether they must have a checksum.
 
     Raises:
         DamagedError: they are not those that were written.
     """
     found = _json(content)
     if not isinstance(found, dict) or set(found) != {"note", "checksum"}:
+        if form:
+            raise DamagedError("it has no checksum")
         return found
     if found["checksum"] != _digest_of(found["note"]):
         raise DamagedError("its checksum is another one")

@@ -13,10 +13,18 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from remote_mediation.engine.answers import NOT_FINITE, check_answer, lengths_of, not_finite, rows_of
+from remote_mediation.engine.answers import (
+    NOT_FINITE,
+    ContradictionError,
+    check_answer,
+    check_tokens,
+    lengths_of,
+    not_finite,
+    rows_of,
+)
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Budget, Setting
-from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs
+from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs, with_sources
 from remote_mediation.engine.rows import Row
 from remote_mediation.engine.samples import Manner, plan_samples
 from remote_mediation.engine.tasks import Task, plan_tasks
@@ -89,7 +97,8 @@ class Runner:
         wanted = (row for row in dict.fromkeys(rows) if row.pair in pairs)
         missing = [row for row in wanted if self.key(row) not in self.values]
         if missing:
-            self._work(sum(bool(row.writes) for row in missing), partial(self._jobs, missing), self._backend)
+            count = sum(bool(row.writes) for row in with_sources(missing))
+            self._work(count, partial(self._jobs, missing), self._backend)
 
     def run_tasks(self, tasks: Mapping[str, Task]) -> None:
         """The same of tasks, by key."""
@@ -142,10 +151,10 @@ class Runner:
         try:
             readout = backend.collect(ticket)
             self._check(job, lengths_of(job), readout)
-        except LostJobError:
+        except LostJobError as error:
             self._store.forget(job.id)
             if tries == 1:
-                raise
+                raise self._blaming(error) from error
             return self._run(job, backend, tries - 1)
         except JobError as error:
             self._store.forget(job.id)
@@ -165,6 +174,14 @@ class Runner:
     def _check(self, job: Job | Submitted, lengths: Sequence[int | None], readout: Readout) -> None:
         """Refuse what is not the answer to a job. Raises: as `check_answer`."""
         check_answer(job.id, job.keys, lengths, readout, self.values, self._setting.dtype)
+        check_tokens(job.task, readout, self._setting.info.vocab)
+
+    def _blaming(self, error: LostJobError) -> LostJobError:
+        """The same, with the file to delete where what was measured before may be what is wrong."""
+        path = self._store.holding(error.key) if isinstance(error, ContradictionError) else None
+        if path is None:
+            return error
+        return LostJobError(f"{error}, or delete {path} if that is what is wrong: it is then measured anew")
 
     def _keep_finite(self, job: Job, readout: Readout, bad: set[str]) -> None:
         """Keep what a job brought back of its other pairs, and let those fail whose values are no numbers.
@@ -180,7 +197,7 @@ class Runner:
         if good:
             keys, values = [job.keys[index] for index in good], [readout.values[index] for index in good]
             written = sum(bool(rows[index].writes) for index in good)
-            self._keep(Submitted(job.id, "", keys, written, job.flops), Readout(values, readout.seconds))
+            self._keep(Submitted(job.id, "", keys, written, job.flops, task=job.task), Readout(values, readout.seconds))
         for pair in sorted(bad):
             self._store.save_failure(pair, NOT_FINITE)
         failed = list(self._store.failures().values()).count(NOT_FINITE)
@@ -210,13 +227,16 @@ class Runner:
     def _keep(self, job: Job | Submitted, readout: Readout) -> None:
         """A job's values, first in the run folder, then at hand.
 
-        Base prompts that run again in a later job keep their first values: in another batch the last digits may be
-        others, and a report that is made again would not be the same.
+        Base prompts that run again in a later job keep their first values, as do rows that run in several batches: in
+        another batch the last digits may be others, and a report that is made again would not be the same.
         """
-        new = [place for place, key in enumerate(job.keys) if key not in self.values]
+        first = {key: place for place, key in reversed(list(enumerate(job.keys)))}
+        new = sorted(place for key, place in first.items() if key not in self.values)
         if not new:
             self._store.forget(job.id)
             return
         keys, values = [job.keys[place] for place in new], [readout.values[place] for place in new]
-        self._store.save_readout(Submitted(job.id, "", keys, job.rows, job.flops), Readout(values, readout.seconds))
+        self._store.save_readout(
+            Submitted(job.id, "", keys, job.rows, job.flops, task=job.task), Readout(values, readout.seconds)
+        )
         self.values.update(zip(keys, values, strict=True))

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from remote_mediation.errors import PairsError
-from remote_mediation.pairs import PromptPair
+from remote_mediation.pairs import PromptPair, folded
 from remote_mediation.placebo import ALIKE, balance
 from remote_mediation.prompts import (
     DATE,
@@ -65,7 +65,7 @@ def described(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, f
         found["date"] = DATE.date().isoformat()
     if any(map(in_think_block, texts)):
         found["think"] = "open"
-    if repeats := len(pairs) - len({(_folded(pair.harmful), _folded(pair.harmless)) for pair in pairs}):
+    if repeats := len(pairs) - len({(folded(pair.harmful), folded(pair.harmless)) for pair in pairs}):
         found["repeats"] = repeats
     return found
 
@@ -87,10 +87,6 @@ def balanced(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) ->
 def printable(text: str) -> str:
     """A text in one line, without what a terminal would act on."""
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _rendered(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:

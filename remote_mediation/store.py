@@ -1,8 +1,9 @@
 """The run folder: what was asked (`run.json`), on which pairs (`pairs.jsonl`), and every value measured (`readouts/`).
 
 Every file is written whole and then moved into place, so a run that is cut short leaves only finished files and the
-same command goes on from there. Values are found by row key, never by the order or grouping of jobs. What is measured
-only its owner can read: it has prompts and answers, most of them as numbers of tokens. `run.json` has none.
+same command goes on from there. `run.json`, without which nothing can be read, has a copy beside it. Values are found
+by row key, never by the order or grouping of jobs. What is measured only its owner can read: it has prompts and
+answers, most of them as numbers of tokens. `run.json` has none.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from remote_mediation import runfiles
+from remote_mediation.config import StudyConfig
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.errors import StoreError
 from remote_mediation.lock import LOCK_FILE, Lock, hold
-from remote_mediation.runfiles import DamagedError, Sealed
+from remote_mediation.runfiles import DamagedError, Sealed, content_of
 from remote_mediation.runfiles import Submitted as Submitted
 from remote_mediation.tokens import Prepared
 
@@ -30,6 +33,7 @@ _log = logging.getLogger(__name__)
 MERGED = 200
 """So many readouts become one file."""
 _MANY = "merged-"
+_RECORD, _COPY = "run.json", ".run.json.copy"
 # What prompts or answers may stand in.
 _PRIVATE = ("*.jsonl", "failures.json*", "readouts/*", "notes/*", "submitted/*")
 _Content = TypeVar("_Content")
@@ -43,6 +47,7 @@ class Store:
         self.folder = folder
         self._lock: Lock | None = None
         self._single = 0  # readouts of one job each, once they have been counted
+        self._warned = False
 
     @classmethod
     def create(cls, folder: Path, identity: dict[str, Any]) -> Store:
@@ -53,7 +58,7 @@ class Store:
         """
         store = cls(folder)
         try:
-            if (folder / "run.json").exists():
+            if any((folder / name).exists() for name in (_RECORD, _COPY)):
                 store._check_same(identity)
             elif folder.exists() and (not folder.is_dir() or _in_use(folder)):
                 raise StoreError(f"{folder} is in use and is no run folder; choose another with --out")
@@ -94,28 +99,69 @@ class Store:
                     _log.warning("%s can be read by others, and not be changed: %s", path, error.strerror)
 
     def record(self) -> dict[str, Any]:
-        """What `run.json` holds; empty for a new run.
+        """What `run.json` holds; empty for a new run. Where it is damaged or gone, its copy is read.
 
         Raises:
-            StoreError: it cannot be read, was changed, or a run of this package did not write it.
+            StoreError: neither can be used: they cannot be read, were changed, or a run did not write them.
         """
         return self._sealed().record
 
-    def _sealed(self) -> Sealed:
-        path = self.folder / "run.json"
+    def config(self) -> StudyConfig:
+        """Settings of the run.
+
+        Raises:
+            StoreError: as `record`, or a version of this package wrote it whose settings are others.
+        """
         try:
-            if not path.exists():
-                return Sealed({}, {})
-            sealed = runfiles.read_record(path.read_bytes())
+            return StudyConfig(**self.record()["config"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"{self.folder} holds a run of another version, whose settings cannot be read ({_in_a_line(error)}); "
+                "use that version, or run the study anew"
+            ) from error
+
+    def _sealed(self) -> Sealed:
+        path = self.folder / _RECORD
+        try:
+            return runfiles.read_record(content_of(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return self._copied("it is gone") or Sealed({}, {})
         except (OSError, DamagedError) as error:
-            raise StoreError(f"cannot use {path}: {error}; put it back as it was, or choose another folder") from error
-        if "study" not in sealed.record:
-            raise StoreError(f"{path} was not written by a run; choose another folder")
-        return sealed
+            copied = self._copied(str(error))
+            if copied is None:
+                raise StoreError(
+                    f"cannot use {path}: {error}; put it back as it was, or choose another folder"
+                ) from error
+            return copied
+
+    def _copied(self, why: str) -> Sealed | None:
+        """The copy of `run.json`, if it is whole. why: what is wrong with `run.json` itself."""
+        try:
+            found = runfiles.read_record(content_of(self.folder / _COPY))
+        except (OSError, DamagedError):
+            return None
+        if not self._warned:
+            _log.warning("%s cannot be used (%s): its copy is read in its place", self.folder / _RECORD, why)
+        self._warned = True
+        return found
+
+    def record_text(self) -> str:
+        """`run.json` as it is written."""
+        return runfiles.record_text(self._sealed())
+
+    def form(self) -> int:
+        """Of the run folder (`runfiles.FORM`)."""
+        return self._sealed().form
 
     def save_record(self, record: dict[str, Any]) -> None:
         """Write `run.json`."""
-        self._keep("run.json", runfiles.record_text(Sealed(record, self._sealed().digests)))
+        known = self._sealed()
+        self._keep_record(Sealed(record, known.digests, known.form))
+
+    def _keep_record(self, sealed: Sealed) -> None:
+        """Write `run.json`, its copy first: whichever of them a crash leaves alone can be gone on from."""
+        for name in (_COPY, _RECORD):
+            self._keep(name, runfiles.record_text(sealed))
 
     def prepared(self, name: str = "pairs") -> Prepared | None:
         """The tokenised pairs of this run, or others by name; None where they are not known (any more).
@@ -125,8 +171,7 @@ class Store:
         """
         path = self.folder / f"{name}.jsonl"
         try:
-            content = path.read_bytes()
-            return runfiles.read_pairs(content, self._sealed().digests.get(path.name, ()))
+            return runfiles.read_pairs(content_of(path), self._sealed().digests.get(path.name, ()))
         except FileNotFoundError:
             return None
         except (OSError, DamagedError) as error:
@@ -151,10 +196,10 @@ class Store:
 
     def _bind(self, name: str, digest: str) -> None:
         """Let a file have this digest or, until it is written, the one that it has."""
-        record, digests = self._sealed()
+        record, digests, form = self._sealed()
         known = digests.get(name, [])[-1:]
         if record and known != [digest]:
-            self._keep("run.json", runfiles.record_text(Sealed(record, {**digests, name: [*known, digest]})))
+            self._keep_record(Sealed(record, {**digests, name: [*known, digest]}, form))
 
     def save_ticket(self, ticket: str, job: Job) -> None:
         """Remember that a job was handed over, before anyone waits for it."""
@@ -182,7 +227,7 @@ class Store:
     def _merge(self) -> None:
         """Write all files of one job as one. Stopped before it is done, it leaves values twice, and they are equal."""
         paths = self._readouts(merged=False)
-        found = {key: value for path in paths for key, value in self._read(path).items()}
+        found = self._read(paths)
         if found:
             whole = Submitted(f"{_MANY}{runfiles.digest_of(repr(list(found)).encode())[:16]}", "", list(found), 0, 0.0)
             content = runfiles.readout_bytes(whole, Readout(list(found.values()), 0.0))
@@ -191,9 +236,15 @@ class Store:
             path.unlink(missing_ok=True)  # a damaged one has another name by now
         self._single = 0
 
-    def _read(self, path: Path) -> dict[str, npt.NDArray[np.float32]]:
-        """Values of a readout; of a damaged one none, and it is set aside. Raises: as `values`."""
-        return self._doubted(path, runfiles.read_readout) or {}
+    def _read(self, paths: Sequence[Path]) -> dict[str, npt.NDArray[np.float32]]:
+        """Values of readouts; of a damaged one none, and it is set aside. Raises: as `values`."""
+        read = partial(runfiles.read_readout, form=self.form())
+        return {key: value for path in paths for key, value in (self._doubted(path, read) or {}).items()}
+
+    def holding(self, key: str) -> Path | None:
+        """The readout that a value comes from."""
+        paths = [*self._readouts(merged=True), *self._readouts(merged=False)]
+        return next((path for path in paths if key in self._read([path])), None)
 
     def forget(self, job_id: str) -> None:
         """Drop a job's ticket."""
@@ -209,7 +260,8 @@ class Store:
 
     def note(self, name: str) -> Any:
         """What `save_note` kept under a name; None if nothing, or nothing whole, which is set aside then."""
-        return self._doubted(self.folder / "notes" / f"{name}.json", runfiles.read_note)
+        read = partial(runfiles.read_note, form=self.form())
+        return self._doubted(self.folder / "notes" / f"{name}.json", read)
 
     def save_note(self, name: str, content: Any) -> None:
         """Keep JSON data, such as the verdicts of a judge."""
@@ -221,8 +273,7 @@ class Store:
         Raises:
             StoreError: a file of them cannot be opened.
         """
-        paths = [*self._readouts(merged=False), *self._readouts(merged=True)]
-        return {key: value for path in paths for key, value in self._read(path).items()}
+        return self._read([*self._readouts(merged=False), *self._readouts(merged=True)])
 
     def _doubted(self, path: Path, read: Callable[[bytes], _Content]) -> _Content | None:
         """What a file holds that can be made anew; None where it is not there, or damaged and set aside.
@@ -231,7 +282,7 @@ class Store:
             StoreError: it cannot be opened.
         """
         try:
-            return read(path.read_bytes())
+            return read(content_of(path))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -244,8 +295,13 @@ class Store:
         """Write what is measured. The folder is this process's alone from the first such file on.
 
         Raises:
-            StoreError: another process measures into the folder, no permission, or no space.
+            StoreError: another process measures into the folder, it is no longer there, no permission, or no space.
         """
+        if self._lock is not None and not self._lock.holds():
+            raise StoreError(
+                f"{self.folder} is no longer what this run measures into: it was moved, deleted, or taken by another "
+                "process; put it back, or name its new place with --out, and give the same command again"
+            )
         if self._lock is None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -255,7 +311,7 @@ class Store:
                 raise StoreError(
                     f"cannot write {self.folder}: {error.strerror}; free some space or choose another --out"
                 ) from error
-        self.write(name, content, private=name != "run.json")
+        self.write(name, content, private=name not in (_RECORD, _COPY))
 
     def write(self, name: str, content: str | bytes, *, private: bool = False) -> None:
         """Write a file of the run folder, whole or not at all. private: nobody but its owner can read it (0600).
@@ -275,8 +331,6 @@ class Store:
             partial.replace(path)
         except OSError as error:
             _remove(partial)
-            if not self.folder.exists():
-                self._lock = None  # it went with the folder
             raise StoreError(
                 f"cannot write {path}: {error.strerror}; free some space or choose another --out"
             ) from error
@@ -302,6 +356,14 @@ def _set_aside(path: Path, error: Exception) -> None:
     with contextlib.suppress(OSError):
         path.replace(aside)
     _log.warning("%s is damaged (%s): set aside as %s, to be made anew", path, error, aside)
+
+
+def _in_a_line(error: Exception) -> str:
+    """What is wrong with settings, by the first of them."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)
 
 
 def _in_use(folder: Path) -> bool:

@@ -30,6 +30,7 @@ from remote_mediation.engine.backend import Backend
 from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
 from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
+from remote_mediation.judges.exchanges import exchanges
 from remote_mediation.lab import Lab, Study, UnmeasuredError, placebo_id
 from remote_mediation.loading import PLAIN
 from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_openings, longest_answer, openings_of
@@ -37,7 +38,7 @@ from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_fro
 from remote_mediation.pairs import PromptPair, load_openings
 from remote_mediation.placebo import components
 from remote_mediation.prompts import encode_after, refuse_control, render
-from remote_mediation.provenance import now, provenance
+from remote_mediation.provenance import now, peak_memory, provenance
 from remote_mediation.result import Analysis, Finding, Result
 from remote_mediation.runner import Watch
 from remote_mediation.shown import described
@@ -85,11 +86,20 @@ def run_study(
         if missing:
             raise SettingsError(f"{setting} names {min(missing)!r}, and no backend of it is among the variants")
     lab = prepared_lab(config, backend, store, watch, variants, more)
-    record = store.record()
-    result = analysed(lab, chosen(config.analyses, more))
-    spent = record["seconds"] + time.monotonic() - started
-    store.save_record({**record, "finished": now(), "seconds": round(spent, 1)})
+    try:
+        result = analysed(lab, chosen(config.analyses, more))
+    finally:  # what a run took is known of one that was stopped, too
+        _note_cost(store, time.monotonic() - started)
+    store.save_record({**store.record(), "finished": now()})
     return result
+
+
+def _note_cost(store: Store, seconds: float) -> None:
+    """Add a sitting to what the run has taken: seconds of all of them, and the most memory of any, in GB."""
+    record = store.record()
+    known = [most for most in (record.get("memory"), peak_memory()) if most]
+    spent = {"seconds": round(record["seconds"] + seconds, 1), "memory": max(known, default=None)}
+    store.save_record({**record, **spent})
 
 
 def prepared_lab(
@@ -186,9 +196,7 @@ def chosen_openings(lab: Lab) -> Outcome:
         else:
             prompts = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
             answers = lab.continued(prompts, JUDGED_TOKENS)
-            asked, said = (
-                [tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in (prompts, answers)
-            )
+            asked, said = exchanges(prompts, answers, tokenizer, lab.study.config.prompt.form())
             complied = load_judge(REFUSAL_OPENINGS)(asked, said)
             outcome = openings_of(answers, [not yes for yes in complied], tokenizer, behind)
         return outcome.compliant, outcome.refusing
@@ -239,8 +247,11 @@ def _reread_study(store: Store) -> Study:
         raise StoreError(f"{store.folder / name} is gone; run the study again, which makes it anew")
     record, prepared = store.record(), store.prepared() or Prepared((), ())
     placebos = store.prepared(PLACEBOS) or Prepared((), ())
-    config = StudyConfig(**record["config"])
-    info, outcome = ModelInfo.from_record(record["model"]), outcome_from(record["outcome"])
+    config = store.config()
+    try:
+        info, outcome = ModelInfo.from_record(record["model"]), outcome_from(record["outcome"])
+    except (LookupError, TypeError) as error:
+        raise StoreError(f"{store.folder} holds a run of another version ({error}); run the study anew") from error
     return Study(config, info, outcome, *prepared, placebos.pairs)
 
 
@@ -253,7 +264,8 @@ def measure_precision(
     sample = requests[:: -(-len(requests) // PRECISION_SAMPLE)]
     rows = [row for request in sample for row in request.rows(study.info)]
     found = Lab(study, store).outcomes(rows)
-    exact = Lab(replace(study, config=study.config.model_copy(update={"dtype": "float32"})), store, reference, watch)
+    here = study.config.model_copy(update={"dtype": "float32", "backend": "local"})
+    exact = Lab(replace(study, config=here), store, reference, watch)
     deviation = np.abs(found - exact.outcomes(rows))
     summary = {"outcomes": len(rows), "largest": float(np.nanmax(deviation)), "mean": float(np.nanmean(deviation))}
     store.save_record({**record, "deviation_from_float32": {**summary, "unit": study.outcome.unit}})

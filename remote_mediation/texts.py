@@ -60,7 +60,10 @@ def texts_lines(pairs: Sequence[PromptPair], openings: GivenOpenings | None = No
 def _lists(config: StudyConfig) -> tuple[PromptList, PromptList] | None:
     if not (config.harmful and config.harmless):
         return None
-    return read_list(config.harmful, config.harmful_column), read_list(config.harmless, config.harmless_column)
+    return (
+        read_list(config.harmful, config.harmful_column, "harmful"),
+        read_list(config.harmless, config.harmless_column, "harmless"),
+    )
 
 
 def _record(pair: PromptPair) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from remote_mediation.errors import PairsError, SiteError
 from remote_mediation.pairs import PromptPair
 from remote_mediation.placebo import components
-from remote_mediation.prompts import PLAIN, Asked, Encoded, PromptForm, encode_prompts, surroundings
+from remote_mediation.prompts import PLAIN, Asked, Encoded, PromptForm, encode_prompts, surroundings, visible
 from remote_mediation.sites import ModelInfo
 
 if TYPE_CHECKING:
@@ -264,6 +264,10 @@ def _align(
     x0, x1 = harmless.ids, harmful.ids
     if x0 == x1:
         return Refusal(pair.id, "both prompts have the same tokens")
+    if visible(pair.harmless) == visible(pair.harmful) and pair.before("harmless") == pair.before("harmful"):
+        return Refusal(
+            pair.id, "the prompts differ in nothing that can be seen: in blanks or in how characters are coded"
+        )
     shorter = min(len(x0), len(x1))
     first = next((i for i in range(shorter) if x0[i] != x1[i]), shorter)
     after = next((i for i in range(shorter - first) if x0[-1 - i] != x1[-1 - i]), shorter - first)

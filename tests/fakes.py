@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from remote_mediation.config import StudyConfig
 from remote_mediation.engine.jobs import Job, Part, Readout
 from remote_mediation.engine.rows import Row
 from remote_mediation.errors import JobError, LostJobError
@@ -86,6 +87,19 @@ def records(**extra: str) -> list[dict[str, str]]:
         }
         for harmful, harmless, noun in _CRIMES
     ]
+
+
+def placebo_study(folder: Path, model: str, **settings: Any) -> StudyConfig:
+    """A study of these pairs, each with a placebo, of a tiny chat model; quick, by `logit_diff`."""
+    pairs = [{**record, "placebo": record["harmless"].replace(" a ", " the ")} for record in records()]
+    return StudyConfig(
+        model=model,
+        pairs=str(write_pairs(folder / "pairs.jsonl", pairs)),
+        outcome="logit_diff",
+        logit_diff={"plus": ["sure", "yes"], "minus": ["sorry", "no"]},
+        statistics={"resamples": 100},
+        **settings,
+    )
 
 
 def write_pairs(path: Path, content: Sequence[dict[str, str]]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,10 @@ def test_the_module_that_was_trained_carries_the_whole_change(
             for at, mean in streams.items():
                 assert mean == pytest.approx(change["mean"] if at >= layer else 0, abs=1e-3)
     assert "## What training changed" in report
+    idle = re.findall(r"^- (.*): 0 in both directions$", report, re.M)
+    assert len(idle) == 2  # on harmful and on harmless prompts
+    nothing = {"early attention", *(["early MLPs"] if layer else [])}
+    assert all(nothing <= set(names.split(", ")) for names in idle)
     for prompts in ("harmful", "harmless"):
         undone = shares(result, prompts, "undone").dropna()
         said = report.split(f"On {prompts} prompts training changed")[1].split(". ")[0]

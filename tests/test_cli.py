@@ -324,11 +324,13 @@ def test_folders_that_are_not_ours(call: Run, tmp_path: Path, model: str) -> Non
     refused(call("run", file, "--out", "used"), "used is in use and is no run folder; choose another with --out")
     refused(call("run", file, "--out", "used/thesis.tex"), "used/thesis.tex is in use")
     refused(call("run", file, "--out", "used/thesis.tex/run"), "used/thesis.tex is a file; choose another --out")
-    refused(call("run", file, "--out", "other"), "other/run.json was not written by a run; choose another")
+    refused(
+        call("run", file, "--out", "other"), "cannot use other/run.json: it was not written by a run", "choose another"
+    )
     refused(call("run", file, "--out", "x" * 300), "File name too long; choose another --out")
     refused(call("report", "used"), "used is no run folder (it has no run.json)", "give the folder of")
     refused(call("report", "nowhere"), "nowhere is no run folder", "give the folder of")
-    refused(call("report", "other"), "other/run.json was not written by a run")
+    refused(call("report", "other"), "cannot use other/run.json: it was not written by a run")
     assert tree(tmp_path) == before
 
 
@@ -580,9 +582,9 @@ def test_compare(call: Run, tmp_path: Path, model: str) -> None:
 
     written = call("compare", "two", "one", "--out", "both")
     assert (written.code, written.err) == (0, "")
-    assert "both/comparison.md" in written.out
-    assert {"comparison.csv", "comparison.md"} <= {path.name for path in (tmp_path / "both").iterdir()}
-    assert [line.split(",")[0] for line in (tmp_path / "both/comparison.csv").read_text().splitlines()[1:]] == [
+    assert "both/report.md" in written.out
+    assert {"runs.csv", "verdicts.csv", "report.md"} <= {path.name for path in (tmp_path / "both").iterdir()}
+    assert [line.split(",")[0] for line in (tmp_path / "both/runs.csv").read_text().splitlines()[1:]] == [
         "two",
         "one",
     ]
@@ -591,7 +593,7 @@ def test_compare(call: Run, tmp_path: Path, model: str) -> None:
     refused(call("compare", "one"), "two run folders or more, got 1", "name another run")
     refused(call("compare", "one", "./one"), "is named twice")
     refused(call("compare", "one", "both"), "both is no run folder")
-    refused(call("compare", "one", "two", "--out", "both/comparison.md"), "choose another --out")
+    refused(call("compare", "one", "two", "--out", "both/report.md"), "choose another --out")
     assert tree(tmp_path) == before
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,29 @@ from rich.console import Console
 
 from remote_mediation.analyses.claims.ask import CLAIM_COLUMNS, SET_COLUMNS
 from remote_mediation.compare import (
-    COMPARISON_COLUMNS,
+    RUN_COLUMNS,
+    VERDICT_COLUMNS,
     Compared,
+    agreement,
     compared,
-    comparison_csv,
+    comparison_data,
     comparison_figure,
-    comparison_table,
     read_runs,
+    runs_table,
+    verdicts_table,
     write_comparison,
 )
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.jobs import Part, Readout
 from remote_mediation.engine.rows import Row
 from remote_mediation.errors import SettingsError, StoreError
+from remote_mediation.export import export
+from remote_mediation.report import csv_tables
+from remote_mediation.show.printed import read_printed
 from remote_mediation.store import Store
-from remote_mediation.study import reread, run_study
+from remote_mediation.study import run_study
+
+REPORTS = Path(__file__).parents[1] / "reports"
 
 LATE, EARLY = (0.1, 0.2, 0.3, 1.0), (0.6, 1.0)
 """Share of TE that the residual stream carries after each layer, at one position; at all it carries everything."""
@@ -83,29 +93,42 @@ def make(tmp_path: Path) -> Callable[..., Path]:
             }
         )
         store = Store.create(tmp_path / name, config.identity())
-        run_study(config, Planted(name, shares, te), store, Watcher())
+        measured(store, config, Planted(name, shares, te))
         return store.folder
 
     return run
+
+
+def measured(store: Store, config: StudyConfig, backend: Planted) -> None:
+    """Run a study and write its tables, as its report does."""
+    result = run_study(config, backend, store, Watcher())
+    for name, table in csv_tables(result).items():
+        store.write(name, table.to_csv(index=False))
 
 
 def by_name(runs: list[Compared]) -> dict[str, Compared]:
     return {Path(run.name).name: run for run in runs}
 
 
-def claimed(run: Path, said: str, harm: float) -> Compared:
-    """A run with a table of claims by hand: what was said of claim 1, and its two deciding numbers."""
+def claimed(run: Path, said: str, harm: float, number: int = 1) -> Compared:
+    """A run with a table of claims by hand: what was said of a claim, and its two deciding numbers."""
     rows = [("nie", harm, True), ("tie", harm / 2, True), ("nie", 9.0, False)]
     sets = pd.DataFrame(
         [
-            {"number": 1, "direction": way, "decides": decides, "harm": x, "harm_low": x - 0.1, "harm_high": x + 0.1}
+            {
+                **{"number": number, "measure": "it", "direction": way, "decides": decides, "n": 3, "clusters": 2},
+                **{"harm": x, "harm_low": x - 0.1, "harm_high": x + 0.1},
+            }
             for way, x, decides in rows
         ],
         columns=list(SET_COLUMNS),
     )
-    claims = pd.DataFrame([{"number": 1, "said": said}], columns=list(CLAIM_COLUMNS))
-    tables = {"claims.csv": claims, "sets.csv": sets}
-    return compared(run.name, dataclasses.replace(reread(Store.open(run)), tables=tables))
+    claims = pd.DataFrame(
+        [{"number": number, "claim": "in words", "said": said, "why": "because"}], columns=list(CLAIM_COLUMNS)
+    )
+    for name, table in {"claims.csv": claims, "sets.csv": sets}.items():
+        table.to_csv(run / name, index=False)
+    return compared(read_printed(run))
 
 
 def test_models_of_different_depth_on_relative_depth(make: Callable[..., Path]) -> None:
@@ -117,25 +140,109 @@ def test_models_of_different_depth_on_relative_depth(make: Callable[..., Path]) 
             ordered = line.sort_values("depth")
             assert ordered["depth"].to_list() == pytest.approx([n / (len(planted) - 1) for n in range(len(planted))])
             assert ordered["share"].to_list() == pytest.approx(planted, abs=1e-6)
-    assert runs["late"].total.value == pytest.approx(2.25)
+    assert runs["late"].run.total.value == pytest.approx(2.25)
 
 
 def test_verdicts_and_the_numbers_that_decide_them_stand_side_by_side(make: Callable[..., Path]) -> None:
-    runs = [claimed(make("late", LATE), "supported", 0.9), claimed(make("early", EARLY), "not supported", 0.2)]
-    rows = {row[0]: row[1:] for row in comparison_table(runs).rows}
-    assert rows["1. late layers"] == ("supported", "not supported")
-    assert rows["2. MLP, not attention"] == ("not tested", "not tested")
-    assert rows["1: direct effect of the late third / TE, NIE"] == ("90% [80%, 100%]", "20% [10%, 30%]")
-    assert rows["1: the same, TIE"] == ("45% [35%, 55%]", "10% [0%, 20%]")
-    assert rows["5: through the middle MLPs / TE"] == ("-", "-")
-    found = comparison_csv(runs)
-    assert found["claim_1"].to_list() == ["supported", "not supported"]
-    assert found["late_nie_low"].to_list() == pytest.approx([0.8, 0.1])
+    runs = [
+        claimed(make("late", LATE), "supported", 0.9),
+        claimed(make("early", EARLY), "not supported", 0.2),
+        claimed(make("other", EARLY), "undecided", 0.5, number=2),
+    ]
+    rows = {row[0]: row[1:] for row in verdicts_table(runs).rows}
+    assert rows == {
+        "1. late layers": (
+            "supported\nNIE 90% [80%, 100%]\nTIE 45% [35%, 55%]",
+            "not supported\nNIE 20% [10%, 30%]\nTIE 10% [0%, 20%]",
+            "-",
+        ),
+        "2. MLPs over attention": ("-", "-", "undecided\nNIE 50% [40%, 60%]\nTIE 25% [15%, 35%]"),
+    }
+    against = [str(note) for note in verdicts_table(runs).notes if "not supported" in note.text]
+    assert against == ["early: 1. late layers, not supported: because"]
+    found = comparison_data(runs)["verdicts"]
+    assert list(found.columns) == list(VERDICT_COLUMNS)
+    assert found["run"].to_list() == ["late"] * 2 + ["early"] * 2 + ["other"] * 2
+    assert found["said"].to_list() == ["supported"] * 2 + ["not supported"] * 2 + ["undecided"] * 2
+    assert found["harm_low"].to_list() == pytest.approx([0.8, 0.35, 0.1, 0.0, 0.4, 0.15])
+    assert set(found["pairs"]) == {3}
+
+
+def test_what_was_swapped_is_named_where_runs_differ_in_it(make: Callable[..., Path]) -> None:
+    late, early = make("late", LATE), make("early", EARLY)
+    runs = [claimed(late, "supported", 0.9), claimed(early, "supported", 0.8)]
+    assert "\nit\n" not in verdicts_table(runs).rows[0][1]
+    sets = pd.read_csv(early / "sets.csv").assign(measure="first 64 neurons")
+    sets.to_csv(early / "sets.csv", index=False)
+    _, first, second = verdicts_table([runs[0], compared(read_printed(early))]).rows[0]
+    assert first.splitlines()[:2] == ["supported", "it"]
+    assert second.splitlines()[:2] == ["supported", "first 64 neurons"]
+
+
+def test_what_all_some_and_no_runs_support_is_said_first(make: Callable[..., Path], tmp_path: Path) -> None:
+    late, early = make("late", LATE), make("early", EARLY)
+    runs = [claimed(late, "supported, of any edit", 0.9), claimed(early, "not supported", 0.2)]
+    assert agreement(runs) == (
+        "**Supported, of the runs that tested it, in 1 of 2: late layers.** "
+        "More for harm than for another edit of the same words: none of them."
+    )
+    assert write_comparison(runs, tmp_path / "out").read_text("utf-8").split("\n\n")[1] == agreement(runs)
+    both = [claimed(late, "supported", 0.9), claimed(early, "not tested", math.nan)]
+    assert agreement(both) == (
+        "**Supported, of the runs that tested it, in 1 of 1: late layers.** "
+        "More for harm than for another edit of the same words: late layers in late."
+    )
+    assert agreement([claimed(late, "undecided", 0.5)]).startswith(
+        "**Supported, of the runs that tested it, in 0 of 1: "
+    )
+    assert agreement([claimed(late, "not tested", 0.5)]) == "**No run tested a claim.**"
+
+
+def test_where_the_effect_crosses_over_is_told_by_relative_depth(make: Callable[..., Path]) -> None:
+    """The stand-in carries as much at one position as at the other; here the edit loses what `last` gains."""
+    (one, *_) = read_runs([make("late", LATE), make("early", EARLY)])
+    edit = one.profile["position"] == "edit"
+    shares = np.array([0.1, 0.2, 0.6, 1.0])
+    profile = one.profile.copy()
+    profile.loc[~edit, "share"], profile.loc[edit, "share"] = shares, 1 - shares
+    passing = dataclasses.replace(one, profile=profile)
+    assert passing.crossing == pytest.approx(2 / 3)
+    assert passing.arrived == pytest.approx(2 / 3)
+    (axis,) = comparison_figure([passing]).axes
+    assert [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == ":"] == pytest.approx([2 / 3])
+    assert comparison_figure([passing]).get_suptitle() == (
+        "The effect passes from the changed words to the answer at 67% of the depth"
+    )
+    assert comparison_data([passing])["runs"].loc[0, "crossing"] == pytest.approx(2 / 3)
+    assert math.isnan(one.crossing)  # as much at both is not more
+
+
+def test_what_was_exported_is_compared_as_the_run_is(make: Callable[..., Path], tmp_path: Path) -> None:
+    """It has neither prompts nor readouts."""
+    late, early = make("late", LATE), make("early", EARLY)
+    export(Store.open(late), tmp_path / "shared" / "late")
+    own, shared = (comparison_data(read_runs([folder, early])) for folder in (late, tmp_path / "shared/late"))
+    for name, table in own.items():
+        pd.testing.assert_frame_equal(table, shared[name])
+
+
+@pytest.mark.slow
+def test_the_shipped_comparison_is_that_of_the_shipped_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it anew by the command that its last line names."""
+    shipped = (REPORTS / "compare/report.md").read_text("utf-8")
+    named = re.findall(r"`remote-mediation compare (.*) --out (\S+)`", shipped)
+    assert named
+    monkeypatch.chdir(REPORTS.parent)
+    runs = read_runs([Path(folder) for folder in named[0][0].split()])
+    report = write_comparison(runs, tmp_path / "out")
+    assert report.read_text("utf-8").replace(str(tmp_path / "out"), named[0][1]) == shipped
+    for name in ("runs.csv", "verdicts.csv"):
+        assert (REPORTS / "compare" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_a_drop_is_compared_like_a_rise(make: Callable[..., Path]) -> None:
     runs = by_name(read_runs([make("rise", LATE), make("drop", LATE, lambda pair: -strong(pair))]))
-    assert runs["drop"].total.value == pytest.approx(-2.25)
+    assert runs["drop"].run.total.value == pytest.approx(-2.25)
     pd.testing.assert_frame_equal(
         runs["drop"].profile.drop(columns="run"), runs["rise"].profile.drop(columns="run"), atol=1e-6
     )
@@ -144,18 +251,18 @@ def test_a_drop_is_compared_like_a_rise(make: Callable[..., Path]) -> None:
 def test_where_te_spans_zero_no_share_is_given(make: Callable[..., Path], tmp_path: Path) -> None:
     runs = read_runs([make("late", LATE), make("none", LATE, absent)])
     none = by_name(runs)["none"]
-    assert none.total.low < 0 < none.total.high
+    assert none.run.total.low < 0 < none.run.total.high
     assert none.profile.empty
     report = write_comparison(runs, tmp_path / "out").read_text("utf-8")
     assert f"Left out of the figure:\n\n- {none.name}: TE spans 0, " in report
-    assert f"{none.name}: TE spans 0" in " ".join(map(str, comparison_table(runs).notes))
+    assert f"{none.name}: TE spans 0" in " ".join(map(str, runs_table(runs).notes))
 
 
 def test_no_figure_without_shares(make: Callable[..., Path], tmp_path: Path) -> None:
     runs = read_runs([make("one", LATE, absent), make("two", EARLY, absent)])
     report = write_comparison(runs, tmp_path / "out").read_text("utf-8")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.csv", "comparison.md"}
-    assert "comparison.png" not in report
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"runs.csv", "verdicts.csv", "report.md"}
+    assert "crossings.png" not in report
 
 
 def test_runs_without_layers_or_claims_say_so(make: Callable[..., Path]) -> None:
@@ -169,27 +276,37 @@ def test_runs_without_layers_or_claims_say_so(make: Callable[..., Path]) -> None
 def test_the_csv_has_a_row_per_run_and_every_documented_column(make: Callable[..., Path], tmp_path: Path) -> None:
     runs = read_runs([make("late", LATE), make("early", EARLY)])
     write_comparison(runs, tmp_path / "out")
-    found = pd.read_csv(tmp_path / "out/comparison.csv")
-    assert list(found.columns) == list(COMPARISON_COLUMNS)
+    found = pd.read_csv(tmp_path / "out/runs.csv")
+    assert list(found.columns) == list(RUN_COLUMNS)
     assert found["model"].to_list() == ["late", "early"]
     assert found["layers"].to_list() == [4, 2]
     assert found["measured_in"].to_list() == ["logits", "logits"]
-    assert found["te"].to_list() == pytest.approx([run.total.value for run in runs])
-    again = write_comparison(runs, tmp_path / "again").parent
-    for path in (tmp_path / "out").iterdir():
-        assert (again / path.name).read_bytes() == path.read_bytes()
+    assert found["te"].to_list() == pytest.approx([run.run.total.value for run in runs])
+    again = write_comparison(runs, tmp_path / "out").parent
+    assert {path.name for path in again.iterdir()} == {"figures", "report.md", "runs.csv", "verdicts.csv"}
+    assert (again / "figures/crossings.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table_has_a_column_per_run(make: Callable[..., Path]) -> None:
     runs = read_runs([make("late", LATE), make("early", EARLY)])
-    table = comparison_table(runs)
-    assert table.header == ("", *(run.name for run in runs))
+    table = runs_table(runs)
+    assert table.header == ("", "late", "early")
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["model"] == ("late", "early")
     assert rows["layers"] == ("4", "2")
+    assert rows["precision, where"] == ("float32, local", "float32, local")
     assert rows["pairs, clusters"] == ("6, 3", "6, 3")
+    assert rows["held-out pairs"] in {("2", "2"), ("4", "4")}
+    assert rows["half of TE has arrived at the answer from"] == ("100% of the depth", "0% of the depth")
     assert rows["TE, in the outcome's unit"][0].startswith("2.25 [")
     assert rows["TE, in the outcome's unit"][0].endswith("] logits")
+
+
+def test_a_run_s_own_report_is_not_written_over(make: Callable[..., Path]) -> None:
+    late, early = make("late", LATE), make("early", EARLY)
+    with pytest.raises(StoreError, match="late is a run folder, whose report would be lost; choose another --out"):
+        write_comparison(read_runs([late, early]), late)
+    assert not (late / "report.md").exists()
 
 
 def test_unfinished_and_violated_runs_are_marked(make: Callable[..., Path]) -> None:
@@ -208,19 +325,16 @@ def test_unfinished_and_violated_runs_are_marked(make: Callable[..., Path]) -> N
 
     config = StudyConfig(**{**record["config"], "model": "wrong"})
     store = Store.create(late.parent / "wrong", config.identity())
-    run_study(config, Wrong("wrong", LATE, strong), store, Watcher())
+    measured(store, config, Wrong("wrong", LATE, strong))
     wrong = by_name(read_runs([store.folder, early]))["wrong"]
     assert any(note.startswith("do not trust this run") for note in wrong.notes)
 
 
-def test_a_run_without_values_is_listed(make: Callable[..., Path]) -> None:
+def test_a_run_without_tables_says_how_to_write_them(make: Callable[..., Path]) -> None:
     late, early = make("late", LATE), make("early", EARLY)
-    for path in late.glob("readouts/*"):
-        path.unlink()
-    runs = by_name(read_runs([late, early]))
-    assert runs["late"].notes[0].startswith("it has no values: nothing was measured yet")
-    assert runs["late"].profile.empty
-    assert len(runs["early"].profile)
+    (late / "effects.csv").unlink()
+    with pytest.raises(StoreError, match=r"has no effects.csv with rows; write it with `remote-mediation report "):
+        read_runs([late, early])
 
 
 def test_the_terminal_shows_long_names_in_full(make: Callable[..., Path]) -> None:
@@ -228,7 +342,7 @@ def test_the_terminal_shows_long_names_in_full(make: Callable[..., Path]) -> Non
         [make("organisation/a-very-long-model-name-of-seventy-letters-7B-Instruct", LATE), make("b[red]", EARLY)]
     )
     console = Console(width=60, file=io.StringIO())
-    console.print(comparison_table(runs).rich("both"))
+    console.print(runs_table(runs).rich("both"))
     assert isinstance(console.file, io.StringIO)
     printed = console.file.getvalue()
     assert "…" not in printed
@@ -248,7 +362,7 @@ def test_what_is_refused(make: Callable[..., Path], tmp_path: Path) -> None:
 
 def test_the_figure_draws_a_solid_and_a_dashed_line_per_run(make: Callable[..., Path]) -> None:
     runs = read_runs([make("late", LATE), make("early", EARLY)])
-    (axis,) = comparison_figure(pd.concat(run.profile for run in runs)).axes
+    (axis,) = comparison_figure(runs).axes
     lines = {line.get_label(): line for line in axis.lines}
     late, early = (run.name for run in runs)
     assert [label for label in lines if not label.startswith("_")] == [

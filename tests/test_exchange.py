@@ -5,6 +5,7 @@ Every fault stands between the client and a small server that runs real jobs (sm
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import platform
@@ -26,6 +27,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import zstandard
 from fakes import records, write_pairs
 from nnsight.modeling import huggingface
 from oracle import Subject, token_pair
@@ -254,6 +256,10 @@ LOST: dict[str, tuple[str, Callable[[Answer], Answer | None]]] = {
     "done with values": ("response", changed(data={"values": [1.0]})),
     "result in a file": ("response", changed(data="file:///etc/passwd")),
     "result nowhere": ("response", changed(data="results/job-1")),
+    "result at no address": ("response", changed(data="http://host:port/x")),
+    "result at no host": ("response", changed(data="http://")),
+    "result at no port": ("response", changed(data="http://127.0.0.1:99999/x")),
+    "result at half a letter": ("response", changed(data="http://127.0.0.1/\ud800")),
     "result gone": ("results", lambda found: answer("", 404)),
     "result expired": ("results", lambda found: answer("<Error>", 403)),
     "result moved": ("results", lambda found: answer("", 302, Location="http://127.0.0.1:9/")),
@@ -270,6 +276,22 @@ LOST: dict[str, tuple[str, Callable[[Answer], Answer | None]]] = {
     "no checksum": ("results", tensors(lambda found: found[:-1])),
     "a checksum of nothing": ("results", tensors(lambda found: [*found[:-1], found[-1][:0]])),
     "a checksum alone": ("results", tensors(lambda found: found[-1:])),
+    "weights beyond numbers": (
+        "results",
+        tensors(lambda found: resealed([*found[:-3], torch.tensor([torch.inf]), found[-2]])),
+    ),
+    "a checksum in floats": ("results", tensors(lambda found: [*found[:-1], found[-1].double()])),
+    "sparse values": ("results", tensors(lambda found: [found[0].to_sparse(), *found[1:]])),
+    "no numbers": ("results", tensors(lambda found: [found[0].to("meta"), *found[1:]])),
+    "numbers without end": ("results", tensors(lambda found: [torch.zeros(1).expand(10**7, 10**6), *found[1:]])),
+    "values with a gradient": ("results", tensors(lambda found: [found[0].requires_grad_(), *found[1:]])),
+    "a parameter": ("results", tensors(lambda found: [torch.nn.Parameter(found[0]), *found[1:]])),
+    "complex values": ("results", tensors(lambda found: [found[0].to(torch.complex64), *found[1:]])),
+    "packed twice": (
+        "results",
+        lambda found: answer(gzip.compress(gzip.compress(found.body)), Content_Encoding="gzip, gzip"),
+    ),
+    "packed otherwise": ("results", lambda found: answer(zstandard.compress(found.body), Content_Encoding="zstd")),
     "other weights": ("results", tensors(lambda found: [*found[:-3], found[-3] + 1, *found[-2:]])),
     "nobody's": ("results", tensors(lambda found: resealed([*found[:-2], torch.zeros(0, dtype=torch.uint8)]))),
     "no text": ("results", tensors(lambda found: resealed([*found[:-2], torch.full((9,), 255, dtype=torch.uint8)]))),
@@ -362,11 +384,37 @@ def test_a_fault_that_stays_ends_the_study_in_one_line(client: Client, tmp_path:
     assert re.search(said, str(found)), str(found)
 
 
+@pytest.mark.parametrize("name", ["..", ".", "-x", "a/../b", "%2e%2e", "a b", "", "x" * 201])
+def test_an_id_that_leads_elsewhere_is_none(client: Client, job: Job, name: str) -> None:
+    client.small.fault = always("request", changed(id=name))
+    with pytest.raises(PreflightError, match="takes a job and gives it no id"):
+        client.measure(job)
+
+
 def test_what_was_measured_before_a_fault_is_kept(client: Client, whole: Run, tmp_path: Path) -> None:
     client.end(tmp_path / "run", at("response", lambda found: HTML, times=10**9))
     found = client.run(tmp_path / "run")
     pd.testing.assert_frame_equal(found.effects, whole.effects)
     assert found.jobs == whole.jobs - BEFORE - 1  # and the job that was under way was not sent again
+
+
+# --- the first job of all ---------------------------------------------------------------------------------------------
+
+OF_VALUES = ("NaN", "torch", "a bit", "job")  # a probe has none, and nothing before it to be compared with
+OF_A_PROBE: dict[str, tuple[str, Callable[[Answer], Answer | None]]] = {
+    **{name: spoil for name, spoil in LOST.items() if not name.startswith(("values", "a bit", "another job"))},
+    **{f"{name} for good": (kind, spoil) for name, (kind, spoil, *_) in STAYING.items() if name not in OF_VALUES},
+    "two tensors": ("results", values(lambda found: [*found, *found])),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_PROBE)
+def test_a_server_that_cannot_answer_a_probe_is_refused_in_one_line(client: Client, name: str) -> None:
+    kind, spoil = OF_A_PROBE[name]
+    client.small.fault = always(kind, spoil)
+    with pytest.raises(BackendError) as caught:
+        NdifBackend(client.study.model, "", client.small.server, client.note, retry_for=0.05)
+    assert not any(KEY in line or "\n" in line for line in [str(caught.value), *client.said])
 
 
 # --- what made the values ---------------------------------------------------------------------------------------------
@@ -467,6 +515,18 @@ def test_every_state_has_a_deadline(client: Client, job: Job, monkeypatch: pytes
         client.measure(job)
 
 
+@pytest.mark.parametrize("state", ["completed", "Completed", " COMPLETED\n"])
+def test_states_are_read_however_they_are_written(
+    client: Client, job: Job, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    monkeypatch.setattr(remote_module, "_OTHER_DEADLINE", 0.2)
+    client.small.fault = always("response", changed(status=state))
+    assert len(client.measure(job)) == len(job.keys)
+    client.small.fault = always("response", changed(status="Error", description="Boom"))
+    with pytest.raises(JobError, match=r"^Boom$"):
+        client.measure(job)
+
+
 def test_news_puts_the_deadline_off(client: Client, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_module, "_DEADLINES", {"QUEUED": 1.0})
     places = iter(range(10**6))
@@ -537,6 +597,7 @@ def test_a_server_that_wants_to_be_left_alone_for_long_ends_the_study(client: Cl
         ("1e9", 0),
         ("²", 0),
         ("Sun, 06 Nov 1994 08:49:37 GMT", 0),
+        ("Sun, 06 Nov 99999999999999999999 08:49:37 GMT", 0),
     ],
 )
 def test_the_wait_that_is_asked_for(said: str, seconds: float) -> None:
@@ -562,11 +623,48 @@ def test_a_silent_server_is_named(client: Client) -> None:
     assert caught.value.silent
 
 
-def test_an_answer_that_trickles_has_an_end(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_module, "_WHOLE_JSON_S", 0.0)
-    client.small.fault = lambda path, found: found
-    with pytest.raises(TransportError, match=r"/status has not sent all of its answer within 0 s$"):
-        exchange(client.small.server, "GET", "/status", httpx.Timeout(5.0))
+@pytest.fixture(params=["headers", "body", "chunks"])
+def trickling(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Address of a server whose answers come a byte at a time, without an end."""
+    start = {
+        "headers": b"HTTP/1.1 200 OK\r\nX-Slow: ",
+        "body": b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n",
+        "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+    }[request.param]
+    more = b"1\r\n \r\n" if request.param == "chunks" else b" "
+    listening, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            taken, _ = listening.accept()
+            with taken:
+                taken.recv(2**16)
+                taken.sendall(start)
+                while not over.wait(0.05):
+                    taken.sendall(more)
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    over.set()
+    listening.close()
+
+
+def test_an_answer_that_trickles_has_an_end(trickling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(exchange_module, "_WHOLE_JSON_S", 1.0)
+    monkeypatch.setattr(exchange_module, "_WHOLE_RESULT_S", 1.0)
+    began = time.monotonic()
+    with pytest.raises(TransportError, match=r"/status has not sent all of its answer within 1 s$") as caught:
+        exchange(Server(trickling, KEY), "GET", "/status", httpx.Timeout(0.5))
+    assert caught.value.silent
+    assert time.monotonic() - began < 5
+
+
+def test_a_result_that_trickles_has_an_end(trickling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(exchange_module, "_WHOLE_RESULT_S", 0.5)
+    with pytest.raises(TransportError, match=r"^127.0.0.1 has not sent all of its answer within 0 s$"):
+        download(f"{trickling}/results/1")
 
 
 def test_an_answer_without_an_end_is_not_read_to_it(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,3 +340,21 @@ def test_the_passage_from_the_edit_to_the_answer_is_told_by_layer() -> None:
 
 def test_without_a_total_effect_nothing_passes() -> None:
     assert maps.passage(streamed([1.0], [0.0]), Estimate(8, 4, 0.1, -0.5, 0.7, "", 0.6)) == ""
+
+
+def test_the_title_of_the_layers_states_the_result() -> None:
+    sites = streamed([1.0, 0.95, 0.8, 0.3, 0.05, 0.02], [0.0, 0.12, 0.05, 0.4, 0.7, 1.0])
+    said = "Half of the effect has left the changed words after layer 3, and reached the answer after 4\n"
+    assert maps.layers_figure(sites, TOTAL).get_suptitle().startswith(said)
+    stuck = maps.layers_figure(streamed([1.0] * LAYERS, [0.2] * LAYERS), TOTAL)
+    assert stuck.get_suptitle().startswith("Residual stream after each layer, swapped at one position")
+
+
+def test_where_it_passes_is_told_for_both_effects() -> None:
+    sites = streamed([1.0, 0.95, 0.8, 0.3, 0.05, 0.02], [0.0, 0.12, 0.05, 0.4, 0.7, 0.85])
+    table = maps.passage_table(sites, TOTAL)
+    assert table.header == ("the effect has", "by", "10% of TE", "50% of TE", "90% of TE")
+    by = {row[:2]: row[2:] for row in table.rows}
+    assert by["left 'edit'", "NIE"] == ("layer 2", "layer 3", "layer 4")
+    assert by["arrived at 'last'", "NIE"] == ("layer 3", "layer 4", "-")
+    assert len(by) == 4

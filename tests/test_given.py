@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from fakes import Counting, records, write_pairs
+from fakes import Counting, placebo_study
 from oracle import Subject
 
 from remote_mediation import cli, cost
@@ -32,15 +32,7 @@ WIDTH = 32  # of the tiny model's stream
 
 @pytest.fixture
 def study(tmp_path: Path, subject: Subjects) -> StudyConfig:
-    pairs = [{**record, "placebo": record["harmless"].replace(" a ", " the ")} for record in records()]
-    return StudyConfig(
-        model=subject("llama_chat").info.name,
-        pairs=str(write_pairs(tmp_path / "pairs.jsonl", pairs)),
-        analyses=["directions"],
-        outcome="logit_diff",
-        logit_diff={"plus": ["sure", "yes"], "minus": ["sorry", "no"]},
-        statistics={"resamples": 100},
-    )
+    return placebo_study(tmp_path, subject("llama_chat").info.name, analyses=["directions"])
 
 
 def with_file(study: StudyConfig, path: Path) -> StudyConfig:

@@ -342,6 +342,25 @@ def test_a_key_in_the_host_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPa
     assert KEY not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["local", "test", "1", "http"])
+def test_a_word_for_a_key_may_stand_in_the_host(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("NDIF_API_KEY", key)
+    monkeypatch.setenv("NDIF_HOST", "http://test.localhost:5001")
+    assert server_from_environment() == Server("http://test.localhost:5001", key)
+
+
+def test_doctor_in_a_folder_that_is_gone(
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(WORKING)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    found = CliRunner().invoke(app, ["doctor"])
+    assert found.exit_code == 1
+    assert "FAIL disk: this folder cannot be used (No such file or directory); go into another one" in found.output
+
+
 @pytest.mark.parametrize("key", ["1111\n2222", "a key/+&", "11\r\nHost: x"])
 def test_a_malformed_key_is_in_no_message(key: str) -> None:
     with pytest.raises(PreflightError) as caught:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from remote_mediation.cli import app
 from remote_mediation.config import StudyConfig, load_config
 from remote_mediation.pairs import load_openings, load_pairs
+from remote_mediation.store import Store
 from remote_mediation.toml import toml_text
 
 ANSWERS = {"harmful_response": "sure here is a way", "harmless_response": "sorry i cannot"}
@@ -122,14 +123,14 @@ def test_files_of_other_analyses(here: Path, model: str) -> None:
     for name in ("a/tuned", "b/tuned", "judge"):
         (here / name).mkdir(parents=True)
     (here / "labelled.csv").touch()
-    path = here / "run/run.json"
-    record = {name: value for name, value in json.loads(path.read_bytes()).items() if not name.startswith("digest")}
+    store = Store.open(here / "run")
+    record = store.record()
     record["config"]["analyses"] = ["layers", "monitor"]
     record["config"]["monitor"]["hard_negatives"] = "hard.jsonl"
     record["config"]["attacks"]["checkpoints"] = ["a/tuned", "b/tuned", "some/hub-model"]
     record["config"]["intervene"]["judge"] = "classifier:judge:unsafe"
     record["config"]["verify"]["labelled"] = str(here / "labelled.csv")
-    path.write_text(json.dumps(record))
+    store.save_record(record)
     done("export", "run", "given", "--replicate")
     (here / "labelled.csv").unlink()
     config = load_config(here / "given/replicate/study.toml", {})
@@ -152,10 +153,10 @@ def test_what_cannot_be_run_again_is_not_exported(here: Path, model: str) -> Non
     assert "has changed since the run was begun" in str(call("export", "run", "given", "--replicate").exception)
     pairs.unlink()
     assert "folder in which the run was begun" in str(call("export", "run", "given", "--replicate").exception)
-    record = json.loads((here / "run/run.json").read_bytes())
+    store = Store.open(here / "run")
+    record = store.record()
     record["config"]["pairs"] = "-"
-    kept = {name: value for name, value in record.items() if not name.startswith("digest")}
-    (here / "run/run.json").write_text(json.dumps(kept))
+    store.save_record(record)
     assert "came from standard input" in str(call("export", "run", "given", "--replicate").exception)
     assert not (here / "given").exists()
 

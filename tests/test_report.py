@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -18,16 +19,18 @@ from remote_mediation import report as report_module
 from remote_mediation.analyses import chosen
 from remote_mediation.analyses.claims.ask import SET_COLUMNS
 from remote_mediation.analyses.neurons.ask import mediators
-from remote_mediation.config import StatisticsSettings, StudyConfig
+from remote_mediation.config import StatisticsSettings, StudyConfig, load_config
 from remote_mediation.effects import EFFECT_COLUMNS
 from remote_mediation.lab import Study
 from remote_mediation.outcomes import Outcome, OutcomeName
-from remote_mediation.report import MEANINGS, PairText, terminal_summary, write_report
+from remote_mediation.pairs import load_pairs
+from remote_mediation.report import MEANINGS, PairText, write_report
 from remote_mediation.result import Analysis, Result
-from remote_mediation.show.tables import markdown_table, number
+from remote_mediation.show.tables import literal, markdown_table, number, p_value, percent
 from remote_mediation.sites import ModelInfo
 from remote_mediation.store import Store
 from remote_mediation.summary import SUMMARY_COLUMNS, UNITS, Identity, summarise
+from remote_mediation.terminal import terminal_summary
 from remote_mediation.tokens import Refusal, TokenPair
 
 CLUSTERS = 16
@@ -244,10 +247,10 @@ def test_verdicts_are_the_first_sentence() -> None:
     claims = pd.DataFrame({"number": range(1, 6), "claim": "it", "said": said, "why": "so"})
     sets = pd.DataFrame(columns=list(SET_COLUMNS)).astype({"decides": bool})
     found = result(effects(modules()), more=chosen(["claims", "modules"]))
-    first = report_module._answer(dataclasses.replace(found, tables={"claims.csv": claims, "sets.csv": sets}))
-    assert first.startswith(
-        "**Where in planted is harmful text decided? claims 1, 3: supported; claim 2: not supported; "
-        "claim 4: undecided; claim 5: supported, of any edit.**"
+    first = report_module.headline(dataclasses.replace(found, tables={"claims.csv": claims, "sets.csv": sets}))
+    assert first == (
+        "**Where in planted is harmful text decided? Supported: late layers, a sparse gate; not supported: MLPs over "
+        "attention; undecided: early understanding; supported, of any edit: handed on through MLPs.**"
     )
 
 
@@ -484,7 +487,155 @@ def test_markdown_cells_keep_bars_and_line_breaks_inside() -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.0001234, "0.000123"), (-17.04, "-17"), (999.4, "999"), (999.6, "1,000"), (-2605.6, "-2,606"), (1e12, "1e+12")],
+    [
+        *((0.0001234, "0.00012"), (0.0000425, "0.00004"), (4e-07, "0"), (-1.85e-06, "0"), (0.0, "0")),
+        *((0.01234, "0.0123"), (9.996, "10"), (1.5, "1.5"), (99.96, "100"), (float("nan"), "-")),
+        *((-17.04, "-17"), (999.4, "999"), (999.6, "1,000"), (-2605.6, "-2,606"), (1e12, "1e+12")),
+    ],
 )
 def test_numbers_have_no_powers_of_ten_where_people_write_none(value: float, shown: str) -> None:
     assert number(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [
+        (0.939, "93.9%"),
+        (1.006, "101%"),
+        (26.1, "2610%"),
+        (1.33e-07, "0%"),
+        (-2e-08, "0%"),
+        (0.00012, "0.01%"),
+        (0.5, "50%"),
+    ],
+)
+def test_shares_have_two_decimals_at_most(share: float, shown: str) -> None:
+    assert percent(share) == shown
+
+
+@pytest.mark.parametrize(
+    ("p", "floor", "shown"),
+    [
+        *((0.0001, 1e-4, "0 of 9,999 sign flips"), (0.03125, 2**-5, "0 of 31 sign flips")),
+        *((0.0002, 1e-4, "< 0.001"), (0.04, 1e-4, "0.04"), (float("nan"), float("nan"), "-")),
+    ],
+)
+def test_a_p_at_its_floor_is_a_count(p: float, floor: float, shown: str) -> None:
+    assert p_value(p, floor) == shown
+
+
+def test_a_total_effect_that_no_flip_reaches_is_told_by_their_count(store: Store) -> None:
+    _, total = rows(section(written(store, result(effects(modules()))), "Total effect"))[:2]
+    assert total[3] == "0 of 200 sign flips"  # 16 clusters allow more flips than the 200 that were drawn
+    _, flat = rows(section(written(store, result(effects(modules(), absent))), "Total effect"))[:2]
+    assert 0.05 < float(flat[3]) <= 1
+
+
+def test_no_cell_is_a_power_of_ten_or_a_nan(store: Store) -> None:
+    tiny = effects([*modules(3e-9), *layers(), *units()], lambda pair: 3000 * strong(pair))
+    for name in ("", "Modules", "Layers", "Total effect", "Identities"):
+        report = written(store, result(tiny))
+        for row in rows(section(report, name) if name else report):
+            assert not [cell for cell in row if re.search(r"\bnan\b|n/a|\de[+-]\d|-0(%|\b(?![.\d]))", cell)], row
+
+
+def test_every_section_begins_with_what_it_found(store: Store) -> None:
+    found = result(effects([*layers(), *modules(), *units()]))
+    report = written(store, found)
+    for part in report_module.sections(found):
+        lines = section(report, part.title).strip().splitlines()
+        assert lines[0] == part.line
+        assert part.did in lines
+        assert lines.count(part.line) == 1
+    assert section(report, "Total effect").strip().startswith("Harmful prompts change the outcome by 2 [")
+    assert "from -1 after harmless ones to 1." in section(report, "Total effect")
+
+
+def test_figures_say_in_words_what_they_show(store: Store) -> None:
+    report = written(store, result(effects([*layers(), *modules()])))
+    texts = dict(re.findall(r"!\[([^]]*)\]\(figures/([^)]*)\)", report)[i][::-1] for i in range(2))
+    assert texts["layers.png"].startswith("Layers: Of TE, by the residual stream's mean NIE: 10%, 50%, 90% have left")
+    assert texts["modules.png"].startswith("Modules: Strongest on the discovery pairs: MLP, layer 3 at 'all'.")
+    assert not [text for text in texts.values() if set(text) & set("[]*`\n")]
+
+
+def test_layers_are_told_by_where_the_effect_passes(store: Store) -> None:
+    """It leaves the edit, and arrives at the answer, between layers 1 and 2; the last layer carries 95%."""
+    table = rows(section(written(store, result(effects(layers()))), "Layers"))
+    assert table[0] == ["the effect has", "by", "10% of TE", "50% of TE", "90% of TE"]
+    assert [row[:2] for row in table[1:]] == [
+        *(["left 'edit'", "NIE"], ["left 'edit'", "TIE"]),
+        *(["arrived at 'last'", "NIE"], ["arrived at 'last'", "TIE"]),
+    ]
+    assert {row[3] for row in table[1:]} == {"layer 2"}
+
+
+def test_how_it_was_made_stands_on_top(store: Store) -> None:
+    store.save_record({**RECORD, "seconds": 4000.0, "memory": 3.25, "git": {"commit": "abcdef0123456", "dirty": False}})
+    found = result(effects(modules()), outcome="logit_diff", max_pairs=7, neurons={"exact": 12})
+    top = written(store, found).split("\n## ")[0]
+    (line,) = [line.strip() for line in top.splitlines() if line.startswith("    ")]
+    assert shlex.split(line)[:6] == ["remote-mediation", "run", "--model", "planted", "--max-pairs", "7"]
+    assert "1 h 7 min of run time, at most 3.25 GB of memory, commit abcdef0123." in top
+    arguments = shlex.split(line)[2:]
+    flags = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assigned = [value for flag, value in zip(arguments[::2], arguments[1::2], strict=True) if flag == "--set"]
+    overrides = {"model": flags["--model"], "max_pairs": int(flags["--max-pairs"]), "outcome": flags["--outcome"]}
+    assert load_config(None, overrides, assigned) == found.study.config
+
+
+def test_what_was_not_recorded_of_its_making_is_said_to_be(store: Store) -> None:
+    top = written(store, result(effects(modules()))).split("\n## ")[0]
+    assert "run time not recorded, memory not recorded, commit abc123 with changes that were not committed." in top
+
+
+def test_an_older_run_knows_the_time_of_its_last_sitting_alone(store: Store) -> None:
+    store.save_record({**RECORD, "seconds": 88.0})
+    top = written(store, result(effects(modules()))).split("\n## ")[0]
+    assert "88 s of run time in its last sitting, memory not recorded" in top
+
+
+def test_provenance_lists_the_settings_that_were_changed(store: Store) -> None:
+    model = {"revision": "", "window": None, "sliding": [], "vocab": 50}
+    store.save_record({**RECORD, "model": model, "versions": {"torch": None}})
+    part = section(written(store, result(effects(modules()), seed=3)), "Provenance")
+    table = dict(rows(part))
+    assert {name for name in table if name.startswith("config.")} == {
+        *("config.model", "config.outcome", "config.seed", "config.statistics.resamples"),
+        *("config.logit_diff.plus", "config.logit_diff.minus"),
+    }
+    assert table["config.seed"] == "3"
+    assert (table["model.revision"], table["model.window"], table["model.sliding"]) == (
+        "the default one",
+        "none",
+        "none",
+    )
+    assert table["versions.torch"] == "not recorded"
+    assert "those that are not the defaults; `run.json` has all of them" in part
+
+
+def test_harmless_prompts_of_the_package_s_own_pairs_are_shown(store: Store) -> None:
+    own = load_pairs("builtin")
+    table = effects(modules())
+    ids = {f"p{number}": one.id for number, one in enumerate(own[: 2 * CLUSTERS])}
+    report = written(store, result(table.assign(pair_id=table["pair_id"].map(ids))))
+    shown = rows(section(report, "Example pairs"))[1:]
+    assert [row[0] for row in shown] == [own[0].id, own[10].id, own[20].id]
+    assert shown[0][1].replace("**", "") == literal(own[0].harmless)
+    assert shown[0][2].replace("**", "") == literal(own[0].placebo)
+    assert all(cell.count("**") == 2 for row in shown for cell in row[1:])
+    assert not [one.id for one in own if one.harmful in report]
+    theirs = written(store, result(table.assign(pair_id=table["pair_id"].map(ids)), pairs="mine.jsonl"))
+    assert "Example pairs" not in theirs
+    assert own[0].harmless not in theirs
+
+
+@pytest.mark.parametrize("report", ["quickstart", "qwen2.5-coder-1.5b", "refusing-smollm2"])
+def test_the_answer_takes_forty_words_at_most(report: str) -> None:
+    folder = Path(__file__).parents[1] / "reports" / report
+    names = ("claims", "sets", "direction", "direction_sets", "rivals", "rival_sets")
+    tables = {f"{name}.csv": pd.read_csv(path) for name in names if (path := folder / f"{name}.csv").exists()}
+    found = result(effects(modules(), lambda pair: -strong(pair)), more=chosen(["claims", "directions", "rivals"]))
+    said = report_module.headline(dataclasses.replace(found, tables=tables))
+    assert len(said.split()) <= 40
+    assert said.count(".") == 1

@@ -2,16 +2,18 @@
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
-from fakes import CannedBackend, Watcher, records, write_pairs
+from fakes import WORDS, CannedBackend, Watcher, records, write_pairs
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.jobs import Job
-from remote_mediation.errors import PairsError, SiteError, StoreError, TransportError
+from remote_mediation.errors import LostJobError, PairsError, SiteError, StoreError, TransportError
 from remote_mediation.store import Store
 from remote_mediation.study import Result, reread, run_study
 
@@ -299,3 +301,42 @@ def test_pairs_that_were_changed_are_refused_and_made_anew_where_they_are_gone(
     assert later.collected == []
     assert (folder / "pairs.jsonl").read_text("utf-8") == written
     pd.testing.assert_frame_equal(reread(Store.open(folder)).effects, effects)
+
+
+# --- answers that are none, and one that was wrong from the start -----------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 0.5, 1e9, 3e38, float(len(WORDS.split()) + 10)])
+def test_tokens_that_are_none_are_asked_for_again(pairs: Path, tmp_path: Path, wrong: float) -> None:
+    spoilt: list[str] = []
+
+    def spoil(job: Job, values: list[np.ndarray]) -> list[np.ndarray]:
+        if job.task != "generate" or job.id in spoilt:
+            return values
+        spoilt.append(job.id)
+        return [np.where(np.arange(len(value)) == 1, np.float32(wrong), value) for value in values]
+
+    study = config(pairs)
+    result = run(study, CannedBackend({}, spoils=spoil), tmp_path / "run")
+    pd.testing.assert_frame_equal(result.effects, undisturbed(study, tmp_path))
+    assert spoilt
+
+
+def test_a_first_answer_that_was_wrong_does_not_end_a_folder_for_good(pairs: Path, tmp_path: Path) -> None:
+    """All later ones contradict it; which file it lies in is said."""
+    study, folder, wrong = config(pairs, analyses=["layers"], **EACH_BATCH), tmp_path / "run", list[str]()
+
+    def spoil(job: Job, values: list[np.ndarray]) -> list[np.ndarray]:
+        if job.task != "measure" or wrong:
+            return values
+        wrong.append(job.id)
+        return [value + np.float32(1) for value in values]
+
+    with pytest.raises(LostJobError, match=r"choose another --out, or delete (\S+) if that is what is wrong") as caught:
+        run(study, CannedBackend({}, spoils=spoil), folder)
+    named = re.search(r"delete (\S+) if", str(caught.value))
+    assert named
+    assert Path(named[1]) == folder / f"readouts/{wrong[0]}.npz"
+    Path(named[1]).unlink()
+    result = run(study, CannedBackend({}), folder)
+    pd.testing.assert_frame_equal(result.effects, run(study, CannedBackend({}), tmp_path / "whole").effects)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fakes import Counting, records, write_pairs
+from fakes import Counting, placebo_study
 from oracle import LOGIT_DIFF, TOLERANCE, Subject, token_pair
 from safetensors.numpy import load_file
 
@@ -494,15 +494,7 @@ def test_one_side_alone_is_as_much(lab: Lab, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def study(tmp_path: Path, subject: Subjects) -> StudyConfig:
-    pairs = [{**record, "placebo": record["harmless"].replace(" a ", " the ")} for record in records()]
-    return StudyConfig(
-        model=subject("llama_chat").info.name,
-        pairs=str(write_pairs(tmp_path / "pairs.jsonl", pairs)),
-        analyses=["directions", "rivals"],
-        outcome="logit_diff",
-        logit_diff={"plus": ["sure", "yes"], "minus": ["sorry", "no"]},
-        statistics={"resamples": 100},
-    )
+    return placebo_study(tmp_path, subject("llama_chat").info.name, analyses=["directions", "rivals"])
 
 
 @pytest.fixture
@@ -516,9 +508,10 @@ Measured = tuple[Result, Store, Counting]
 
 def test_tables_report_and_file(measured: Measured) -> None:
     result, store, _ = measured
-    for analysis in (DIRECTIONS, RIVALS):
-        for name, columns in analysis.columns.items():
-            assert list(result.tables[name]) == list(columns)
+    columns = {**DIRECTIONS.columns, **RIVALS.columns}
+    assert columns.keys() - result.tables.keys() == {"bases.csv"}  # of studies that name some
+    for name in columns.keys() & result.tables.keys():
+        assert list(result.tables[name]) == list(columns[name])
     report = write_report(store, result).read_text("utf-8")
     table = report.split("## Claims")[1].split("##")[0]
     assert [line.split("|")[1].strip()[:28] for line in table.splitlines() if line.startswith("| rival")] == [
@@ -591,6 +584,8 @@ def test_figures_say_what_was_ruled(measured: Measured) -> None:
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels[0] == "one direction: not supported"
     assert all(label.endswith(": not supported") for label in labels)
+    title = axis.figure.get_suptitle().splitlines()[0]
+    assert title == show._axis_title(show.carriers(result))
 
 
 def test_filled_dots_are_those_that_decide(measured: Measured) -> None:
@@ -652,6 +647,12 @@ def test_the_fewest_that_carry_half_are_named_with_their_verdict(lows: list[floa
         }
     )
     assert words in show._fewest(every)
+    named = words.partition(": ")[2].partition(" (")[0]  # a number and what it is
+    numbers, _, measure = named.partition(", ")
+    title = f"{numbers} numbers at each token carry half of the effect or more: {measure}"
+    assert show._axis_title(every) == (
+        title if named else "No set of mediators is shown to carry half of the effect in both directions"
+    )
 
 
 # --- planted ----------------------------------------------------------------------------------------------------------

@@ -15,12 +15,13 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS
 from remote_mediation.lab import Study
 from remote_mediation.outcomes import Outcome
-from remote_mediation.report import csv_tables, overview, sections
+from remote_mediation.report import csv_tables, sections
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import Estimate
 from remote_mediation.summary import SUMMARY_COLUMNS, Summary
+from remote_mediation.terminal import overview
 
 NaN = math.nan
 INFO = ModelInfo("planted", "", "llama", 6, 8, 16, 2, 2, 4, 50, True, True, (), None)
@@ -317,10 +318,7 @@ def test_the_gate_set_stands_beside_its_controls_as_the_table_has_it() -> None:
     assert [name for name in table if name in ("gates", "whole MLP")] == ["gates", "whole MLP"]
     assert "2 of 16 neurons of layer 5, at 'last'" in found
     assert "its NIE (sufficient) and its TIE (necessary) lie clear of 0" in found
-    assert (
-        "Of 4 random sets of its size in the same layer 0 reach its NIE (p = 0.2) and 1 reach its TIE (p = 0.4)"
-        in found
-    )
+    assert "Of 4 random sets of its size in the same layer 0 reach its NIE and 1 reach its TIE (p = 0.4)" in found
 
 
 def test_an_interval_that_holds_0_is_no_effect_of_the_gates() -> None:
@@ -441,7 +439,7 @@ def test_where_te_is_negative_the_gates_carry_refusal_and_nothing_is_repaired() 
         assert "repair" not in made[name]._replace(figure=None).markdown().lower()
         assert "Benefit" not in made[name].did
     assert "its NIE (sufficient) and its TIE (necessary) lie clear of 0" in made["gates"].finding
-    assert "0 reach its NIE (p = 0.2)" in made["gates"].finding
+    assert "0 reach its NIE and" in made["gates"].finding
     assert "changes by 1.7 [1.6, 1.8] logits, which undoes 85% of TE" in made["repair"].finding
     assert "refusal" not in "".join(one.markdown() for one in sections(result(tables()))[1:]).replace(
         "refusal-phrases", ""
@@ -476,7 +474,7 @@ def test_the_monitor_is_compared_by_intervals() -> None:
     )
     assert "On hard negatives the gates' AUROC" in found
     rates = ["87.5% [70%, 95%]", "12.5% [0%, 40%]"]
-    assert rows(found)["residual probe"] == ["hard negatives", "0.95 [0.9, 1]", "0.2", *rates, *rates]
+    assert rows(found)["residual probe"] == ["hard negatives", "0.95 [0.9, 1]", "0 of 4 sets", *rates, *rates]
     assert rows(found)["random neurons"][2:] == [""] * 5
     for probe, words in ((0.82, "not told apart from the residual probe's"), (0.6, "above the residual probe's")):
         assert words in text("Monitor", result(tables(detectors=detectors(probe))))

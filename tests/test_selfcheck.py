@@ -67,7 +67,7 @@ def test_one_wrong_case_of_several_fails(run: Run, monkeypatch: pytest.MonkeyPat
     assert [line.split()[1].strip(",") for line in out.splitlines() if "verdicts true" in line] == list(CASES)
     assert sum(line.startswith("FAILED") for line in out.splitlines()) == 1
     code, out = run("--case", "late-head", "--json")
-    assert (code, json.loads(out)[0]["passed"]) == (1, False)
+    assert (code, json.loads(out)["cases"][0]["passed"]) == (1, False)
 
 
 def test_an_unknown_case_is_named(run: Run) -> None:
@@ -81,7 +81,7 @@ def test_an_unknown_case_is_named(run: Run) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_true_is_said(name: str, run: Run) -> None:
     code, out = run("--case", name, "--json")
-    (found,) = json.loads(out)
+    (found,) = json.loads(out)["cases"]
     assert all(said in true.split(OR) for said, true in zip(found["said"], found["truth"], strict=True))
     assert (found["missed"], code) == ([], 0)
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,7 +181,7 @@ def test_tickets_are_kept_until_the_values_are_here(tmp_path: Path) -> None:
     store.save_ticket("t2", second)
     waiting = {entry.ticket: entry for entry in Store.open(tmp_path / "run").submitted()}
     assert waiting.keys() == {"t1", "t2"}
-    assert waiting["t1"] == (first.id, "t1", ["k1", "k2", "k3"], 1, 10.0, [1, 1, 1])
+    assert waiting["t1"] == (first.id, "t1", ["k1", "k2", "k3"], 1, 10.0, [1, 1, 1], "measure")
     store.save_readout(waiting["t1"], readout([1.0], [2.0], [3.0]))
     assert [entry.ticket for entry in store.submitted()] == ["t2"]
     store.forget(second.id)
@@ -205,14 +206,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(StoreError, match=r"cannot write .*run.json: No space left on device; free some space"):
+    with pytest.raises(StoreError, match=r"cannot write .*run.json.copy: No space left on device; free some space"):
         store.save_record({"study": {}})
     with pytest.raises(StoreError, match="No space left on device"):
         store.save_readout(job("k"), readout([1.0]))
     with pytest.raises(StoreError, match="No space left on device"):
         Store.create(tmp_path / "new", {}).save_record({"study": {}})
     left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
-    assert left == ["run", "run/.lock", "run/run.json"]
+    assert left == ["run", "run/.lock", "run/.run.json.copy", "run/run.json"], left
     Store.create(tmp_path / "new", {})  # can still be used
     assert (tmp_path / "run/run.json").read_bytes() == before
 
@@ -240,7 +241,7 @@ def test_what_holds_prompts_or_answers_is_for_its_owner_alone(tmp_path: Path) ->
         modes = {path.relative_to(store.folder).as_posix(): path.stat().st_mode & 0o777 for path in files(store)}
     finally:
         os.umask(before)
-    assert {name for name, mode in modes.items() if mode == 0o664} == {"run.json", "effects.csv"}
+    assert {name for name, mode in modes.items() if mode == 0o664} == {"run.json", ".run.json.copy", "effects.csv"}
     private = {"pairs.jsonl", f"submitted/{job('k').id}.json", f"readouts/{job('k2').id}.npz", "failures.json"}
     private |= {"notes/matching.json", "report.md", ".lock"}
     assert {name for name, mode in modes.items() if mode == 0o600} == private
@@ -258,8 +259,8 @@ def test_what_an_older_version_let_others_read_is_hidden_on_opening(full: Path, 
         path.chmod(0o644)
     begin(full)
     shared = {path.name for path in full.rglob("*") if path.is_file() and path.stat().st_mode & 0o077}
-    assert shared == {"run.json", "effects.csv", "report.md", ".lock"}
-    assert len(old) == 8
+    assert shared == {"run.json", ".run.json.copy", "effects.csv", "report.md", ".lock"}
+    assert len(old) == 9
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no such modes")
@@ -331,7 +332,7 @@ def test_a_second_process_is_told_who_measures(tmp_path: Path, holder: subproces
     ):
         with pytest.raises(StoreError, match=who):
             use()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "run.json", "report.md"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", ".run.json.copy", "run.json", "report.md"}
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
@@ -430,6 +431,8 @@ def test_an_edited_readout_is_set_aside(file: Path, caplog: pytest.LogCaptureFix
 
 def test_a_readout_of_an_older_version_is_read(file: Path) -> None:
     store = Store.open(file.parents[1])
+    for name in ("run.json", ".run.json.copy"):
+        (store.folder / name).write_text('{"study": {}}')
     before = store.values()
     with np.load(file) as data:
         content = {name: data[name] for name in data.files if name != "checksum"}
@@ -462,6 +465,9 @@ SPOILS = {
 spoilt = pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
 
 
+SEALS = ("digest", "digests", "form")
+
+
 def flips(whole: bytes) -> Iterator[bytes]:
     """A file with one bit flipped, in turn all over it."""
     for place in range(0, len(whole), max(1, len(whole) // 60)):
@@ -485,23 +491,83 @@ def full(tmp_path: Path) -> Path:
 
 
 @spoilt
-def test_a_spoilt_record_is_refused(full: Path, spoil: Any) -> None:
+def test_a_spoilt_record_is_refused_where_it_has_no_copy(full: Path, spoil: Any) -> None:
     path = full / "run.json"
-    path.write_bytes(spoil(path.read_bytes()))
+    for name in ("run.json", ".run.json.copy"):
+        (full / name).write_bytes(spoil(path.read_bytes()))
     for use in (lambda: Store.open(full), lambda: Store.create(full, {"model": "m", "seed": 0})):
         with pytest.raises(StoreError, match=r"run\.json.*choose another folder$"):
             use()
 
 
+@spoilt
+def test_the_copy_stands_in_for_a_spoilt_record(full: Path, caplog: pytest.LogCaptureFixture, spoil: Any) -> None:
+    path, known = full / "run.json", Store.open(full).record()
+    before = path.read_bytes()
+    path.write_bytes(spoil(before))
+    assert [state.name for state in check_run(full) if not state.whole] == ["run.json"]
+    store = Store.create(full, {"model": "m", "seed": 0})
+    assert (store.record(), Store.open(full).prepared()) == (known, Store.open(full).prepared())
+    assert f"{path} cannot be used (" in caplog.text
+    with pytest.raises(StoreError, match="its seed is 0, not 1"):
+        Store.create(full, {"model": "m", "seed": 1})
+    store.save_record(store.record())
+    assert path.read_bytes() == before
+
+
+def test_the_copy_stands_in_for_a_record_that_is_gone(full: Path) -> None:
+    known = Store.open(full).record()
+    (full / "run.json").unlink()
+    assert [state.detail for state in check_run(full) if not state.whole] == [
+        "gone; its copy is used, and the next run writes it anew"
+    ]
+    assert Store.open(full).record() == Store.create(full, {"model": "m", "seed": 0}).record() == known
+
+
+def test_a_record_that_was_killed_before_its_file_is_gone_on_from(tmp_path: Path, monkeypatch: Any) -> None:
+    store = Store.create(tmp_path / "run", {"model": "m"})
+    write = store.write
+
+    def killed(name: str, *content: Any, **how: Any) -> None:
+        if name == "run.json":
+            raise KeyboardInterrupt
+        write(name, *content, **how)
+
+    monkeypatch.setattr(store, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.save_record({"study": {"model": "m"}})
+    assert Store.create(tmp_path / "run", {"model": "m"}).record() == {"study": {"model": "m"}}
+    with pytest.raises(StoreError, match="holds another study"):
+        Store.create(tmp_path / "run", {"model": "other"})
+
+
 def test_no_flipped_bit_and_no_edit_of_a_record_passes(full: Path) -> None:
+    (full / ".run.json.copy").unlink()
     path = full / "run.json"
     whole, known = path.read_bytes(), Store.open(full).record()
-    for changed in [*flips(whole), whole.replace(b'"seed": 0', b'"seed": 1'), whole.replace(b'"digest"', b'"other"')]:
+    unsealed = {name: value for name, value in json.loads(whole).items() if name not in ("digest", "digests")}
+    edits = [whole.replace(b'"seed": 0', b'"seed": 1'), whole.replace(b'"digest"', b'"other"')]
+    for changed in [*flips(whole), *edits, json.dumps(unsealed).encode()]:
         path.write_bytes(changed)
         with pytest.raises(StoreError, match=r"choose another folder$"):
             Store.open(full)
     path.write_bytes(json.dumps(json.loads(whole)).encode())  # laid out otherwise
     assert Store.open(full).record() == known
+
+
+@pytest.mark.parametrize("config", [None, {}, {"model": "m", "colour": 1}, {"model": "m", "seed": "x"}, [], "text"])
+def test_settings_of_another_version_are_refused_in_one_line(full: Path, config: Any) -> None:
+    store = Store.open(full)
+    store.save_record({**store.record(), "config": config} if config is not None else {"study": {"model": "m"}})
+    other = shutil.copytree(full, full.with_name("other"))
+    commands = [["report", full], ["show", full], ["extend", full, "layers"], ["export", full, full / "to"]]
+    commands += [["view", full], ["compare", full, other]]
+    (full / "effects.csv").write_text("unit\nlogits\n")
+    for command in commands:
+        found = CliRunner().invoke(app, [str(word) for word in command])
+        assert isinstance(found.exception, StoreError), command
+        assert re.search(r"holds a run of another version, .*; use that version, or run the", str(found.exception))
+        assert "\n" not in str(found.exception)
 
 
 @spoilt
@@ -540,7 +606,8 @@ def test_pairs_of_a_run_that_was_killed_between_two_files_are_read(full: Path) -
 @spoilt
 def test_a_folder_of_an_older_version_is_read_and_its_pairs_are_doubted(full: Path, spoil: Any) -> None:
     record = json.loads((full / "run.json").read_text("utf-8"))
-    (full / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("digest", "digests")}))
+    (full / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k not in SEALS}))
+    (full / ".run.json.copy").unlink()
     (full / "notes/openings.json").write_text("[[1, 2], [3.5]]")
     store = Store.create(full, {"model": "m", "seed": 0})
     assert store.note("openings") == [[1, 2], [3.5]]
@@ -573,6 +640,7 @@ def test_a_spoilt_ticket_is_set_aside(full: Path, caplog: pytest.LogCaptureFixtu
         {"ticket": 3},
         {"rows": "x"},
         {"lengths": ["1"]},
+        {"task": 3},
         {"x": 1},
     ],
     ids=str,
@@ -666,3 +734,108 @@ def test_files_that_are_gone_or_set_aside(full: Path) -> None:
     assert not told["placebos.jsonl"].whole
     assert told["placebos.jsonl"].detail == "gone; run the study again, which makes it anew"
     assert told["notes/openings.json.bad"].detail == "damaged, set aside and no longer used"
+
+
+# --- what stands in the place of a file, and folders that are not where they were ------------------------------------
+
+PLACES = ["pairs.jsonl", "failures.json", "submitted", "readouts", "notes"]
+
+
+def in_the_place_of(full: Path, name: str) -> Path:
+    return full / name if "." in name else next((full / name).glob("*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no pipes")
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+@pytest.mark.parametrize("name", PLACES)
+def test_what_is_no_file_is_damaged(full: Path, name: str, make: Any) -> None:
+    path = in_the_place_of(full, name)
+    path.unlink()
+    make(path)
+    (bad,) = [state for state in check_run(full) if not state.whole]
+    assert "it is no file" in bad.detail
+    store = Store.open(full)
+    if name == "pairs.jsonl":
+        with pytest.raises(StoreError, match=r"it is no file\); put it back, or delete it"):
+            store.prepared()
+        return
+    reads = (store.failures(), store.submitted(), store.values(), store.note("openings"))
+    assert not reads[PLACES.index(name) - 1]
+    assert not path.exists()
+    assert path.with_name(f"{path.name}.bad").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such links")
+@pytest.mark.parametrize("name", PLACES)
+def test_links_that_lead_nowhere_are_files_that_are_not_there(full: Path, name: str) -> None:
+    path = in_the_place_of(full, name)
+    path.unlink()
+    path.symlink_to(full / "nowhere")
+    store = Store.open(full)
+    reads = (store.prepared(), store.failures(), store.submitted(), store.values(), store.note("openings"))
+    assert not reads[PLACES.index(name)]
+
+
+def test_a_note_without_its_checksum_is_made_anew(full: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (full / "notes/openings.json").write_text("[[1], [2]]")
+    assert Store.open(full).note("openings") is None
+    assert "it has no checksum" in caplog.text
+
+
+def test_a_readout_without_its_checksum_is_measured_anew(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with np.load(file) as data:
+        content = {name: data[name] for name in data.files if name != "checksum"}
+    np.savez(file, **{**content, "values": content["values"] * 2})
+    damaged(file, caplog)
+
+
+@pytest.mark.parametrize("change", ["moved", "deleted", "replaced", "lock taken out"])
+def test_a_run_whose_folder_is_no_longer_there_ends(full: Path, change: str) -> None:
+    """Not in a second folder of the same name that has the rest of its values."""
+    store = Store.open(full)
+    store.save_readout(job("k6"), readout([1.0]))
+    elsewhere = full.with_name("elsewhere")
+    {"moved": full.rename, "replaced": full.rename, "deleted": lambda to: shutil.move(full, to)}.get(
+        change, (full / ".lock").rename
+    )(elsewhere)
+    if change == "replaced":
+        begun(full, model="m", seed=0)
+    before = {path: path.read_bytes() for path in full.parent.rglob("*") if path.is_file()}
+    for use in (
+        lambda: store.save_readout(job("k7"), readout([1.0])),
+        lambda: store.save_record(store.record()),
+        lambda: store.save_note("more", 1),
+    ):
+        with pytest.raises(StoreError, match=r"run is no longer what this run measures into: .* give the same command"):
+            use()
+    assert before == {path: path.read_bytes() for path in full.parent.rglob("*") if path.is_file()}
+    if change in ("moved", "deleted"):
+        store = None  # as if its process had ended
+        Store.open(elsewhere).save_readout(job("k7"), readout([1.0]))
+        assert Store.open(elsewhere).values().keys() == {"k4", "k5", "k6", "k7"}
+        begun(full, model="m", seed=0).save_readout(job("k8"), readout([1.0]))
+
+
+def test_where_there_are_no_locks_the_first_of_two_processes_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(file: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    first = begun(tmp_path / "run", model="m")
+    monkeypatch.setattr("os.getpid", lambda: 1)  # as another process is
+    Store.open(tmp_path / "run").save_failure("p", "why")
+    with pytest.raises(StoreError, match="or taken by another process"):
+        first.save_readout(job("k"), readout([1.0]))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such links")
+def test_a_lock_that_leads_to_another_file_empties_nothing(tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("dear")
+    begun(tmp_path / "run", model="m")
+    (tmp_path / "run/.lock").unlink()
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "letter")
+    with pytest.raises(StoreError, match=r"cannot write .*run: Too many levels of symbolic links"):
+        Store.open(tmp_path / "run").save_failure("p", "why")
+    assert (tmp_path / "letter").read_text() == "dear"

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
+from http.client import HTTPConnection
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -27,6 +32,7 @@ from remote_mediation.report import csv_tables
 from remote_mediation.show import maps, views
 from remote_mediation.show.page import write_page
 from remote_mediation.show.printed import tokens_at, visible
+from remote_mediation.show.serve import PageServer, served
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 
@@ -322,6 +328,77 @@ def test_the_command_writes_the_page(
     assert not stop.value.code
     assert f"Page: {run / 'view.html'}" in capsys.readouterr().out
     assert (run / "view.html").is_file()
+
+
+def answered(address: str, path: str = "/", host: str = "", method: str = "GET") -> tuple[int, bytes, dict[str, str]]:
+    """What a server answers. host: the name that it is asked by, its own by default."""
+    where = urlsplit(address)
+    connection = HTTPConnection(str(where.hostname), where.port, timeout=10)
+    connection.request(method, path, headers={"Host": host} if host else {})
+    response = connection.getresponse()
+    found = response.status, response.read(), {name.lower(): value for name, value in response.getheaders()}
+    connection.close()
+    return found
+
+
+@pytest.fixture
+def serving() -> Iterator[PageServer]:
+    """A server of a page, on a port that was free."""
+    with served(b"<p>the page</p>") as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_the_page_and_nothing_else_is_served(serving: PageServer) -> None:
+    status, body, headers = answered(serving.address)
+    assert (status, body) == (200, b"<p>the page</p>")
+    assert headers["content-type"] == "text/html; charset=utf-8"
+    assert headers["cache-control"] == "no-store"
+    assert answered(serving.address, method="HEAD")[:2] == (200, b"")
+    for path in ("/view.html", "/run.json", "/../pairs.jsonl", "/%2e%2e/pairs.jsonl", "/?x", "/etc/passwd"):
+        assert answered(serving.address, path)[0] == 404, path
+    assert answered(serving.address, method="POST")[0] == 501
+
+
+def test_only_this_machine_is_answered_and_only_by_its_own_names(serving: PageServer) -> None:
+    assert serving.address.startswith("http://127.0.0.1:")
+    assert serving.server_address[0] == "127.0.0.1"
+    assert answered(serving.address, host=f"localhost:{serving.server_port}")[0] == 200
+    for host in ("evil.example", f"evil.example:{serving.server_port}", "127.0.0.1:1"):
+        status, body, _ = answered(serving.address, host=host)
+        assert (status, b"the page" in body) == (403, False), host
+
+
+def test_a_port_in_use_is_named(serving: PageServer) -> None:
+    with pytest.raises(SettingsError, match=rf"port {serving.server_port}: .*in use; choose another --port"):
+        served(b"", serving.server_port)
+
+
+def test_the_command_serves_the_page_until_ctrl_c(make: Callable[..., Path]) -> None:
+    run = make()
+    command = [sys.executable, "-m", "remote_mediation", "view", str(run), "--serve", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored where tests run
+    ) as shown:
+        assert shown.stdout is not None
+        lines = [shown.stdout.readline() for _ in range(4)]  # a brace, two keys and a brace
+        found = json.loads("".join(lines))
+        status, body, _ = answered(found["address"])
+        shown.send_signal(signal.SIGINT)
+        _, errors = shown.communicate(timeout=30)
+    assert (shown.returncode, errors) == (0, "")
+    assert (status, body) == (200, (run / "view.html").read_bytes())
+    with pytest.raises(ConnectionRefusedError):
+        answered(found["address"])
 
 
 def test_without_altair_it_says_what_to_install(make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

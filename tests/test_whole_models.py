@@ -16,7 +16,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.contents import unchanged_files
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.errors import ModelError, StoreError
-from remote_mediation.models import dated_fingerprint, load_info, load_tokenizer
+from remote_mediation.models import dated_fingerprint, folder_at_hand, load_info, load_tokenizer
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 
@@ -328,6 +328,21 @@ def test_a_hub_s_model_that_has_moved_is_another(
         begun_at("three", files)
     pinned = config.model_copy(update={"revision": "one"})
     assert unchanged_files(pinned, {"files": files}, tmp_path) == files
+
+
+def test_a_hub_s_model_on_this_machine_is_had_with_its_weights_alone(
+    subject: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--me--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("one")
+    assert folder_at_hand("me/tiny") is None
+    folder = copy(subject("llama"), cached / "snapshots/one")
+    assert folder_at_hand("me/tiny") == folder
+    (folder / "model.safetensors").unlink()
+    assert folder_at_hand("me/tiny") is None
+    assert folder_at_hand(str(folder)) == folder  # what is wrong with a folder of one's own is for its loader to say
 
 
 def test_checkpoints_and_judges_are_known_by_content(

@@ -11,6 +11,7 @@ from remote_mediation.analyses.checks import CHECKS
 from remote_mediation.analyses.claims import CLAIMS
 from remote_mediation.analyses.detect import DETECT
 from remote_mediation.analyses.experts import EXPERTS
+from remote_mediation.analyses.headpaths import HEADPATHS
 from remote_mediation.analyses.intervene import INTERVENE
 from remote_mediation.analyses.maps import HEADS, LAYERS, MODULES, TOKENS
 from remote_mediation.analyses.monitor import MONITOR
@@ -27,7 +28,7 @@ ALWAYS = (CHECKS, TOTAL)
 """What every study runs first."""
 EVERY: tuple[Analysis, ...] = (
     *(CLAIMS, DIRECTIONS, ABLATION, RIVALS, LAYERS, MODULES, TOKENS, HEADS, EXPERTS),
-    *(NEURONS, DETECT, PATHS, INTERVENE, ATTACKS, MONITOR, ALIGNMENT, VERIFY),
+    *(NEURONS, DETECT, PATHS, HEADPATHS, INTERVENE, ATTACKS, MONITOR, ALIGNMENT, VERIFY),
 )
 """All that a study can name."""
 

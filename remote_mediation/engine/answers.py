@@ -18,7 +18,19 @@ _ALLOWED = {"float32": (1e-3, 1e-4), "float16": (0.1, 0.02), "bfloat16": (0.5, 0
 # What may differ between replicas of one deployment, or belongs to a single job.
 _MAY_CHANGE = ("host", "device", "job")
 
+# Tasks whose values are numbers of tokens, all of them or those of the first half.
+_TOKENS = {"generate": 1, "sample": 2}
+
 Known = Mapping[str, npt.NDArray[np.float32]]
+
+
+class ContradictionError(LostJobError):
+    """A value measured again is another one than before."""
+
+    def __init__(self, message: str, key: str) -> None:
+        """key: of the value."""
+        super().__init__(message)
+        self.key = key
 
 
 def lengths_of(job: Job) -> list[int | None]:
@@ -39,12 +51,28 @@ def check_answer(
     if readout.job not in ("", job):
         raise LostJobError(f"the answer to job {job} is that to job {readout.job}")
     check_shape(keys, lengths, readout)
-    worst = _contradiction(keys, readout, known, dtype)
+    key, worst = _contradiction(keys, readout, known, dtype)
     if worst > 1:
-        raise LostJobError(
+        raise ContradictionError(
             f"a job brought back base prompts that lie {worst:.3g} times as far from what earlier jobs measured as "
-            f"{dtype} allows: the server or its answers have changed; choose another --out"
+            f"{dtype} allows: the server or its answers have changed; choose another --out",
+            key,
         )
+
+
+def check_tokens(task: str, readout: Readout, vocab: int) -> None:
+    """Refuse numbers of tokens that are none. vocab: of the model. What is not finite is told apart elsewhere.
+
+    Raises:
+        LostJobError: with the first of them.
+    """
+    if task not in _TOKENS:
+        return
+    for values in readout.values:
+        ids = values[: len(values) // _TOKENS[task]]
+        wrong = ids[np.isfinite(ids) & ((ids < 0) | (ids >= vocab) | (ids != np.floor(ids)))]
+        if len(wrong):
+            raise LostJobError(f"a job brought back {wrong[0]:g} for a token of a model that has {vocab}")
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -54,20 +82,20 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {old} before and {new} now" for name, old, new in found)
 
 
-def _contradiction(keys: Sequence[str], readout: Readout, known: Known, dtype: str) -> float:
-    """How far values measured again lie from what they were, at most, as a multiple of what is allowed.
+def _contradiction(keys: Sequence[str], readout: Readout, known: Known, dtype: str) -> tuple[str, float]:
+    """How far values measured again lie from what they were, at most, as a multiple of what is allowed; and which.
 
     Every job measures its pairs' base prompts. They are the same to the last digit where the same prompts run together,
     and else differ by the order of additions.
     """
     absolute, relative = _ALLOWED[dtype]
-    worst = 0.0
+    found = {"": 0.0}
     for key, value in zip(keys, readout.values, strict=True):
         if key in known and known[key].shape == value.shape:
             before = known[key].astype(np.float64)
             apart = np.abs(value - before) / (absolute + relative * np.abs(before))
-            worst = max(worst, float(np.nanmax(apart, initial=0.0)))
-    return worst
+            found[key] = float(np.nanmax(apart, initial=0.0))
+    return max(found.items(), key=lambda item: item[1])
 
 
 def check_shape(keys: Sequence[str], lengths: Sequence[int | None], readout: Readout) -> None:
@@ -109,6 +137,8 @@ def _length(task: str, part: Part) -> int | None:
         return len(payload["prompts"]) * int(payload["tokens"])
     if task == "sample":
         return 2 * int(payload["samples"]) * int(payload["tokens"])
+    if task == "learn":
+        return sum(map(len, payload["start"])) + int(payload["steps"]) + 1
     if task == "drift":
         return 3 * len(payload["answer"])
     return None

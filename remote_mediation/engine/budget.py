@@ -86,13 +86,27 @@ def base_flops(pair: TokenPair, setting: Setting) -> float:
 
 def row_bytes(pair: TokenPair, start: int, setting: Setting) -> float:
     """Peak memory of one row of a batch: answer logits, or one layer's activations, keys and values."""
+    return max(_logit_bytes(pair, setting), _layer_bytes(pair, start, setting))
+
+
+def graph_bytes(pair: TokenPair, start: int, layers: int, setting: Setting) -> float:
+    """Memory of one row whose gradient is taken: what it runs is kept, in so many layers, about twice over."""
+    return _logit_bytes(pair, setting) + 2 * layers * _layer_bytes(pair, start, setting)
+
+
+def _logit_bytes(pair: TokenPair, setting: Setting) -> float:
+    if not setting.outcome.normalise:
+        return 0.0
+    return float((1 + pair.fed) * setting.info.vocab * 4 * LOGIT_COPIES)
+
+
+def _layer_bytes(pair: TokenPair, start: int, setting: Setting) -> float:
     info, size = setting.info, DTYPE_BYTES[setting.dtype]
     length = max(tokens_run(pair, side, info) for side in (0, 1))
-    logits = (1 + pair.fed) * info.vocab * 4 * LOGIT_COPIES if setting.outcome.normalise else 0
     layer = (length - start) * (4 * info.d_model + 3 * info.d_ff) * size
     attention = 2 * length * info.heads * info.d_head * size + (length - start) * length * info.heads * size
     cache = 2 * _CACHED_LAYERS * length * info.kv_heads * info.d_head * size
-    return max(logits, layer + attention + cache)
+    return float(layer + attention + cache)
 
 
 def held_bytes(pairs: Sequence[TokenPair], rows: Iterable[Row], setting: Setting) -> float:

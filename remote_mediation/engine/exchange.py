@@ -12,7 +12,6 @@ import functools
 import os
 import re
 import ssl
-import time
 from collections.abc import Generator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -21,13 +20,14 @@ from urllib.parse import quote, quote_plus
 
 import httpx
 
+from remote_mediation.engine.deadline import within
 from remote_mediation.errors import BackendError, JobError, LostJobError, PreflightError, TransportError
 
 # HTTP statuses below 500 that pass by themselves.
 _TRANSIENT = (408, 425, 429)
 # Most bytes of an answer in JSON, and of a result.
 MOST_JSON = 64 * 2**20
-MOST_RESULT = 4 * 2**30
+MOST_RESULT = 2**30
 # Seconds for a whole answer, however slowly it trickles, and for a whole result.
 _WHOLE_JSON_S = 120.0
 _WHOLE_RESULT_S = 3600.0
@@ -35,6 +35,14 @@ _RESULT_TIMEOUT = httpx.Timeout(10.0, read=60.0)
 # A path of more than one folder, not one inside a URL.
 _PATH = re.compile(r"(?<![\w:/.])~?(?:/[^\s/'\",:;()]+){2,}/?")
 _LONGEST_MESSAGE = 300
+# How an answer may be packed. Any other way, or two at once, unpacks some kB to GB before they can be counted.
+_PACKINGS = ("", "identity", "gzip", "deflate")
+# What is asked of a server, and of caches on the way to it.
+_ASKED = {"accept-encoding": "gzip, deflate", "cache-control": "no-cache"}
+
+
+# What is raised over addresses and keys that are none; the last over a port beyond 65535.
+_NO_ADDRESS = (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError, ValueError, OverflowError)
 
 
 class Server(NamedTuple):
@@ -77,14 +85,16 @@ def exchange(
         PreflightError: address, certificate or proxy cannot be used.
     """
     key = {"ndif-api-key": server.key} if server.key else {}
+    sent = {**(headers or {}), **key}
     with (
         _named(server.host, path, server.key, timeout),
         _client(server.host, timeout) as client,
-        client.stream(method, server.host + path, headers={**(headers or {}), **key}, **content) as response,
+        within(max(_WHOLE_JSON_S, timeout.read or 0.0), f"{server.host}{path}") as ended,
+        client.stream(method, server.host + path, headers=sent, extensions=ended, **content) as response,
     ):
-        body = _received(response, _WHOLE_JSON_S, MOST_JSON, f"{server.host}{path}")
-        status, sent = response.status_code, response.headers
-    answer = httpx.Response(status, headers=_plain_headers(sent), content=body)
+        body = _received(response, MOST_JSON, f"{server.host}{path}")
+        status, received = response.status_code, response.headers
+    answer = httpx.Response(status, headers=_plain_headers(received), content=body)
     if not answer.is_success:
         raise _refused(server, path, answer)
     return _object(server, path, answer)
@@ -95,13 +105,14 @@ def download(url: str) -> bytes:
 
     Raises:
         TransportError: it may well come the next time.
-        LostJobError: it is not there, or no longer, or is larger than any result.
+        LostJobError: it is not there, or no longer, lies at no address, or is larger than any result.
     """
-    host = httpx.URL(url).host
+    host = _host_of(url)
     with (
         _named(host, "the result", "", _RESULT_TIMEOUT),
         _client(host, _RESULT_TIMEOUT) as client,
-        client.stream("GET", url) as response,
+        within(_WHOLE_RESULT_S, host) as ended,
+        client.stream("GET", url, extensions=ended) as response,
     ):
         status = response.status_code
         if status in _TRANSIENT or status >= 500:
@@ -109,9 +120,25 @@ def download(url: str) -> bytes:
         if not response.is_success:
             raise LostJobError(f"the result is no longer kept ({status} from {host})")
         try:
-            return _received(response, _WHOLE_RESULT_S, MOST_RESULT, host)
+            return _received(response, MOST_RESULT, host)
         except OddError as error:
             raise LostJobError(f"the result cannot be one: {error}") from error
+
+
+def _host_of(url: str) -> str:
+    """The host in the address of a result.
+
+    Raises:
+        LostJobError: it is no address.
+    """
+    try:
+        address = httpx.URL(url)
+        host, port = address.host, address.port
+    except (httpx.InvalidURL, ValueError) as error:
+        raise LostJobError(f"the result lies at no address ({plain(str(error), '')})") from error
+    if address.scheme not in ("http", "https") or not host or not 0 < (port or 1) < 2**16:
+        raise LostJobError(f"the result lies at no address (scheme {address.scheme!r}, host {host!r}, port {port})")
+    return host
 
 
 def plain(message: str, key: str) -> str:
@@ -136,7 +163,7 @@ def _client(host: str, timeout: httpx.Timeout) -> httpx.Client:
     """A client that goes through the proxies and trusts the certificates that the environment names."""
     certificates = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
     try:
-        return httpx.Client(timeout=timeout, verify=_trusted(*certificates))
+        return httpx.Client(timeout=timeout, verify=_trusted(*certificates), headers=_ASKED)
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
         raise PreflightError(
             f"cannot ask {host} ({plain(str(error), '')}); check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE"
@@ -159,14 +186,14 @@ def _named(host: str, path: str, key: str, timeout: httpx.Timeout) -> Generator[
         raise TransportError(f"{host} does not answer {path} within {seconds:.0f} s", silent=True) from error
     except httpx.ProxyError as error:
         raise _by_proxy(host, plain(str(error), key)) from error
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, OverflowError) as error:
         reason = plain(str(error), key) or type(error).__name__
         if _not_trusted(error):
             raise PreflightError(
                 f"the certificate of {host} is not trusted ({reason}); check NDIF_HOST, or name the certificates to "
                 "trust in SSL_CERT_FILE"
             ) from error
-        if isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError, ValueError)):
+        if isinstance(error, _NO_ADDRESS):
             raise PreflightError(f"cannot reach {host} ({reason}); check NDIF_HOST and NDIF_API_KEY") from error
         raise TransportError(f"cannot reach {host} ({reason})") from error
 
@@ -188,20 +215,19 @@ def _by_proxy(host: str, reason: str) -> BackendError:
     return PreflightError(message) if reason.startswith("4") else TransportError(message)
 
 
-def _received(response: httpx.Response, seconds: float, most: int, whence: str) -> bytes:
+def _received(response: httpx.Response, most: int, whence: str) -> bytes:
     """The body of an answer.
 
     Raises:
-        TransportError: it takes more than so many seconds.
-        OddError: it has more than so many bytes.
+        OddError: it has more than so many bytes, or is packed in a way that was not asked for.
     """
-    end, body = time.monotonic() + seconds, bytearray()
+    packing, body = response.headers.get("content-encoding", "").strip().lower(), bytearray()
+    if packing not in _PACKINGS:
+        raise OddError(f"{whence} answers in the packing {plain(packing, '')!r}, which was not asked for")
     for chunk in response.iter_bytes():
         body += chunk
         if len(body) > most:
             raise OddError(f"{whence} answers with more than {most / 2**20:.0f} MiB")
-        if time.monotonic() > end:
-            raise TransportError(f"{whence} has not sent all of its answer within {seconds:.0f} s", silent=True)
     return bytes(body)
 
 
@@ -266,6 +292,6 @@ def _wait(response: httpx.Response) -> float:
         return float(said)
     try:
         then = parsedate_to_datetime(said)
-    except (ValueError, TypeError):
+        return max(0.0, (then - datetime.now(UTC if then.tzinfo else None)).total_seconds())
+    except (ValueError, TypeError, LookupError, OverflowError):
         return 0.0
-    return max(0.0, (then - datetime.now(UTC if then.tzinfo else None)).total_seconds())

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from remote_mediation.engine.budget import Budget, Setting, base_flops, held_bytes, row_bytes, row_flops, run_from
 from remote_mediation.engine.payload import Batch, Context, brief, context_payload, digest, model_spec, stacks_of
-from remote_mediation.engine.rows import Row, Source, Write
+from remote_mediation.engine.rows import Reached, Row, Source, Value
 from remote_mediation.tokens import TokenPair
 
 # Part of every row key: raise it when the meaning of a readout changes.
@@ -78,7 +78,7 @@ class Job:
         """Rows it measures, base prompts not counted; of the other tasks, as many as bring values back."""
         if self.task != "measure":
             return len(self.keys)
-        return sum(bool(row.writes) for part in self.parts for row in part.rows)
+        return sum(bool(row.writes) for part in self.parts for row in dict.fromkeys(part.rows))
 
     @property
     def flops(self) -> float:
@@ -113,10 +113,20 @@ class Keys:
         """The key of a row."""
         if row not in self._known:
             writes = [
-                (w.component, w.layer, brief(w.places), brief(w.columns), repr(_brief_value(w))) for w in row.writes
+                (w.component, w.layer, brief(w.places), brief(w.columns), repr(self._brief(w.value)))
+                for w in row.writes
             ]
             self._known[row] = digest([self._prefixes[row.pair], row.base, writes])
         return self._known[row]
+
+    def _brief(self, value: Value) -> Any:
+        """A value in few words: one of another row by the key of that row."""
+        match value:
+            case Source(side, places):
+                return side, brief(places)
+            case Reached(row):
+                return "reached", self(row)
+        return value
 
 
 def plan_jobs(
@@ -124,12 +134,14 @@ def plan_jobs(
 ) -> Iterator[Job]:
     """Group rows into jobs, pairs of one shape together; duplicate rows are measured once.
 
-    Rows without writes need no batch of their own: every context measures the base prompts of its pairs.
+    Rows without writes need no batch of their own: every context measures the base prompts of its pairs. A row whose
+    values others take comes along in each of their batches.
     """
-    loads = [_load(pairs[name], group, setting) for name, group in _by(dict.fromkeys(rows), lambda row: row.pair)]
+    every = with_sources(rows)
+    loads = [_load(pairs[name], group, setting) for name, group in _by(every, lambda row: row.pair)]
     contexts: list[Context] = []
     spent = 0.0
-    for _, group in _by(loads, lambda load: _shape(load.pair)):
+    for _, group in _by(loads, lambda load: shape_of(load.pair)):
         pending = list(group)
         while pending:
             taken = _fitting(pending, budget.job_flops() - spent, budget.batch_bytes, setting)
@@ -144,6 +156,11 @@ def plan_jobs(
                 yield from _cut(pending.pop(0), setting, budget, keys)
     if contexts:
         yield _job(contexts, setting, keys)
+
+
+def with_sources(rows: Iterable[Row]) -> dict[Row, None]:
+    """Rows, once each, behind those that they take values from."""
+    return dict.fromkeys(one for row in rows for one in (*row.sources, row))
 
 
 def batch_sizes(job: Job, pairs: Mapping[str, TokenPair], setting: Setting) -> list[float]:
@@ -178,7 +195,7 @@ def _by(items: Iterable[_Item], key: Callable[[_Item], Any]) -> Iterator[tuple[A
     return groupby(sorted(items, key=key), key=key)
 
 
-def _shape(pair: TokenPair) -> tuple[int, ...]:
+def shape_of(pair: TokenPair) -> tuple[int, ...]:
     """Lengths of both prompts and all answers; what makes tokens of two pairs stand at the same places."""
     return (*map(len, pair.prompts), *map(len, pair.answers), *map(len, pair.openings))
 
@@ -220,15 +237,41 @@ def _context(loads: Sequence[_Load], setting: Setting, budget: Budget) -> Contex
     pairs = {load.pair.id: load.pair for load in loads}
     rows = [row for load in loads for row in load.rows]
     room = budget.batch_bytes - held_bytes(list(pairs.values()), rows, setting)
+    taken = {source for row in rows for source in row.sources}
     batches = []
     for (_, start), group in _by(
-        rows, lambda row: (len(pairs[row.pair].prompts[row.base]), run_from(row, pairs[row.pair], setting.info))
+        [row for row in rows if row not in taken],
+        lambda row: (len(pairs[row.pair].prompts[row.base]), run_from(row, pairs[row.pair], setting.info)),
     ):
-        ordered = sorted(group, key=lambda row: row.low)
-        count = -(-len(ordered) // max(1, int(room / row_bytes(loads[0].pair, start, setting))))
-        cuts = [part * len(ordered) // count for part in range(count + 1)]  # as few batches as fit, of even size
-        batches += [Batch(start, tuple(ordered[begin:end])) for begin, end in pairwise(cuts)]
+        together = list(group)
+        most = max(1, int(room / row_bytes(loads[0].pair, start, setting)))
+        alone, taking = ([row for row in together if bool(row.sources) == takes] for takes in (False, True))
+        batches += [Batch(start, part) for part in (*_even(alone, most), *_beside_sources(taking, most))]
     return Context(tuple(pairs.values()), tuple(batches))
+
+
+def _even(rows: Sequence[Row], most: int) -> list[tuple[Row, ...]]:
+    """As few batches as fit, of even size, lower layers first."""
+    ordered = sorted(rows, key=lambda row: row.low)
+    count = -(-len(ordered) // most)
+    cuts = [part * len(ordered) // count for part in range(count + 1)] if count else []
+    return [tuple(ordered[begin:end]) for begin, end in pairwise(cuts)]
+
+
+def _beside_sources(rows: Sequence[Row], most: int) -> Iterator[tuple[Row, ...]]:
+    """Batches of rows and of those that they take values from, which are few where rows that share them are neighbours.
+
+    A row that is more than fits with its sources runs all the same: without them it cannot.
+    """
+    batch: dict[Row, None] = {}
+    for row in rows:
+        wanted = with_sources([row])
+        if batch and len(batch | wanted) > most:
+            yield tuple(sorted(batch, key=lambda one: one.low))
+            batch = {}
+        batch |= wanted
+    if batch:
+        yield tuple(sorted(batch, key=lambda one: one.low))
 
 
 def _job(contexts: list[Context], setting: Setting, keys: Keys) -> Job:
@@ -242,7 +285,3 @@ def _part(context: Context, setting: Setting, keys: Keys) -> Part:
     flops += sum(row_flops(row, pairs[row.pair], setting) for row in context.rows)
     rows = (*bases, *context.rows)
     return Part(tuple(pairs), tuple(map(keys, rows)), context_payload(context, stacks, setting), flops, rows)
-
-
-def _brief_value(item: Write) -> Any:
-    return (item.value.side, brief(item.value.places)) if isinstance(item.value, Source) else item.value

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from remote_mediation.engine.budget import Setting, captured
-from remote_mediation.engine.rows import Constant, Given, Projected, Row, Scale, Source, Value
+from remote_mediation.engine.rows import Constant, Given, Projected, Reached, Row, Scale, Source, Value
 from remote_mediation.engine.unfold import unfolding
 from remote_mediation.sites import FORWARD_ORDER, Component, ModelInfo, family_of
 from remote_mediation.tokens import TokenPair, trie
@@ -153,12 +153,13 @@ def _trie_payload(side: Side, length: int) -> dict[str, Any]:
 
 def _batch_payload(batch: Batch, places: _Places, first: int, layers: int) -> dict[str, Any]:
     low = batch.rows[0].low
+    numbers = {row: index for index, row in enumerate(batch.rows)}
     joining: list[list[int]] = [[] for _ in range(low, layers)]
     writes: dict[int, dict[str, list[Any]]] = {}
     for index, row in enumerate(batch.rows):
         joining[row.low - low].append(places[row.pair, row.base][1])
         for item in row.writes:
-            value = _value_payload(item.value, row.pair, places, first)
+            value = _value_payload(item.value, row.pair, places, first, numbers)
             component, columns = addressed(item.component, item.columns)
             entry = (index, shifted(item.places, batch.start), columns, *value)
             writes.setdefault(item.layer, {}).setdefault(component, []).append(entry)
@@ -168,13 +169,19 @@ def _batch_payload(batch: Batch, places: _Places, first: int, layers: int) -> di
         "low": low,
         "joining": tuple(map(tuple, joining)),
         "writes": {
-            layer: tuple((name, tuple(parts[name])) for name in FORWARD_ORDER if name in parts)
+            layer: tuple((name, _reached_first(parts[name])) for name in FORWARD_ORDER if name in parts)
             for layer, parts in writes.items()
         },
     }
 
 
-def _value_payload(value: Value, pair: str, places: _Places, first: int) -> tuple[str, Any]:
+def _reached_first(entries: Sequence[Any]) -> tuple[Any, ...]:
+    """Writes to one tensor: first those that take what is in another row, then what that row itself writes there."""
+    return tuple(sorted(entries, key=lambda entry: entry[3] != "reached"))
+
+
+def _value_payload(value: Value, pair: str, places: _Places, first: int, numbers: Mapping[Row, int]) -> tuple[str, Any]:
+    """A kind of value and what it is made of. numbers: place of each row in its batch."""
     match value:
         case Source(side, taken):
             return "source", (*places[pair, side], shifted(taken, first))
@@ -186,6 +193,8 @@ def _value_payload(value: Value, pair: str, places: _Places, first: int) -> tupl
             return "projected", (*places[pair, side], shifted(taken, first), basis.tensor, along.tensor)
         case Given(_, load):
             return "constant", load().tolist()
+        case Reached(row):
+            return "reached", numbers[row]
 
 
 def addressed(component: Component, columns: tuple[int, ...]) -> tuple[Component, tuple[int, ...] | range | str]:

@@ -9,12 +9,13 @@ the work a row can change:
   hold only while that layer runs;
 - layers below the first written one are skipped, the base run's residual stream is handed over instead;
 - a row joins the batch at the layer of its own first write, so the batch grows on its way up (`climb`);
+- a mediator can be as it is computed in another row of the batch, so that no run has to bring it back;
 - only the answer positions reach the unembedding.
 
 Sequences are packed: prompt, then the teacher-forced tokens of both responses, which see the prompt and themselves but
 not each other. Smaller tasks serve what rows cannot: `read` activations and the `routing` to experts, `screen` units by
-gradients, give the norms of their `columns` of weights, `generate` and measure the `drift` of an answer while units are
-held, and `sample` what a model says behind overwritten mediators.
+gradients, `learn` a basis by them, give the norms of their `columns` of weights, `generate` and measure the `drift` of
+an answer while units are held, and `sample` what a model says behind overwritten mediators.
 
 Everything here is plain functions over tensors, tuples, dicts and strings, because nnsight ships this
 source to the server, where `remote_mediation` is not installed. What the payload holds is written in `plan.py`.
@@ -65,6 +66,7 @@ def tasked(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
         "routing": routing,
         "columns": columns,
         "screen": screen,
+        "learn": learn,
         "generate": generate,
         "drift": drift,
         "sample": sample,
@@ -99,19 +101,28 @@ def shape_sum(value: torch.Tensor) -> int:
 
 
 def weights_sum(model: Any, blocks: Any) -> torch.Tensor:
-    """`[1]` int64: checksum of the first numbers of each parameter of three blocks and of the unembedding.
+    """`[1]` int64: checksum of some of the weights (`first_numbers`).
 
     0 where a server does not show its weights, or they are only fetched while their layer runs.
     """
-    if sandboxed(model):
+    if sandboxed(model) or any(parameter.is_meta for parameter in some_parameters(model, blocks)):
         return torch.zeros(1, dtype=torch.int64)
+    return checksum([first_numbers(model, blocks)])
+
+
+def some_parameters(model: Any, blocks: Any) -> list[torch.Tensor]:
+    """The unembedding, and the parameters of three blocks."""
     parameters = [model.lm_head.weight]
     for layer in sorted({0, len(blocks) // 2, len(blocks) - 1}):
         parameters += list(blocks[layer]._module.parameters())
-    if any(parameter.is_meta for parameter in parameters):
-        return torch.zeros(1, dtype=torch.int64)
-    first = [parameter.detach().reshape(-1)[:64].float().cpu() for parameter in parameters]
-    return checksum([torch.cat(first)])
+    return parameters
+
+
+def first_numbers(model: Any, blocks: Any) -> torch.Tensor:
+    """The first numbers of each of these parameters, in float32."""
+    return torch.cat(
+        [parameter.detach().reshape(-1)[:64].float().cpu() for parameter in some_parameters(model, blocks)]
+    )
 
 
 def witness(model: Any, job: str) -> torch.Tensor:
@@ -137,14 +148,14 @@ def opened(found: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, str
         ValueError: it is not what was returned.
     """
     *made, sums = found or [torch.empty(0)]
-    if not torch.equal(checksum(made), sums):
+    if sums.dtype != torch.int64 or not torch.equal(checksum(made), sums):
         raise ValueError("values that are not those that were made there: their checksum is another one")
     try:
         *values, weights, text = made
         lines = bytes(text.tolist()).decode().splitlines()
         named = {name: value for name, _, value in (line.partition(" ") for line in lines)}
         return values, {"job": named.pop("job"), **named, "weights": hexadecimal(int(weights))}
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, OverflowError) as error:
         raise ValueError("values and nothing of what made them") from error
 
 
@@ -354,6 +365,8 @@ def write(
             source = bases[stack]["captured"][name][layer][prompt]
             new = source[grid(source_places, columns, source.device)] / factor
             new = projected(target[row][where], new, *subspace) if subspace else new
+        elif kind == "reached":  # of another row of the batch
+            new = target[value][where]
         elif kind == "scale":
             new = target[row][where] * value
         else:
@@ -771,16 +784,16 @@ def gradients_of(
                     cut = cut_off(module_tensor(spec, block, name), cuts.index(layer + 1))
                     replace_tensor(spec, block, name, cut)
         values = answer_values(model, spec, stack, rows)
-        found = torch.autograd.grad(outcome_of(values, pair), live)
+        found = torch.autograd.grad(outcomes_of(values, pair).sum(), live)
     return [gradient.float() / spec["factors"].get(component, 1.0) for gradient in found]
 
 
-def outcome_of(values: torch.Tensor, pair: dict[str, Any]) -> torch.Tensor:
-    """Y of values `[row, read]`, summed over rows: a weighted sum, or log-probabilities of two sides' openings."""
+def outcomes_of(values: torch.Tensor, pair: dict[str, Any]) -> torch.Tensor:
+    """`[row]`: Y of values `[row, read]`: a weighted sum, or log-probabilities of two sides' openings."""
     if "sides" not in pair:
-        return (values * torch.tensor(pair["weights"]).to(values.device)).sum()
+        return (values * torch.tensor(pair["weights"]).to(values.device)).sum(1)
     compliant, refusing = [side_logprob(values, openings) for openings in pair["sides"]]
-    return (compliant - refusing).sum()
+    return compliant - refusing
 
 
 def side_logprob(values: torch.Tensor, openings: tuple[tuple[int, ...], ...]) -> torch.Tensor:
@@ -791,6 +804,64 @@ def side_logprob(values: torch.Tensor, openings: tuple[tuple[int, ...], ...]) ->
 def cut_off(tensor: torch.Tensor, row: int) -> torch.Tensor:
     """The same values; no gradient flows back through one row."""
     return torch.cat([tensor[:row], tensor[row : row + 1].detach(), tensor[row + 1 :]])
+
+
+def learn(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
+    """A basis whose swapped projection gives Y its targets: `[1, (direction, width), then (step)]`, numbers and losses.
+
+    Distributed alignment search (DAS, Geiger et al. 2023, arXiv 2303.02536): the rows are those of `measure`, whose
+    `targets` a target of Y is given for; what they project onto is learnt by gradient. The loss is the mean of
+    ((Y - target) / scale)^2. It depends on what the basis spans and on nothing else, so each step turns that subspace
+    along the steepest descent on the Grassmann manifold (Edelman, Arias & Smith 1998, SIAM J. Matrix Anal. 20), by an
+    angle that falls evenly from `angle` (radians) to 0. The last loss is that of the basis that comes back.
+    """
+    if sandboxed(model):
+        raise RuntimeError("this server runs blocks in a sandbox and gives no gradients")
+    bases = [[base_run(model, spec, stack, part["capture"]) for stack in part["stacks"]] for part in context["parts"]]
+    basis, losses, steps = torch.tensor(context["start"]), [], context["steps"]
+    for step in range(steps + 1):
+        loss, slope = loss_of(model, spec, context, bases, basis)
+        losses.append(loss)
+        if step < steps:
+            basis = turned(basis, slope, context["angle"] * (1 - step / steps))
+    return torch.cat([basis.flatten(), torch.stack(losses)])[None]
+
+
+def loss_of(
+    model: Any, spec: dict[str, Any], context: dict[str, Any], bases: list[list[dict[str, Any]]], basis: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a basis and its slope `[direction, width]`, batch by batch, so that one batch's graph is held."""
+    loss, slope = torch.zeros(()), torch.zeros_like(basis)
+    for part, own in zip(context["parts"], bases, strict=True):
+        for batch, targets in zip(part["batches"], part["targets"], strict=True):
+            live, stack = basis.clone().requires_grad_(), part["stacks"][batch["stack"]]
+            with torch.enable_grad():
+                values = batch_run(model, spec, stack, onto(batch, live), own)
+                missed = outcomes_of(values, part) - torch.tensor(targets, dtype=values.dtype).to(values.device)
+                error = (missed / context["scale"]).square().sum() / context["rows"]
+                (gradient,) = torch.autograd.grad(error, live)
+            loss, slope = loss + error.detach().cpu(), slope + gradient
+    return loss, slope
+
+
+def onto(batch: dict[str, Any], basis: torch.Tensor) -> dict[str, Any]:
+    """A batch all of whose projections are onto one basis."""
+    writes = {
+        layer: tuple(
+            (name, tuple((*where, (*value[:3], basis, basis)) for *where, value in entries)) for name, entries in parts
+        )
+        for layer, parts in batch["writes"].items()
+    }
+    return {**batch, "writes": writes}
+
+
+def turned(basis: torch.Tensor, slope: torch.Tensor, angle: float) -> torch.Tensor:
+    """An orthonormal basis `[direction, width]` of a subspace that is turned by about an angle against a slope."""
+    tangent = slope - slope @ basis.T @ basis
+    length = tangent.norm()
+    moved = basis - angle * tangent / length if length else basis
+    orthogonal: torch.Tensor = torch.linalg.qr(moved.T).Q
+    return orthogonal.T
 
 
 def generate(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import pickle
 import re
 import sys
 import time
@@ -60,10 +59,8 @@ _PAUSES = (0.5, 20.0)
 _LONGEST_WAIT = 3600.0
 _SEND_TIMEOUT = httpx.Timeout(10.0, write=60.0, read=300.0)
 _POLL_TIMEOUT = httpx.Timeout(10.0, read=30.0)
-_ID = re.compile(r"[\w.-]{1,200}")
+_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,199}")
 _ZSTD = b"\x28\xb5\x2f\xfd"
-# What torch raises over bytes that are no file of its own, or a damaged one.
-_DAMAGE = (RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, OSError, MemoryError)
 
 _Found = TypeVar("_Found")
 
@@ -211,7 +208,7 @@ class NdifBackend:
     def _ask_dtype(self) -> tuple[str, dict[str, str]]:
         """The precision in which the server holds the model, and what runs it. The first job: it deploys the model."""
         try:
-            (kind, *_), made = self._probed()
+            kind, made = self._probed()
         except (JobError, LostJobError) as error:
             raise PreflightError(f"{self._server.host} cannot run {self.info.name}: {error}") from error
         served = {name: value for name, value in made.items() if name != "job"}
@@ -220,13 +217,22 @@ class NdifBackend:
     def _probe(self) -> dict[str, Any]:
         return {"task": "probe", "blocks": family_of(self.info.family).blocks}
 
-    def _probed(self) -> tuple[list[torch.Tensor], dict[str, str]]:
+    def _probed(self) -> tuple[torch.Tensor, dict[str, str]]:
         """What a probe brings back, and what made it; it is sent again while the model's process ends."""
         for _ in range(_MOST_CRASHES):
-            with contextlib.suppress(_CrashError, LostJobError):
-                return self._waited(self._send(self._probe()))[:2]
-            self._await_model()
-        return self._waited(self._send(self._probe()))[:2]
+            try:
+                return self._probed_once()
+            except LostJobError:
+                continue
+            except _CrashError:
+                self._await_model()
+        return self._probed_once()
+
+    def _probed_once(self) -> tuple[torch.Tensor, dict[str, str]]:
+        values, made, _ = self._waited(self._send(self._probe()))
+        if len(values) != 1:
+            raise LostJobError(f"a probe brought back {len(values)} tensors, not one")
+        return values[0], made
 
     def _await_model(self) -> None:
         """Return once the model answers again.
@@ -302,8 +308,9 @@ class NdifBackend:
         except OddError as error:
             raise LostJobError(str(error)) from error
         state, description = answer.get("status"), answer.get("description") or ""
-        if not isinstance(state, str) or not state:
+        if not isinstance(state, str) or not state.strip():
             raise LostJobError(f"{server.host} says no state of job {ticket}, but {plain(str(state), server.key)}")
+        state = state.strip().upper()
         message = plain(str(description), server.key)
         if state == "ERROR":
             raise (_CrashError if _CRASHED in message else JobError)(message or "the job failed, without a reason")
@@ -388,12 +395,24 @@ def tensors_of(content: bytes, ticket: str) -> list[torch.Tensor]:
                 raise ValueError("larger than any result")
             content = zstandard.ZstdDecompressor().decompress(content)
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (zstandard.ZstdError, pickle.UnpicklingError, *_DAMAGE) as error:
+    except Exception as error:  # whatever foreign bytes make torch raise
         raise LostJobError(f"the result of job {ticket} cannot be read as tensors alone") from error
     values = found.get("values") if isinstance(found, dict) else None
-    if not isinstance(values, list) or not all(isinstance(value, torch.Tensor) for value in values):
-        raise LostJobError(f"the result of job {ticket} is no list of tensors")
+    if not isinstance(values, list) or not all(map(_is_table, values)):
+        raise LostJobError(f"the result of job {ticket} is no list of tensors that hold their numbers")
     return values
+
+
+def _is_table(value: Any) -> bool:
+    """Whether this is a tensor like those of a job: no class of its own, no gradient, and as many numbers as it says.
+
+    A sparse one, one without numbers (on `meta`) or one that repeats a few takes as much memory as it likes.
+    """
+    if type(value) is not torch.Tensor or value.layout is not torch.strided or value.device.type != "cpu":
+        return False
+    if value.requires_grad or value.is_quantized or value.is_nested or value.is_complex() or value.is_neg():
+        return False
+    return bool(value.numel() * value.element_size() <= value.untyped_storage().nbytes())
 
 
 def _is_address(result: Any) -> bool:

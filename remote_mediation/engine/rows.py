@@ -60,7 +60,18 @@ class Given:
     """`[place, column]`; called only where the row has to run."""
 
 
-Value = Source | Scale | Constant | Projected | Given
+@dataclass(frozen=True)
+class Reached:
+    """What the mediator is in another row of the same prompt, before that row itself writes to it.
+
+    Both rows run in one batch, so that the value never leaves the model.
+    """
+
+    row: Row
+    """The other row."""
+
+
+Value = Source | Scale | Constant | Projected | Given | Reached
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,24 @@ class Write:
     value: Value
     """What it is set to."""
 
+    def __post_init__(self) -> None:
+        """Refuse to take from another row what nothing that the row writes can reach, or what is no one tensor.
+
+        Raises:
+            SiteError: the layer lies below all that the row writes, or the component is part of a mixture.
+        """
+        if not isinstance(self.value, Reached):
+            return
+        if self.component in MIXTURE_COMPONENTS:
+            raise SiteError(
+                f"{self.component} cannot be taken from another row; take mlp_output, of which it is a part"
+            )
+        if self.value.row.low > self.layer:
+            raise SiteError(
+                f"{self.component} of layer {self.layer} lies below layer {self.value.row.low}, the first that is "
+                "written to in the row that it is taken from; choose a later layer"
+            )
+
 
 @dataclass(frozen=True)
 class Row:
@@ -91,9 +120,18 @@ class Row:
     """What is overwritten on the way; empty for the prompt as it is."""
 
     @property
+    def sources(self) -> tuple[Row, ...]:
+        """Rows that values are taken from, each behind those that it takes values from itself."""
+        found: dict[Row, None] = {}
+        for write in self.writes:
+            if isinstance(write.value, Reached):
+                found |= dict.fromkeys((*write.value.row.sources, write.value.row))
+        return tuple(found)
+
+    @property
     def start(self) -> int:
-        """First written token."""
-        return min(write.places[0] for write in self.writes)
+        """First written token, of the rows that values are taken from as well."""
+        return min(write.places[0] for row in (self, *self.sources) for write in row.writes)
 
     @property
     def low(self) -> int:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from remote_mediation.engine.budget import DTYPE_BYTES, Budget, Setting, layer_flops
 from remote_mediation.engine.jobs import Job, Part
 from remote_mediation.engine.payload import addressed, brief, digest, model_spec, shifted
-from remote_mediation.engine.rows import Constant, Given, Projected, Row, Scale, Source, Write
+from remote_mediation.engine.rows import Constant, Given, Projected, Reached, Row, Scale, Source, Write
+from remote_mediation.errors import SiteError
 from remote_mediation.sites import FORWARD_ORDER, ModelInfo
 from remote_mediation.tokens import TokenPair
 
@@ -176,6 +177,11 @@ def _value(
             return "projected", (*taken, basis.tensor, along.tensor)
         case Given(_, load):
             return "constant", load().tolist()
+        case Reached():
+            raise SiteError(
+                f"{item.component} of layer {item.layer} is taken from another row, and answers are sampled from every "
+                "row by itself; sample while sites are swapped instead"
+            )
 
 
 def _at_last(kind: str, value: Any) -> tuple[str, Any]:

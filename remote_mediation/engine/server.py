@@ -29,6 +29,8 @@ _TIMEOUT = httpx.Timeout(10.0, read=5.0)
 # Seconds for which a server that cannot reach its models is asked again: it takes so long after a restart.
 _RECONNECT_S = 30.0
 _RECONNECT_PAUSE_S = 2.0
+# Characters from which on a key is one and not a word, such as "test", which may well stand in a host's name.
+_SECRET = 12
 
 State = Literal["hot", "warm", "deploying", "cold", "unhealthy"]
 
@@ -73,7 +75,7 @@ def server_from_environment() -> Server:
     key = (os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY or "").strip()
     if not all("!" <= letter <= "~" for letter in key):
         raise PreflightError("NDIF_API_KEY has spaces, control characters or letters beyond ASCII; copy the key again")
-    if re.search(r"[@?#\s\x00-\x1f\x7f]", host) or (key and key in host):
+    if re.search(r"[@?#\s\x00-\x1f\x7f]", host) or (len(key) >= _SECRET and key in host):
         raise PreflightError(
             "NDIF_HOST holds more than an address (user, password, query or spaces); set it to https://HOST and the "
             "key as NDIF_API_KEY"
@@ -200,16 +202,23 @@ def preflight(server: Server, model: str | None, revision: str, patience: float 
 
 def examine(server: Server, model: str | None, revision: str) -> list[Finding]:
     """What `doctor` reports: this machine first, then the server, then the model if one is named. Never raises."""
-    free = shutil.disk_usage(Path.cwd()).free / 1e9
     findings = [
         Finding("python", sys.version_info >= (3, 11), platform.python_version()),
-        Finding("disk", free > 1, f"{free:.1f} GB free here" + ("" if free > 1 else "; a run needs about 1 GB")),
+        _disk(),
         Finding("host", True, f"{server.host} ({'NDIF_HOST' if os.environ.get('NDIF_HOST') else 'default'})"),
     ]
     try:
         return findings + preflight(server, model, revision, patience=0.0)
     except PreflightError as error:
         return [*findings, Finding("server", False, str(error))]
+
+
+def _disk() -> Finding:
+    try:
+        free = shutil.disk_usage(Path.cwd()).free / 1e9
+    except OSError as error:
+        return Finding("disk", False, f"this folder cannot be used ({error.strerror}); go into another one")
+    return Finding("disk", free > 1, f"{free:.1f} GB free here" + ("" if free > 1 else "; a run needs about 1 GB"))
 
 
 def refuse_bad(findings: list[Finding]) -> None:

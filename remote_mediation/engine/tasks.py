@@ -32,7 +32,7 @@ _DIRECT_BYTES = 0.3e9
 # What can be read of a layer, in the order in which it comes about; `layer_input` is the stream that enters it.
 Readable = Component | Literal["layer_input"]
 _READ_ORDER: tuple[Readable, ...] = ("layer_input", *FORWARD_ORDER)
-Kind = Literal["read", "routing", "columns", "screen", "generate", "drift", "direct"]
+Kind = Literal["read", "routing", "columns", "screen", "learn", "generate", "drift", "direct"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str
                 "start": start,
                 "stacks": tuple(stack_payload([Side(pair, number)], start, setting) for number in (0, 1)),
                 "places": tuple(shifted(one, start) for one in places),
-                **_outcome_payload(setting.outcome, pair),
+                **outcome_payload(setting.outcome, pair),
             }
         )
         tokens += 2 * length + 6 * cuts * (length - start)
@@ -215,7 +215,7 @@ def plan_tasks(tasks: Iterable[Task], setting: Setting, budget: Budget) -> Itera
         yield Job(kind, model_spec(setting), tuple(parts))
 
 
-def _outcome_payload(outcome: Outcome, pair: TokenPair) -> dict[str, Any]:
+def outcome_payload(outcome: Outcome, pair: TokenPair) -> dict[str, Any]:
     """How values become Y: weights of a sum, or by side the reads along each opening."""
     if outcome.name == "refusal":
         return {"sides": outcome.sides(pair)}

@@ -10,11 +10,13 @@ import contextlib
 import re
 import tempfile
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from remote_mediation.engine.copies import other_copy
 from remote_mediation.errors import ModelError
 from remote_mediation.fetch import located
 from remote_mediation.loading import DISK, Loading
@@ -33,7 +35,7 @@ def load_weights(info: ModelInfo, dtype: str, device: str, loading: Loading) -> 
     device: of a model that is not shared out.
 
     Raises:
-        ModelError: its files lack weights or hold others, or it cannot be had as it was asked for.
+        ModelError: its files lack weights, hold others or hold two models, or it cannot be had as it was asked for.
         Exception: whatever a checkpoint's files make transformers raise.
     """
     with contextlib.ExitStack() as until_unused:
@@ -110,6 +112,11 @@ def _refuse_other_weights(name: str, model: PreTrainedModel, found: dict[str, An
         raise ModelError(
             f"cannot load {name!r}: its files hold {_named(unread)}, for which its config.json has no place, so "
             "that another model would run; give the config.json of these weights, or merge adapters"
+        )
+    if other := other_copy(Path(located(name))):
+        raise ModelError(
+            f"cannot load {name!r}: it holds two models, {other} is not what its safetensors have, which would be "
+            "read; take one of the two copies away"
         )
 
 

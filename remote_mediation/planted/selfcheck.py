@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.table import Table
@@ -58,10 +57,6 @@ class SelfCheck:
     def right(self) -> list[bool]:
         """By claim, whether what was said is true."""
         return [said in true.split(OR) for said, true in zip(self.said, self.truth, strict=True)]
-
-    def as_data(self) -> dict[str, Any]:
-        """JSON data."""
-        return {**asdict(self), "passed": self.passed}
 
     def line(self) -> str:
         """In one line, for the terminal."""

@@ -8,14 +8,12 @@ JSON; never as markup or code. Prompts and tokens are left out unless asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from html import escape
 from pathlib import Path
 
-from remote_mediation.errors import SettingsError
 from remote_mediation.show.embed import START, Charts, library
 from remote_mediation.show.markup import STYLE
-from remote_mediation.show.printed import Printed, read_printed
+from remote_mediation.show.printed import Printed, read_several
 from remote_mediation.store import Store
 
 PAGE = "view.html"
@@ -33,10 +31,7 @@ def write_page(folders: Sequence[Path], out: Path | None = None, show_text: bool
         StoreError: a folder is no run folder or has no tables, or the file cannot be written.
         ModelError: the tokenizer cannot be loaded.
     """
-    for place, folder in enumerate(folders):
-        if folder.resolve() in [other.resolve() for other in folders[:place]]:
-            raise SettingsError(f"{folder} is named twice; name different run folders")
-    runs = _told_apart([read_printed(folder) for folder in folders])
+    runs = read_several(folders)
     target = out or folders[0] / PAGE
     Store(target.parent).write(target.name, page(runs, show_text))
     return target
@@ -66,9 +61,3 @@ def page(runs: Sequence[Printed], show_text: bool = False) -> str:
             f"<script>{script}</script><script>{START}</script></body></html>\n",
         ]
     )
-
-
-def _told_apart(runs: Sequence[Printed]) -> list[Printed]:
-    """Runs whose folders have one name, named by the path that was given."""
-    names = [run.name for run in runs]
-    return [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]

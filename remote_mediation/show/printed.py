@@ -6,15 +6,15 @@ the numbers that the report shows, as both come from the same tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
 from remote_mediation.config import StudyConfig
-from remote_mediation.errors import StoreError
+from remote_mediation.errors import SettingsError, StoreError
 from remote_mediation.stats import Estimate
 from remote_mediation.store import Store
 from remote_mediation.summary import Identity, identities_of, total_effect
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Columns whose values are names, also where they look like numbers.
-_NAMES = ("pair_id", "cluster", "split", "analysis", "component", "position", "quantity", "reason", "neurons", "gate")
+_NAMES = (
+    *("pair_id", "cluster", "split", "analysis", "component", "position", "quantity", "reason", "neurons", "gate"),
+    "paper",
+)
 
 
 class Tokens(NamedTuple):
@@ -45,6 +48,8 @@ class Printed:
     model: Mapping[str, Any]
     """Fields of `ModelInfo`."""
     finished: bool
+    source: str
+    """Where its weights are from, if not from the hub as they are; else empty."""
     tables: Mapping[str, pd.DataFrame]
     """By name of the CSV file, `effects.csv` among them."""
     total: Estimate
@@ -76,11 +81,26 @@ class Printed:
         return found
 
 
+def read_several(folders: Sequence[Path]) -> list[Printed]:
+    """Runs from their folders; where folders have one name, named by the path that was given.
+
+    Raises:
+        SettingsError: a run is named twice.
+        StoreError: as `read_printed`.
+    """
+    for place, folder in enumerate(folders):
+        if folder.resolve() in [other.resolve() for other in folders[:place]]:
+            raise SettingsError(f"{folder} is named twice; name different run folders")
+    runs = [read_printed(folder) for folder in folders]
+    names = [run.name for run in runs]
+    return [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
+
+
 def read_printed(folder: Path) -> Printed:
     """A run from its folder.
 
     Raises:
-        StoreError: it is no run folder, or has no table of effects.
+        StoreError: it is no run folder, has no table of effects, or settings that this version does not know.
     """
     store = Store.open(folder)
     record = store.record()
@@ -88,7 +108,7 @@ def read_printed(folder: Path) -> Printed:
     effects = tables.get("effects.csv")
     if effects is None or effects.empty:
         raise StoreError(f"{folder} has no effects.csv with rows; write it with `remote-mediation report {folder}`")
-    config, prepared = StudyConfig(**record["config"]), store.prepared()
+    config, prepared = store.config(), store.prepared()
     pairs = prepared.pairs if prepared else ()
     equal = {pair.id for pair in pairs if len(pair.x0) == len(pair.x1)}
     return Printed(
@@ -97,6 +117,7 @@ def read_printed(folder: Path) -> Printed:
         config=config,
         model=record["model"],
         finished=bool(record.get("finished")),
+        source=str(record.get("weights", "")),
         tables=tables,
         total=total_effect(effects, config.seed, config.statistics),
         identities=identities_of(effects, equal, record["model"]["layers"]),

@@ -14,7 +14,7 @@ from remote_mediation.effects import SITE_COLUMNS
 from remote_mediation.lab import Study
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section
-from remote_mediation.show.tables import Table, count, estimate, interval, notes_on, number, percent
+from remote_mediation.show.tables import Table, count, estimate, interval, notes_on, number, percent, q_value
 from remote_mediation.show.words import BOTH
 from remote_mediation.stats import Estimate, Interval, ratio_of_means
 from remote_mediation.summary import pivot
@@ -84,7 +84,9 @@ def sites_table(result: Result, analysis: str, most: int) -> Table:
             site_name(*key[1:-1]),
             key[-1].upper(),
             interval(found.mean, found.ci_low, found.ci_high),
-            *map(number, (found.q, fair.mean, fair.q)),
+            q_value(found.q),
+            number(fair.mean),
+            q_value(fair.q),
             estimate(share, percent),
         )
         for key, found, fair, share in zip(shown, everywhere.itertuples(), heldout.itertuples(), shares, strict=True)

@@ -1,4 +1,4 @@
-"""Tables of text, and numbers as they are read: three significant digits, a dash where there is none.
+"""Tables of text, and numbers as they are read: three significant digits at most, a dash where there is none.
 
 A table is made once (`Table`) and printed twice, as Markdown and by rich. Where a number is missing a note below says
 why.
@@ -7,6 +7,7 @@ why.
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -19,8 +20,9 @@ from rich.text import Text
 from remote_mediation.stats import Interval
 
 _MOST_PLAIN = 1e9  # from here on powers of ten are easier to read
+_MOST_DECIMALS, _OF_PERCENT = 5, 2  # what is smaller is 0 to a reader
 NONE = "-"
-_STYLES = {
+STYLES = {
     **{"supported": "green", "not supported": "red", "undecided": "yellow", "not tested": "dim"},
     **{"holds": "green", "violated": "bold red", "not judged": "yellow", "not checked": "dim"},
 }
@@ -63,7 +65,7 @@ class Table(NamedTuple):
             table.add_column(Text(name), overflow="fold")
         table.title_justify = table.caption_justify = "left"
         for row in self.rows:
-            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+            table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
         return table
 
 
@@ -89,15 +91,43 @@ def bullets(lines: Iterable[object]) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, all of them where there are more before the point."""
+    """Three significant digits, all of them where there are more before the point, and at most five decimals."""
     if np.isnan(value):
         return NONE
-    return f"{value:,.0f}" if 999.5 <= abs(value) < _MOST_PLAIN else f"{value:.3g}"
+    if abs(value) >= 999.5:
+        return f"{value:,.0f}" if abs(value) < _MOST_PLAIN else f"{value:.3g}"
+    return _plain(value, _MOST_DECIMALS)
 
 
 def percent(value: float) -> str:
     """A share as percentage."""
-    return NONE if np.isnan(value) else f"{100 * value:.3g}%"
+    return NONE if np.isnan(value) else f"{_plain(100 * value, _OF_PERCENT)}%"
+
+
+def p_value(p: float, floor: float) -> str:
+    """A p of sign flips; where none of them reach what was found, it is told by their count.
+
+    floor: the smallest p that they can give (`stats.estimate_means`).
+    """
+    if np.isnan(p):
+        return NONE
+    if p <= floor * (1 + 1e-9):
+        return f"0 of {1 / floor - 1:,.0f} sign flips"
+    return q_value(p)
+
+
+def q_value(q: float) -> str:
+    """A false discovery rate; below a thousandth its size says nothing."""
+    return "< 0.001" if q < 0.001 else number(q)
+
+
+def _plain(value: float, most: int) -> str:
+    """Three significant digits and at most so many decimals, never as a power of ten."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    decimals = min(most, max(0, 2 - math.floor(math.log10(abs(value)))))
+    text = f"{value:z.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if decimals else text
 
 
 def interval(value: float, low: float, high: float, shown: Callable[[float], str] = number) -> str:

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from remote_mediation.analyses.claims.ask import CLAIM_COLUMNS, SET_COLUMNS
-from remote_mediation.analyses.claims.show import measures_table, verdicts_of
+from remote_mediation.analyses.claims.show import CLAIMS, measures_table, verdicts_of
 from remote_mediation.analyses.claims.sparse import GATE_SET_COLUMNS
-from remote_mediation.compare import CLAIMS
 from remote_mediation.errors import StoreError
 from remote_mediation.models import load_tokenizer
 from remote_mediation.outcomes import MEANINGS

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from remote_mediation.result import Result
-from remote_mediation.show.tables import estimate, interval, number, percent
-from remote_mediation.stats import Estimate, estimate_means
+from remote_mediation.show.section import Share, Verdict
+from remote_mediation.show.tables import NONE, Note, count, estimate, interval, number, percent
+from remote_mediation.stats import Estimate, Interval, estimate_means
 
 UNMEASURED = "Not measured yet: run the study again, and it goes on where this run ended."
 BOTH = ("nie", "tie")
@@ -25,6 +28,78 @@ def share_of(row: Any, name: str) -> str:
     """The same from a row of a table."""
     value, low, high = (row[column] for column in (name, f"{name}_low", f"{name}_high"))
     return interval(value, low, high, percent)
+
+
+def shares_from(sets: pd.DataFrame) -> tuple[Share, ...]:
+    """Numbers behind a verdict, from rows with the columns of `sets.csv` or `rival_sets.csv`."""
+    return tuple(_share(row) for _, row in sets.iterrows())
+
+
+def _share(row: pd.Series) -> Share:
+    pairs, clusters = (0 if pd.isna(row[name]) else int(row[name]) for name in ("n", "clusters"))
+    reason = "" if pd.isna(row["reason"]) else str(row["reason"])
+
+    def side(name: str) -> Interval:
+        value, low, high = (float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
+        return Interval(pairs, clusters, value, low, high, reason)
+
+    return Share(
+        measure=str(row["measure"]),
+        direction=str(row["direction"]),
+        of=str(row.get("of", "TE")),
+        harm=side("harm"),
+        placebo=side("placebo"),
+        beta_harm=float(row["beta_harm"]),
+        beta_placebo=float(row["beta_placebo"]),
+    )
+
+
+def decided(claim: Any, sets: pd.DataFrame, *, label: str, text: str, short: str) -> Verdict:
+    """What a run says of a claim, with the numbers that decide it.
+
+    claim: a row of `claims.csv` or `rivals.csv`, as `itertuples` gives it. sets: its own rows of `sets.csv` or
+    `rival_sets.csv`. label, text, short: as of `Verdict`.
+    """
+    shares = shares_from(sets[sets["decides"]])
+    return Verdict(
+        label=label,
+        claim=text,
+        harm=told(shares, "harm"),
+        placebo=told(shares, "placebo"),
+        said=claim.said,
+        short=short,
+        shares=shares,
+        why=claim.why,
+    )
+
+
+def told(shares: Sequence[Share], side: Literal["harm", "placebo"]) -> str:
+    """Shares of a side and their slopes on TE, one after the other; an accuracy has no slope."""
+    return "; ".join(_with_slope(one, side) for one in shares)
+
+
+def _with_slope(one: Share, side: str) -> str:
+    harm = side == "harm"
+    found, slope = (one.harm, one.beta_harm) if harm else (one.placebo, one.beta_placebo)
+    parts = [] if np.isnan(found.value) else [estimate(found, percent)]
+    if one.of == "TE" and not np.isnan(slope):
+        parts.append(f"β {number(slope)}")
+    return ", ".join(parts) or NONE
+
+
+def in_groups(verdicts: Sequence[Verdict]) -> str:
+    """What is said of which claims: `Supported: late layers, a sparse gate; undecided: early understanding`."""
+    by_said: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        by_said.setdefault(verdict.said, []).append(verdict.name)
+    said = "; ".join(f"{said}: {', '.join(names)}" for said, names in by_said.items())
+    return f"{said[:1].upper()}{said[1:]}"
+
+
+def pairs_notes(table: pd.DataFrame, which: str) -> list[Note]:
+    """On how many pairs a table rests. which: their kind, in the singular. table: with `n` and `clusters`."""
+    sizes = table[["n", "clusters"]].dropna().drop_duplicates().to_numpy()
+    return [Note("", f"{count(int(n), which)} in {count(int(clusters), 'cluster')}") for n, clusters in sizes]
 
 
 def no_effect(result: Result) -> str:

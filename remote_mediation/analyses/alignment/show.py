@@ -9,7 +9,10 @@ from remote_mediation.analyses.alignment.ask import PROMPTS
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section
 from remote_mediation.show.tables import Table, interval, notes_on
-from remote_mediation.show.words import UNMEASURED, share_of
+from remote_mediation.show.words import UNMEASURED, pairs_notes, share_of
+
+ROUNDING = 1e-4
+"""Largest change of the outcome that is one of rounding."""
 
 
 def sections(result: Result) -> list[Section]:
@@ -58,8 +61,10 @@ def _change_in_words(result: Result, table: pd.DataFrame, prompts: str) -> str:
 
 def _table(result: Result, table: pd.DataFrame, prompts: str) -> Table:
     part = table[(table["prompts"] == prompts) & (table["mediators"] != "")]
+    largest = part.groupby("mediators", sort=False)["mean"].apply(lambda means: means.abs().max())
+    idle = list(largest.index[largest <= ROUNDING])
     rows = []
-    for name, both in part.groupby("mediators", sort=False):
+    for name, both in part[~part["mediators"].isin(idle)].groupby("mediators", sort=False):
         by = both.set_index("quantity")
         cells = [
             cell
@@ -70,7 +75,8 @@ def _table(result: Result, table: pd.DataFrame, prompts: str) -> Table:
     unit = result.study.outcome.unit
     header = (f"on {prompts} prompts", f"undone, {unit}", "share of the change", f"brought, {unit}", "share")
     reasons = [str(reason) for reason in part["reason"] if reason]
-    return Table(header, rows, tuple(notes_on("", reasons)))
+    nothing = f"{', '.join(idle)}: 0 in both directions" if idle else ""
+    return Table(header, rows, (*notes_on("", [nothing]), *pairs_notes(part, "pair"), *notes_on("", reasons)))
 
 
 def _mean(row: pd.Series) -> str:

@@ -28,7 +28,7 @@ def sections(result: Result) -> list[Section]:
     words = (refusal_in_words(result), _attacks_in_words(table), _attack_rates(result, table))
     tables = (_attack_table(result, table, undone), _rank_table(result, table))
     figure = attack_figure(table, undone)
-    return [Section(name, title, did, " ".join(filter(None, words)), tables, figure)]
+    return [Section(name, title, did, " ".join(filter(None, words)), tables, figure, words[1])]
 
 
 def _attacks_in_words(table: pd.DataFrame) -> str:

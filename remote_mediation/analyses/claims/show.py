@@ -15,9 +15,17 @@ from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLP
 from remote_mediation.result import Result
 from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
 from remote_mediation.show.section import Section, Verdict
-from remote_mediation.show.tables import NONE, Table, interval, notes_on, number
-from remote_mediation.show.words import UNMEASURED, share_of
+from remote_mediation.show.tables import Table, interval, notes_on, number
+from remote_mediation.show.words import UNMEASURED, decided, in_groups, pairs_notes, share_of
 
+CLAIMS = {
+    1: "late layers",
+    2: "MLPs over attention",
+    3: "a sparse gate",
+    4: "early understanding",
+    5: "handed on through MLPs",
+}
+"""The claims in a few words."""
 _SPLITS = ("discovery", "heldout", "all", RANDOM)
 _SIGNS = {"positive": "#0072B2", "unclear": "0.8", "negative": "#D55E00"}
 """Colours of what an interval says, as elsewhere for effects with TE and against it."""
@@ -35,8 +43,7 @@ def sections(result: Result) -> list[Section]:
     if "claims.csv" not in result.tables:
         return [Section(name, title, did, UNMEASURED)]
     claims, sets = result.tables["claims.csv"], result.tables["sets.csv"]
-    said = "; ".join(f"{claim.claim}: {claim.said}" for claim in claims.itertuples())
-    finding = f"{said[0].upper()}{said[1:]}."
+    finding = f"{in_groups(verdicts_of(claims, sets))}."
     tables = (reasons_table(claims), measures_table(sets))
     return [Section(name, title, did, finding, tables), *_curve(result, sets), *_choices(result)]
 
@@ -94,13 +101,16 @@ def verdicts_of(claims: pd.DataFrame, sets: pd.DataFrame) -> list[Verdict]:
 
     claims: `ask.CLAIM_COLUMNS`. sets: `ask.SET_COLUMNS`.
     """
-    deciding = sets[sets["decides"]]
-    rows = []
-    for claim in claims.itertuples():
-        own = deciding[deciding["number"] == claim.number]
-        harm, placebo = ("; ".join(_with_slope(row, side) for _, row in own.iterrows()) for side in _SIDES)
-        rows.append(Verdict(f"claim {claim.number}", f"{claim.number}. {claim.claim}", harm, placebo, claim.said))
-    return rows
+    return [
+        decided(
+            claim,
+            sets[sets["number"] == claim.number],
+            label=f"claim {claim.number}",
+            text=f"{claim.number}. {claim.claim}",
+            short=CLAIMS[claim.number],
+        )
+        for claim in claims.itertuples()
+    ]
 
 
 def reasons_table(claims: pd.DataFrame) -> Table:
@@ -133,7 +143,8 @@ def measures_table(sets: pd.DataFrame) -> Table:
         )
         for _, row in sets.iterrows()
     ]
-    return Table(header, rows, tuple(notes_on("", sets["reason"].dropna())))
+    notes = (*pairs_notes(sets, "held-out pair"), *notes_on("", sets["reason"].dropna()))
+    return Table(header, rows, notes)
 
 
 def specification_table(specification: pd.DataFrame) -> Table:
@@ -206,15 +217,6 @@ def curve_figure(gate_sets: pd.DataFrame, bands: pd.DataFrame) -> Figure:
 
 
 _SIDES = ("harm", "placebo")
-
-
-def _with_slope(row: pd.Series, side: str) -> str:
-    """A share, and the slope on TE; an accuracy has none."""
-    parts = [] if pd.isna(row[side]) else [share_of(row, side)]
-    slope = row[f"beta_{side}"]
-    if row["of"] == "TE" and not pd.isna(slope):
-        parts.append(f"β {number(slope)}")
-    return ", ".join(parts) or NONE
 
 
 def _label(row: pd.Series) -> str:

@@ -364,7 +364,7 @@ def _mlp_not_attention(whole: Sequence[Measure], parts: Sequence[Measure]) -> Ru
 
 def _opposing(parts: Sequence[Measure]) -> str:
     """The layers that say the opposite; whether all of it is a trifle, which the rule does not ask."""
-    listed = "; ".join(f"{part.label} {_ends(part.harm)}" for part in parts)
+    listed = "; ".join(f"{part.label} {ends(part.harm)}" for part in parts)
     trifle = all(abs(part.harm.value) < TRIFLE for part in parts)
     return f"{listed}: each less than {TRIFLE:.0%} of TE" if trifle else listed
 
@@ -500,7 +500,7 @@ def _understood(bench: Bench, layer: int, harm: Read, gain: Measure, acting: Seq
         )
     shares = [bench.share(both.harm, bench.total.harm) for both in acting]
     acts = first_acting(shares)
-    text = f"{gain.name} is {_ends(gain.harm, signed=True)}; NIE at last there is {_ends(shares[layer])} of TE"
+    text = f"{gain.name} is {ends(gain.harm, signed=True)}; NIE at last there is {ends(shares[layer])} of TE"
     if gain.harm.low > 0 and shares[layer].high < ACTS:
         return Ruling("supported", f"{text}; it acts from {_layer(acts)} on")
     accuracies = [rate(one.ravel(), twice) for one in harm.layers[:acts]]
@@ -554,7 +554,7 @@ def _all_below(measures: Sequence[Measure], threshold: float) -> bool:
 def _text(measures: Sequence[Measure]) -> str:
     """Shares of harm, in words."""
     name = measures[0].name
-    shown = ", ".join(f"{_direction(one)}{_ends(one.harm)}" for one in measures)
+    shown = ", ".join(f"{_direction(one)}{ends(one.harm)}" for one in measures)
     return f"{name} {shown} of {measures[0].of}"
 
 
@@ -562,14 +562,14 @@ def _direction(measure: Measure) -> str:
     return f"{measure.direction.upper()} " if measure.direction in DIRECTIONS else ""
 
 
-def _ends(found: Interval, signed: bool = False) -> str:
+def ends(found: Interval, signed: bool = False) -> str:
     """A share with its interval, as percentages."""
     if np.isnan(found.value):
         return f"unknown ({found.reason})"
     if np.isnan(found.low):
         return f"{found.value:.0%} without an interval ({found.reason})"
-    sign = "+" if signed else ""
-    return f"{found.value:{sign}.0%} [{found.low:{sign}.0%}, {found.high:{sign}.0%}]"
+    shown = "+z.0%" if signed else "z.0%"  # what rounds to 0 has no minus
+    return f"{found.value:{shown}} [{found.low:{shown}}, {found.high:{shown}}]"
 
 
 def _in_unit(found: Interval) -> str:

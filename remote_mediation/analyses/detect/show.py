@@ -72,7 +72,7 @@ def _probes_table(result: Result, profile: pd.DataFrame, orders: dict[str, Order
                 _layer(order.acts),
             )
         )
-    reading = "best accuracy [95% interval]"
+    reading = "best accuracy [95% interval], chance 50%"
     header = (
         "position",
         "readable from",

@@ -9,6 +9,7 @@ import pandas as pd
 
 from remote_mediation.engine.payload import digest
 from remote_mediation.judges import BUILTIN, check_judge, load_judge, load_labelled
+from remote_mediation.judges.exchanges import exchanges
 from remote_mediation.lab import Lab
 
 JUDGE_COLUMNS: dict[str, str] = {
@@ -28,8 +29,8 @@ def complied(
     """The judge's verdicts, kept in the run folder; the texts are not. judge: its spec."""
 
     def judged(tokenizer: Any) -> list[bool]:
-        texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in (prompts, answers)]
-        return [bool(verdict) for verdict in load_judge(judge)(*texts)]
+        asked, said = exchanges(prompts, answers, tokenizer, lab.study.config.prompt.form())
+        return [bool(verdict) for verdict in load_judge(judge)(asked, said)]
 
     verdicts: list[bool] = lab.noted(f"judged-{digest([judge, prompts, answers])}", judged)
     return verdicts

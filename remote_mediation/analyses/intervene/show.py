@@ -15,7 +15,7 @@ from remote_mediation.analyses.intervene.ask import MEAN, PLAIN, RANDOM
 from remote_mediation.result import Result
 from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH
 from remote_mediation.show.section import Section
-from remote_mediation.show.tables import Note, Table, interval, notes_on, number, percent
+from remote_mediation.show.tables import Note, Table, count, interval, notes_on, number, percent
 from remote_mediation.show.words import (
     ENDS,
     UNMEASURED,
@@ -81,7 +81,7 @@ def _held_in_brief(result: Result, table: pd.DataFrame) -> str:
     by, unit = table.set_index(["held", "prompts"]), result.study.outcome.unit
     harmful, harmless, plain = (by.loc[key] for key in ((MEAN, "harmful"), (MEAN, "harmless"), (PLAIN, "harmful")))
     return (
-        f"gates held: {_change_of(harmful)} {unit} on harmful prompts, KL {_drift_of(harmless)} on harmless ones; "
+        f"Gates held: {_change_of(harmful)} {unit} on harmful prompts, KL {_drift_of(harmless)} on harmless ones; "
         f"judged to comply {share_of(harmful, 'complied')}, before {share_of(plain, 'complied')}. {doubt(result)}"
     )
 
@@ -175,7 +175,8 @@ def _benefit_table(result: Result, table: pd.DataFrame) -> Table:
     ]
     header = ("held, on harmful prompts", "neurons", f"change, {result.study.outcome.unit}", undone, rate)
     spans = why_no_share(heldout_total(result))
-    notes = (*notes_on("", part["reason"]), *notes_on(undone, [spans]), *judge_notes(result, rate))
+    pairs = count(int(part["n"].max()), "held-out pair")
+    notes = (*notes_on("", [pairs, *part["reason"]]), *notes_on(undone, [spans]), *judge_notes(result, rate))
     return Table(header, rows, notes)
 
 

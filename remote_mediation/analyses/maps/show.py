@@ -1,4 +1,4 @@
-"""Maps as they are read: a figure of every site, and the strongest ones in a table."""
+"""Maps as they are read: a figure of every site, and the strongest ones in a table; of the stream, what has passed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,20 @@ from remote_mediation.show.figures import (
 )
 from remote_mediation.show.section import Section
 from remote_mediation.show.sites import site_section
+from remote_mediation.show.tables import NONE, Note, Table, count
+from remote_mediation.show.words import BOTH
 from remote_mediation.stats import Estimate
-from remote_mediation.summary import stream_nie
 from remote_mediation.tokens import SPANS
 
 _MODULES = {"mlp_output": "MLP", "attention_output": "attention"}
-_PASSED = (0.1, 0.5, 0.9)
+PASSED = (0.1, 0.5, 0.9)
 """Shares of TE whose passage is told."""
+_PASSAGES = {
+    "edit": "have left the changed words",
+    "last": "have arrived where the answer is read",
+}
+_MOVES = {"edit": "left", "post_instruction": "arrived at", "last": "arrived at"}
+"""What the effect does at a position as layers go by."""
 _MOST_TOKENS = 24
 """Labels along the token axis; they stand upright and need less room than others."""
 
@@ -37,8 +44,14 @@ def layers(result: Result) -> list[Section]:
     """The residual stream, layer by layer: where the effect leaves the changed words and arrives at the answer."""
     swapped = "the residual stream after one layer, at one position"
     found = _map(result, "layers", "Layers", swapped, lambda sites: layers_figure(sites, result.summary.total))
-    said = passage(result.summary.sites, result.summary.total)
-    return [part._replace(lead=said if part.figure else "", brief=said) if said else part for part in found]
+    sites, total = result.summary.sites, result.summary.total
+    said = passage(sites, total)
+    if not said:
+        return found
+    table = passage_table(sites, total)
+    return [
+        part._replace(lead=said if part.figure else "", brief=said, finding=said, tables=(table,)) for part in found
+    ]
 
 
 def passage(sites: pd.DataFrame, total: Estimate) -> str:
@@ -49,21 +62,53 @@ def passage(sites: pd.DataFrame, total: Estimate) -> str:
     if not total.sign:
         return ""
     said = []
-    for position, words in (("edit", "have left the changed words"), ("last", "have arrived where the answer is read")):
-        means = stream_nie(sites, position).set_index("layer")["mean"].sort_index() / total.value
-        if means.empty:
-            continue
-        passed = 1 - means if position == "edit" else means
-        at = [_first(passed, share) for share in _PASSED]
-        said.append(f"{', '.join(f'{share:.0%}' for share in _PASSED)} {words} after layer {', '.join(at)}")
+    for position, words in _PASSAGES.items():
+        shares = _shares_by_layer(sites, total, position, "nie")
+        if len(shares):
+            at = ", ".join("none" if layer is None else str(layer) for layer in passed(shares, position))
+            said.append(f"{', '.join(f'{share:.0%}' for share in PASSED)} {words} after layer {at}")
     return f"Of TE, by the residual stream's mean NIE: {'; '.join(said)}." if said else ""
 
 
-def _first(passed: pd.Series, share: float) -> str:
-    """The first layer from which on a share of TE has passed and stays so; `none` where it never does."""
-    below = passed[passed < share]
-    after = passed.index[passed.index > below.index[-1]] if len(below) else passed.index
-    return str(after[0]) if len(after) else "none"
+def passage_table(sites: pd.DataFrame, total: Estimate) -> Table:
+    """The same by NIE and TIE at each position that the effect leaves or arrives at."""
+    rows = []
+    for position, move in _MOVES.items():
+        for quantity in BOTH:
+            shares = _shares_by_layer(sites, total, position, quantity)
+            if len(shares):
+                at = (NONE if layer is None else f"layer {layer}" for layer in passed(shares, position))
+                rows.append((f"{move} '{position}'", quantity.upper(), *at))
+    part = sites[(sites["analysis"] == "layers") & (sites["split"] == "all")]
+    pairs = f"{count(int(part['n'].max()), 'pair')} in {count(int(part['clusters'].max()), 'cluster')}"
+    notes = (
+        Note("", f"mean effect / mean TE on {pairs}; the first layer from which on so much has passed"),
+        Note("", f"{NONE}: so much never passes; every layer's effect is in the figure and in `summary.csv`"),
+    )
+    return Table(("the effect has", "by", *(f"{share:.0%} of TE" for share in PASSED)), rows, notes)
+
+
+def passed(shares: pd.Series, position: str) -> list[int | None]:
+    """The first layers from which on 10, 50 and 90% of TE have passed and stay so; None where they never do.
+
+    shares: `[layer]`, what the stream at a position carries of TE; from `edit` has passed what it no longer carries.
+    """
+    gone = 1 - shares if position == "edit" else shares
+    return [_first(gone, share) for share in PASSED]
+
+
+def _first(gone: pd.Series, share: float) -> int | None:
+    below = gone[gone < share]
+    after = gone.index[gone.index > below.index[-1]] if len(below) else gone.index
+    return int(after[0]) if len(after) else None
+
+
+def _shares_by_layer(sites: pd.DataFrame, total: Estimate, position: str, quantity: str) -> pd.Series:
+    """Mean effect / mean TE of the stream at a position, all pairs, by layer."""
+    chosen = (sites["analysis"] == "layers") & (sites["position"] == position)
+    chosen &= (sites["quantity"] == quantity) & (sites["split"] == "all")
+    means = sites[chosen].astype({"layer": int}).set_index("layer")["mean"]
+    return means.sort_index() / total.value
 
 
 def modules(result: Result) -> list[Section]:
@@ -96,7 +141,19 @@ def layers_figure(sites: pd.DataFrame, total: Estimate) -> Figure:
 
     sites: `Summary.sites` (all tables named `sites` here are), analysis `layers`.
     """
-    return by_layer(estimates_of(sites, "layers"), total, "Residual stream after each layer, swapped at one position")
+    return by_layer(estimates_of(sites, "layers"), total, _layers_title(sites, total))
+
+
+def _layers_title(sites: pd.DataFrame, total: Estimate) -> str:
+    """The result in a line, where half of TE passes at all; else what was done."""
+    half = {}
+    for position in _PASSAGES:
+        shares = _shares_by_layer(sites, total, position, "nie")
+        half[position] = passed(shares, position)[PASSED.index(0.5)] if len(shares) else None
+    left, arrived = half["edit"], half["last"]
+    if not total.sign or left is None or arrived is None:
+        return "Residual stream after each layer, swapped at one position"
+    return f"Half of the effect has left the changed words after layer {left}, and reached the answer after {arrived}"
 
 
 def modules_figure(sites: pd.DataFrame) -> Figure:

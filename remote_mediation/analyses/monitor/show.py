@@ -40,7 +40,7 @@ def _detector_in_words(part: pd.DataFrame, evaluation: str) -> str:
     area = interval(gates["auroc"], gates["auroc_low"], gates["auroc_high"])
     text = f"On {_evaluation(evaluation)} the gates' AUROC is {area}"
     if not np.isnan(gates["rank"]):
-        text += f", rank {gates['rank']:.0f} beside {gates['random_sets']} random sets (p = {gates['p']:.2g})"
+        text += f", rank {gates['rank']:.0f} beside {gates['random_sets']} random sets{_told_as_p(gates)}"
     if np.isnan(gates["auroc_low"]) or np.isnan(probe["auroc_low"]):
         return f"{text}; how it compares with the residual probe is not known."
     if gates["auroc_low"] > probe["auroc_high"]:
@@ -57,7 +57,7 @@ def _detectors_table(table: pd.DataFrame) -> Table:
             row["detector"],
             _evaluation(str(row["evaluation"])),
             interval(row["auroc"], row["auroc_low"], row["auroc_high"]),
-            "" if np.isnan(row["p"]) else number(row["p"]),
+            _p_cell(row),
             *(
                 "" if row["detector"] == RANDOM else share_of(row, f"{name}_{recall}")
                 for recall in percents
@@ -71,7 +71,22 @@ def _detectors_table(table: pd.DataFrame) -> Table:
     reasons = table[table["reason"] != ""].groupby("reason", sort=False)["detector"].unique()
     cared = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
     notes = (*notes_on("", cared), *notes_on(columns[0], [asked]))
-    return Table(("detector", "judged on", "AUROC", "p", *columns), rows, notes)
+    return Table(("detector", "judged on", "AUROC (chance 0.5)", "p", *columns), rows, notes)
+
+
+def _at_floor(row: pd.Series) -> bool:
+    """Whether no random set reaches it, so that its p is no more than their number."""
+    return bool(row["rank"] == 1)
+
+
+def _told_as_p(row: pd.Series) -> str:
+    return "" if _at_floor(row) else f" (p = {number(row['p'])})"
+
+
+def _p_cell(row: pd.Series) -> str:
+    if np.isnan(row["p"]):
+        return ""
+    return f"0 of {row['random_sets']} sets" if _at_floor(row) else number(row["p"])
 
 
 def _evaluation(name: str) -> str:

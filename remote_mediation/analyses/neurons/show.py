@@ -12,7 +12,7 @@ from remote_mediation.analyses.neurons.search import LAYERS, of_whole_mlps, stre
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section
 from remote_mediation.show.sites import site_section
-from remote_mediation.show.tables import Table, count, interval, notes_on, number, percent
+from remote_mediation.show.tables import Table, count, interval, notes_on, number, percent, q_value
 from remote_mediation.show.words import (
     BOTH,
     ENDS,
@@ -129,9 +129,14 @@ def _against_random(sets: pd.DataFrame, sign: int) -> str:
         return ""
     reach = {name: random_sets_reaching(sets, name, sign) for name in BOTH}
     by = " and ".join(
-        f"{reached} reach its {name.upper()} (p = {(1 + reached) / (1 + drawn):.2g})" for name, reached in reach.items()
+        f"{reached} reach its {name.upper()}{_told_as_p(reached, drawn)}" for name, reached in reach.items()
     )
     return f"Of {drawn} random sets of its size in the same layer {by}."
+
+
+def _told_as_p(reached: int, drawn: int) -> str:
+    """Where none reaches it the p is at its floor, and their count says all."""
+    return f" (p = {number((1 + reached) / (1 + drawn))})" if reached else ""
 
 
 _SETS = {"gates": "gates", "mlp": "whole MLP", "earlier": "best set of an earlier layer"}
@@ -165,6 +170,7 @@ def _sets_table(result: Result, sets: pd.DataFrame) -> Table:
         name = f"{len(random)} random sets: median [95% range]"
         rows.append((name, str(random["layer"].iloc[0]), str(random["size"].iloc[0]), *cells, *medians))
     notes = [
+        *notes_on("", [f"{count(total.n_pairs, 'held-out pair')} in {count(total.n_clusters, 'cluster')}"]),
         *notes_on("", sets.loc[sets["set"] != "random", "reason"]),
         *notes_on(shares[0], ["" if defined else f"of the held-out pairs, {why_no_share(total)}"]),
     ]
@@ -223,7 +229,7 @@ def _mediators_table(found: pd.DataFrame, unit: str) -> Table:
             f"{neuron.layer}.{neuron.unit} at '{neuron.position}'",
             *map(number, (neuron.nie, neuron.tie)),
             *map(percent, (neuron.nie_share, neuron.tie_share)),
-            number(neuron.q),
+            q_value(neuron.q),
             "yes" if neuron.mediates else "no",
         )
         for neuron in found.head(_MOST_MEDIATORS).itertuples()

@@ -10,7 +10,7 @@ from remote_mediation.result import Result
 from remote_mediation.show.figures import DPI, WIDTH, dot_rows, legend, share_axis
 from remote_mediation.show.section import Section
 from remote_mediation.show.tables import Table, interval, notes_on
-from remote_mediation.show.words import UNMEASURED, no_effect, share_cell, share_of
+from remote_mediation.show.words import UNMEASURED, no_effect, pairs_notes, share_cell, share_of
 
 
 def sections(result: Result) -> list[Section]:
@@ -31,7 +31,7 @@ def sections(result: Result) -> list[Section]:
     words = f"Of its NIE, frozen modules take away: {'; '.join(said)}." if said else "No share of its NIE is known."
     more = "Shares near 100% may stand side by side: each says what the way needs, they are no parts of a whole."
     figure = path_figure(table) if len(known) else None
-    return [Section(name, title, did, f"{words} {more}", (_paths_table(result, table),), figure)]
+    return [Section(name, title, did, f"{words} {more}", (_paths_table(result, table),), figure, words)]
 
 
 def _paths_table(result: Result, table: pd.DataFrame) -> Table:
@@ -47,7 +47,7 @@ def _paths_table(result: Result, table: pd.DataFrame) -> Table:
         rows.append((str(name), *cells))
     kept = table[table["frozen"] != "nothing"]
     header = ("frozen", f"NIE left, {unit}", "NIE gone", f"TIE left, {unit}", "TIE gone")
-    return Table(header, rows, tuple(notes_on("", kept["reason"])))
+    return Table(header, rows, (*pairs_notes(table, "pair"), *notes_on("", kept["reason"])))
 
 
 def path_figure(paths: pd.DataFrame) -> Figure:

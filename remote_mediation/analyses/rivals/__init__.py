@@ -1,8 +1,16 @@
 """What others say carries the effect: one direction, 0.1% of the neurons, early layers, a few heads."""
 
-from remote_mediation.analyses.rivals import cost, directions, geometry, given, sets, show
+from remote_mediation.analyses.rivals import bases, cost, directions, geometry, given, sets, show
 from remote_mediation.analyses.rivals.rulings import CLAIM_COLUMNS, SET_COLUMNS
+from remote_mediation.lab import Study
 from remote_mediation.result import Analysis
+
+
+def _check(study: Study) -> None:
+    """Refuse what cannot stand beside the direction of a study."""
+    given.check(study)
+    bases.check(study)
+
 
 DIRECTIONS = Analysis(
     "directions",
@@ -12,11 +20,12 @@ DIRECTIONS = Analysis(
         "direction.csv": CLAIM_COLUMNS,
         "direction_sets.csv": SET_COLUMNS,
         "geometry.csv": geometry.GEOMETRY_COLUMNS,
+        "bases.csv": bases.BASIS_COLUMNS,
     },
     cost=cost.directions,
     sections=show.directions,
     verdicts=show.direction_verdicts,
-    check=given.check,
+    check=_check,
 )
 RIVALS = Analysis(
     "rivals",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from remote_mediation.analyses.claims.beside import RANDOM_SETS
+from remote_mediation.analyses.rivals.bases import MOST_PAIRS
 from remote_mediation.analyses.rivals.directions import eligible, positions_of
 from remote_mediation.analyses.rivals.geometry import PLACES
 from remote_mediation.analyses.rivals.harm import most_sites
 from remote_mediation.analyses.rivals.samples import few_pairs
 from remote_mediation.analyses.rivals.sets import PARTS, head_sizes, third_band
+from remote_mediation.engine.learning import Lesson, learn_task, learnt_numbers
 from remote_mediation.engine.tasks import columns_task
 from remote_mediation.lab import Study, placebo_id
 from remote_mediation.later import Later, of_bases, of_readings, of_rows, of_tasks, pairs_of
 from remote_mediation.sites import Site, family_of, thirds
+from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
 
@@ -40,7 +45,27 @@ def directions(study: Study) -> Later:
         *(of_rows(study, few, site) for site in sites),
         of_rows(study, both, middle),
         one.times(2 if study.config.directions.basis else 1),
+        made_bases(study),
     )
+
+
+def made_bases(study: Study) -> Later:
+    """Other bases at the middle layer: what they learn from, and what they do there and held out."""
+    info, settings, heldout = study.info, study.config.directions, pairs_of(study, "heldout")
+    pairs = few_pairs(pairs_of(study, "discovery"), MOST_PAIRS)
+    if not (settings.bases and pairs):
+        return Later()
+    start = Basis.random(settings.rank, info.d_model, np.random.default_rng(0))
+    middle = Subspace("layer_output", info.layers // 2, positions_of([*study.pairs, *study.placebos])[0], basis=start)
+    learning = Later()
+    if "learnt" in settings.bases:
+        task = learn_task([Lesson(pair, (0.0, 0.0)) for pair in pairs], middle, 1.0, study.setting)
+        learning = of_tasks([task], learnt_numbers(start)).times(2)
+    count = len(settings.bases) + ("learnt" in settings.bases)
+    one = of_rows(study, _both(study, heldout), middle).plus(
+        of_rows(study, heldout, middle).times(sum(RANDOM_SETS)), of_rows(study, pairs, middle)
+    )
+    return learning.plus(of_bases(study, pairs), of_rows(study, pairs, middle), one.times(count))
 
 
 def sets(study: Study) -> Later:

@@ -10,7 +10,7 @@ The direction is left as a file. One of another run, or from elsewhere, is measu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import pandas as pd
 
 from remote_mediation.analyses.claims.beside import Drawn, random_beside
 from remote_mediation.analyses.claims.samples import Sample, activations
-from remote_mediation.analyses.rivals import geometry, given, harm, rulings
+from remote_mediation.analyses.rivals import bases, geometry, given, harm, rulings
 from remote_mediation.analyses.rivals.rulings import DIRECTION, Carrier, Judged, values_of
 from remote_mediation.analyses.rivals.samples import few_pairs, swapped_at
 from remote_mediation.lab import Floats, Lab
@@ -131,17 +131,20 @@ def analyse(lab: Lab, before: Findings) -> Finding:
         directions[GIVEN] = given.placed(other, directions[FOUND])
     position, layers = swapped_at([discovery, heldout]), lab.study.info.layers
     mediators = {name: Mediators.of(one, layers, position) for name, one in directions.items()}
-    claims = [tested(heldout, mediators[FOUND], mediators.get(GIVEN))]
+    made = bases.made(discovery, mediators[FOUND].own, found.positions)
+    claims = [tested(heldout, mediators[FOUND], mediators.get(GIVEN), made.beside)]
     claims += harm.judged(discovery, heldout, found.best_last, eligible(layers))
     tables = {
         "directions.csv": map_table(found, other),
         "direction.csv": rulings.claim_table(claims),
         "direction_sets.csv": rulings.set_table(claims),
         **geometry.measured(lab, discovery),
+        **bases.measured(lab, made),
     }
     own = {name: (one.own,) for name, one in mediators.items()}
     everywhere = {f"{name} at all layers": one.everywhere for name, one in mediators.items()}
-    return Finding(tables, {**own, **everywhere}, directions, {FILE: directions[FOUND].safetensors()})
+    files = {FILE: directions[FOUND].safetensors(), **made.files(directions[FOUND])}
+    return Finding(tables, {**own, **everywhere}, directions, files)
 
 
 def mapped(discovery: Sample, positions: list[str]) -> Map:
@@ -160,28 +163,37 @@ def mapped(discovery: Sample, positions: list[str]) -> Map:
     return drawn._replace(shares=shares)
 
 
-def tested(heldout: Sample, found: Mediators, other: Mediators | None) -> Judged:
-    """The rival claim on held-out pairs. other: of a given direction, which stands beside it."""
+def tested(heldout: Sample, found: Mediators, other: Mediators | None, more: Mapping[str, Subspace]) -> Judged:
+    """The rival claim on held-out pairs.
+
+    other: of a given direction, which stands beside it. more: what does so, too, by name.
+    """
     site = found.own
+    own_name = f"the direction of layer {site.layer} at '{site.position}'"
     sets: dict[str, Sequence[Site]] = {
-        f"the direction of layer {site.layer} at '{site.position}'": [site],
+        own_name: [site],
         "the same direction after all layers": found.everywhere,
         "the whole stream there": [Site(site.component, site.layer, site.position)],
     }
+    controlled = {own_name: (site, "directions: random ones")}
     if other:
-        sets[f"{GIVEN}, layer {other.own.layer} at '{other.own.position}'"] = [other.own]
-        sets[f"{GIVEN} after all layers"] = other.everywhere
+        given_name = f"{GIVEN}, layer {other.own.layer} at '{other.own.position}'"
+        sets |= {given_name: [other.own], f"{GIVEN} after all layers": other.everywhere}
+        controlled[given_name] = (other.own, "directions: random ones beside the given")
+    for name, basis in more.items():
+        sets[name] = [basis]
+        controlled[name] = (basis, f"directions: random ones beside the {name}")
     effects = heldout.effects(heldout.lab.joint, list(sets.values()))
-    own, all_layers, whole, *beside = (
+    carriers = [
         Carrier(name, values_of(sites, heldout.lab.study.info), effect)
         for (name, sites), effect in zip(sets.items(), effects, strict=True)
+    ]
+    own, all_layers, *beside = (
+        _beside_random(heldout, one, *controlled[one.name]) if one.name in controlled else one for one in carriers
     )
-    own = _beside_random(heldout, own, site, "directions: random ones")
-    if other:
-        beside[0] = _beside_random(heldout, beside[0], other.own, "directions: random ones beside the given")
     bench = heldout.bench()
     ruling = rulings.one_direction(bench, own, all_layers)
-    return rulings.judged(bench, DIRECTION, ruling, [own], [all_layers, whole, *beside])
+    return rulings.judged(bench, DIRECTION, ruling, [own], [all_layers, *beside])
 
 
 def _beside_random(heldout: Sample, carrier: Carrier, site: Subspace, purpose: str) -> Carrier:

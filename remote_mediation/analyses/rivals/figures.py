@@ -77,10 +77,10 @@ def geometry_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def axis_figure(every: pd.DataFrame) -> Figure:
+def axis_figure(every: pd.DataFrame, result: str) -> Figure:
     """Share of TE against the numbers that are swapped at each token; the legend says each verdict.
 
-    every: `AXIS`.
+    every: `AXIS`. result: for the title, in a line.
     """
     figure = Figure((WIDTH, 4.8), DPI, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -98,8 +98,8 @@ def axis_figure(every: pd.DataFrame) -> Figure:
     axes[0].set_ylim(low - 0.1, high + 0.1)  # wide intervals are cut off, values are not
     axes[0].set_ylabel("share of TE carried")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
-    shown = "held-out pairs, 95% intervals; filled: what a verdict rests on"
-    figure.suptitle(f"All mediators on one axis, {shown}", fontsize=11)
+    shown = "share of TE by the numbers swapped; held-out pairs, 95% intervals; filled: what a verdict rests on"
+    figure.suptitle(f"{result}\n{shown}", fontsize=11)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figure

@@ -27,6 +27,7 @@ from remote_mediation.analyses.claims.verdicts import (
     Ruling,
     Verdict,
     clear_of_half,
+    ends,
 )
 from remote_mediation.intervals import Interval
 from remote_mediation.sites import ModelInfo, Site
@@ -281,11 +282,5 @@ def _set_row(one: Judged, measure: Measure, carrier: Carrier) -> dict[str, Any]:
 
 
 def _text(name: str, shares: Sequence[Interval]) -> str:
-    shown = ", ".join(f"{way} {_ends(share)}" for way, share in zip(("NIE", "TIE"), shares, strict=True))
+    shown = ", ".join(f"{way} {ends(share)}" for way, share in zip(("NIE", "TIE"), shares, strict=True))
     return f"{name} {shown} of TE"
-
-
-def _ends(share: Interval) -> str:
-    if np.isnan(share.value):
-        return f"unknown ({share.reason})"
-    return f"{share.value:z.0%} [{share.low:z.0%}, {share.high:z.0%}]"

@@ -12,11 +12,11 @@ FEW_PAIRS = 12
 """Discovery pairs on which single sites are measured: maps and ranks need many sites more than many pairs."""
 
 
-def few_pairs(pairs: Sequence[TokenPair]) -> list[TokenPair]:
-    """At most `FEW_PAIRS`, one of each component first."""
-    if len(pairs) <= FEW_PAIRS:
+def few_pairs(pairs: Sequence[TokenPair], most: int = FEW_PAIRS) -> list[TokenPair]:
+    """At most so many, one of each component first."""
+    if len(pairs) <= most:
         return list(pairs)
-    return [pairs[at] for at in sorted(spread([pair.cluster for pair in pairs], FEW_PAIRS))]
+    return [pairs[at] for at in spread([pair.cluster for pair in pairs], most)]
 
 
 def swapped_at(samples: Sequence[Sample]) -> str:

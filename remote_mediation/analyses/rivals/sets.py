@@ -65,7 +65,7 @@ class Units(NamedTuple):
 
 
 def analyse(lab: Lab, before: Findings) -> Finding:
-    """`rivals.csv` and `rival_sets.csv`."""
+    """`rivals.csv` and `rival_sets.csv`; what analyses build on are the few heads."""
     discovery, heldout = Sample.of(lab, "discovery"), Sample.of(lab, "heldout")
     position = swapped_at([discovery, heldout])
     neurons = across_layers(discovery, heldout, position)
@@ -75,6 +75,7 @@ def analyse(lab: Lab, before: Findings) -> Finding:
     return Finding(
         {"rivals.csv": rulings.claim_table(found), "rival_sets.csv": rulings.set_table(found)},
         {name: sites for name, sites in named.items() if sites},
+        value=heads.sites,
     )
 
 

@@ -5,6 +5,7 @@ Tables of `directions.analyse` and `sets.analyse` in, tables of text and figures
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,17 +14,18 @@ from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLP
 from remote_mediation.analyses.rivals.directions import DEPTH, GIVEN, eligible
 from remote_mediation.analyses.rivals.figures import AXIS, axis_figure, geometry_figure, map_figure
 from remote_mediation.analyses.rivals.geometry import PLACES
-from remote_mediation.analyses.rivals.rulings import TWO
+from remote_mediation.analyses.rivals.rulings import DIRECTION, TWO
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
-from remote_mediation.show.tables import NONE, Note, Table, interval, literal, notes_on, number, percent
-from remote_mediation.show.words import UNMEASURED, share_of
+from remote_mediation.show.tables import NONE, Note, Table, count, interval, literal, notes_on, number, percent
+from remote_mediation.show.words import UNMEASURED, decided, in_groups, pairs_notes, share_of
 from remote_mediation.sites import thirds
 
-_CLAIMS = {
+CLAIM_FILES = {
     "directions": ("direction.csv", "direction_sets.csv"),
     "rivals": ("rivals.csv", "rival_sets.csv"),
 }
+"""Verdicts on rivals, and the numbers behind them, by analysis."""
 _NOTHING = "no effect"
 """The gate's word where no share is defined."""
 _MOST = 10
@@ -53,7 +55,7 @@ def directions(result: Result) -> list[Section]:
     table = result.tables.get("directions.csv")
     if table is None:
         return [Section(name, title, did, UNMEASURED)]
-    claims, sets = (result.tables[file] for file in _CLAIMS[name])
+    claims, sets = (result.tables[file] for file in CLAIM_FILES[name])
     claim = claims.iloc[0]
     sets = sets[sets["rival"] == claim["rival"]]
     heldout = f"Held out: {claim['why']} ({claim['said']})."
@@ -61,7 +63,8 @@ def directions(result: Result) -> list[Section]:
         return [Section(name, title, did, heldout, (_measures(sets),))]
     finding = " ".join(filter(None, (_chosen(table), heldout, _given(result, table, sets))))
     tables, figure = (_measures(sets), _map_table(table)), map_figure(table, claim["said"])
-    return [Section(name, title, did, finding, tables, figure, brief=heldout), *_geometry(result)]
+    one = Section(name, title, did, finding, tables, figure, brief=heldout)
+    return [one, *_bases(result), *_geometry(result)]
 
 
 def _geometry(result: Result) -> list[Section]:
@@ -98,7 +101,7 @@ def _geometry(result: Result) -> list[Section]:
 
 def _two_directions(result: Result) -> tuple[str, tuple[Table, ...]]:
     """Whether they are two directions that both act, and the numbers behind that; nothing where it was not tested."""
-    claims, sets = (result.tables[file] for file in _CLAIMS["directions"])
+    claims, sets = (result.tables[file] for file in CLAIM_FILES["directions"])
     claim, own = claims[claims["rival"] == TWO.name], sets[sets["rival"] == TWO.name]
     if claim.empty:
         return "", ()
@@ -133,6 +136,61 @@ def _given(result: Result, table: pd.DataFrame, sets: pd.DataFrame) -> str:
     )
 
 
+def _bases(result: Result) -> list[Section]:
+    """The bases that were made where the chosen direction lies; nothing where none were."""
+    made = result.tables.get("bases.csv")
+    if made is None:
+        return []
+    chosen = made.iloc[0]
+    did = (
+        f"At the site of the chosen direction, layer {chosen['layer']} at '{chosen['position']}', other bases were "
+        f"made from {chosen['n']} discovery pairs, and the projection onto each was swapped on these and on the "
+        "held-out pairs. Gradients find a learnt basis so that it carries Y (DAS, arXiv 2303.02536). Beside it stands "
+        "the same training with shuffled labels: on half of the components, the swap should move Y as far the other "
+        "way, so that what it fits of them is memory. What a basis carries is what it carries held out."
+    )
+    held = _held_out(result, chosen["basis"])
+    rows = [(one, held[one["basis"]]) for _, one in made.iterrows()]
+    said = [f"{one['basis']} {' and '.join(share_of(own.loc[way], 'harm') for way in DIRECTIONS)}" for one, own in rows]
+    finding = f"NIE and TIE held out, as shares of TE: {'; '.join(said)}."
+    less = [one["basis"] for one, own in rows if any(own.loc[way, "harm_high"] < one[way] for way in DIRECTIONS)]
+    if less:
+        finding += f" Clearly less than on its own pairs, so that it overfits: {'; '.join(less)}."
+    return [Section("bases", "Other bases at its site", did, finding, (_basis_table(rows),))]
+
+
+def _held_out(result: Result, chosen: str) -> dict[str, pd.DataFrame]:
+    """By basis its rows of `direction_sets.csv`, by direction. chosen: name of the one on which the verdict rests."""
+    sets = result.tables["direction_sets.csv"]
+    sets = sets[sets["rival"] == DIRECTION.name]
+    found = {str(name): rows.set_index("direction") for name, rows in sets.groupby("measure")}
+    return {**found, chosen: sets[sets["decides"]].set_index("direction")}
+
+
+def _basis_table(rows: Sequence[tuple[pd.Series, pd.DataFrame]]) -> Table:
+    """Each basis on its own pairs (of `bases.csv`) and held out (of `direction_sets.csv`, by direction)."""
+    header = (
+        "basis",
+        "values",
+        "NIE on its pairs",
+        "NIE held out",
+        "TIE on its pairs",
+        "TIE held out",
+        "cosine with the chosen",
+        "miss",
+    )
+    cells = []
+    for made, held in rows:
+        shares = [text for way in DIRECTIONS for text in (percent(made[way]), share_of(held.loc[way], "harm"))]
+        miss = NONE if pd.isna(made["loss"]) else f"{number(made['loss_before'])} to {number(made['loss'])}"
+        cells.append((made["basis"], str(made["values"]), *shares, number(made["cosine_chosen"]), miss))
+    notes = (
+        Note("", "on its pairs, what has shuffled labels counts in the way that it was taught"),
+        Note("miss", "mean squared miss of Y on its pairs, before and after training; 1 where nothing is swapped"),
+    )
+    return Table(header, cells, notes)
+
+
 def rivals(result: Result) -> list[Section]:
     """The rivals that name sets, and every mediator that was measured on one axis."""
     name, title = "rivals", "Rival claims"
@@ -143,9 +201,8 @@ def rivals(result: Result) -> list[Section]:
     )
     if "rivals.csv" not in result.tables:
         return [Section(name, title, did, UNMEASURED)]
-    claims, sets = (result.tables[file] for file in _CLAIMS[name])
-    said = "; ".join(f"{row.claim} ({row.paper}): {row.said}" for row in claims.itertuples())
-    finding = f"{said[0].upper()}{said[1:]}."
+    claims, sets = (result.tables[file] for file in CLAIM_FILES[name])
+    finding = f"{in_groups(verdicts_of(claims, sets))}."
     tables = (_reasons(claims), _measures(sets))
     return [Section(name, title, did, finding, tables), *_one_axis(result)]
 
@@ -160,14 +217,14 @@ def _one_axis(result: Result) -> list[Section]:
         "Filled: what a verdict rests on. Hollow: what was measured beside it."
     )
     title, found = "All mediators on one axis", _fewest(every)
-    return [Section("one-axis", title, did, found, figure=axis_figure(every))]
+    return [Section("one-axis", title, did, found, figure=axis_figure(every, _axis_title(every)))]
 
 
 def carriers(result: Result) -> pd.DataFrame:
     """Every set with joint effects on the held-out pairs, and what is said of its claim (`AXIS`)."""
     tables = result.tables
     parts = []
-    for claims, sets in _CLAIMS.values():
+    for claims, sets in CLAIM_FILES.values():
         if sets in tables:
             parts.append(tables[sets].merge(tables[claims][["rival", "said"]], on="rival"))
     if "gate_sets.csv" in tables:
@@ -191,30 +248,22 @@ def _of_claim_3(result: Result) -> list[pd.DataFrame]:
 
 
 def _verdicts(result: Result, analysis: str) -> list[Verdict]:
-    claims, sets = (result.tables.get(file) for file in _CLAIMS[analysis])
-    if claims is None or sets is None:
-        return []
-    rows = []
-    for claim in claims.itertuples():
-        own = sets[(sets["rival"] == claim.rival) & sets["decides"]]
-        harm, placebo = ("; ".join(_with_slope(row, side) for _, row in own.iterrows()) for side in ("harm", "placebo"))
-        rows.append(
-            Verdict(
-                f"rival '{claim.rival}'",
-                f"rival: {claim.claim} ({claim.paper})",
-                harm,
-                placebo,
-                claim.said,
-            )
+    claims, sets = (result.tables.get(file) for file in CLAIM_FILES[analysis])
+    return [] if claims is None or sets is None else verdicts_of(claims, sets)
+
+
+def verdicts_of(claims: pd.DataFrame, sets: pd.DataFrame) -> list[Verdict]:
+    """A rival a row: harm, placebo, verdict. claims, sets: as of `rivals.csv` and `rival_sets.csv`."""
+    return [
+        decided(
+            claim,
+            sets[sets["rival"] == claim.rival],
+            label=f"rival '{claim.rival}'",
+            text=f"rival: {claim.claim} ({claim.paper})",
+            short=claim.rival,
         )
-    return rows
-
-
-def _with_slope(row: pd.Series, side: str) -> str:
-    """A share, and the slope on TE."""
-    share = [] if pd.isna(row[side]) else [share_of(row, side)]
-    slope = [] if pd.isna(row[f"beta_{side}"]) else [f"β {number(row[f'beta_{side}'])}"]
-    return ", ".join([*share, *slope]) or NONE
+        for claim in claims.itertuples()
+    ]
 
 
 def _reasons(claims: pd.DataFrame) -> Table:
@@ -253,6 +302,7 @@ def _measures(sets: pd.DataFrame) -> Table:
             "random sets",
             "those that do as much, and the mean size of their change over that of the set",
         ),
+        *pairs_notes(sets, "held-out pair"),
         *notes_on("", sets["reason"].dropna()),
     )
     return Table(header, rows, notes)
@@ -294,16 +344,31 @@ def _map_table(table: pd.DataFrame) -> Table:
 
 def _fewest(every: pd.DataFrame) -> str:
     """The fewest numbers that carry half of TE in both directions, and what is said of their claim."""
-    sets = every.groupby(["rival", "said", "measure", "values"], sort=False)
-    low = sets["harm_low"].min().rename("low").reset_index()
-    enough = low[low["low"] > HALF]
-    if enough.empty:
+    first = _fewest_set(every)
+    if first is None:
         return f"No set is clear of {HALF:.0%} of TE in both directions."
-    first = enough.sort_values("values", kind="stable").iloc[0]
     return (
         f"The fewest numbers that are clear of {HALF:.0%} of TE in both directions: "
         f"{first['values']}, {first['measure']} ({first['rival']}: {first['said']})."
     )
+
+
+def _axis_title(every: pd.DataFrame) -> str:
+    """The same for a figure."""
+    first = _fewest_set(every)
+    if first is None:
+        return "No set of mediators is shown to carry half of the effect in both directions"
+    numbers = count(int(first["values"]), "number")
+    carry = "carries" if first["values"] == 1 else "carry"
+    return f"{numbers} at each token {carry} half of the effect or more: {first['measure']}"
+
+
+def _fewest_set(every: pd.DataFrame) -> pd.Series | None:
+    """The smallest set that is clear of half of TE in both directions; None where none is. every: `AXIS`."""
+    sets = every.groupby(["rival", "said", "measure", "values"], sort=False)
+    low = sets["harm_low"].min().rename("low").reset_index()
+    enough = low[low["low"] > HALF]
+    return None if enough.empty else enough.sort_values("values", kind="stable").iloc[0]
 
 
 def _random(row: pd.Series) -> str:

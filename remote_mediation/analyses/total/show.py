@@ -8,7 +8,7 @@ from remote_mediation.analyses.total.ask import ASKED, PROMPTS, SIDES, Coverage,
 from remote_mediation.outcomes import MEANINGS
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section
-from remote_mediation.show.tables import Note, Table, estimate, literal, number, percent
+from remote_mediation.show.tables import Note, Table, estimate, literal, number, p_value, percent
 
 _MOST_OPENINGS = 6
 """Openings of a side that are shown."""
@@ -77,14 +77,30 @@ def sections(result: Result) -> list[Section]:
 
 
 def _in_brief(result: Result) -> str:
-    return f"{estimate(result.summary.total)} {result.study.outcome.unit}"
+    total, unit = result.summary.total, result.study.outcome.unit
+    harmful, harmless = _outcomes(result)
+    return (
+        f"Harmful prompts change the outcome by {estimate(total)} {unit}, "
+        f"from {number(harmless)} after harmless ones to {number(harmful)}."
+    )
+
+
+def _outcomes(result: Result) -> tuple[float, float]:
+    """Mean outcome after harmful and after harmless prompts."""
+    bases = result.effects.drop_duplicates("pair_id")[["y_source", "y_base"]].mean()
+    return float(bases["y_source"]), float(bases["y_base"])
 
 
 def total_table(result: Result) -> Table:
     """TE beside the two outcomes that it is the difference of."""
     total, unit = result.summary.total, result.study.outcome.unit
-    bases = result.effects.drop_duplicates("pair_id")[["y_source", "y_base"]].mean()
-    row = (estimate(total), *map(number, bases), number(total.p), str(total.n_pairs), str(total.n_clusters))
+    row = (
+        estimate(total),
+        *map(number, _outcomes(result)),
+        p_value(total.p, total.p_floor),
+        str(total.n_pairs),
+        str(total.n_clusters),
+    )
     notes = (Note("", total.reason),) if total.reason else ()
     effect = f"mean TE [95% interval], {unit}"
     return Table((effect, "Y(x1), harmful", "Y(x0), harmless", "p", "pairs", "clusters"), [row], notes)

@@ -1,0 +1,190 @@
+"""Files that were read as something else: cases of our own search, each of which once gave other prompts in silence."""
+
+import gzip
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from remote_mediation.config import StudyConfig, load_config
+from remote_mediation.errors import PairsError
+from remote_mediation.lists import matched, read_list
+from remote_mediation.pairs import load_pairs
+from remote_mediation.placebo import components
+from remote_mediation.records import read_records
+from remote_mediation.texts import load_texts
+
+HEADER = "harmful,harmless,placebo,template\n"
+PAIRS = "bake a rude cake,bake a kind cake,{},{}\nknit a rude hat,knit a kind hat,{},{}\n"
+
+
+def written(folder: Path, name: str, content: str | bytes) -> str:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def zipped(text: str) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        archive.writestr("pairs.csv", text)
+    return held.getvalue()
+
+
+# --- words for nothing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "<NA>", " nan "])
+def test_words_that_scripts_write_for_nothing_are_nothing(tmp_path: Path, word: str) -> None:
+    """`astype(str)` makes "nan" of a missing placebo, which was then a prompt; and one template of all missing ones."""
+    pairs = load_pairs(written(tmp_path, "pairs.csv", HEADER + PAIRS.format(*[word] * 4)))
+    assert [(pair.placebo, pair.template) for pair in pairs] == [("", "")] * 2
+    lines = [{"harmful": "a rude hat", "harmless": "a kind hat", "template": word, "category": word, "id": word}]
+    (pair,) = load_pairs(written(tmp_path, "pairs.jsonl", json.dumps(lines)))
+    assert (pair.template, pair.category) == ("", "")
+    assert pair.id != word
+
+
+def test_a_missing_template_links_nobody(tmp_path: Path) -> None:
+    rows = "bake a rude cake,bake a kind cake,,nan\nknit a loud hat,knit a soft hat,,nan\n"
+    assert len(set(components(load_pairs(written(tmp_path, "pairs.csv", HEADER + rows))))) == 2
+
+
+def test_a_missing_prompt_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PairsError, match="record 1: 'harmful' is nan; give a prompt"):
+        load_pairs(written(tmp_path, "pairs.csv", HEADER + "nan,bake a kind cake,,\n"))
+    listed = written(tmp_path, "list.csv", "goal,target\nbake a cake,sure\nnan,nan\n")
+    assert [(one.text, one.notes) for one in read_list(listed).prompts] == [("bake a cake", (("target", "sure"),))]
+
+
+@pytest.mark.parametrize("word", ["<noinput>", "noinput", "No Input", "N/A", "nan", None])
+def test_words_for_no_input_are_not_put_behind_an_instruction(tmp_path: Path, word: str | None) -> None:
+    file = written(tmp_path, "a.json", json.dumps([{"instruction": "name a colour", "input": word}]))
+    assert read_list(file).prompts[0].text == "name a colour"
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_two_tables_in_one_file_are_refused(tmp_path: Path, mark: str) -> None:
+    """`cat a.csv b.csv`, or pandas' `to_csv(mode="a")`: the second header was a pair."""
+    table = "harmful,harmless\na rude cake,a kind cake\n"
+    with pytest.raises(PairsError, match=r"record 2 is the header again, as where two tables are joined; take it out"):
+        load_pairs(written(tmp_path, "pairs.csv", table + mark + table.upper()))
+    one_column = written(tmp_path, "list.csv", f"prompt\na cake\n{mark}prompt\na hat\n")
+    with pytest.raises(PairsError, match="record 2 is the header again"):
+        read_list(one_column)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x0b", "\x0c", "\x85"])
+def test_lines_of_text_end_at_line_feeds_only(tmp_path: Path, mark: str) -> None:
+    """What is copied from web pages has line separators inside prompts; one prompt became two."""
+    text = f"bake a cake{mark}with nuts\r\nknit a hat\rmend a fence\n"
+    expected = [f"bake a cake{mark}with nuts", "knit a hat", "mend a fence"]
+    assert read_records(written(tmp_path, "list.txt", text)) == expected
+
+
+def test_line_ends_of_messages_are_those_of_texts(tmp_path: Path) -> None:
+    said = [{"role": "system", "content": "be\r\nbrief"}, {"role": "user", "content": "a rude\r\ncake"}]
+    (pair,) = load_pairs(written(tmp_path, "p.jsonl", json.dumps({"harmful": said, "harmless": "a kind\r\ncake"})))
+    assert (pair.harmful, pair.harmless, pair.turns[0][1].content) == ("a rude\ncake", "a kind\ncake", "be\nbrief")
+
+
+# --- what is no text --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("list.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a git-LFS pointer; run"),
+        ("list.txt", "\n<!DOCTYPE html>\n<html><body>Not found</body></html>\n", "a web page; fetch the raw file"),
+        ("list.txt", "bake a cake\nknit a hat\n".encode("utf-16-le"), "probably UTF-16 without its mark"),
+        ("pairs.csv", zipped("harmful,harmless\n"), "an Excel workbook or a zip archive"),
+        ("pairs.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "an Excel workbook; save it as CSV"),
+        ("pairs.jsonl.gz", gzip.compress(b"{}", mtime=0), r"compressed \(gzip\); unpack it"),
+        ("pairs.csv", b"PAR1" + bytes(90), "Parquet; let its name end in .parquet"),
+    ],
+)
+def test_what_is_no_text_is_named(tmp_path: Path, name: str, content: str | bytes, what: str) -> None:
+    with pytest.raises(PairsError, match=rf"cannot read pairs file .*: it is {what}") as raised:
+        read_records(written(tmp_path, name, content))
+    assert "\n" not in str(raised.value)
+
+
+def test_parquet_columns_that_are_no_text_are_one_line(tmp_path: Path) -> None:
+    """Guards what held of dates and lists; bytes were a traceback."""
+    good = {"harmful": ["a"], "harmless": ["b"]}
+    made = pd.DataFrame({**good, "made": pd.to_datetime(["2024-01-01"]), "all": [[1, 2]]})
+    made.to_parquet(tmp_path / "pairs.parquet")
+    assert load_pairs(str(tmp_path / "pairs.parquet"))[0].harmful == "a"
+    pd.DataFrame({**good, "harmful": [b"\xff"]}).to_parquet(tmp_path / "bytes.parquet")
+    with pytest.raises(
+        PairsError, match=r"cannot read .*bytes.parquet' as Parquet: .*can't decode byte 0xff"
+    ) as raised:
+        load_pairs(str(tmp_path / "bytes.parquet"))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_home_that_is_nobody_s_is_a_file_that_is_not_there() -> None:
+    config = load_config(None, {"model": "m", "pairs": "~nobody-of-this-name/pairs.csv"})
+    with pytest.raises(PairsError, match=r"cannot read pairs file '~nobody-of-this-name/pairs.csv'"):
+        load_texts(config)
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ("label", ["safe", "unsafe"]),
+        ("prompt_harm_label", ["harmful", "unharmful"]),
+        ("kind", ["benign", "Malicious"]),
+        ("harmful", [0, 1]),
+        ("toxicity", [True, False]),
+    ],
+)
+def test_a_list_of_both_kinds_is_refused(tmp_path: Path, column: str, said: list[Any]) -> None:
+    """XSTest, WildGuard's and ToxicChat's files hold harmful and harmless prompts; all were taken for harmful ones."""
+    rows = [{"prompt": f"bake cake {i}", column: one} for i, one in enumerate([*said, None])]
+    with pytest.raises(PairsError, match=f"holds prompts of both kinds: its column '{column}' has .*; give a list of"):
+        read_list(written(tmp_path, "list.json", json.dumps(rows)))
+    assert len(read_list(written(tmp_path, "one.json", json.dumps(rows[:1]))).prompts) == 1
+
+
+def test_of_a_file_of_pairs_a_list_reads_its_own_side(tmp_path: Path) -> None:
+    """The harmful column was read as the list of harmless prompts."""
+    pairs = "harmful,harmless\na rude cake,a kind cake\na rude hat,a kind hat\n"
+    other = "goal\nbreak a fence\nbreak a door\n"
+    both, goals = written(tmp_path, "pairs.csv", pairs), written(tmp_path, "goals.csv", other)
+    texts = load_texts(StudyConfig(model="m", harmful=goals, harmless=both))
+    assert {pair.harmless for pair in texts} == {"a kind cake", "a kind hat"}
+    texts = load_texts(StudyConfig(model="m", harmful=both, harmless=written(tmp_path, "own.csv", other)))
+    assert {pair.harmful for pair in texts} == {"a rude cake", "a rude hat"}
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"prompt": "sum it up", "context": "a text", "category": "c"}, "a text\n\n---\n\nsum it up"),
+        ({"behavior": "sum it up", "context_string": "a text"}, "a text\n\n---\n\nsum it up"),
+        ({"instruction": "sum it up", "context": "a text", "response": "it"}, "sum it up\n\na text"),
+        ({"instruction": "sum it up", "context": ""}, "sum it up"),
+    ],
+)
+def test_context_by_any_name_belongs_to_the_prompt(tmp_path: Path, row: dict[str, str], text: str) -> None:
+    """HarmBench's contextual rows as data sets call them, and Dolly's, asked about a text that was not there."""
+    assert read_list(written(tmp_path, "list.jsonl", json.dumps(row))).prompts[0].text == text
+
+
+def test_repeats_of_a_list_are_known_whatever_their_capitals_and_blanks(tmp_path: Path) -> None:
+    harmful = read_list(written(tmp_path, "bad.json", json.dumps(["Bake a cake", "bake  a cake ", "knit a hat"])))
+    assert [one.text for one in harmful.prompts] == ["Bake a cake", "knit a hat"]
+    harmless = read_list(written(tmp_path, "good.json", json.dumps(["mend it", "bake a CAKE"])))
+    with pytest.raises(PairsError, match="both hold 'Bake a cake'; take it out of one"):
+        matched(harmful, harmless)

@@ -1,0 +1,89 @@
+"""Models that are not what their folder says: cases of our own search, each of which once ran in silence."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import records, write_pairs
+from oracle import Subject
+from safetensors.torch import load_file
+from test_whole_models import configured, copy, study_of
+from transformers import AutoConfig
+
+from remote_mediation.engine.local import LocalBackend
+from remote_mediation.errors import ModelError
+from remote_mediation.models import info_of, load_info
+from remote_mediation.store import Store
+from remote_mediation.study import run_study
+
+Subjects = Callable[[str], Subject]
+
+
+def test_two_models_in_one_folder_are_refused(subject: Subjects, tmp_path: Path) -> None:
+    """Saved as `pytorch_model.bin` beside older safetensors, the older ones are read."""
+    folder = copy(subject("llama"), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"] * 1.01
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(
+        ModelError, match=r"two models, model.layers.1.mlp.down_proj.weight of pytorch_model.bin is not"
+    ):
+        LocalBackend.load(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_one_model_in_two_formats_is_read(subject: Subjects, tmp_path: Path, dtype: torch.dtype, zipped: bool) -> None:
+    folder = copy(subject("llama"), tmp_path)
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["counter"] = torch.tensor(1)
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert LocalBackend.load(str(folder)).info.layers == 3
+
+
+def test_a_changed_template_beside_the_first_is_another_model(subject: Subjects, tmp_path: Path) -> None:
+    folder = copy(subject("llama"), tmp_path)
+    before = load_info(str(folder)).weights
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("{{ messages }}", "utf-8")
+    assert load_info(str(folder)).weights != before
+
+
+def test_an_untied_head_is_read_whatever_the_configuration_says(subject: Subjects, tmp_path: Path) -> None:
+    """Guards what held: a head that was trained apart, under a configuration that calls it tied."""
+    folder = copy(subject("llama"), tmp_path)
+    configured(tie_word_embeddings=True)(folder)
+    head = load_file(folder / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(LocalBackend.load(str(folder)).model._module.lm_head.weight, head)
+
+
+def long_rope(subject: Subject, folder: Path, original: int) -> Path:
+    """A phi3 whose LongRoPE turns sequences of more tokens than `original` otherwise."""
+    copy(subject, folder)
+    half = subject.backend.info.d_head // 2
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * half, "long_factor": [9.0] * half}
+    configured(
+        rope_parameters={**rope, "original_max_position_embeddings": original},
+        original_max_position_embeddings=original,
+        max_position_embeddings=64,
+    )(folder)
+    return folder
+
+
+def test_prompts_beyond_the_first_length_of_longrope_are_refused(subject: Subjects, tmp_path: Path) -> None:
+    """Beyond it every sequence of a batch is turned otherwise, and keys kept from before are not."""
+    folder = long_rope(subject("phi3"), tmp_path / "model", 16)
+    assert load_info(str(folder)).context == 16
+    long = {"id": "long", "harmful": "please " * 20 + "burn it", "harmless": "please " * 20 + "fix it"}
+    rows = [*records(), {**records()[0], **long, "template": "long"}]
+    config = study_of(folder, write_pairs(tmp_path / "pairs.jsonl", rows))
+    store = Store.create(tmp_path / "run", config.identity())
+    effects = run_study(config, LocalBackend.load(str(folder)), store).effects
+    assert "long" not in set(effects["pair_id"])
+
+
+def test_other_ropes_leave_the_context_as_it_is(subject: Subjects, tmp_path: Path) -> None:
+    folder = long_rope(subject("phi3"), tmp_path, 16)
+    configured(rope_parameters={"rope_type": "default", "rope_theta": 10000.0})(folder)
+    assert info_of(AutoConfig.from_pretrained(folder), "tiny").context == 64
