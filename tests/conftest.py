@@ -14,7 +14,13 @@ import pytest
 import tokenizers
 import torch
 from oracle import HYBRIDS, KINDS, VOCAB, Subject
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.fetch import located
@@ -70,7 +76,15 @@ _LINEAR = {  # linear attention in one layer of three
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+_SHARED_EXPERT = {
+    **_ROUTED,
+    "num_experts": 4,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
 _GPT2 = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4}
+_EYE = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}  # an image tower, which no test looks into
+_QWEN_EYE = {**_EYE, "depth": 1, "num_heads": 1, "out_hidden_size": _SHAPE["hidden_size"], "num_position_embeddings": 4}
 
 # By name: `model_type` and configuration. Every family under its own name, then variants of it.
 SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -119,6 +133,19 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
                 "num_attention_heads": 1,
             },
         },
+    ),
+    "mistral3": (
+        "mistral3",
+        {
+            "text_config": {"model_type": "mistral", **_WIDE_HEADS, **_TOKENS},
+            "vision_config": {"model_type": "pixtral", **_EYE, "head_dim": 8, "num_hidden_layers": 1},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen3_5": ("qwen3_5", {"text_config": {**_WIDE_HEADS, **_LINEAR, **_TOKENS}, "vision_config": _QWEN_EYE}),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        {"text_config": {**_WIDE_HEADS, **_LINEAR, **_TOKENS, **_SHARED_EXPERT}, "vision_config": _QWEN_EYE},
     ),
     "mixtral": ("mixtral", {**_WIDE_HEADS, **_ROUTED, "num_local_experts": 4}),
     "mixtral_chat": ("mixtral", {**_WIDE_HEADS, **_ROUTED, "num_local_experts": 4}),
@@ -233,15 +260,21 @@ def make_subject(name: str, folder: Path) -> Subject:
 
 
 def _load(folder: Path) -> Subject:
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    found = AutoConfig.from_pretrained(folder)
+    auto = AutoModelForImageTextToText if found.model_type == "mistral3" else AutoModelForCausalLM
+    plain = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return Subject(LocalBackend.load(str(folder)), plain.eval())
 
 
 def _tiny_model(family: str, settings: dict[str, Any], seed: int) -> PreTrainedModel:
-    """Matrices have standard deviation 0.3; biases and norms are moved as far off the 0 and 1 they start from."""
+    """Matrices have standard deviation 0.3; biases and norms are moved as far off the 0 and 1 they start from.
+
+    A wrapper is whole, with its image tower, as its checkpoints are.
+    """
+    auto = AutoModelForImageTextToText if "vision_config" in settings else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # gpt_oss draws its attention sinks, to which noise is added below
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_TOKENS, **settings)).float()
+        model = auto.from_config(AutoConfig.for_model(family, **_TOKENS, **settings)).float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():

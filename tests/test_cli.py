@@ -780,9 +780,9 @@ def test_every_model_of_a_limited_study_gives_its_memory_back(
     file, limits = study(tmp_path, model, attacks), []
     load = LocalBackend.load
 
-    def watched(*arguments: Any, limited: bool = False) -> LocalBackend:
+    def watched(*arguments: Any, limited: bool = False, **others: Any) -> LocalBackend:
         limits.append(limited)
-        return load(*arguments, limited=limited)
+        return load(*arguments, limited=limited, **others)
 
     monkeypatch.setattr(LocalBackend, "load", watched)
     for flags, limited in (((), False), (("--max-memory", 5), True)):

@@ -121,6 +121,10 @@ class NdifBackend:
                 f"{name} has return_dict = false in its config.json, with which a server can run nothing of it; have "
                 "it served without, or run it locally"
             )
+        if not family_of(self.info.family).causal:
+            raise PreflightError(
+                f"{name} is of a class that takes images too, of which nnsight sends no text alone; run it locally"
+            )
         refuse_bad(preflight(server, name, revision))
         self._server, self._notify, self._retry_for = server, notify, retry_for
         self._model = TransformersModel(
