@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from oracle import VOCAB, Subject
+from oracle import HYBRIDS, KINDS, VOCAB, Subject
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,6 +35,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<user> {{ message['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+# Models whose tests are quick: one of each kind of block, of mixtures and of hybrids.
+QUICK = {*KINDS, *HYBRIDS, "mixtral", "qwen2_moe", "gpt_oss", "llama_chat"}
 
 _SHAPE = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 40}
 _GQA = {**_SHAPE, "num_key_value_heads": 2}
@@ -211,6 +214,18 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
 def pytest_configure() -> None:
     """One thread: the tensors are too small to share out."""
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is repeated for every model the quick ones are those of `QUICK`."""
+    slow = SUBJECTS.keys() - QUICK
+    for item in items:
+        parameters = (
+            item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        )
+        if any(isinstance(value, str) and value in slow for value in parameters):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

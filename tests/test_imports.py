@@ -15,7 +15,8 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("dequantise", "engine", "engine.copies", "engine.program", "errors", "forms", "loading", "meter", "paths", "toml"),
+    ("dequantise", "engine", "engine.copies", "engine.heap", "engine.program"),
+    ("errors", "forms", "loading", "meter", "paths", "toml"),
     (
         "engine.deadline",
         "planted",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from nnsight import TransformersModel
 
-from remote_mediation.engine import program
+from remote_mediation.engine import heap, program
 from remote_mediation.engine.backend import split_values
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.engine.weights import load_weights, quantisation_of
@@ -23,9 +22,6 @@ from remote_mediation.sites import ModelInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Parameters of mallopt(3).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MOST_KEPT = -1, -3, 2**30
 
 
 class LocalBackend:
@@ -40,8 +36,9 @@ class LocalBackend:
         self._model, self.loading = model, loading
         self._jobs: dict[str, Job] = {}
         self.info = info
+        self._most = 0.0 if limited else heap.resident() + heap.KEPT
         if not limited:
-            _keep_freed_memory()
+            heap.keep_freed()
 
     @classmethod
     def load(
@@ -132,6 +129,7 @@ class LocalBackend:
                 f"a GPU ran out of memory in a {job.task} job of {job.rows:,} rows: {innermost(error)}; what is "
                 "measured is kept: give the same command again with a smaller --max-memory, in GB with the weights"
             ) from error
+        heap.give_back_beyond(self._most)
         return Readout(split_values(values), time.perf_counter() - start, made["job"])
 
 
@@ -174,15 +172,3 @@ def _whole_products() -> Iterator[None]:
         yield
     finally:
         setattr(products, name, before)
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep the pages that tensors free, where it is glibc.
-
-    It would hand back every tensor of some MB and have fresh pages zeroed for the next one, which takes half of the
-    time of rows of one token.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, _MOST_KEPT)
-        library.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
