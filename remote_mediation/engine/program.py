@@ -404,7 +404,7 @@ def module_tensor(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
     path, side, index = hook_of(spec, block, name)
     module = module_at(block, path)
     value: Any = module.input if side == "input" else module.output
-    tensor: torch.Tensor = value if index is None else value[index]
+    tensor: torch.Tensor = value if index is None or alone(value) else value[index]
     return fold(spec, tensor)
 
 
@@ -425,10 +425,15 @@ def replace_tensor(spec: dict[str, Any], block: Any, name: str, value: torch.Ten
     module, value = module_at(block, path), unfold(spec, value)
     if side == "input":
         module.input = value
-    elif index is None:
+    elif index is None or alone(module.output):
         module.output = value
     else:
         module.output = (*module.output[:index], value, *module.output[index + 1 :])
+
+
+def alone(value: Any) -> bool:
+    """Whether a module gives a tensor and no tuple of them, as GPT-J's blocks do from transformers 5.24 on."""
+    return isinstance(value, torch.Tensor)
 
 
 def experts_of(spec: dict[str, Any], block: Any) -> Any:

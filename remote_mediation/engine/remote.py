@@ -30,7 +30,7 @@ from remote_mediation.engine.exchange import MOST_RESULT, OddError, RefusedError
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.engine.server import preflight, refuse_bad
 from remote_mediation.errors import JobError, LostJobError, PreflightError, TransportError
-from remote_mediation.models import load_configuration, load_info
+from remote_mediation.models import load_configuration, load_info, load_tokenizer
 from remote_mediation.sites import family_of
 
 if TYPE_CHECKING:
@@ -127,8 +127,13 @@ class NdifBackend:
             )
         refuse_bad(preflight(server, name, revision))
         self._server, self._notify, self._retry_for = server, notify, retry_for
+        # From transformers 5.23 on, a pipeline around a model without weights finds no tokenizer by itself.
         self._model = TransformersModel(
-            name, revision=revision or "main", task="text-generation", trust_remote_code=False
+            name,
+            revision=revision or "main",
+            task="text-generation",
+            tokenizer=load_tokenizer(name, revision),
+            trust_remote_code=False,
         )
         self._model_key = self._model.to_model_key()
         self.traffic = Traffic()
