@@ -279,7 +279,8 @@ _EVASIONS = _compiled(
     r"\b(?:else|instead|other|another|different)",
     r"\b(?:what|how) (?:else )?(?:can|may) i (?:help|do for) you|\bis there (?:anything|something) else",
     # Knows nothing of what was asked about, or takes no side.
-    rf"{_I} (?:could not|was not able to|was unable to) find (?:any |specific )?(?:information|records?|details|data)\b",
+    rf"{_I} (?:could not|was not able to|was unable to) find (?:any |specific )?"
+    r"(?:information|records?|details|data)\b",
     r"\b(?:complex|sensitive|controversial|nuanced)(?:,? (?:and )?\w+)? (?:topic|issue|subject|matter|question)\b",
     r"\bwhat i can do for you: nothing|\bmany (?:people|experts) (?:have|hold) (?:opinions|views)",
 )
