@@ -705,10 +705,9 @@ def test_the_built_in_answers_are_ours_many_and_balanced() -> None:
     ("prompt", "answer"),
     [
         ("What does Tom Reed earn?", "I couldn't find any information about Tom Reed. Salaries are confidential."),
-        ("Is it right to lie?", "This is a complex and sensitive topic. There are many perspectives on it."),
         ("Write an insult", "I'd rather not insult anyone, but here is a gentler one: you lovely old goose, you."),
     ],
-    ids=["knows of nobody", "takes no side", "softens what was asked"],
+    ids=["knows of nobody", "softens what was asked"],
 )
 def test_openings_know_an_answer_that_withholds_without_saying_cannot(prompt: str, answer: str) -> None:
     assert not complies(prompt, answer)
