@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 # Sustained share of a data-centre GPU's peak that small batches reach, and that peak (A100, bfloat16, dense).
 _GPU_FLOPS = 0.3 * 312e12
+# What is less is told as that.
+_LEAST_HOURS = 1e-3
 # Bytes of the program's source in every payload, and of the file around a tensor that comes back (tests/ndif).
 _PROGRAM_BYTES = 6_000
 _TENSOR_BYTES = 700
@@ -99,6 +101,10 @@ class Estimate:
     def _running_in_words(self) -> str:
         return f", of which {self.running / 1e9:,.2f} GB run for a token" if self.running < self.weights else ""
 
+    def _gpu_hours_in_words(self) -> str:
+        hours = self.flops / _GPU_FLOPS / 3600
+        return "under 0.001 GPU-hours" if hours < _LEAST_HOURS else f"about {hours:,.3f} GPU-hours"
+
     def as_data(self) -> dict[str, Any]:
         """All of it, and what follows the first wave as records."""
         later = [
@@ -124,7 +130,7 @@ class Estimate:
             ("pairs and rows", f"{self.held / 1e9:,.2f} GB"),
             ("memory here", f"about {self.memory / 1e9:,.2f} GB at most, where the model runs on this machine's CPU"),
             ("time here", f"about {self.seconds / 60:,.1f} min at this machine's {self.dtype} matrix products"),
-            ("time on one GPU", f"about {self.flops / _GPU_FLOPS / 3600:,.3f} GPU-hours (30% of an A100's peak)"),
+            ("time on one GPU", f"{self._gpu_hours_in_words()} (30% of an A100's peak)"),
             ("over NDIF", f"{self.up / 1e6:,.2f} MB up (for the rows above), {self.down / 1e6:,.2f} MB down"),
             ("client memory", f"about {(CLIENT_MEMORY + self.held) / 1e9:.1f} GB over NDIF for a model of any size"),
         ]

@@ -7,9 +7,11 @@ products for that, so that thousands of sites share one set of resamples, and a 
 it says why.
 """
 
+import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -21,11 +23,14 @@ __all__ = [
     "RESAMPLES",
     "ROUNDING",
     "STUDENTISED_FROM",
+    "ClusterMeans",
     "Clusters",
     "CompletePairs",
     "Ends",
     "Floats",
     "Interval",
+    "TwoMeans",
+    "cluster_means",
     "complete_pairs",
     "draw_weights",
     "dropped_note",
@@ -160,8 +165,29 @@ def draw_weights(n_clusters: int, rng: np.random.Generator, resamples: int) -> F
         raise ValueError(f"resamples must be at least 1; got {resamples}")
     if n_clusters < STUDENTISED_FROM:
         return np.empty((0, n_clusters))
+    before = rng.bit_generator.state
+    drawn = _drawn(n_clusters, resamples, pickle.dumps(before))
+    rng.bit_generator.state = drawn.after
+    return drawn.weights
+
+
+class _Drawn(NamedTuple):
+    weights: Floats
+    """[resample, cluster], not to be written to."""
+    after: Mapping[str, Any]
+    """State of the generator afterwards."""
+
+
+@lru_cache(maxsize=4)  # a report asks for the same draws hundreds of times
+def _drawn(n_clusters: int, resamples: int, state: bytes) -> _Drawn:
+    """What a generator of this pickled state draws."""
+    before = pickle.loads(state)
+    generator = np.random.Generator(getattr(np.random, before["bit_generator"])())
+    generator.bit_generator.state = before
     chances = np.full(n_clusters, 1 / n_clusters)
-    return rng.multinomial(n_clusters, chances, size=resamples).astype(np.float64)
+    weights = generator.multinomial(n_clusters, chances, size=resamples).astype(np.float64)
+    weights.flags.writeable = False
+    return _Drawn(weights, generator.bit_generator.state)
 
 
 def mean_intervals(sums: Floats, counts: Floats, weights: Floats) -> Ends:
@@ -179,18 +205,36 @@ def mean_intervals(sums: Floats, counts: Floats, weights: Floats) -> Ends:
     of t with k - 1 degrees of freedom. Where the residuals are 0 the interval is the point.
     """
     k = sums.shape[1]
+    found = cluster_means(sums, counts)
+    if k < 2:
+        unknown = np.full(found.value.shape, np.nan)
+        reason = "one cluster only" if k else "no finite values"
+        return Ends(k, found.value, unknown, unknown, [reason] * found.value.size, "")
+    roots = _mean_roots(found.residuals, counts, weights) if len(weights) else None
+    return studentised_ends(found.value, found.error, k, roots)
+
+
+class ClusterMeans(NamedTuple):
+    """Means over pairs with their standard errors."""
+
+    value: Floats
+    """[row]"""
+    error: Floats
+    """[row], cluster-robust; 0 where the residuals are."""
+    residuals: Floats
+    """[row, cluster]"""
+
+
+def cluster_means(sums: Floats, counts: Floats) -> ClusterMeans:
+    """The means that `mean_intervals` takes intervals of, from the same sums and counts."""
     with np.errstate(divide="ignore", invalid="ignore"):
         value = sums.sum(axis=1) / counts.sum(axis=1)
-    if k < 2:
-        unknown = np.full(value.shape, np.nan)
-        reason = "one cluster only" if k else "no finite values"
-        return Ends(k, value, unknown, unknown, [reason] * value.size, "")
+    if sums.shape[1] < 2:
+        return ClusterMeans(value, np.full(value.shape, np.nan), np.zeros(sums.shape))
     residuals = sums - value[:, None] * counts
     same = np.abs(residuals).max(axis=1) <= ROUNDING * np.abs(sums).max(axis=1)
     residuals[same] = 0.0
-    error = standard_error(residuals / counts.sum(axis=1, keepdims=True))
-    roots = _mean_roots(residuals, counts, weights) if len(weights) else None
-    return studentised_ends(value, error, k, roots)
+    return ClusterMeans(value, standard_error(residuals / counts.sum(axis=1, keepdims=True)), residuals)
 
 
 def standard_error(influences: Floats) -> Floats:
@@ -230,20 +274,64 @@ def student(n_clusters: int) -> Floats:
 
 
 def _mean_roots(residuals: Floats, counts: Floats, weights: Floats) -> Floats:
-    """(mean* - mean) / error* of every resample, [row, resample]; NaN where the error is 0.
+    """(mean* - mean) / error* of every resample, [row, resample]; NaN where the error is 0."""
+    drawn = weights.T
+    return _roots(
+        residuals @ drawn, residuals**2 @ drawn, (residuals * counts) @ drawn, _CountProducts.of(counts, drawn)
+    )
+
+
+class _CountProducts(NamedTuple):
+    """What resamples hold of the counts, [row, resample]."""
+
+    total: Floats
+    squares: Floats
+    n_clusters: int
+
+    @classmethod
+    def of(cls, counts: Floats, drawn: Floats) -> "_CountProducts":
+        """counts: [row, cluster]. drawn: [cluster, resample]."""
+        return cls(counts @ drawn, counts**2 @ drawn, len(drawn))
+
+
+def _roots(summed: Floats, squared: Floats, crossed: Floats, counts: _CountProducts) -> Floats:
+    """Roots of `mean_intervals` from sums over resamples: of residuals e, of e^2 and of e * counts, [row, resample].
 
     With d = mean* - mean the residuals of a resample are e - d * counts, so that all sums over its clusters are
     products with the weights.
     """
-    k, drawn = weights.shape[1], weights.T
+    k = counts.n_clusters
     with np.errstate(divide="ignore", invalid="ignore"):
-        total = counts @ drawn
-        shift = (residuals @ drawn) / total
-        at_most = residuals**2 @ drawn
-        squares = at_most - 2 * shift * ((residuals * counts) @ drawn) + shift**2 * (counts**2 @ drawn)
-        squares[squares <= ROUNDING * at_most] = np.nan
-        roots: Floats = shift * total / np.sqrt(k / (k - 1) * squares)
+        shift = summed / counts.total
+        squares = squared - 2 * shift * crossed + shift**2 * counts.squares
+        squares[squares <= ROUNDING * squared] = np.nan
+        roots: Floats = shift * counts.total / np.sqrt(k / (k - 1) * squares)
     return roots
+
+
+class TwoMeans(NamedTuple):
+    """Residuals of two rows in every resample, from which those of any sum of the two follow."""
+
+    summed: Floats
+    """[2, resample]"""
+    squared: Floats
+    """[3, resample], of the first, of both, of the second."""
+    crossed: Floats
+    """[2, resample], times the counts."""
+    counts: _CountProducts
+
+    @classmethod
+    def of(cls, residuals: Floats, counts: Floats, weights: Floats) -> "TwoMeans":
+        """residuals: [2, cluster]. counts: [1, cluster]. weights: [resample, cluster]."""
+        drawn, (first, second) = weights.T, residuals
+        squared = np.stack([first**2, first * second, second**2]) @ drawn
+        return cls(residuals @ drawn, squared, (residuals * counts) @ drawn, _CountProducts.of(counts, drawn))
+
+    def roots(self, factors: Floats) -> Floats:
+        """Those of `mean_intervals` for factors [row, 2] times the two rows, [row, resample]."""
+        first, second = factors.T
+        squared = np.stack([first**2, 2 * first * second, second**2], axis=1) @ self.squared
+        return _roots(factors @ self.summed, squared, factors @ self.crossed, self.counts)
 
 
 def _quantiles(roots: Floats, tails: Floats) -> Floats:

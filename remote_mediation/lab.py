@@ -180,6 +180,10 @@ class Lab:
             [Request(analysis, pair, site) for pair in pairs for site in asked if pair.places(site.position).x0]
         )
 
+    def tell_ahead(self, operations: float) -> None:
+        """Tell who watches that so many operations are left of the study, at most."""
+        self._runner.watch.ahead(operations)
+
     def outcomes(self, rows: Sequence[Row]) -> Floats:
         """Y of each row; NaN where the row's pair failed.
 

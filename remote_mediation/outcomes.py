@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -98,6 +99,11 @@ class Outcome:
 
     def sides(self, pair: TokenPair) -> tuple[Openings, Openings]:
         """`refusal`: by side, compliant first, the indices into `reads` along each opening."""
+        return self._sides
+
+    @cached_property
+    def _sides(self) -> tuple[Openings, Openings]:
+        """The same for every pair, and asked for once for every row."""
         number = {place: index for index, place in enumerate(_places_read(self.openings))}
         compliant, refusing = (
             tuple(tuple(number[place] for place in _places_read((opening,), self.openings)) for opening in side)

@@ -109,6 +109,50 @@ def fit_scores(features: ArrayLike, labels: ArrayLike, *others: ArrayLike) -> li
     return [np.asarray(fitted.decision_function(np.asarray(other, dtype=np.float64))) for other in others]
 
 
+def fit_exactly(features: ArrayLike, labels: ArrayLike, asked: ArrayLike) -> _Floats:
+    """Log-odds of harm in each of `asked` [prompt, width], from the probe of `logistic`, at its exact optimum.
+
+    For few prompts of a large width, where it is far faster than `fit_scores`: the weights of an L2-regularised fit are
+    sums of its prompts, w = X'a, so Newton's method solves for a and the intercept from the prompts' products alone
+    (Zhu & Hastie 2005, doi 10.1198/106186005X25619, section 4). A step that does not lower the loss is halved.
+    features: [prompt, width]. labels: [prompt], 0 or 1, both among them.
+    """
+    known, given = np.asarray(features, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    centre, scale = known.mean(axis=0), known.std(axis=0)
+    scale[scale <= 10 * np.finfo(np.float64).eps * np.abs(centre)] = 1.0
+    rows, others = (known - centre) / scale, (np.asarray(asked, dtype=np.float64) - centre) / scale
+    fitted = _newton(rows @ rows.T, given, penalty=known.shape[1])
+    scores: _Floats = others @ rows.T @ fitted[:-1] + fitted[-1]
+    return scores
+
+
+def _newton(products: _Floats, labels: _Floats, penalty: float) -> _Floats:
+    """Weight of each prompt, then the intercept: [prompt + 1], of the loss sum(log-loss) + penalty / 2 a'Ka."""
+    n = len(labels)
+    found = np.zeros(n + 1)
+    loss = _loss(found, products, labels, penalty)
+    for _ in range(_MOST_STEPS):
+        chance = 1 / (1 + np.exp(-(products @ found[:-1] + found[-1])))
+        spread = chance * (1 - chance)
+        curvature = np.block(
+            [[spread[:, None] * products + penalty * np.eye(n), spread[:, None]], [spread @ products, spread.sum()]]
+        )
+        slope = np.append(labels - chance - penalty * found[:-1], (labels - chance).sum())
+        step = np.linalg.solve(curvature, slope)
+        while (lower := _loss(found + step, products, labels, penalty)) > loss and np.abs(step).max() > 1e-15:
+            step /= 2
+        found, loss = found + step, lower
+        if np.abs(products @ step[:-1] + step[-1]).max() < _PRECISION**2:
+            break
+    return found
+
+
+def _loss(found: _Floats, products: _Floats, labels: _Floats, penalty: float) -> float:
+    rise = products @ found[:-1]
+    logits = rise + found[-1]
+    return float((np.logaddexp(0.0, logits) - labels * logits).sum() + penalty / 2 * (found[:-1] @ rise))
+
+
 def probe_weights(features: ArrayLike, labels: ArrayLike) -> _Floats:
     """`[width]`, how the log-odds of harm rise with each number of an activation, of one probe fitted to all prompts.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from remote_mediation.runner import Watch
@@ -34,6 +34,52 @@ class Reporter(Watch, Protocol):
         ...
 
 
+class Left:
+    """How long a study goes on: what is left of all its steps, at the speed of what is done."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._spent = self._done = 0.0
+        self._ahead = self._since = 0.0
+        self._rows = self._rows_done = 0
+        self._wave = 0.0
+
+    def ahead(self, operations: float) -> None:
+        """So many operations are left of all steps, at most; those done from here on are counted against them."""
+        self._ahead, self._since = operations, 0.0
+
+    def total(self, rows: int) -> None:
+        """A new wave of rows begins."""
+        self._rows, self._rows_done, self._wave = rows, 0, time.monotonic()
+        self._began = self._wave
+
+    def advance(self, rows: int, operations: float) -> None:
+        """Some of them are done."""
+        now = time.monotonic()
+        self._spent += now - (now if self._began is None else self._began)  # what lies between waves is no measuring
+        self._began = now
+        self._rows_done += rows
+        self._done += operations
+        self._since += operations
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps; no less than this wave's rows take. NaN before anything is done."""
+        if not self._done or not self._rows_done:
+            return math.nan
+        of_wave = (time.monotonic() - self._wave) * (self._rows - self._rows_done) / self._rows_done
+        return max((self._ahead - self._since) * self._spent / self._done, of_wave)
+
+    @property
+    def rows(self) -> str:
+        """Of the wave, in words."""
+        return f"{self._rows_done:,} of {self._rows:,} rows of this step"
+
+    def __str__(self) -> str:
+        seconds = self.seconds
+        return "" if math.isnan(seconds) else f"about {_duration(seconds)} left of all steps"
+
+
 @contextmanager
 def reporter(console: Console) -> Iterator[Reporter]:
     """Shows progress on a console for as long as the context lasts."""
@@ -46,35 +92,40 @@ def reporter(console: Console) -> Iterator[Reporter]:
         MofNCompleteColumn(),
         TextColumn("rows"),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns, console=console) as progress:
         yield Bar(progress)
 
 
 class Bar:
-    """A bar a wave, and the latest news above it."""
+    """A bar a wave, the latest news above it, and beside it the time left of all waves."""
 
     def __init__(self, progress: Progress) -> None:
         """progress: a started one."""
-        self._progress = progress
-        self._news = progress.add_task("", total=None, visible=False)
+        self._progress, self._left = progress, Left()
+        self._news = progress.add_task("", total=None, visible=False, left="")
         self._task: TaskID | None = None
 
     def note(self, line: str) -> None:
         """What the backend is doing."""
         self._progress.update(self._news, description=escape(line), visible=True)
 
+    def ahead(self, operations: float) -> None:
+        """So many operations are left of all steps."""
+        self._left.ahead(operations)
+
     def total(self, rows: int) -> None:
         """A new wave of rows begins."""
+        self._left.total(rows)
         self._progress.update(self._news, visible=False)
-        self._task = self._progress.add_task("measuring", total=rows)
+        self._task = self._progress.add_task("measuring", total=rows, left="")
 
-    def advance(self, rows: int) -> None:
+    def advance(self, rows: int, operations: float) -> None:
         """Some of them are done."""
+        self._left.advance(rows, operations)
         if self._task is not None:
-            self._progress.advance(self._task, rows)
+            self._progress.update(self._task, advance=rows, left=str(self._left))
 
 
 class Lines:
@@ -83,23 +134,24 @@ class Lines:
     def __init__(self, console: Console) -> None:
         """console: where lines go."""
         self._console, self._began = console, time.monotonic()
-        self._printed, self._wave = self._began, self._began
-        self._total = self._done = 0
+        self._printed, self._left = self._began, Left()
 
     def note(self, line: str) -> None:
         """What the backend is doing."""
         self._line(line)
 
+    def ahead(self, operations: float) -> None:
+        """So many operations are left of all steps."""
+        self._left.ahead(operations)
+
     def total(self, rows: int) -> None:
         """A new wave of rows begins."""
-        self._total, self._done, self._wave = rows, 0, time.monotonic()
+        self._left.total(rows)
 
-    def advance(self, rows: int) -> None:
+    def advance(self, rows: int, operations: float) -> None:
         """Some of them are done."""
-        self._done += rows
-        spent = time.monotonic() - self._wave
-        left = spent * (self._total - self._done) / self._done if self._done else 0.0
-        self._line(f"measured {self._done:,} of {self._total:,} rows of this step, about {_duration(left)} of it left")
+        self._left.advance(rows, operations)
+        self._line("; ".join(filter(None, (f"measured {self._left.rows}", str(self._left)))))
 
     def _line(self, text: str) -> None:
         now = time.monotonic()

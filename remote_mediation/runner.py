@@ -41,22 +41,29 @@ MOST_TRIES = 4
 class Watch(Protocol):
     """Sees how far a study is."""
 
+    def ahead(self, operations: float) -> None:
+        """So many operations are left of all steps of the study, at most."""
+        ...
+
     def total(self, rows: int) -> None:
         """So many rows are to be measured from here on."""
         ...
 
-    def advance(self, rows: int) -> None:
-        """So many more are done."""
+    def advance(self, rows: int, operations: float) -> None:
+        """So many more are done, which took so many operations."""
         ...
 
 
 class Unwatched:
     """Nobody watches."""
 
+    def ahead(self, operations: float) -> None:
+        """Nothing."""
+
     def total(self, rows: int) -> None:
         """Nothing."""
 
-    def advance(self, rows: int) -> None:
+    def advance(self, rows: int, operations: float) -> None:
         """Nothing."""
 
 
@@ -79,7 +86,8 @@ class Runner:
         self.key = Keys(setting, pairs.values())
         """Names rows."""
         self._setting, self._pairs, self._store, self._backend = setting, pairs, store, backend
-        self._watch = watch or Unwatched()
+        self.watch = watch or Unwatched()
+        """Sees how far it is."""
         self._seconds, self._batch_bytes, self._rate = seconds, batch_bytes, FIRST_RATE
 
     @property
@@ -138,11 +146,11 @@ class Runner:
     def _work(self, count: int, plan: Callable[[Budget], Iterator[Job]], backend: Backend) -> None:
         """Run planned jobs, cut by the speed of those before."""
         if count:
-            self._watch.total(count)
+            self.watch.total(count)
         for job in plan(Budget(lambda: self._seconds * self._rate, self._batch_bytes)):
             seconds = self._run(job, backend)
             self._rate = job.flops / seconds if seconds else self._rate
-            self._watch.advance(job.rows)
+            self.watch.advance(job.rows, job.flops)
 
     def _run(self, job: Job, backend: Backend, tries: int = MOST_TRIES) -> float:
         """Run one job and keep its values; where rows fail, find out of which pairs. Returns the seconds it took."""

@@ -7,10 +7,11 @@ interval and the verdicts beside it cannot disagree. The test is the interval of
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import scipy.optimize as _untyped_scipy  # pyright: ignore[reportMissingTypeStubs]
+from numpy.typing import ArrayLike
 
 from remote_mediation.intervals import (
     RESAMPLES,
@@ -18,6 +19,8 @@ from remote_mediation.intervals import (
     CompletePairs,
     Floats,
     Interval,
+    TwoMeans,
+    cluster_means,
     complete_pairs,
     draw_weights,
     join,
@@ -28,9 +31,13 @@ from remote_mediation.intervals import (
 
 __all__ = ["Gate", "GateVerdict", "gate", "share", "share_exceeds", "slope", "slope_difference"]
 
+_scipy = cast(Any, _untyped_scipy)
 _ANGLES = 33
 """Shares that are tried before the ends are searched for, as angles: all of -inf to inf."""
-_HALVINGS = 50
+_HALVINGS = 12
+"""Of a grid's step, before an end is taken to be the only one there: quantiles may cross 0 more than once."""
+_PRECISION = 1e-15
+"""Of an angle at which the set ends."""
 
 GateVerdict = Literal["no effect", "not about harm", "placebo not tested", ""]
 
@@ -62,8 +69,9 @@ def share(
     The interval holds every c for which the 95% interval of mean(effect - c * total) contains 0 (Fieller 1954, with the
     interval of `estimate_means`); the sign of the total makes no difference to it. Where the interval of the total
     contains 0 that set has no end: the share is undefined, and all is NaN. Else c runs over angles, c = tan(angle), and
-    the outermost on a grid that are in the set are followed to its ends by halving. (Of t the ends are the roots of a
-    quadratic, which the tests hold this to; of the bootstrap they have no closed form, as its quantiles depend on c.)
+    the outermost on a grid that are in the set are followed to its ends by halving, then by Brent's method. (Of t the
+    ends are the roots of a quadratic, which the tests hold this to; of the bootstrap they have no closed form, as its
+    quantiles depend on c.)
     Raises ValueError if the shapes differ or resamples < 1.
     """
     pairs = _both(effect, total, clusters)
@@ -76,17 +84,11 @@ def share(
         reason = join(problem, pairs.dropped)
         return Interval(base.n_pairs, base.n_clusters, np.nan, np.nan, np.nan, reason)
 
-    def holds_zero(angles: Floats) -> NDArray[np.bool_]:
-        rows = np.cos(angles)[:, None] * above - np.sin(angles)[:, None] * below
-        ends = mean_intervals(rows, counts, weights)
-        found: NDArray[np.bool_] = (ends.low <= 0) & (ends.high >= 0)
-        return found
-
     value = float(above.sum() / below.sum())
     low, high, note = value, value, "no spread"
     if np.abs(above - value * below).max() > ROUNDING * np.abs(above).max():
-        span = _set_of(holds_zero, float(np.arctan(value)))
-        low, high, note = float(np.tan(span.low)), float(np.tan(span.high)), base.reason
+        span = _set_of(_Remainder.of(above - value * below, below, counts, weights).margins, value)
+        low, high, note = span.low, span.high, base.reason
     reason, method = join(note, pairs.dropped), f"Fieller, {base.method}"
     return Interval(base.n_pairs, base.n_clusters, value, low, high, reason, method=method)
 
@@ -223,22 +225,76 @@ def _check_shapes(first: Floats, second: Floats) -> None:
         raise ValueError(f"effects must be [pair], of one shape; got {first.shape} and {second.shape}")
 
 
+class _Remainder(NamedTuple):
+    """Cluster sums of effect - c * total at any share c, by how far c lies from the share of the means.
+
+    They are at_share - shift * below, and what a resample needs of them is linear or quadratic in the shift. So the
+    products with the weights, nearly all of the work of `intervals.mean_intervals`, are taken once for all shares that
+    are tried. Nothing large cancels: at_share has a mean of 0.
+    """
+
+    at_share: Floats
+    """[cluster], effect - share * total."""
+    below: Floats
+    """[cluster], total."""
+    counts: Floats
+    """[1, cluster]"""
+    drawn: TwoMeans | None
+    """Of residuals of both in every resample; None where there is none."""
+
+    @classmethod
+    def of(cls, at_share: Floats, below: Floats, counts: Floats, weights: Floats) -> "_Remainder":
+        """Of weights [resample, cluster]."""
+        both = np.stack([at_share, below])
+        residuals = both - both.sum(axis=1, keepdims=True) / counts.sum() * counts
+        drawn = TwoMeans.of(residuals, counts, weights) if len(weights) else None
+        return cls(at_share, below, counts, drawn)
+
+    def margins(self, shifts: Floats) -> Floats:
+        """By how many standard errors the interval reaches beyond 0, [shift]; below 0 where it does not hold 0."""
+        rows = self.at_share - shifts[:, None] * self.below
+        found = cluster_means(rows, self.counts)
+        roots = None if self.drawn is None else self.drawn.roots(np.stack([np.ones_like(shifts), -shifts], axis=1))
+        ends = studentised_ends(found.value, found.error, len(self.below), roots)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            margins = np.minimum(-ends.low, ends.high) / found.error
+        return np.nan_to_num(margins, nan=-1.0, neginf=-1.0)
+
+
 class _Span(NamedTuple):
     low: float
     high: float
 
 
-def _set_of(holds: Callable[[Floats], NDArray[np.bool_]], inside: float) -> _Span:
-    """Outermost angles that hold, from an angle inside; -pi/2 and pi/2 do not hold."""
+def _set_of(margins: Callable[[Floats], Floats], share: float) -> _Span:
+    """The outermost shares that are not rejected; this share is none of them that is, and an infinite one is.
+
+    margins: of shares as their distance from this one; at least 0 where a share is not rejected.
+    """
     grid = np.linspace(-np.pi / 2, np.pi / 2, _ANGLES)
-    held = np.append(grid[1:-1][holds(grid[1:-1])], inside)
+
+    def margin(angles: Floats) -> Floats:
+        return margins(np.tan(angles) - share)
+
+    held = np.append(grid[1:-1][margin(grid[1:-1]) >= 0], np.arctan(share))
     within = np.array([held.min(), held.max()])
     beyond = np.array([grid[grid < within[0]].max(), grid[grid > within[1]].min()])
     for _ in range(_HALVINGS):
         middle = (within + beyond) / 2
-        yes = holds(middle)
-        within, beyond = np.where(yes, middle, within), np.where(yes, beyond, middle)
-    return _Span(float(within[0]), float(within[1]))
+        inside = margin(middle) >= 0
+        within, beyond = np.where(inside, middle, within), np.where(inside, beyond, middle)
+    return _Span(*(_end(margin, *bracket) for bracket in zip(within, beyond, strict=True)))
+
+
+def _end(margin: Callable[[Floats], Floats], within: float, beyond: float) -> float:
+    """The share between two angles, one in the set and one not, where the set ends (Brent's method)."""
+
+    def of_one(angle: float) -> float:
+        return float(margin(np.array([angle]))[0])
+
+    if of_one(within) <= 0:  # where the end is the share itself
+        return float(np.tan(within))
+    return float(np.tan(_scipy.brentq(of_one, within, beyond, xtol=_PRECISION, rtol=_PRECISION)))
 
 
 class _Differences(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 from remote_mediation.errors import SiteError
@@ -165,7 +166,7 @@ class Family:
         found = {component: self.hook(component) for component in modules}
         return {component: hook for component, hook in found.items() if hook is not None}
 
-    @property
+    @cached_property
     def components(self) -> tuple[Component, ...]:
         """What the family has, in forward order: the hooks' components and the parts of a mixture."""
         parts: set[Component] = set()

@@ -27,6 +27,7 @@ from remote_mediation.contents import as_begun, unchanged_files
 from remote_mediation.effects import Request
 from remote_mediation.engine.answers import changes
 from remote_mediation.engine.backend import Backend
+from remote_mediation.engine.budget import row_flops
 from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
 from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 # Sites that are also measured in float32 when a study runs in another precision.
 PRECISION_SAMPLE = 32
+COST_SAMPLE = 500
 # Characters at the end of a prompt that may merge with what follows.
 _END = 24
 # Name of the placebo pairs in the run folder.
@@ -415,7 +417,9 @@ def analysed(lab: Lab, analyses: tuple[Analysis, ...]) -> Result:
     findings: dict[str, Finding] = {}
     # The report of an unfinished run shows what is there; while measuring, nothing may be missing.
     unfinished = () if lab.can_measure else (UnmeasuredError,)
-    for one in analyses:
+    steps = [_operations(study, one) for one in analyses] if lab.can_measure else []
+    for place, one in enumerate(analyses):
+        lab.tell_ahead(sum(steps[place:]))
         with contextlib.suppress(*unfinished):
             lab.measure(requests_of(study, one))
             if one.analyse:
@@ -423,6 +427,16 @@ def analysed(lab: Lab, analyses: tuple[Analysis, ...]) -> Result:
     tables = {name: table for found in findings.values() for name, table in found.tables.items()}
     files = {name: content for found in findings.values() for name, content in found.files.items()}
     return Result(study, lab.effects, tables, _summary(study, lab.effects), analyses, files)
+
+
+def _operations(study: Study, analysis: Analysis) -> float:
+    """What an analysis takes, at most: that of its sites, from a sample of them, and of all that it goes on to ask."""
+    pairs, requests = {pair.id: pair for pair in study.pairs}, requests_of(study, analysis)
+    sample = requests[:: -(-len(requests) // COST_SAMPLE) or 1]
+    rows = [row for request in sample for row in request.rows(study.info) if row.writes]
+    of_sites = sum(row_flops(row, pairs[row.pair], study.setting) for row in rows)
+    beyond = analysis.cost(study).flops if analysis.cost else 0.0
+    return of_sites * len(requests) / max(len(sample), 1) + beyond
 
 
 def first_requests(study: Study, analyses: Sequence[Analysis]) -> list[Request]:

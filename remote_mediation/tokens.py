@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remote_mediation.errors import PairsError, SiteError
@@ -121,6 +121,15 @@ class TokenPair:
         Raises:
             SiteError: not a position.
         """
+        if position not in self._known:  # every row of a study asks for one
+            self._known[position] = self._places(position)
+        return self._known[position]
+
+    @cached_property
+    def _known(self) -> dict[str, Places]:
+        return {}
+
+    def _places(self, position: str) -> Places:
         span, bracket, index = position.partition("[")
         if span not in SPANS:
             raise SiteError(f"unknown position {position!r}; use one of {', '.join(SPANS)}, or one token as 'edit[-1]'")

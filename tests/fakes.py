@@ -245,7 +245,10 @@ class Watcher:
     def total(self, rows: int) -> None:
         self.totals.append(rows)
 
-    def advance(self, rows: int) -> None:
+    def ahead(self, operations: float) -> None:
+        pass
+
+    def advance(self, rows: int, operations: float) -> None:
         self.done.append(rows)
         if len(self.done) >= self._stop_after:
             raise KeyboardInterrupt

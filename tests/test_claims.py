@@ -278,8 +278,9 @@ NOTHING = Read(np.full((4, PAIRS, 2), np.nan), np.full((PAIRS, 2), np.nan))
 
 
 def _understood(by_layer: Sequence[float], embedding: float, acting: Sequence[float], layer: int = 1) -> verdicts.Claim:
-    shares = [both(share) for share in acting]
-    return verdicts.understood(bench(), layer, _read(by_layer, embedding), NOTHING, shares)
+    acts = [both(share) for share in acting]
+    shares = [bench().share(one.harm, bench().total.harm) for one in acts]
+    return verdicts.understood(bench(), layer, _read(by_layer, embedding), NOTHING, acts[layer], shares)
 
 
 @pytest.mark.parametrize(

@@ -269,10 +269,11 @@ def band(axis: Axes, number: int) -> dict[float, list[float]]:
     }
 
 
-def test_probes_are_drawn_by_depth_above_what_swapped_labels_reach() -> None:
+def test_probes_are_drawn_by_layer_above_what_swapped_labels_reach() -> None:
     figure = probe_figure(probe_profile(), {})
     edit, last = panels(figure)
-    assert [float(x) for x in edit.lines[0].get_xdata()] == [0, 0.5, 1]
+    assert (edit.get_xlabel(), edit.get_ylabel()) == ("layer", "accuracy on other templates (chance: 50%)")
+    assert [float(x) for x in edit.lines[0].get_xdata()] == [0, 1, 2]
     assert [float(y) for y in edit.lines[0].get_ydata()] == pytest.approx([0.5, 0.7, 0.9])
     assert list(band(edit, 0).values()) == [pytest.approx([0.5, 0.6])] * 3
     assert list(band(edit, 1).values()) == [pytest.approx([y - 0.1, y + 0.05]) for y in (0.5, 0.7, 0.9)]
@@ -284,7 +285,7 @@ def test_probes_are_drawn_by_depth_above_what_swapped_labels_reach() -> None:
 def test_where_harm_acts_is_marked_in_every_panel_of_the_probes() -> None:
     for axis in panels(probe_figure(probe_profile(), {"MLP": 1, "attention": 2, "unmeasured": 7})):
         marked = {str(line.get_label()): line.get_xdata()[0] for line in axis.lines if "acts" in str(line.get_label())}
-        assert marked == {"MLP acts from layer 1 on": 0.5, "attention acts from layer 2 on": 1.0}
+        assert marked == {"MLP acts from layer 1 on": 1, "attention acts from layer 2 on": 2}
 
 
 def detectors() -> pd.DataFrame:

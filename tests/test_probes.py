@@ -173,6 +173,18 @@ class TestControl:
             (expected,) = probes.fit_scores(features, labels[:, column], judged)
             assert scores[:, column] == pytest.approx(expected, abs=3e-4)
 
+    @pytest.mark.parametrize("apart", [0.0, 3.0, 300.0])
+    def test_the_exact_fit_is_that_of_scikit_learn(self, apart: float) -> None:
+        """Solved in the prompts' products, against the plain pipeline in all 90 directions."""
+        generator = rng(4)
+        scale = 10.0 ** generator.normal(size=90)
+        features, asked = (generator.normal(size=(n, 90)) * scale + 5 for n in (21, 7))
+        features[:, 0] = 2.0  # constant: has no direction
+        labels = generator.permutation(21) % 2
+        features[labels == 1] += apart
+        (expected,) = probes.fit_scores(features, labels, asked)
+        assert probes.fit_exactly(features, labels, asked) == pytest.approx(expected, abs=1e-4, rel=1e-5)
+
     def test_unswapped_labels_would_give_the_probe_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Never(np.random.Generator):
             def integers(self, *args: Any, **kwargs: Any) -> Any:

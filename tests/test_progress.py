@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from remote_mediation import progress
-from remote_mediation.progress import Bar, Lines, reporter
+from remote_mediation.progress import Bar, Left, Lines, reporter
 
 
 @pytest.fixture
@@ -19,28 +19,55 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_line_now_and_then_with_the_time_left(clock: list[float]) -> None:
+def test_a_line_now_and_then_with_the_time_left_of_all_steps(clock: list[float]) -> None:
     written = io.StringIO()
     with reporter(Console(file=written, width=60)) as watch:
         assert isinstance(watch, Lines)
+        clock[0] += 5  # the model is loaded
+        watch.ahead(10_000)
         watch.total(1200)
         clock[0] += 10
-        watch.advance(100)
+        watch.advance(100, 400)
         assert written.getvalue() == ""
         clock[0] += 15
-        watch.advance(200)  # 300 of 1,200 in 25 s: 75 s to go
+        watch.advance(200, 600)  # 1,000 of 10,000 operations in 25 s: 225 s to go
         clock[0] += 5
-        watch.advance(100)
+        watch.advance(100, 500)
         clock[0] += 20
         watch.note("job 3 is [queued]")
     first, second = written.getvalue().splitlines()
-    assert first == "25 s: measured 300 of 1,200 rows of this step, about 1 min 15 s of it left"
-    assert second == "50 s: job 3 is [queued]"
+    assert first == "30 s: measured 300 of 1,200 rows of this step; about 3 min 45 s left of all steps"
+    assert second == "55 s: job 3 is [queued]"
 
 
-def test_a_terminal_gets_a_bar() -> None:
-    with reporter(Console(file=io.StringIO(), force_terminal=True)) as watch:
+def test_the_time_left_is_that_of_the_steps_to_come_and_no_less_than_that_of_the_rows_at_hand(
+    clock: list[float],
+) -> None:
+    left = Left()
+    assert str(left) == ""
+    left.ahead(3000)
+    left.total(10)
+    clock[0] += 10
+    left.advance(10, 1000)
+    assert left.seconds == 20
+    clock[0] += 100  # nothing is measured between two steps
+    left.ahead(200)  # the first took less than it might have
+    left.total(4)
+    clock[0] += 10
+    left.advance(1, 100)  # 1,100 operations in 20 s, but three of four rows are left, 10 s each
+    assert left.seconds == 30
+    clock[0] += 30
+    left.advance(3, 100)
+    assert left.seconds == 0
+
+
+def test_a_terminal_gets_a_bar(clock: list[float]) -> None:
+    written = io.StringIO()
+    with reporter(Console(file=written, force_terminal=True, width=120)) as watch:
         assert isinstance(watch, Bar)
         watch.note("loading [bold]")
         watch.total(10)
-        watch.advance(10)
+        watch.ahead(400)
+        clock[0] += 3
+        watch.advance(5, 100)
+    assert "9 s left of all steps" in " ".join(written.getvalue().split())

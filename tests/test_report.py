@@ -500,7 +500,8 @@ def test_numbers_have_no_powers_of_ten_where_people_write_none(value: float, sho
 @pytest.mark.parametrize(
     ("share", "shown"),
     [
-        (0.939, "93.9%"),
+        (0.939, "94%"),
+        (0.0938, "9.4%"),
         (1.006, "101%"),
         (26.1, "2610%"),
         (1.33e-07, "0%"),
@@ -509,7 +510,7 @@ def test_numbers_have_no_powers_of_ten_where_people_write_none(value: float, sho
         (0.5, "50%"),
     ],
 )
-def test_shares_have_two_decimals_at_most(share: float, shown: str) -> None:
+def test_shares_have_two_significant_digits_and_two_decimals_at_most(share: float, shown: str) -> None:
     assert percent(share) == shown
 
 

@@ -14,6 +14,7 @@ from remote_mediation import shares, stats
 scipy_stats, regression = cast(Any, untyped_scipy), cast(Any, untyped_regression)
 NaN = math.nan
 RESAMPLES = 499
+STEPS = np.linspace(-np.pi / 2, np.pi / 2, 33)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -83,6 +84,26 @@ class TestShare:
         assert found.reason.startswith("undefined: the interval of the total, -")
         assert found.reason.endswith(" spans 0")
         assert found.method == ""
+
+    def test_the_ends_are_those_of_halving_alone(self) -> None:
+        """Each share is tried by a test of its own, and the outermost that are not rejected are followed to the end."""
+        for seed in range(12):
+            generator = rng(seed)
+            total, effect = 3 + generator.standard_t(3, size=16), generator.standard_t(2, size=16)
+
+            def held(share: float, effect: Any = effect, total: Any = total) -> bool:
+                return shares.share_exceeds(effect, total, range(16), rng(), share, RESAMPLES).sign == 0
+
+            found = shares.share(effect, total, range(16), rng(), RESAMPLES)
+            if math.isnan(found.low):
+                continue
+            inside = [angle for angle in (math.atan(found.value), *STEPS[1:-1]) if held(math.tan(angle))]
+            for end, within, step in ((found.low, min(inside), -1), (found.high, max(inside), 1)):
+                beyond = min(abs(angle - within) for angle in STEPS if step * (angle - within) > 0) * step + within
+                for _ in range(50):
+                    middle = (within + beyond) / 2
+                    within, beyond = (middle, beyond) if held(math.tan(middle)) else (within, middle)
+                assert end == pytest.approx(math.tan(within), abs=1e-9)
 
     def test_undefined_exactly_where_the_quadratic_has_no_bounded_set(self) -> None:
         bounded = []

@@ -583,7 +583,7 @@ def test_imports_no_more_than_numpy_and_scipy() -> None:
     imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     others = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
     own = {"remote_mediation.errors", "remote_mediation.intervals"}
-    assert others == {"numpy", "numpy.typing", "scipy.stats", *own}
+    assert others == {"numpy", "numpy.typing", "scipy.optimize", "scipy.stats", *own}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -597,3 +597,13 @@ def test_exports_are_sorted_and_public(module: Any) -> None:
     data = {name for name in module.__all__ if name.isupper() or name in ("Floats", "GateVerdict")}
     assert set(module.__all__) == defined | handed_on | data
     assert module.__all__ == sorted(module.__all__, key=lambda name: (not name.isupper(), name))
+
+
+def test_draws_asked_for_twice_are_the_same_and_leave_the_generator_where_it_would_be() -> None:
+    first, again, plain = (np.random.default_rng(7) for _ in range(3))
+    expected = plain.multinomial(20, np.full(20, 1 / 20), size=50)
+    for generator in (first, again):
+        assert (intervals.draw_weights(20, generator, 50) == expected).all()
+    assert first.random() == again.random() == plain.random()
+    with pytest.raises(ValueError, match="read-only"):
+        intervals.draw_weights(20, np.random.default_rng(7), 50)[0, 0] = 1

@@ -1,7 +1,7 @@
 """Tables of text, and numbers as they are read: three significant digits at most, a dash where there is none.
 
-A table is made once (`Table`) and printed twice, as Markdown and by rich. Where a number is missing a note below says
-why.
+Shares, slopes and whatever stands with an interval have two: its ends say how much less is known. A table is made once
+(`Table`) and printed twice, as Markdown and by rich. Where a number is missing a note below says why.
 """
 
 from __future__ import annotations
@@ -90,18 +90,23 @@ def bullets(lines: Iterable[object]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def number(value: float) -> str:
-    """Three significant digits, all of them where there are more before the point, and at most five decimals."""
+def number(value: float, digits: int = 3) -> str:
+    """So many significant digits, all of them where there are more before the point, and at most five decimals."""
     if np.isnan(value):
         return NONE
     if abs(value) >= 999.5:
         return f"{value:,.0f}" if abs(value) < _MOST_PLAIN else f"{value:.3g}"
-    return _plain(value, _MOST_DECIMALS)
+    return _plain(value, _MOST_DECIMALS, digits)
+
+
+def rounded(value: float) -> str:
+    """A number of which two significant digits are enough."""
+    return number(value, digits=2)
 
 
 def percent(value: float) -> str:
-    """A share as percentage."""
-    return NONE if np.isnan(value) else f"{_plain(100 * value, _OF_PERCENT)}%"
+    """A share as percentage, with two significant digits."""
+    return NONE if np.isnan(value) else f"{_plain(100 * value, _OF_PERCENT, digits=2)}%"
 
 
 def p_value(p: float, floor: float) -> str:
@@ -121,16 +126,16 @@ def q_value(q: float) -> str:
     return "< 0.001" if q < 0.001 else number(q)
 
 
-def _plain(value: float, most: int) -> str:
-    """Three significant digits and at most so many decimals, never as a power of ten."""
+def _plain(value: float, most: int, digits: int) -> str:
+    """So many significant digits and at most so many decimals, never as a power of ten."""
     if value == 0 or not math.isfinite(value):
         return f"{value:.0f}"
-    decimals = min(most, max(0, 2 - math.floor(math.log10(abs(value)))))
+    decimals = min(most, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
     text = f"{value:z.{decimals}f}"
     return text.rstrip("0").rstrip(".") if decimals else text
 
 
-def interval(value: float, low: float, high: float, shown: Callable[[float], str] = number) -> str:
+def interval(value: float, low: float, high: float, shown: Callable[[float], str] = rounded) -> str:
     """A value with its interval."""
     if np.isnan(value):
         return NONE
@@ -138,7 +143,7 @@ def interval(value: float, low: float, high: float, shown: Callable[[float], str
     return f"{shown(value)} [{ends}]"
 
 
-def estimate(found: Interval, shown: Callable[[float], str] = number) -> str:
+def estimate(found: Interval, shown: Callable[[float], str] = rounded) -> str:
     """An estimate with its interval."""
     return interval(found.value, found.low, found.high, shown)
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from remote_mediation.result import Result
 from remote_mediation.show.section import Share, Verdict
-from remote_mediation.show.tables import NONE, Note, count, estimate, interval, number, percent
+from remote_mediation.show.tables import NONE, Note, count, estimate, interval, number, percent, rounded
 from remote_mediation.stats import Estimate, Interval, estimate_means
 
 UNMEASURED = "Not measured yet: run the study again, and it goes on where this run ended."
@@ -83,7 +83,7 @@ def _with_slope(one: Share, side: str) -> str:
     found, slope = (one.harm, one.beta_harm) if harm else (one.placebo, one.beta_placebo)
     parts = [] if np.isnan(found.value) else [estimate(found, percent)]
     if one.of == "TE" and not np.isnan(slope):
-        parts.append(f"β {number(slope)}")
+        parts.append(f"β {rounded(slope)}")
     return ", ".join(parts) or NONE
 
 

@@ -15,7 +15,7 @@ from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLP
 from remote_mediation.result import Result
 from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
 from remote_mediation.show.section import Section, Verdict
-from remote_mediation.show.tables import Table, interval, notes_on, number
+from remote_mediation.show.tables import Table, interval, notes_on, number, rounded
 from remote_mediation.show.words import UNMEASURED, decided, in_groups, pairs_notes, share_of
 
 CLAIMS = {
@@ -136,8 +136,8 @@ def measures_table(sets: pd.DataFrame) -> Table:
             str(row["number"]),
             _label(row),
             *(share_of(row, side) for side in _SIDES),
-            number(row["beta_harm"]),
-            number(row["beta_placebo"]),
+            rounded(row["beta_harm"]),
+            rounded(row["beta_placebo"]),
             interval(row["excess"], row["excess_low"], row["excess_high"]),
             share_of(row, "common"),
         )

@@ -16,10 +16,11 @@ import pandas as pd
 
 from remote_mediation.analyses.claims import verdicts
 from remote_mediation.analyses.claims.samples import Sample
-from remote_mediation.analyses.claims.verdicts import ACTS, Claim, Effect, Read
+from remote_mediation.analyses.claims.verdicts import ACTS, Claim, Read
 from remote_mediation.engine.tasks import Reading, read_task
+from remote_mediation.intervals import Interval
 from remote_mediation.lab import Floats, Lab
-from remote_mediation.probes import fit_scores
+from remote_mediation.probes import fit_exactly
 from remote_mediation.rates import rate
 from remote_mediation.sites import Site
 from remote_mediation.tokens import TokenPair
@@ -62,10 +63,10 @@ def measure_understanding(discovery: Sample, heldout: Sample) -> tuple[Claim, di
     harm = _read(known.harm, asked.harm)
     placebo = _spread(heldout, _read(known.placebo, asked.placebo))
     acting = heldout.effects(lab.joint, _stream(lab))
-    claim = verdicts.understood(
-        heldout.bench(), layer, _as_read(harm), _as_read(placebo), [effect.nie for effect in acting]
-    )
-    return claim, {"readable.csv": _table(heldout, left_out, harm, placebo, acting, layer)}
+    bench = heldout.bench()
+    shares = [bench.share(effect.nie.harm, bench.total.harm) for effect in acting]
+    claim = verdicts.understood(bench, layer, _as_read(harm), _as_read(placebo), acting[layer].nie, shares)
+    return claim, {"readable.csv": _table(heldout, left_out, harm, placebo, shares, layer)}
 
 
 def leave_one_out(features: Floats, clusters: npt.NDArray[np.str_]) -> Floats:
@@ -97,7 +98,7 @@ def _read(known: Floats, asked: Floats) -> Floats:
         return right
     for place in range(asked.shape[2]):
         features, others = (part[:, :, place].reshape(-1, part.shape[-1]) for part in (known, asked))
-        (scores,) = fit_scores(features, labels, others)
+        scores = fit_exactly(features, labels, others)
         right[place] = (scores.reshape(-1, 2) > 0) == np.array(_LABELS, dtype=bool)
     return right
 
@@ -142,11 +143,10 @@ def _table(
     left_out: Floats,
     harm: Floats,
     placebo: Floats,
-    acting: Sequence[Effect],
+    shares: Sequence[Interval],
     layer: int,
 ) -> pd.DataFrame:
-    bench, twice = heldout.bench(), np.repeat(heldout.clusters, 2)
-    shares = [bench.share(effect.nie.harm, bench.total.harm) for effect in acting]
+    twice = np.repeat(heldout.clusters, 2)
     rows = []
     for place, discovery in enumerate(left_out):
         of_harm, of_placebo = (rate(right[place].ravel(), twice) for right in (harm, placebo))

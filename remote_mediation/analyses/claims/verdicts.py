@@ -474,11 +474,14 @@ class Read(NamedTuple):
     """`[pair, side]`, the same before the first layer."""
 
 
-def understood(bench: Bench, layer: int, harm: Read, placebo: Read, acting: Sequence[Both]) -> Claim:
-    """Claim 4. layer: the readable one, chosen on discovery. acting: NIE of the stream at `last`, by layer."""
+def understood(bench: Bench, layer: int, harm: Read, placebo: Read, there: Both, shares: Sequence[Interval]) -> Claim:
+    """Claim 4. layer: the readable one, chosen on discovery. there: NIE of the stream at `last` after it.
+
+    shares: that of harm as share of TE, by layer.
+    """
     gain = _gain(bench, layer, harm, placebo)
-    acts = bench.measure(f"stream at last after layer {layer}", "nie", acting[layer])
-    ruling = bench.too_shallow or _understood(bench, layer, harm, gain, acting)
+    acts = bench.measure(f"stream at last after layer {layer}", "nie", there)
+    ruling = bench.too_shallow or _understood(bench, layer, harm, gain, shares)
     return bench.claim(4, ruling, (gain,), (acts,))
 
 
@@ -499,7 +502,7 @@ def _gain(bench: Bench, layer: int, harm: Read, placebo: Read) -> Measure:
     )
 
 
-def _understood(bench: Bench, layer: int, harm: Read, gain: Measure, acting: Sequence[Both]) -> Ruling:
+def _understood(bench: Bench, layer: int, harm: Read, gain: Measure, shares: Sequence[Interval]) -> Ruling:
     twice = np.repeat(bench.clusters, 2)
     words = rate(harm.embedding.ravel(), twice)
     if words.value >= GIVEN_AWAY:
@@ -507,7 +510,6 @@ def _understood(bench: Bench, layer: int, harm: Read, gain: Measure, acting: Seq
             "undecided",
             f"the words give it away: the embeddings alone are read at {words.value:.0%}",
         )
-    shares = [bench.share(both.harm, bench.total.harm) for both in acting]
     acts = first_acting(shares)
     text = f"{gain.name} is {ends(gain.harm, signed=True)}; NIE at last there is {ends(shares[layer])} of TE"
     if gain.harm.low > 0 and shares[layer].high < ACTS:

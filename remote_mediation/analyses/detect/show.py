@@ -8,6 +8,7 @@ from itertools import cycle
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from remote_mediation.probes import Order, earlier
 from remote_mediation.result import Result
@@ -91,7 +92,7 @@ def _layer(layer: int | None) -> str:
 
 
 def probe_figure(profile: pd.DataFrame, acts: Mapping[str, int]) -> Figure:
-    """Accuracy of harm probes by depth, a panel per position, above what swapped labels reach.
+    """Accuracy of harm probes by layer, a panel per position, above what swapped labels reach.
 
     profile: `probes.PROBE_COLUMNS`. acts: first layer whose NIE is significant, by name of what acts.
     """
@@ -103,11 +104,12 @@ def probe_figure(profile: pd.DataFrame, acts: Mapping[str, int]) -> Figure:
     for axis, (position, part), colour in zip(axes, facets.items(), cycle(COLOURS), strict=False):
         _accuracies(axis, part, colour)
         for (name, layer), style in zip(acts.items(), cycle((":", "--", "-.")), strict=False):
-            depths = part.loc[part["layer"] == layer, "relative_depth"]
-            if len(depths):
-                axis.axvline(depths.iloc[0], color="black", linestyle=style, label=f"{name} acts from layer {layer} on")
+            if layer in set(part["layer"]):
+                axis.axvline(layer, color="black", linestyle=style, label=f"{name} acts from layer {layer} on")
         axis.set_title(f"at '{position}'\n{_best(part)}", fontsize=10, loc="left")
-        axis.set(xlabel="relative depth", ylabel="accuracy on other templates", xlim=(-0.03, 1.03))
+        axis.set(xlabel="layer", ylabel="accuracy on other templates (chance: 50%)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.label_outer()
     legend(figure, axes[0])
     return figure
@@ -115,11 +117,11 @@ def probe_figure(profile: pd.DataFrame, acts: Mapping[str, int]) -> Figure:
 
 def _accuracies(axis: Axes, part: pd.DataFrame, colour: str) -> None:
     """Accuracy with its 95% band, and in grey what swapped labels reach."""
-    depths = part["relative_depth"]
+    layers = part["layer"]
     reached = "swapped labels: mean to 95% quantile"
-    axis.fill_between(depths, part["control"], part["control_high"], color="0.8", label=reached)
-    axis.fill_between(depths, part["low"], part["high"], color=colour, alpha=0.2, linewidth=0)
-    axis.plot(depths, part["accuracy"], color=colour, marker="o", markersize=3.5)
+    axis.fill_between(layers, part["control"], part["control_high"], color="0.8", label=reached)
+    axis.fill_between(layers, part["low"], part["high"], color=colour, alpha=0.2, linewidth=0)
+    axis.plot(layers, part["accuracy"], color=colour, marker="o", markersize=3.5)
     axis.axhline(0.5, color="0.5", linewidth=0.8)
 
 
