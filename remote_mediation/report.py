@@ -267,15 +267,17 @@ def _setting_table(result: Result, record: Mapping[str, Any]) -> Table:
 
 def _loaded(config: StudyConfig, served: Mapping[str, str]) -> list[tuple[str, str]]:
     """How the weights are held, where that is not plainly. served: as the run records it."""
-    if config.backend != "local" or not served:
+    if config.backend != "local":
         return []
     parts = []
     if held := served.get("quantization"):
         way = "" if config.load.quantization else ", as its checkpoint has them"
         parts.append(f"weights of linear layers in {held}{way}, all else in {config.dtype}")
-    parts.append(f"attention {served['attention']}")
-    parts += [served["device"]] if "device" in served else []
-    return [("loaded", "; ".join(parts))]
+    if attention := served.get("attention"):
+        parts.append(f"attention {attention}")
+    if device := served.get("device"):
+        parts.append(device)
+    return [("loaded", "; ".join(parts))] if parts else []
 
 
 def _prompts(config: StudyConfig, recorded: Mapping[str, Any]) -> str:

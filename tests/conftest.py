@@ -86,7 +86,7 @@ _GPT2 = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4}
 _EYE = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}  # an image tower, which no test looks into
 _QWEN_EYE = {**_EYE, "depth": 1, "num_heads": 1, "out_hidden_size": _SHAPE["hidden_size"], "num_position_embeddings": 4}
 
-# By name: `model_type` and configuration. Every family under its own name, then variants of it.
+# By name: `model_type` and configuration. The seed of each is its place here: a new one goes to the end.
 SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _WIDE_HEADS),
     "llama_chat": ("llama", {**_GQA, "tie_word_embeddings": True}),
@@ -133,19 +133,6 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
                 "num_attention_heads": 1,
             },
         },
-    ),
-    "mistral3": (
-        "mistral3",
-        {
-            "text_config": {"model_type": "mistral", **_WIDE_HEADS, **_TOKENS},
-            "vision_config": {"model_type": "pixtral", **_EYE, "head_dim": 8, "num_hidden_layers": 1},
-            "tie_word_embeddings": False,
-        },
-    ),
-    "qwen3_5": ("qwen3_5", {"text_config": {**_WIDE_HEADS, **_LINEAR, **_TOKENS}, "vision_config": _QWEN_EYE}),
-    "qwen3_5_moe": (
-        "qwen3_5_moe",
-        {"text_config": {**_WIDE_HEADS, **_LINEAR, **_TOKENS, **_SHARED_EXPERT}, "vision_config": _QWEN_EYE},
     ),
     "mixtral": ("mixtral", {**_WIDE_HEADS, **_ROUTED, "num_local_experts": 4}),
     "mixtral_chat": ("mixtral", {**_WIDE_HEADS, **_ROUTED, "num_local_experts": 4}),
@@ -207,6 +194,19 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2_moe": (
         "lfm2_moe",
         {**_GQA, **_ROUTED, **_CONVOLVED, "num_experts": 4, "moe_intermediate_size": 24, "num_dense_layers": 1},
+    ),
+    "mistral3": (
+        "mistral3",
+        {
+            "text_config": {"model_type": "mistral", **_WIDE_HEADS, **_TOKENS},
+            "vision_config": {"model_type": "pixtral", **_EYE, "head_dim": 8, "num_hidden_layers": 1},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen3_5": ("qwen3_5", {"text_config": {**_WIDE_HEADS, **_LINEAR, **_TOKENS}, "vision_config": _QWEN_EYE}),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        {"text_config": {**_WIDE_HEADS, **_LINEAR, **_TOKENS, **_SHARED_EXPERT}, "vision_config": _QWEN_EYE},
     ),
 }
 

@@ -30,6 +30,7 @@ from remote_mediation.engine.budget import Setting, weight_bytes
 from remote_mediation.engine.fit import Room, described
 from remote_mediation.engine.jobs import Keys
 from remote_mediation.engine.local import LocalBackend
+from remote_mediation.engine.payload import digest
 from remote_mediation.engine.rows import Row, direct_row, swap
 from remote_mediation.engine.tasks import columns_task, screen_tasks
 from remote_mediation.errors import ModelError, SettingsError, StoreError
@@ -201,6 +202,15 @@ def test_a_quantised_row_has_a_name_of_its_own(subject: Subjects) -> None:
     info, pair = subject("llama").info, token_pair("pair")
     names = {Keys(Setting(info, "float32", LOGIT_DIFF, held), [pair])(Row("pair", 0)) for held in ("", "nf4", "int8")}
     assert len(names) == 3
+
+
+def test_rows_and_studies_from_before_there_was_load_keep_their_names() -> None:
+    """The hashes are those that the version before `[load]` made of the same pair and study."""
+    info = info_of(AutoConfig.for_model("llama", num_hidden_layers=3), "some/llama")
+    pair = token_pair("pair")
+    keys = Keys(Setting(info, "float32", LOGIT_DIFF), [pair])
+    assert keys(swap(pair, Site("mlp_output", 1, "last"), 0, info)) == "6f63c5a0c0dd3138448ffc2d"
+    assert digest([rm.StudyConfig(model="some/llama", seed=3).identity()]) == "f50ad458485eeb62b13b0d9a"
 
 
 def study(model: Subject, folder: Path, **settings: Any) -> rm.StudyConfig:
