@@ -498,10 +498,15 @@ def status(as_json: AsJson = False) -> None:
     "  remote-mediation doctor --model meta-llama/Llama-3.1-70B-Instruct"
 )
 def doctor(model: Model = None, revision: Revision = None, as_json: AsJson = False) -> None:
-    """Check versions, key, server and disk for remote studies; exit code 1 when something would fail."""
+    """Check versions, key, server and disk for remote studies, and whether a model fits this machine, and how.
+
+    Exit code 1 when something would fail on the server.
+    """
+    from remote_mediation.engine.fit import fits
     from remote_mediation.engine.server import examine, server_from_environment
 
     findings = examine(server_from_environment(), model, revision or "")
+    findings += [fits(model, revision or "")] if model else []
     marks = {True: ("ok  ", "green"), False: ("FAIL", "red")}
     lines = [Text.assemble(marks[finding.good], f" {finding.name}: {finding.detail}") for finding in findings]
     good = all(finding.good for finding in findings)

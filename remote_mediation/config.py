@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from remote_mediation.errors import SettingsError
 from remote_mediation.judges import DEFAULT_JUDGE
+from remote_mediation.loading import DISK, Attention, Loading, Quantization, Spread
 from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 from remote_mediation.paths import resolved
@@ -72,6 +73,42 @@ class PromptSettings(_Strict):
             self.prefill,
             self.think,
             self.control_tokens,
+        )
+
+
+class LoadSettings(_Strict):
+    """`[load]`: how a local model that is larger than a card is held, and where."""
+
+    device_map: Spread | dict[str, int | str] = ""
+    """`auto`, `balanced` or `sequential` share it out as transformers does; or a table of modules and their devices."""
+    max_memory: dict[str, Annotated[str, Field(pattern=r"^[0-9.]+ ?[KMG]i?B$")]] = {}
+    """Most memory of each device, by its number or name, such as `"20GiB"`."""
+    quantization: Quantization = ""
+    """`nf4` (4 bits) or `int8` hold the weights of linear layers in less, by bitsandbytes."""
+    attention: Attention = ""
+    """`eager` or `sdpa`; others take no mask of ours. By default what transformers chooses."""
+
+    @model_validator(mode="after")
+    def _places_are_devices(self) -> Self:
+        if self.max_memory and not isinstance(self.device_map, str):
+            raise ValueError(
+                "max_memory goes with a device_map of `auto`, `balanced` or `sequential`, not with a table"
+            )
+        if self.max_memory and not self.device_map:
+            raise ValueError('max_memory needs a device_map; give device_map = "auto"')
+        if isinstance(self.device_map, dict) and set(self.device_map.values()) <= {DISK}:
+            raise ValueError(f"device_map names no device; put at least the embedding on one, not on the {DISK}")
+        return self
+
+    def loading(self) -> Loading:
+        """The same as the backend takes it."""
+        spread, places = (self.device_map, {}) if isinstance(self.device_map, str) else ("", self.device_map)
+        return Loading(
+            spread,
+            tuple(places.items()),
+            tuple((int(name) if name.isdecimal() else name, most) for name, most in self.max_memory.items()),
+            self.quantization,
+            self.attention,
         )
 
 
@@ -256,6 +293,7 @@ class StudyConfig(_Strict):
     """Aim for jobs of this length; by default 5 on this machine and 60 on a server."""
     max_memory: float | None = Field(default=None, gt=0)
     """Most memory of this process in GB, kept by the size of batches; by default 1 GB beside libraries and weights."""
+    load: LoadSettings = LoadSettings()
     prompt: PromptSettings = PromptSettings()
     refusal: RefusalSettings = RefusalSettings()
     response_logprob: ResponseSettings = ResponseSettings()
@@ -293,6 +331,16 @@ class StudyConfig(_Strict):
             raise ValueError("bases are made and measured by the analysis directions; add it to `analyses`")
         if bool(self.refusal.compliant) != bool(self.refusal.refusing):
             raise ValueError("[refusal] needs both `compliant` and `refusing`, lists of openings, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _loads_where_it_runs(self) -> Self:
+        if self.load != LoadSettings() and self.backend == "ndif":
+            raise ValueError("[load] says how this machine loads a model; a server loads its own, so take it away")
+        if self.load.device_map and self.device != "cpu":
+            raise ValueError(f"device is {self.device!r} and [load] has a device_map; give one of them")
+        if self.load.quantization == "int8" and self.dtype != "float16":
+            raise ValueError(f'int8 multiplies in float16 whatever else is {self.dtype}; give dtype = "float16"')
         return self
 
     @model_validator(mode="before")
@@ -338,6 +386,7 @@ class StudyConfig(_Strict):
         kept |= {"prompt"} if self.prompt != PromptSettings() else set()
         kept |= {"harmful", "harmless", "harmful_column", "harmless_column"} if self.harmful else set()
         kept |= {"align"} if self.align != "edit" else set()
+        kept |= {"load"} if self.load != LoadSettings() else set()
         return self.model_dump(mode="json", include=kept)
 
 

@@ -137,11 +137,11 @@ def load_variants(config: StudyConfig, note: Callable[[str], None] = lambda line
 
 
 def _local(config: StudyConfig, name: str, revision: str) -> Backend:
-    """A model on this machine as the study has its own: precision, device, and whether memory is limited."""
+    """A model on this machine as the study has its own: precision, devices, and whether memory is limited."""
     from remote_mediation.engine.local import LocalBackend
 
-    limited = config.max_memory is not None
-    return LocalBackend.load(name, revision, config.dtype, config.device, limited=limited)
+    loading, limited = config.load.loading(), config.max_memory is not None
+    return LocalBackend.load(name, revision, config.dtype, config.device, loading=loading, limited=limited)
 
 
 class OpenRun:
@@ -282,7 +282,8 @@ class OpenLab:
         config = self.config
         found = load_variants(config, self._note) if variants is None else variants
         result = run_study(config, self._backend, self._store, self._watch, found, self._more)
-        if config.dtype != "float32":
+        # int8 has no products in float32 to compare with; nf4 is compared with nf4.
+        if config.dtype != "float32" and config.load.quantization != "int8":
             load = partial(load_backend, note=self._note)
             compare_with_float32(self._store, config, self._backend.info, load, self._watch, self._more)
         return result

@@ -67,7 +67,7 @@ class Study:
     @property
     def setting(self) -> Setting:
         """What all rows share."""
-        return Setting(self.info, self.config.dtype, self.outcome)
+        return Setting(self.info, self.config.dtype, self.outcome, self.config.load.quantization)
 
     def with_outcome(self, outcome: Outcome) -> Study:
         """The study with an outcome of openings, which stand behind every prompt."""

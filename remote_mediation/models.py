@@ -97,6 +97,13 @@ def load_configuration(name: str, revision: str = "") -> PreTrainedConfig:
     return config
 
 
+def class_of(model_type: str) -> Any:
+    """What of transformers builds and loads a family's models."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if family_of(model_type).causal else AutoModelForImageTextToText
+
+
 def load_tokenizer(name: str, revision: str = "") -> PreTrainedTokenizerBase:
     """Load a model's tokenizer from a local folder or the hub.
 
@@ -191,7 +198,7 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
         d_head=getattr(text, family.d_head, None) or d_model // heads,
         vocab=text.vocab_size,
         gated=family.gated,
-        tied=bool(config.tie_word_embeddings),
+        tied=bool((config if family.wrapped else text).tie_word_embeddings),
         sliding=sliding,
         window=window,
         multiplier=getattr(text, family.multiplier) if family.multiplier else 1.0,

@@ -127,6 +127,15 @@ def surroundings(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -
     return Surroundings(control, tuple(_marks(tokenizer, form)), around)
 
 
+class _Joint(NamedTuple):
+    """Where a continuation may stand."""
+
+    places: Sequence[str]
+    """What is before it."""
+    blank: str = ""
+    """What is put between."""
+
+
 class Asked(NamedTuple):
     """A user's text, and the messages before it."""
 
@@ -257,9 +266,10 @@ def encode_after(prompts: Sequence[str], continuation: str, tokenizer: PreTraine
     """Token ids of a text as they are behind prompts, all as the model is given them (rendered).
 
     Encoded alone a text may begin otherwise: SentencePiece puts a blank before it. Where it would run into the last
-    word of a prompt, or merge with its end, a blank stands between. A number behind a number goes on with it, as "42"
-    does with "17" in 1742, and has the tokens that it has at the beginning of a line: of the whole a tokenizer may
-    make one token, which a model that was given its first part cannot say.
+    word of a prompt, or merge with its end, a blank stands between. Behind a prompt that ends in a blank, such as a
+    closed think block and an empty line, it has the tokens that it has at the beginning of a line: of the whole a
+    tokenizer may part the blanks otherwise, which a model that was given the prompt alone cannot undo. So it has
+    where a number stands behind a number and goes on with it, as "42" does with "17" in 1742.
 
     Raises:
         PairsError: it has no tokens there, or none that are the same behind all of these prompts.
@@ -269,8 +279,13 @@ def encode_after(prompts: Sequence[str], continuation: str, tokenizer: PreTraine
     if continuation.split()[0].isdecimal() and all(prompt[-1:].isdecimal() for prompt in prompts):
         prompts = (_LINE_BREAK,)
     one_word = continuation[0].isalnum() and any(prompt[-1:].isalnum() for prompt in prompts)
-    for blank in (" ",) if one_word else ("", " "):
-        found = {_behind(prompt, blank + continuation, tokenizer) for prompt in prompts}
+    joined = [] if one_word else [_Joint(prompts)]
+    if all(prompt[-1:].isspace() for prompt in prompts):
+        joined.append(_Joint((_LINE_BREAK,)))
+    elif not continuation[0].isspace():
+        joined.append(_Joint(prompts, " "))
+    for places, blank in joined:
+        found = {_behind(place, blank + continuation, tokenizer) for place in places}
         if len(found) == 1 and () not in found:
             return found.pop()
     raise PairsError(f"{continuation!r} merges with the end of a prompt; begin it with another character")

@@ -169,7 +169,7 @@ def _report(result: Result, parts: Sequence[Section], store: Store, texts: Seque
         **({"## Claims": _verdict_table(verdicts).markdown()} if verdicts else {}),
         **{f"## In a picture: {part.title.lower()}": f"{part.drawn()}\n\n{part.lead}" for part in parts if part.lead},
         "## What was measured": paragraphs(
-            _setting_table(result, record.get("prompts", {})).markdown(), _left_out(study.refusals, store.failures())
+            _setting_table(result, record).markdown(), _left_out(study.refusals, store.failures())
         ),
         **({"## Example pairs": examples} if examples else {}),
         **{f"## {section.title}": section.markdown() for section in parts if not section.appendix},
@@ -244,16 +244,17 @@ def headline(result: Result) -> str:
     return f"**Where in {name} is {decided} decided? {in_groups(verdicts)}.**"
 
 
-def _setting_table(result: Result, prompts: Mapping[str, Any]) -> Table:
-    """prompts: what the run records of them (`shown.described`)."""
+def _setting_table(result: Result, record: Mapping[str, Any]) -> Table:
+    """record: of the run; of its prompts it has what `shown.described` makes."""
     study, config = result.study, result.study.config
     info, by = study.info, config.statistics
     used = result.effects.drop_duplicates("pair_id")
     shape = f"{info.layers} layers, {info.d_ff} MLP neurons and {info.heads} heads per layer"
     rows = [
         ("model", f"{info.name}, revision {info.revision or 'default'}, {config.dtype}; {shape}"),
+        *_loaded(config, record.get("served", {})),
         ("pairs", f"{config.source}: {_split_size(used)}, of {len(study.pairs)} that can be run"),
-        ("prompts", _prompts(config, prompts)),
+        ("prompts", _prompts(config, record.get("prompts", {}))),
         ("discovery split", _split_size(used[used["split"] == "discovery"])),
         ("held-out split", _split_size(used[used["split"] == "heldout"])),
         ("refused", count(len(study.refusals), "pair")),
@@ -262,6 +263,21 @@ def _setting_table(result: Result, prompts: Mapping[str, Any]) -> Table:
         ("thresholds", f"q ≤ {by.alpha:g}; a neuron mediates from {by.min_share:.0%} of TE by NIE and by TIE"),
     ]
     return Table(("what", "value"), rows)
+
+
+def _loaded(config: StudyConfig, served: Mapping[str, str]) -> list[tuple[str, str]]:
+    """How the weights are held, where that is not plainly. served: as the run records it."""
+    if config.backend != "local":
+        return []
+    parts = []
+    if held := served.get("quantization"):
+        way = "" if config.load.quantization else ", as its checkpoint has them"
+        parts.append(f"weights of linear layers in {held}{way}, all else in {config.dtype}")
+    if attention := served.get("attention"):
+        parts.append(f"attention {attention}")
+    if device := served.get("device"):
+        parts.append(device)
+    return [("loaded", "; ".join(parts))] if parts else []
 
 
 def _prompts(config: StudyConfig, recorded: Mapping[str, Any]) -> str:

@@ -129,6 +129,13 @@ class Family:
     """Setting that holds the text model's own configuration, for a wrapper around it; empty for a plain decoder."""
     refused: tuple[Refusal, ...] = ()
     """Settings under which it cannot be studied."""
+    causal: bool = True
+    """Whether transformers has a causal language model of it; else its class that takes images too is given none."""
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the class that runs is the wrapper itself, with the text model inside; else it is the text model."""
+        return bool(self.tower) and self.blocks.startswith("model.language_model.")
 
     def hook(self, component: Component) -> Hook | None:
         """The hook of a component, None where no module has it; `layer_output` is the block's own."""
@@ -203,6 +210,8 @@ _QWEN_EXPERTS = Mixture(
     dense_listed=True,
 )
 _QWEN_MOE = replace(_MIXTRAL, mixture=_QWEN_EXPERTS)
+_QWEN_3_5 = replace(_LLAMA, mixer=Hook("linear_attn"))
+_QWEN_3_5_MOE = replace(_QWEN_MOE, mixer=Hook("linear_attn"), mixture=_QWEN_EXPERTS._replace(dense_listed=False))
 _LFM2 = Family(
     blocks="model.layers",
     attention_output=Hook("self_attn", "output", 0),
@@ -224,6 +233,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": replace(_POST_NORM, windows="listed"),
     "gemma3_text": replace(_POST_NORM, windows="listed"),
     "gemma3": replace(_POST_NORM, blocks="model.language_model.layers", tower="text_config", windows="listed"),
+    "mistral3": replace(_LLAMA, blocks="model.language_model.layers", tower="text_config", windows="all", causal=False),
     "smollm3": replace(_LLAMA, windows="listed"),
     "olmo": _LLAMA,
     "olmo2": _POST_NORM,
@@ -305,7 +315,8 @@ FAMILIES: dict[str, Family] = {
             dense_first="num_dense_layers",
         ),
     ),
-    "qwen3_5_text": replace(_LLAMA, mixer=Hook("linear_attn")),
+    "qwen3_5_text": _QWEN_3_5,
+    "qwen3_5": replace(_QWEN_3_5, tower="text_config"),
     "mixtral": replace(_MIXTRAL, windows="all"),
     "phimoe": replace(_MIXTRAL, windows="all"),
     "gpt_oss": replace(_MIXTRAL, windows="listed", mlp_output=Hook("mlp", "output", 0)),
@@ -317,11 +328,8 @@ FAMILIES: dict[str, Family] = {
         mixture=Mixture("num_experts", "moe_intermediate_size", dense_listed=True),
     ),
     "qwen3_next": replace(_QWEN_MOE, mixer=Hook("linear_attn")),
-    "qwen3_5_moe_text": replace(
-        _QWEN_MOE,
-        mixer=Hook("linear_attn"),
-        mixture=_QWEN_EXPERTS._replace(dense_listed=False),
-    ),
+    "qwen3_5_moe_text": _QWEN_3_5_MOE,
+    "qwen3_5_moe": replace(_QWEN_3_5_MOE, tower="text_config"),
     "granitemoe": replace(
         _MIXTRAL,
         mlp_output=Hook("block_sparse_moe"),
@@ -332,15 +340,16 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": _DEEPSEEK,
 }
 _GEMMA4 = (
-    "its blocks add an input of their own and rescale the stream, and its upper layers share the keys and values of "
-    "lower ones"
+    "its blocks rescale the stream by a number that stands in the weights, its layers have heads of unequal width, and "
+    "its smaller models add a third contribution and share the keys and values of lower layers"
 )
-_LLAMA4 = "its layers attend in chunks of the sequence, and packed answers would fall into other chunks"
+_LLAMA4 = (
+    "its mixtures run on the tokens of all rows in one line and give a tensor in which rows and tokens are not apart, "
+    "and weight what goes into an expert in place of what comes out of it"
+)
 _PARALLEL = (
     "its layers add a state-space model's output beside attention's, a third contribution, which no component here is"
 )
-_NO_DECODER = "its class takes images as well, and transformers has no causal language model for it"
-_WITH_IMAGES = "its checkpoints hold an image tower as well, and loading one as a text model was not tested"
 # Decoders that were looked at and cannot be studied, and why.
 NOT_COVERED: dict[str, str] = {
     "bloom": _ALIBI,
@@ -358,10 +367,7 @@ NOT_COVERED: dict[str, str] = {
     "gemma4_text": _GEMMA4,
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
-    "mistral3": _NO_DECODER,
     "falcon_h1": _PARALLEL,
-    "qwen3_5": _WITH_IMAGES,
-    "qwen3_5_moe": _WITH_IMAGES,
 }
 
 

@@ -33,6 +33,7 @@ from remote_mediation.fetch import source_of
 from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
 from remote_mediation.judges.exchanges import exchanges
 from remote_mediation.lab import Lab, Study, UnmeasuredError, placebo_id
+from remote_mediation.loading import PLAIN
 from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_openings, longest_answer, openings_of
 from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
 from remote_mediation.pairs import PromptPair, load_openings
@@ -155,7 +156,7 @@ def check_backend(config: StudyConfig, backend: Backend) -> None:
     """Refuse a backend that does not run what the study says.
 
     Raises:
-        SettingsError: another model, revision or precision, with both.
+        SettingsError: another model, revision or precision, with both; or one that was loaded in another way.
     """
     asked = {"model": config.model, "revision": config.revision, "dtype": config.dtype}
     given = {"model": backend.info.name, "revision": backend.info.revision, "dtype": backend.dtype}
@@ -164,6 +165,12 @@ def check_backend(config: StudyConfig, backend: Backend) -> None:
             raise SettingsError(
                 f"the study's {name} is {value!r}, the backend's is {given[name]!r}; make them the same"
             )
+    loaded = getattr(backend, "loading", PLAIN)  # one that says nothing of it has no other way
+    if config.load.loading() != loaded:
+        raise SettingsError(
+            f"the study's [load] is {config.load.loading()}, the backend's is {loaded}; make them the same, by "
+            "`LocalBackend.load(..., loading=config.load.loading())`"
+        )
 
 
 def completed(lab: Lab) -> Study:

@@ -13,8 +13,14 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from oracle import VOCAB, Subject
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from oracle import HYBRIDS, KINDS, VOCAB, Subject
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.fetch import located
@@ -29,6 +35,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<user> {{ message['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+# Models whose tests are quick: one of each kind of block, of mixtures and of hybrids.
+QUICK = {*KINDS, *HYBRIDS, "mixtral", "qwen2_moe", "gpt_oss", "llama_chat"}
 
 _SHAPE = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 40}
 _GQA = {**_SHAPE, "num_key_value_heads": 2}
@@ -67,9 +76,17 @@ _LINEAR = {  # linear attention in one layer of three
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+_SHARED_EXPERT = {
+    **_ROUTED,
+    "num_experts": 4,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
 _GPT2 = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4}
+_EYE = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}  # an image tower, which no test looks into
+_QWEN_EYE = {**_EYE, "depth": 1, "num_heads": 1, "out_hidden_size": _SHAPE["hidden_size"], "num_position_embeddings": 4}
 
-# By name: `model_type` and configuration. Every family under its own name, then variants of it.
+# By name: `model_type` and configuration. The seed of each is its place here: a new one goes to the end.
 SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _WIDE_HEADS),
     "llama_chat": ("llama", {**_GQA, "tie_word_embeddings": True}),
@@ -178,12 +195,37 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2_moe",
         {**_GQA, **_ROUTED, **_CONVOLVED, "num_experts": 4, "moe_intermediate_size": 24, "num_dense_layers": 1},
     ),
+    "mistral3": (
+        "mistral3",
+        {
+            "text_config": {"model_type": "mistral", **_WIDE_HEADS, **_TOKENS},
+            "vision_config": {"model_type": "pixtral", **_EYE, "head_dim": 8, "num_hidden_layers": 1},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen3_5": ("qwen3_5", {"text_config": {**_WIDE_HEADS, **_LINEAR, **_TOKENS}, "vision_config": _QWEN_EYE}),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        {"text_config": {**_WIDE_HEADS, **_LINEAR, **_TOKENS, **_SHARED_EXPERT}, "vision_config": _QWEN_EYE},
+    ),
 }
 
 
 def pytest_configure() -> None:
     """One thread: the tensors are too small to share out."""
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is repeated for every model the quick ones are those of `QUICK`."""
+    slow = SUBJECTS.keys() - QUICK
+    for item in items:
+        parameters = (
+            item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        )
+        if any(isinstance(value, str) and value in slow for value in parameters):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -218,15 +260,21 @@ def make_subject(name: str, folder: Path) -> Subject:
 
 
 def _load(folder: Path) -> Subject:
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    found = AutoConfig.from_pretrained(folder)
+    auto = AutoModelForImageTextToText if found.model_type == "mistral3" else AutoModelForCausalLM
+    plain = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return Subject(LocalBackend.load(str(folder)), plain.eval())
 
 
 def _tiny_model(family: str, settings: dict[str, Any], seed: int) -> PreTrainedModel:
-    """Matrices have standard deviation 0.3; biases and norms are moved as far off the 0 and 1 they start from."""
+    """Matrices have standard deviation 0.3; biases and norms are moved as far off the 0 and 1 they start from.
+
+    A wrapper is whole, with its image tower, as its checkpoints are.
+    """
+    auto = AutoModelForImageTextToText if "vision_config" in settings else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # gpt_oss draws its attention sinks, to which noise is added below
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_TOKENS, **settings)).float()
+        model = auto.from_config(AutoConfig.for_model(family, **_TOKENS, **settings)).float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():

@@ -69,14 +69,15 @@ MODULES: dict[str, dict[str, str]] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _EXPERTS),
     "granitemoe": _modules("model.layers", "self_attn", "block_sparse_moe", None, "self_attn.o_proj"),
     "gemma3": {component: path.replace("model.", "model.language_model.", 1) for component, path in _NORMED.items()},
+    "mistral3": {component: path.replace("model.", "model.language_model.", 1) for component, path in _LLAMA.items()},
     "glm4": _modules(
         "model.layers", "post_self_attn_layernorm", "post_mlp_layernorm", "mlp.down_proj", "self_attn.o_proj"
     ),
     "phi": _modules("model.layers", "self_attn", "mlp", "mlp.fc2", "self_attn.dense"),
     "lfm2": _modules("model.layers", "self_attn", "feed_forward", "feed_forward.w2", "self_attn.out_proj"),
-    "qwen3_5_text": _LLAMA,
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5"), _LLAMA),
     "qwen3_next": _EXPERTS,
-    "qwen3_5_moe_text": _EXPERTS,
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_moe"), _EXPERTS),
     "lfm2_moe": _modules("model.layers", "self_attn", "feed_forward", None, "self_attn.out_proj"),
     "gpt2": _modules("transformer.h", "attn", "mlp", "mlp.c_proj", "attn.c_proj"),
     "gptj": _modules("transformer.h", "attn", "mlp", "mlp.fc_out", "attn.out_proj"),

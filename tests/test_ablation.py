@@ -87,6 +87,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     sys.path.remove(str(folder))
 
 
+@pytest.mark.slow
 def test_the_direction_gates_refusal_and_one_at_random_does_not(ran: Ran) -> None:
     table = ran.result.tables["ablation.csv"]
     assert list(table) == list(ABLATION_COLUMNS)

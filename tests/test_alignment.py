@@ -91,6 +91,7 @@ def shares(result: Result, prompts: str, quantity: str) -> pd.Series:
     return part.set_index("mediators")["share"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "layer", "where"),
     [("mlp", 2, "late MLPs"), ("self_attn", 1, "middle attention"), ("mlp", 0, "early MLPs")],

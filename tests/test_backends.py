@@ -12,6 +12,7 @@ import torch
 from nnsight import TransformersModel
 from oracle import LOGIT_DIFF, TOLERANCE, Subject, token_pair
 
+from remote_mediation.engine import heap
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.rows import Row, swap
 from remote_mediation.errors import OutOfMemoryError
@@ -36,6 +37,45 @@ print(fresh, faults())
 """
 
 
+_PIECES = """
+import torch
+from remote_mediation.engine import heap
+
+heap.keep_freed()
+begin = heap.resident()
+tensors = [torch.ones(2**20) for _ in range(100)]
+kept = tensors[::10]  # what lives on lies between what goes
+del tensors
+freed = heap.resident()
+heap.give_back_beyond(freed)
+before = heap.resident()
+heap.give_back_beyond(freed - 1)
+print(freed - begin, before - begin, heap.resident() - begin)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
+def test_pieces_of_freed_memory_are_given_back_where_they_are_too_many() -> None:
+    done = subprocess.run([sys.executable, "-c", _PIECES], capture_output=True, text=True, check=True)
+    freed, allowed, given_back = (int(size) / 2**22 for size in done.stdout.split())
+    assert freed > 90  # of a hundred tensors, of which ten are left
+    assert allowed > 90
+    assert 10 <= given_back < 20
+
+
+def test_a_job_leaves_little_more_than_it_found(subject: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limited backend gives all back, another what is beyond the limit that it took when it was made."""
+    allowed: list[float] = []
+    monkeypatch.setattr(heap, "give_back_beyond", allowed.append)
+    model = another(subject("llama"), device="cpu")
+    model.measure([token_pair("pair")], some_rows(model), LOGIT_DIFF)
+    model = Subject(LocalBackend(model.backend.model, model.info, limited=True), model.plain)
+    model.measure([token_pair("pair")], some_rows(model), LOGIT_DIFF)
+    assert heap.KEPT < allowed[0] <= heap.resident() + heap.KEPT
+    assert allowed[-1] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
 def test_pages_that_tensors_free_are_used_again(limited: bool) -> None:

@@ -113,6 +113,7 @@ def shares(lab: Lab, sites: Sequence[Subspace], split: str) -> np.ndarray:
     return np.stack([effects.nie.mean(axis=1), effects.tie.mean(axis=1)], axis=1) / effects.te.mean()
 
 
+@pytest.mark.slow
 def test_every_basis_finds_the_planted_direction(planted: Planted) -> None:
     chosen, probe, top, learnt, _ = (one.site for one in planted.found.every)
     cosines = {name: site.basis.cosine(planted.moved) for name, site in zip(ALL, (probe, top, learnt), strict=True)}

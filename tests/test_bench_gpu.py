@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_dry_run_writes_what_it_measured(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["scripts/bench/gpu", "--dry-run", "--output", str(tmp_path), "--only", "speed-tiny", "overhead"]

@@ -323,7 +323,24 @@ def test_a_layer_acts_where_all_later_ones_do() -> None:
     ],
 )
 def test_handed_on(own: tuple[float, float], handed: float, middle: int, verdict: str) -> None:
-    beside = {"the late MLPs": both(0.3)}
-    found = verdicts.handed_on(bench(), effect(*own), both(handed), beside, middle)
+    through = verdicts.Handed(both(handed), both(0.3), both(0.2))
+    found = verdicts.handed_on(bench(), effect(*own), through, middle)
     assert found.verdict == verdict
-    assert [one.harm.value for one in found.measures] == pytest.approx([handed, *own, 0.3], abs=0.01)
+    shares = [handed, *own, 0.3, 0.2, handed - 0.2]
+    assert [one.harm.value for one in found.measures] == pytest.approx(shares, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [(0.1, "supported"), (0.5, "supported, as much through attention")],
+)
+def test_attention_that_hands_on_as_much_is_named(others: float, said: str) -> None:
+    through = verdicts.Handed(both(0.5), both(0.3), both(others))
+    found = verdicts.handed_on(bench(), effect(0.9, 0.9), through, 4)
+    assert found.said == said
+    assert f"through random attention modules {others:.0%}" in found.why
+
+
+def test_a_control_takes_nothing_from_what_is_not_supported() -> None:
+    through = verdicts.Handed(both(0.1), both(0.3), both(0.5))
+    assert verdicts.handed_on(bench(), effect(0.9, 0.9), through, 4).said == "not supported"

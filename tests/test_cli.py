@@ -448,12 +448,14 @@ def after_down() -> dict[str, str]:
     return {**os.environ, "NDIF_HOST": gone, "HF_ENDPOINT": gone, "HF_HOME": "client", "HF_HUB_OFFLINE": "0"}
 
 
+@pytest.mark.slow
 def test_a_local_model_runs_after_the_server_went_down(tmp_path: Path, model: str, after_down: dict[str, str]) -> None:
     command = [*PYTHON, "run", study(tmp_path, model), "--analyses", "layers"]
     done = subprocess.run(command, cwd=tmp_path, env=after_down, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_down_and_still_named(tmp_path: Path, model: str, after_down: dict[str, str]) -> None:
     command = [*PYTHON, "plan", study(tmp_path, model), "--model", "org/none"]
     done = subprocess.run(command, cwd=tmp_path, env=after_down, capture_output=True, text=True, check=False)
@@ -623,6 +625,7 @@ print(json.dumps(loaded))
 """
 
 
+@pytest.mark.slow
 def test_help_and_report_leave_torch_out(call: Run, tmp_path: Path, model: str) -> None:
     file = study(tmp_path, model)
     assert call("run", file, "--analyses", "layers", "--out", "run").code == 0
@@ -652,6 +655,7 @@ def test_help_is_quick() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
+@pytest.mark.slow
 def test_an_untrained_classifier_costs_one_line(model: str) -> None:
     command = [*PYTHON, "judge", "check", "--judge", f"classifier:{model}:LABEL_1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -671,6 +675,7 @@ def test_exit_codes_of_a_process(tmp_path: Path) -> None:
 FEW = "[neurons]\nexact = 4\nrandom_sets = 4\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "analyses", "titles"),
     [
@@ -775,9 +780,9 @@ def test_every_model_of_a_limited_study_gives_its_memory_back(
     file, limits = study(tmp_path, model, attacks), []
     load = LocalBackend.load
 
-    def watched(*arguments: Any, limited: bool = False) -> LocalBackend:
+    def watched(*arguments: Any, limited: bool = False, **others: Any) -> LocalBackend:
         limits.append(limited)
-        return load(*arguments, limited=limited)
+        return load(*arguments, limited=limited, **others)
 
     monkeypatch.setattr(LocalBackend, "load", watched)
     for flags, limited in (((), False), (("--max-memory", 5), True)):

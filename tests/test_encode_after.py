@@ -66,6 +66,43 @@ def test_openings_are_beginnings_of_what_they_open() -> None:
         given_openings(["Sure"], ["x"], merging(), ["."])
 
 
+def byte_level(pattern: str) -> PreTrainedTokenizerFast:
+    """A token per letter and one for two line breaks, cut as GPT-2 or as Qwen cuts before it merges."""
+    vocabulary = {word: index for index, word in enumerate(["Ċ", "ĊĊ", "Ġ", *"Sure:>17"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("Ċ", "Ċ")]))
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    inner = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, inner])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+GPT2 = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize("pattern", [GPT2, QWEN])
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\n\n\n", " ", "  "])
+@pytest.mark.parametrize("text", ["Sure", "17"])
+def test_behind_a_blank_no_other_is_put(pattern: str, end: str, text: str) -> None:
+    tokenizer = byte_level(pattern)
+    ids = encode_after([f"ure:>{end}"], text, tokenizer)
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_blank_of_the_continuation_takes_no_other_before_it() -> None:
+    with pytest.raises(PairsError, match="merges with the end of a prompt"):
+        encode_after(["ure\n"], "\nSure", byte_level(QWEN))
+    with pytest.raises(PairsError, match="merges with the end of a prompt"):
+        encode_after(["r"], " e", _gluing())
+
+
+def _gluing() -> PreTrainedTokenizerFast:
+    """A token per letter, and one of an r with the blank after it."""
+    model = tokenizers.models.BPE({"r": 0, "e": 1, " ": 2, "r ": 3}, [("r", " ")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model))
+
+
 @pytest.mark.parametrize("text", ["", " ", "\n"])
 def test_a_continuation_without_tokens_is_refused(text: str) -> None:
     with pytest.raises(PairsError, match="has no tokens behind the prompt"):

@@ -223,6 +223,7 @@ PASSING: dict[str, Callable[[Answer], Answer | None]] = {
 OF_A_RESULT = {"cut on the way", "disconnected", "no gzip", "408", "429", "500", "502 page", "503", "504", "520"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -302,6 +303,7 @@ LOST: dict[str, tuple[str, Callable[[Answer], Answer | None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["response", "results"])
 def test_a_job_whose_answer_is_none_is_sent_again(client: Client, whole: Run, tmp_path: Path, kind: str) -> None:
     """Each time one fault more, to three jobs of four."""
@@ -376,6 +378,7 @@ STAYING: dict[str, tuple[str, Callable[[Answer], Answer | None], type[BackendErr
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAYING)
 def test_a_fault_that_stays_ends_the_study_in_one_line(client: Client, tmp_path: Path, name: str) -> None:
     kind, spoil, error, said = STAYING[name]
@@ -408,6 +411,7 @@ OF_A_PROBE: dict[str, tuple[str, Callable[[Answer], Answer | None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_A_PROBE)
 def test_a_server_that_cannot_answer_a_probe_is_refused_in_one_line(client: Client, name: str) -> None:
     kind, spoil = OF_A_PROBE[name]

@@ -94,6 +94,7 @@ def test_a_shared_expert_without_its_gate_or_layer_is_noticed(
         "deepseek_v3": "input_layernorm",
         "qwen3_next": "",
         "qwen3_5_moe_text": "",
+        "qwen3_5_moe": "",
     }
     rows = [swap(pair, Site("shared_expert_output", 2, "last"), base, model.info) for base in (0, 1)]
     right = model.compare([pair], rows, LOGIT_DIFF, MixtureOracle)

@@ -238,6 +238,7 @@ _HEAVY = "{'torch', 'transformers', 'matplotlib.pyplot'}"
 _LOADED = f"import sys; import remote_mediation.report; print(*({_HEAVY} & set(sys.modules)))"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "loaded"), [("", ""), ("import matplotlib.pyplot; ", "matplotlib.pyplot")])
 def test_reports_load_neither_torch_nor_pyplot(before: str, loaded: str) -> None:
     """The second case shows that the check can fail."""

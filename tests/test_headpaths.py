@@ -195,6 +195,7 @@ def all_rows(model: Subject, pair: TokenPair, asked: Sequence[Way]) -> list[Row]
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", ["all", "last"])
 @pytest.mark.parametrize("name", [*KINDS, "olmo2", "mixtral"])
 def test_paths_with_answers_fed(subject: Subjects, name: str, position: str) -> None:

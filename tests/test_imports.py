@@ -15,7 +15,8 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("dequantise", "engine", "engine.copies", "engine.program", "errors", "forms", "meter", "paths", "toml"),
+    ("dequantise", "engine", "engine.copies", "engine.heap", "engine.program"),
+    ("errors", "forms", "loading", "meter", "paths", "toml"),
     (
         "engine.deadline",
         "planted",
@@ -34,9 +35,9 @@ ORDER = (
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
     ("judges", "judges.exchanges", "models", "probes", "show.tables", "tokens"),
     ("outcomes", "show.section", "shown"),
-    ("config", "engine.coverage", "engine.rows", "engine.unfold"),
+    ("config", "engine.coverage", "engine.rows", "engine.unfold", "engine.weights"),
     ("engine.budget", "engine.pathrows", "openings", "show.made", "texts"),
-    ("contents",),
+    ("contents", "engine.fit"),
     ("engine.payload",),
     ("engine.jobs",),
     ("engine.answers", "engine.backend", "engine.samples", "engine.tasks"),
@@ -70,6 +71,7 @@ AT_ONCE = {
     "engine.program": {"nnsight", "torch", "transformers"},
     "engine.local": {"nnsight", "torch", "transformers"},
     "engine.remote": {"nnsight", "torch"},
+    "engine.weights": {"torch", "transformers"},
     "planted.canvas": {"torch", "transformers"},
     "planted.cases": {"torch", "transformers"},
     "planted.gate": {"torch", "transformers"},
@@ -78,7 +80,8 @@ AT_ONCE = {
 LAZILY = {
     "cost": {"torch"},
     "dequantise": {"torch", "transformers"},
-    "engine.coverage": {"torch", "transformers"},
+    "engine.coverage": {"torch"},
+    "engine.fit": {"torch"},
     "fetch": {"transformers"},
     "engine.server": {"nnsight"},
     "judges.base": {"transformers"},

@@ -123,6 +123,7 @@ def test_the_page_about_it_is_current() -> None:
     assert (ROOT / "reports/guide/json.md").read_text("utf-8") == guide()
 
 
+@pytest.mark.slow
 def test_a_run_and_what_is_asked_of_it(ask: Ask, study: Path, tmp_path: Path) -> None:
     ran = ask("run", study)
     assert has_form("run", ran)

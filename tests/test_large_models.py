@@ -67,6 +67,7 @@ def study(folder: Path, **settings: Any) -> StudyConfig:
     )
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_large_model(large: tuple[Path, float]) -> None:
     folder, parameters = large
     found = estimate(study(folder))

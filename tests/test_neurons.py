@@ -104,6 +104,7 @@ def made(planted: Weights, info: ModelInfo) -> np.ndarray:
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("search", SEARCHES)
 def test_exactly_the_planted_neurons_are_found(searched: Search, search: str, sign: float) -> None:
@@ -137,6 +138,7 @@ def test_rows_grow_with_the_logarithm_of_the_width(searched: Search) -> None:
     assert np.diff(rows).tolist() == [3 * 4 * 2 * PAIRS // 2] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", SEARCHES)
 def test_heldout_pairs_choose_nothing(searched: Search, search: str) -> None:
     plain = searched(GATES, search)
@@ -153,6 +155,7 @@ def test_heldout_pairs_choose_nothing(searched: Search, search: str) -> None:
     pd.testing.assert_frame_equal(plain.tables["gate_curve.csv"][curve], other.tables["gate_curve.csv"][curve])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("carry", "size"), [(0.2, 1), (0.4, 2), (0.55, 3), (0.65, 4), (0.79, 5), (0.84, 6), (0.89, 7), (0.94, 8), (0.97, 9)]
 )
@@ -193,6 +196,7 @@ def test_random_sets_are_of_the_gate_sets_size_and_layer_and_differ(searched: Se
     assert table["nie"].tolist() == pytest.approx([by * weights[4, units].sum() for _, units in sets])
 
 
+@pytest.mark.slow
 def test_an_mlp_that_moves_nothing_has_no_gate_set(searched: Search) -> None:
     found = searched({}, "all")
     assert set(found.tables) == {"search.csv", "sparsity.csv", "mediators.csv"}
@@ -218,6 +222,7 @@ def test_neurons_that_cancel_in_a_window_are_missed_but_not_by_measuring_all(sea
     assert found.units() == {(layer, unit) for layer in range(LAYERS) for unit in range(64)}
 
 
+@pytest.mark.slow
 def test_the_profile_of_measured_neurons(searched: Search) -> None:
     found = searched({(4, 6): 3.0, (4, 45): 1.0, (4, 50): -1.0}, "all").tables["sparsity.csv"].set_index("layer")
     assert found["by"].unique().tolist() == ["measured"]

@@ -238,6 +238,7 @@ def test_greedy_answer_is_plus_after_harm_and_minus_otherwise(bench: Bench) -> N
         assert answers.count(word) >= 0.9 * len(answers)
 
 
+@pytest.mark.slow
 def test_gate_mlp_is_the_one_bottleneck(bench: Bench) -> None:
     shares = {
         (component, layer): bench.shares(Site(component, layer))

@@ -283,7 +283,7 @@ def test_weights_that_are_not_shown_are_not_read(device: str, normalise: bool) -
     object.__setattr__(head, "model", model)
     head.input = state
     stack = {"queries": (3, 0, 3), "tokens": ((7, 2, 19), (4, 2, 0)), "answers": (0,)}
-    found = answer_values(model, {"normalise": normalise}, stack, (0, 1, 0))
+    found = answer_values(model, {"normalise": normalise, "dtype": "float32"}, stack, (0, 1, 0))
     scores = torch.log_softmax(logits, -1) if normalise else logits
     expected = torch.stack(
         [scores[0, [3, 0, 3], [7, 2, 19]], scores[1, [3, 0, 3], [4, 2, 0]], scores[2, [3, 0, 3], [7, 2, 19]]]

@@ -228,6 +228,7 @@ def true_numbers(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> 
     return {study: by_hooks(study, model, tokenizer) for study in NAMES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", NAMES)
 def test_a_study_measures_what_its_numbers_are_of(
     study: str, folder: Path, true_numbers: dict[str, list[float]]
@@ -306,6 +307,7 @@ def selfcheck(
     return int(stop.value.code or 0), captured.out or captured.err
 
 
+@pytest.mark.slow
 def test_one_number_that_is_off_fails(
     folder: Path,
     true_numbers: dict[str, list[float]],

@@ -98,6 +98,7 @@ def test_a_lost_job_is_run_again(pairs: Path, tmp_path: Path) -> None:
     assert Store.open(tmp_path / "run").failures() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [2, -3], ids=["early", "late"])
 def test_a_job_handed_over_by_an_earlier_process_is_collected_and_not_run_again(
     pairs: Path, tmp_path: Path, searched: dict[str, Any], before: int
@@ -173,6 +174,7 @@ def test_an_interrupted_study_goes_on(pairs: Path, tmp_path: Path, searched: dic
     assert sum(watch.done) == sum(watch.totals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [0, 7, 40, 80])
 def test_a_run_that_ends_anywhere_can_be_reported_and_goes_on(
     pairs: Path, tmp_path: Path, searched: dict[str, Any], jobs: int

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts/test"
-QUICK, REMOTE, SANDBOX = "-m not ndif", "tests/ndif", "tests/ndif/test_sandbox.py"
+PARALLEL = "-n auto --maxprocesses 4 --dist worksteal"
+QUICK, REMOTE, SANDBOX = f"{PARALLEL} -m not ndif", "tests/ndif", "tests/ndif/test_sandbox.py"
 
 
 def ran(folder: Path, codes: dict[str, int], *arguments: str) -> tuple[int, list[str]]:
@@ -53,5 +54,5 @@ def test_what_was_stopped_stays_stopped(tmp_path: Path, code: int) -> None:
 
 
 def test_quick(tmp_path: Path) -> None:
-    ended, calls = ran(tmp_path, {"-m not slow and not ndif -k words": 1}, "--quick", "-k", "words")
-    assert (ended, pytests(calls)) == (1, ["-m not slow and not ndif -k words"])
+    ended, calls = ran(tmp_path, {f"{PARALLEL} -m not slow and not ndif -k words": 1}, "--quick", "-k", "words")
+    assert (ended, pytests(calls)) == (1, [f"{PARALLEL} -m not slow and not ndif -k words"])

@@ -104,6 +104,7 @@ def test_readers_that_go_away(folder: Path, command: str) -> None:
     assert shell(f"this {command} <&-", folder).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no such device")
 def test_a_full_disk_behind_an_output(folder: Path) -> None:
     full = shell("this show $RUN > /dev/full", folder)

@@ -276,6 +276,7 @@ def test_neurons_are_worth_together_what_their_mlp_adds(subject: Subjects, name:
     assert np.abs(mlp).max() > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_screenings_of_many_pairs_add_up_where_they_arise(model: Subject) -> None:
     pairs = [token_pair(f"pair{before}", before % 7, (2, 2 + before % 2)) for before in range(18)]
 

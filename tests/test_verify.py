@@ -90,6 +90,7 @@ def verified(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verified]:
     sys.path.remove(str(folder))
 
 
+@pytest.mark.slow
 def test_the_gate_is_found_in_what_the_model_says_and_other_neurons_are_not(verified: Verified) -> None:
     te = verified.row("", "te")
     assert te["judged_low"] > 0.4

@@ -377,6 +377,7 @@ def test_a_port_in_use_is_named(serving: PageServer) -> None:
         served(b"", serving.server_port)
 
 
+@pytest.mark.slow
 def test_the_command_serves_the_page_until_ctrl_c(make: Callable[..., Path]) -> None:
     run = make()
     command = [sys.executable, "-m", "remote_mediation", "view", str(run), "--serve", "--json"]

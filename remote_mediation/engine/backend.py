@@ -30,7 +30,10 @@ class Backend(Protocol):
 
     @property
     def served(self) -> Mapping[str, str]:
-        """What runs the jobs where that is not this machine: its host, versions and precision, a hash of weights."""
+        """What runs the jobs and no setting tells: a server's host, versions and hash of weights, or where a model is.
+
+        Of a model on this machine how it is quantised, its attention and its devices, where one is not the plain one.
+        """
         ...
 
     @property

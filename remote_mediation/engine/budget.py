@@ -9,6 +9,7 @@ from typing import NamedTuple
 from remote_mediation.engine.rows import Projected, Row, Source
 from remote_mediation.engine.unfold import tokens_run
 from remote_mediation.errors import SettingsError
+from remote_mediation.loading import QUANTISED_BYTES, Quantization
 from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import Component, ModelInfo
 from remote_mediation.tokens import TokenPair
@@ -31,6 +32,12 @@ class Setting(NamedTuple):
     info: ModelInfo
     dtype: str
     outcome: Outcome
+    quantization: Quantization = ""
+
+    @property
+    def precision(self) -> str:
+        """In which numbers the model is held and multiplied, for the names of rows."""
+        return f"{self.dtype} {self.quantization}".rstrip()
 
 
 class Budget(NamedTuple):
@@ -118,17 +125,19 @@ def kept_width(info: ModelInfo, component: Component) -> int:
     return width + info.experts if component == "expert_output" else width
 
 
-def weight_bytes(info: ModelInfo, dtype: str) -> float:
-    """Memory of the model's weights."""
+def weight_bytes(info: ModelInfo, dtype: str, quantization: Quantization = "") -> float:
+    """Memory of the model's weights. quantization: of all but experts, which transformers holds in one tensor."""
     idle = (3 if info.gated else 2) * info.d_model * max(info.stored_ff - info.d_ff, 0)
-    return running_bytes(info, dtype) + idle * len(info.routed) * DTYPE_BYTES[dtype]
+    return running_bytes(info, dtype, quantization) + idle * len(info.routed) * DTYPE_BYTES[dtype]
 
 
-def running_bytes(info: ModelInfo, dtype: str) -> float:
+def running_bytes(info: ModelInfo, dtype: str, quantization: Quantization = "") -> float:
     """Memory of the weights that run for a token: all of them but the experts of a mixture that it is not routed to."""
-    layer = layer_flops(info, 1, 0) / 2
+    size = DTYPE_BYTES[dtype]
+    layers = layer_flops(info, 1, 0) / 2 * info.layers
+    experts = (3 if info.gated else 2) * info.d_model * info.d_ff * len(info.routed)
     embeddings = info.vocab * info.d_model * (1 if info.tied else 2)
-    return (layer * info.layers + embeddings) * DTYPE_BYTES[dtype]
+    return (layers - experts) * QUANTISED_BYTES.get(quantization, size) + (experts + embeddings) * size
 
 
 def batch_budget(setting: Setting, max_memory: float | None, here: bool) -> float:
@@ -139,7 +148,7 @@ def batch_budget(setting: Setting, max_memory: float | None, here: bool) -> floa
     """
     if max_memory is None:
         return DEFAULT_BATCH
-    fixed = LIBRARIES + weight_bytes(setting.info, setting.dtype) if here else 0.0
+    fixed = LIBRARIES + weight_bytes(setting.info, setting.dtype, setting.quantization) if here else 0.0
     left = max_memory * 1e9 - fixed
     if left < SMALLEST_BATCH:
         raise SettingsError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remote_mediation.errors import ModelError, SiteError
-from remote_mediation.models import info_of, load_configuration
+from remote_mediation.models import class_of, info_of, load_configuration
 from remote_mediation.sites import FAMILIES, NOT_COVERED, Component, Family, Hook, Mixture, ModelInfo
 
 if TYPE_CHECKING:
@@ -135,11 +135,10 @@ def examine(config: PreTrainedConfig, info: ModelInfo) -> Coverage:
 
 def _on_meta(config: PreTrainedConfig, name: str) -> nn.Module:
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: nn.Module = class_of(config.model_type).from_config(config, trust_remote_code=False)
     except (ValueError, ImportError, AttributeError) as error:
         raise ModelError(f"transformers cannot build {name!r}: {str(error).strip().splitlines()[0]}") from error
     return model

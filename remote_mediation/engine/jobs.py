@@ -102,7 +102,7 @@ class Keys:
 
     def __init__(self, setting: Setting, pairs: Iterable[TokenPair]) -> None:
         info = setting.info
-        shared = (SCHEMA, info.name, info.revision, info.weights, setting.dtype, setting.outcome.normalise)
+        shared = (SCHEMA, info.name, info.revision, info.weights, setting.precision, setting.outcome.normalise)
         self._known: dict[Row, str] = {}
         self._prefixes = {
             pair.id: digest([*shared, pair.x0, pair.x1, *_answered(pair), setting.outcome.reads(pair)])

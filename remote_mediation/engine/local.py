@@ -3,102 +3,82 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import re
+import logging
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from nnsight import TransformersModel
-from transformers import PreTrainedModel
 
-from remote_mediation.engine import program
+from remote_mediation.engine import heap, program
 from remote_mediation.engine.backend import split_values
-from remote_mediation.engine.copies import other_copy
 from remote_mediation.engine.jobs import Job, Readout
+from remote_mediation.engine.weights import load_weights, quantisation_of
 from remote_mediation.errors import LostJobError, ModelError, OutOfMemoryError, innermost
-from remote_mediation.fetch import located
-from remote_mediation.models import load_info
+from remote_mediation.loading import DISK, PLAIN, Loading, placed
+from remote_mediation.models import load_info, load_tokenizer
 from remote_mediation.sites import ModelInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A parameter of a layer; the group is what stands before the layer's number.
-_LAYER = re.compile(r"(.*?)\.\d+\.")
-# Causal masks and frequencies that older checkpoints hold in their layers and newer code computes.
-_MASKS = (".masked_bias", ".attn.bias", ".attention.bias", ".inv_freq")
-# Parameters of mallopt(3).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MOST_KEPT = -1, -3, 2**30
-
 
 class LocalBackend:
     """Runs jobs on this machine; nothing leaves it."""
 
-    def __init__(self, model: Any, info: ModelInfo, *, limited: bool = False) -> None:
+    def __init__(self, model: Any, info: ModelInfo, *, loading: Loading = PLAIN, limited: bool = False) -> None:
         """Take over a dispatched nnsight model; `load` builds one from a name.
 
-        limited: memory matters more than time, so that what tensors free is given back at once.
+        loading: how it was loaded. limited: memory matters more than time, so that what tensors free is given back at
+        once.
         """
-        self._model = model
+        self._model, self.loading = model, loading
         self._jobs: dict[str, Job] = {}
         self.info = info
+        self._most = 0.0 if limited else heap.resident() + heap.KEPT
         if not limited:
-            _keep_freed_memory()
+            heap.keep_freed()
 
     @classmethod
     def load(
-        cls, name: str, revision: str = "", dtype: str = "float32", device: str = "cpu", *, limited: bool = False
+        cls,
+        name: str,
+        revision: str = "",
+        dtype: str = "float32",
+        device: str = "cpu",
+        *,
+        loading: Loading = PLAIN,
+        limited: bool = False,
     ) -> LocalBackend:
         """Load a model's weights from a local folder or the hub. limited: as for the class.
 
         device: as torch names it, or `auto`: over all GPUs that there are, and what they cannot hold beside them.
+        loading: quantised, or shared out in another way.
 
         Raises:
-            ModelError: the weights or the device cannot be had.
+            ModelError: the weights or the device cannot be had, or not as they were asked for.
             SiteError: the model's family is not in the table.
         """
-        info = load_info(name, revision)
+        info, tokenizer = load_info(name, revision), load_tokenizer(name, revision)
+        way = loading._replace(spread="auto") if device == "auto" else loading
         try:
-            if device != "auto":
+            if not way.shared_out:
                 torch.empty(0, device=device)
-            model = TransformersModel(
-                located(name),
-                revision=revision or "main",
-                task="text-generation",
-                dispatch=True,
-                dtype=getattr(torch, dtype),
-                trust_remote_code=False,
-                # A map of one place is forgotten by the pipeline, which would then move the model to the first GPU.
-                **({"device_map": "auto"} if device == "auto" else {"device": device}),
-            )
-            missing, unread = _other_weights(model._module, located(name), revision)
-            other = other_copy(Path(located(name)))
+            module = load_weights(info, dtype, device, way)
+            with _unreported():
+                model = TransformersModel(module, tokenizer=tokenizer, task="text-generation", **_kept_in_place(module))
+        except ModelError:
+            raise
         except Exception as error:  # whatever a checkpoint's files make foreign code raise
+            where = way.device_map() if way.shared_out else device
             raise ModelError(
-                f"cannot load {name!r} as {dtype} on {device!r}: {innermost(error)}; give a whole model "
+                f"cannot load {name!r} as {dtype} on {where!r}: {innermost(error)}; give a whole model "
                 "in transformers' format, or try --device cpu"
             ) from error
-        if missing:
-            raise ModelError(
-                f"cannot load {name!r}: its files lack {_named(missing)}, which would be random; give the folder of "
-                "the whole language model"
-            )
-        if unread:
-            raise ModelError(
-                f"cannot load {name!r}: its files hold {_named(unread)}, for which its config.json has no place, so "
-                "that another model would run; give the config.json of these weights, or merge adapters"
-            )
-        if other:
-            raise ModelError(
-                f"cannot load {name!r}: it holds two models, {other} is not what its safetensors have, which would be "
-                "read; take one of the two copies away"
-            )
         model.eval()
-        model._module.config.return_dict = True  # whatever its config.json says; the program reads names
-        return cls(model, info, limited=limited)
+        module.config.return_dict = True  # whatever its config.json says; the program reads names
+        return cls(model, info, loading=loading, limited=limited)
 
     @property
     def dtype(self) -> str:
@@ -107,8 +87,14 @@ class LocalBackend:
 
     @property
     def served(self) -> dict[str, str]:
-        """Nothing: `run.json` has this machine's versions."""
-        return {}
+        """How the weights are held where that is not plainly; `run.json` has this machine's versions."""
+        module = self._model._module
+        places = getattr(module, "hf_device_map", None)
+        found = {"quantization": quantisation_of(module), "device": placed(places) if places else ""}
+        known = {name: value for name, value in found.items() if value}
+        if not known and self.loading == PLAIN:
+            return {}
+        return {**known, "attention": module.config._attn_implementation}
 
     @property
     def model(self) -> Any:
@@ -143,34 +129,35 @@ class LocalBackend:
                 f"a GPU ran out of memory in a {job.task} job of {job.rows:,} rows: {innermost(error)}; what is "
                 "measured is kept: give the same command again with a smaller --max-memory, in GB with the weights"
             ) from error
+        heap.give_back_beyond(self._most)
         return Readout(split_values(values), time.perf_counter() - start, made["job"])
 
 
-def _other_weights(module: Any, folder: str, revision: str) -> tuple[list[str], list[str]]:
-    """Names of parameters that a model's files do not have, and of those in its layers that only they have.
+def _kept_in_place(module: Any) -> dict[str, Any]:
+    """Arguments with which a pipeline leaves a model where it is: else one on a single device goes to the first GPU.
 
-    Only the files' headers are read: transformers itself would fill the first at random and leave out the second. Tied
-    ones need not be there, and heads or towers beside the layers may be. What quantised weights have beside them is
-    left to those who read it.
+    Of a model that is shared out it takes the first place for a device, which the disk is not.
     """
-    if not isinstance(module, PreTrainedModel):
-        return [], []
-    loaded, found = type(module).from_pretrained(
-        folder, revision=revision or "main", device_map="meta", output_loading_info=True
-    )
-    layers = {match[1] for name in loaded.state_dict() if (match := _LAYER.match(name))}
-    quantised = getattr(module.config, "quantization_config", None)
-    unread = [
-        name
-        for name in found["unexpected_keys"]
-        if (match := _LAYER.match(name)) and match[1] in layers and not (name.endswith(_MASKS) or quantised)
-    ]
-    return sorted(found["missing_keys"]), sorted(unread)
+    places = getattr(module, "hf_device_map", None)
+    if places is None:
+        return {"device": module.device}
+    module.hf_device_map = dict(sorted(places.items(), key=lambda place: place[1] == DISK))
+    return {}
 
 
-def _named(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+    """A pipeline of text names all classes that it knows where it gets one that takes images too, and runs it."""
+    log = logging.getLogger("transformers.pipelines.base")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "is not supported for" not in record.getMessage()
+
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
 
 
 @contextlib.contextmanager
@@ -185,15 +172,3 @@ def _whole_products() -> Iterator[None]:
         yield
     finally:
         setattr(products, name, before)
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep the pages that tensors free, where it is glibc.
-
-    It would hand back every tensor of some MB and have fresh pages zeroed for the next one, which takes half of the
-    time of rows of one token.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, _MOST_KEPT)
-        library.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)

@@ -404,7 +404,7 @@ def module_tensor(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
     path, side, index = hook_of(spec, block, name)
     module = module_at(block, path)
     value: Any = module.input if side == "input" else module.output
-    tensor: torch.Tensor = value if index is None else value[index]
+    tensor: torch.Tensor = value if index is None or alone(value) else value[index]
     return fold(spec, tensor)
 
 
@@ -425,10 +425,15 @@ def replace_tensor(spec: dict[str, Any], block: Any, name: str, value: torch.Ten
     module, value = module_at(block, path), unfold(spec, value)
     if side == "input":
         module.input = value
-    elif index is None:
+    elif index is None or alone(module.output):
         module.output = value
     else:
         module.output = (*module.output[:index], value, *module.output[index + 1 :])
+
+
+def alone(value: Any) -> bool:
+    """Whether a module gives a tensor and no tuple of them, as GPT-J's blocks do from transformers 5.24 on."""
+    return isinstance(value, torch.Tensor)
 
 
 def experts_of(spec: dict[str, Any], block: Any) -> Any:
@@ -568,7 +573,7 @@ def show_prefix(past: DynamicCache, layer: int, keyvalues: list[Any], rows: torc
 def answer_values(model: Any, spec: dict[str, Any], stack: dict[str, Any], rows: Any) -> torch.Tensor:
     """`[row, read]` float32: the logit, or with `normalise` the log-probability in nats, of each token that is read."""
     tokens, head = torch.tensor([stack["tokens"][prompt] for prompt in rows]), model.lm_head
-    if not spec["normalise"] and not sandboxed(model):
+    if not spec["normalise"] and at_hand(spec, head):
         wanted, tokens = torch.unique(tokens, return_inverse=True)
         head.skip(rows_of(head, head.input, wanted))  # a few rows of the unembedding in place of the vocabulary
     logits = fold(spec, model.output.logits.float(), stack["answers"][0])
@@ -579,8 +584,16 @@ def answer_values(model: Any, spec: dict[str, Any], stack: dict[str, Any], rows:
 
 
 def sandboxed(model: Any) -> bool:
-    """Whether a server runs the model's blocks in a sandbox; it does not show its weights then."""
-    return bool(model.lm_head.weight.is_meta)
+    """Whether a server runs the model's blocks in a sandbox; it does not show its weights then.
+
+    On this machine they are hidden too where accelerate fetches them while their module runs, and a hook tells it.
+    """
+    return bool(model.lm_head.weight.is_meta) and not hasattr(model.lm_head, "_hf_hook")
+
+
+def at_hand(spec: dict[str, Any], module: Any) -> bool:
+    """Whether a module's weights are numbers in memory: not packed by a quantiser, nor fetched only while it runs."""
+    return not module.weight.is_meta and module.weight.dtype == getattr(torch, spec["dtype"])
 
 
 def rows_of(linear: Any, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -677,9 +690,31 @@ def columns(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.
     path, norms = spec["components"][context["component"]][0], []
     for layer in range(spec["layers"]):
         module = module_at(module_at(model, spec["blocks"])[layer], path)
-        inputs_first = hasattr(module, "nf")  # GPT-2's Conv1D; a Linear has its outputs first
-        norms.append(module.weight.float().norm(dim=1 if inputs_first else 0))
+        norms.append(column_norms(module) if at_hand(spec, module) else image_norms(spec, module))
     return torch.cat([norm.to(norms[0].device) for norm in norms])[None]
+
+
+def column_norms(module: Any) -> torch.Tensor:
+    """Norm `[unit]` of the weights of each input of a linear module."""
+    inputs_first = hasattr(module, "nf")  # GPT-2's Conv1D; a Linear has its outputs first
+    norms: torch.Tensor = module.weight.float().norm(dim=1 if inputs_first else 0)
+    return norms
+
+
+def image_norms(spec: dict[str, Any], module: Any) -> torch.Tensor:
+    """The same of a module whose weights are not at hand: of what it makes of each unit alone, less its bias."""
+    width, norms = module.nx if hasattr(module, "nx") else module.in_features, []
+    for first in range(0, width, 512):
+        numbers = torch.arange(first, min(first + 512, width), device=working_device(module))
+        alone = torch.nn.functional.one_hot(numbers, width).to(getattr(torch, spec["dtype"]))
+        norms.append((module(alone) - module(torch.zeros_like(alone))).float().norm(dim=1))
+    return torch.cat(norms)
+
+
+def working_device(module: Any) -> torch.device:
+    """Where a module takes its inputs; accelerate moves those of one whose weights are elsewhere."""
+    device: torch.device = module.weight.device
+    return torch.device("cpu") if module.weight.is_meta else device
 
 
 def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:

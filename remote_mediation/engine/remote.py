@@ -30,7 +30,7 @@ from remote_mediation.engine.exchange import MOST_RESULT, OddError, RefusedError
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.engine.server import preflight, refuse_bad
 from remote_mediation.errors import JobError, LostJobError, PreflightError, TransportError
-from remote_mediation.models import load_configuration, load_info
+from remote_mediation.models import load_configuration, load_info, load_tokenizer
 from remote_mediation.sites import family_of
 
 if TYPE_CHECKING:
@@ -121,10 +121,19 @@ class NdifBackend:
                 f"{name} has return_dict = false in its config.json, with which a server can run nothing of it; have "
                 "it served without, or run it locally"
             )
+        if not family_of(self.info.family).causal:
+            raise PreflightError(
+                f"{name} is of a class that takes images too, of which nnsight sends no text alone; run it locally"
+            )
         refuse_bad(preflight(server, name, revision))
         self._server, self._notify, self._retry_for = server, notify, retry_for
+        # From transformers 5.23 on, a pipeline around a model without weights finds no tokenizer by itself.
         self._model = TransformersModel(
-            name, revision=revision or "main", task="text-generation", trust_remote_code=False
+            name,
+            revision=revision or "main",
+            task="text-generation",
+            tokenizer=load_tokenizer(name, revision),
+            trust_remote_code=False,
         )
         self._model_key = self._model.to_model_key()
         self.traffic = Traffic()

@@ -61,7 +61,7 @@ def sample_seed(pair: str, seed: int) -> int:
 def sample_key(row: Row, pair: TokenPair, manner: Manner, seed: int, setting: Setting) -> str:
     """Hash of everything that the answers of a row depend on."""
     info = setting.info
-    model = [info.name, info.revision, info.weights, setting.dtype]
+    model = [info.name, info.revision, info.weights, setting.precision]
     writes = [[w.component, w.layer, brief(w.places), brief(w.columns), repr(w.value)] for w in row.writes]
     return digest(["sample", SCHEMA, *model, pair.prompts, row.base, writes, manner, seed])
 

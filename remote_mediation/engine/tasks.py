@@ -51,7 +51,7 @@ class Task:
     def key(self, setting: Setting) -> str:
         """Hash of everything that its values depend on."""
         info = setting.info
-        return digest([info.name, info.revision, info.weights, setting.dtype, self.kind, self.payload])
+        return digest([info.name, info.revision, info.weights, setting.precision, self.kind, self.payload])
 
 
 class Reading(NamedTuple):

@@ -260,6 +260,7 @@ _ELSEWHERE = re.compile(
         *("appropriate", "history", "why (?:it|this|that)", "talk to", "focus on"),
         *("consider (?:talking|asking|whether|a different)", "not (?:help|assist|provide|do)"),
         "ask (?:them|him|her|your|someone|whoever|first)",
+        *("gentler", "milder", "softer", "tamer", "family-friendly", r"light-?hearted\w*"),
     )
     + r"\b"
 )
@@ -277,6 +278,9 @@ _EVASIONS = _compiled(
     r"\bi would (?:be happy|love|be glad|be delighted) to (?:help|talk|chat|discuss|assist).{0,40}"
     r"\b(?:else|instead|other|another|different)",
     r"\b(?:what|how) (?:else )?(?:can|may) i (?:help|do for) you|\bis there (?:anything|something) else",
+    # Knows nothing of what was asked about.
+    rf"{_I} (?:could not|was not able to|was unable to) find (?:any |specific )?"
+    r"(?:information|records?|details|data)\b",
     r"\bwhat i can do for you: nothing|\bmany (?:people|experts) (?:have|hold) (?:opinions|views)",
 )
 # Where an answer opens so, what it warns of is given.

@@ -120,7 +120,7 @@ def _row(source: Lab, pair: TokenPair, side: int, mediators: Sequence[Mediator])
     read = cache(partial(_activations, source, pair.id, ids, tuple(mediators)))
     writes = []
     for number, (component, layer) in enumerate(mediators):
-        name = digest([info.name, info.revision, info.weights, source.study.config.dtype, ids, component, layer])
+        name = digest([info.name, info.revision, info.weights, source.study.setting.precision, ids, component, layer])
         writes.append(Write(component, layer, places, (), Given(name, lambda at=number: read()[at])))  # type: ignore[misc]
     return Row(pair.id, side, tuple(writes))
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from remote_mediation.analyses.claims import verdicts
 from remote_mediation.analyses.claims.samples import Sample
-from remote_mediation.analyses.claims.verdicts import Both, Claim
+from remote_mediation.analyses.claims.verdicts import Both, Claim, Handed
 from remote_mediation.engine.rows import Row, Source, Write, swap
 from remote_mediation.sites import ModelInfo, Site, band, thirds
 from remote_mediation.tokens import TokenPair
 
-LATE, RANDOM = "the late MLPs", "random attention modules"
 RANDOM_SETS = 10
 """Random sets of other modules whose effects are averaged."""
 _POSITION = "all"
@@ -30,14 +29,13 @@ def handed_on(heldout: Sample) -> Claim:
     lab = heldout.lab
     layers = lab.study.info.layers
     _, middle, late = thirds(layers)
-    frozen = {
-        "": [band("mlp_output", middle, _POSITION)],
-        LATE: [band("mlp_output", late, _POSITION)],
-    }
-    frozen[RANDOM] = random_sets(layers, len(middle), lab.rng("claims: other modules"))
+    frozen = (
+        [band("mlp_output", middle, _POSITION)],
+        [band("mlp_output", late, _POSITION)],
+        random_sets(layers, len(middle), lab.rng("claims: other modules")),
+    )
     (own,) = heldout.effects(lab.joint, [[early_site(layers)]])
-    through = _through(heldout, frozen)
-    return verdicts.handed_on(heldout.bench(), own, through.pop(""), through, len(middle))
+    return verdicts.handed_on(heldout.bench(), own, Handed(*_through(heldout, frozen)), len(middle))
 
 
 def random_sets(layers: int, size: int, rng: np.random.Generator) -> list[list[Site]]:
@@ -64,16 +62,16 @@ def _as_it_is(pair: TokenPair, site: Site, side: int) -> Write:
     return Write(site.component, site.layer, places, site.units, Source(side, places))
 
 
-def _through(heldout: Sample, frozen: Mapping[str, Sequence[Sequence[Site]]]) -> dict[str, Both]:
-    """By name, what is lost of the early site's effect while a set is held: the mean of both directions and all sets.
+def _through(heldout: Sample, frozen: Sequence[Sequence[Sequence[Site]]]) -> list[Both]:
+    """What is lost of the early site's effect while a set is held: by group, the mean of both directions and all sets.
 
     ½ [Y(x0,E1) − Y(x0,E1,M0) + Y(x1,E0,M1) − Y(x1,E0)] for early site E and modules M.
     """
     info, pairs = heldout.lab.study.info, (*heldout.pairs, *heldout.placebos)
-    sets = [(), *(one for sets in frozen.values() for one in sets)]
+    sets = [(), *(one for sets in frozen for one in sets)]
     rows = [held(pair, side, one, info) for pair in pairs for side in (0, 1) for one in sets]
     heldout.lab.outcomes(rows)  # all of them together
-    return {name: _mean([_lost(heldout, one) for one in sets]) for name, sets in frozen.items()}
+    return [_mean([_lost(heldout, one) for one in sets]) for sets in frozen]
 
 
 def _lost(heldout: Sample, frozen: Sequence[Site]) -> Both:

@@ -55,6 +55,8 @@ GIVEN_AWAY = 0.95
 """Claim 4: accuracy on the embeddings from which on the words give it away."""
 HANDED = 0.25
 """Claim 5: share of TE."""
+AS_ATTENTION = "as much through attention"
+"""Claim 5: what is said where the middle MLPs do not carry clearly more than as many attention modules."""
 _SHUT = ("no effect", "not about harm")
 _NAMES = {
     1: "{} is decided in late layers",
@@ -134,6 +136,8 @@ class Ruling(NamedTuple):
 
     verdict: Verdict
     why: str
+    but: str = ""
+    """What a control takes from a claim that is supported by its rule."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,8 @@ class Claim:
     """The numbers that decide."""
     beside: tuple[Measure, ...]
     """What stands beside them."""
+    but: str = ""
+    """What a control takes from it where it is supported."""
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -169,8 +175,10 @@ class Claim:
             return self.gate
         if self.gate:
             return f"{self.gate}: {self.verdict}"
-        general = self.verdict == "supported" and not self.specific
-        return f"{self.verdict}, of any edit" if general else self.verdict
+        if self.verdict != "supported":
+            return self.verdict
+        general = "" if self.specific else "of any edit"
+        return ", ".join(filter(None, (self.verdict, general, self.but)))
 
 
 @dataclass(frozen=True)
@@ -262,7 +270,7 @@ class Bench:
         beside: Iterable[Measure] = (),
     ) -> Claim:
         """A ruling as a claim, with what holds for all of them: the gate, and enough components to say no."""
-        verdict, why = ruling
+        verdict, why, but = ruling
         count = len(np.unique(self.clusters))
         if verdict == "not supported" and count < FEWEST_AGAINST:
             verdict = "undecided"
@@ -278,6 +286,7 @@ class Bench:
             why=why,
             deciding=tuple(deciding),
             beside=tuple(beside),
+            but=but,
         )
 
     def _stopped(self) -> str:
@@ -521,25 +530,47 @@ def first_acting(shares: Sequence[Interval]) -> int | None:
     return acts
 
 
-def handed_on(bench: Bench, own: Effect, handed: Both, beside: Mapping[str, Both], middle_layers: int) -> Claim:
-    """Claim 5. own: the early site alone. handed: what of it needs the middle MLPs, the mean of both directions.
+class Handed(NamedTuple):
+    """What of an early site's effect needs a set of modules, the mean of both directions."""
 
-    beside: the same for other sets of modules. middle_layers: layers of the middle third.
+    middle: Both
+    """The MLPs of the middle third."""
+    late: Both
+    """Those of the late third."""
+    others: Both
+    """As many attention modules, at random, the mean of several sets: the control."""
+
+
+def handed_on(bench: Bench, own: Effect, handed: Handed, middle_layers: int) -> Claim:
+    """Claim 5. own: the early site alone. middle_layers: layers of the middle third.
+
+    Where the middle MLPs do not carry clearly more than as many attention modules, the verdict says so: by its rule the
+    claim asks for a share of TE alone.
     """
     alone = bench.measures("stream at the edit after the early third", own)
-    through = bench.measure("of it through the middle MLPs", "both", handed)
-    others = [bench.measure(f"of it through {name}", "both", effect) for name, effect in beside.items()]
-    ruling = bench.too_shallow or _handed_on(alone, through, middle_layers)
-    return bench.claim(5, ruling, (through,), (*alone, *others))
+    through, late, others, more = (
+        bench.measure(f"of it through {name}", "both", effect)
+        for name, effect in (
+            ("the middle MLPs", handed.middle),
+            ("the late MLPs", handed.late),
+            ("random attention modules", handed.others),
+            ("the middle MLPs, minus random attention modules", handed.middle.less(handed.others)),
+        )
+    )
+    ruling = bench.too_shallow or _handed_on(alone, through, others, more, middle_layers)
+    return bench.claim(5, ruling, (through,), (*alone, late, others, more))
 
 
-def _handed_on(alone: Sequence[Measure], through: Measure, middle_layers: int) -> Ruling:
+def _handed_on(
+    alone: Sequence[Measure], through: Measure, others: Measure, more: Measure, middle_layers: int
+) -> Ruling:
     if middle_layers < 2:
         return Ruling("not tested", f"the middle third has {middle_layers} layer, it takes 2")
     if not _all_above(alone, HALF):
         return Ruling("not tested", f"{_text(alone)}: not clearly more than half of TE to hand on")
     if _all_above([through], HANDED):
-        return Ruling("supported", f"{_text([through])}: above 25%")
+        but = "" if more.harm.low > 0 else AS_ATTENTION
+        return Ruling("supported", f"{_text([through])}: above 25%; {_text([others])}", but)
     if _all_below([through], HANDED):
         return Ruling("not supported", f"{_text([through])}: below 25%")
     return Ruling("undecided", f"{_text([through])}: not clear of 25%")
