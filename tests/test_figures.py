@@ -14,6 +14,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from remote_mediation.analyses.claims.show import curve_figure
 from remote_mediation.analyses.detect.show import probe_figure
 from remote_mediation.analyses.maps import show as maps
 from remote_mediation.analyses.monitor.show import detector_figure
@@ -360,3 +361,14 @@ def test_where_it_passes_is_told_for_both_effects() -> None:
     assert by["left 'edit'", "NIE"] == ("layer 2", "layer 3", "layer 4")
     assert by["arrived at 'last'", "NIE"] == ("layer 3", "layer 4", "-")
     assert len(by) == 4
+
+
+def test_the_curve_of_late_neurons_has_its_legend_inside_and_no_powers_of_ten() -> None:
+    curve = pd.DataFrame({"part": [0.0001, 0.01, 1.0]})
+    names = [f"{kind}{way}{end}" for kind in ("", "direct_") for way in ("nie", "tie") for end in ("", "_low", "_high")]
+    bands = pd.DataFrame({"direction": ["nie", "tie"], "harm": [0.8, 0.7]})
+    figure = curve_figure(curve.assign(**dict.fromkeys(names, 0.5)), bands)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert {"0.01", "1", "100"} <= {text.get_text() for text in figure.axes[0].get_xticklabels()}

@@ -83,9 +83,11 @@ def title(figure: Figure, text: str, estimates: pd.DataFrame, shown: str) -> Non
     figure.suptitle("\n".join([*lines, care] if care else lines), fontsize=11)
 
 
-def legend(figure: Figure, axis: Axes) -> None:
+def legend(figure: Figure, axis: Axes, columns: int = 5) -> None:
     """What an axis shows, below the figure."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    figure.legend(
+        *axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
+    )
 
 
 def lines(axis: Axes, estimates: pd.DataFrame) -> None:

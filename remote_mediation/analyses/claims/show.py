@@ -210,9 +210,10 @@ def curve_figure(gate_sets: pd.DataFrame, bands: pd.DataFrame) -> Figure:
     axis.axhline(HALF, color="0.6", linewidth=0.8, zorder=0)
     axis.axvline(1, color="0.6", linewidth=0.8, zorder=0)
     axis.set(xscale="log", xlabel="late neurons, strongest first (%)", ylabel="joint effect / TE")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     figure.suptitle("The first late neurons together, held-out pairs; grey: 1% and half of TE", fontsize=11)
-    legend(figure, axis)
+    legend(figure, axis, columns=3)
     return figure
 
 
