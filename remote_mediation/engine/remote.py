@@ -127,7 +127,7 @@ class NdifBackend:
             )
         refuse_bad(preflight(server, name, revision))
         self._server, self._notify, self._retry_for = server, notify, retry_for
-        # From transformers 5.23 on, a pipeline around a model without weights finds no tokenizer by itself.
+        # In transformers 5.24 a pipeline around a model without weights finds no tokenizer by itself.
         self._model = TransformersModel(
             name,
             revision=revision or "main",
