@@ -38,8 +38,8 @@ def check_run(folder: Path) -> list[FileState]:
     states += _each(
         folder, "submitted/*.json", lambda path: partial(runfiles.read_ticket, path.stem), "its job will run again"
     )
-    readout, note = (partial(read, form=form) for read in (runfiles.read_readout, runfiles.read_note))
-    states += _each(folder, "readouts/*.npz", lambda path: readout, "it will be measured anew")
+    note = partial(runfiles.read_note, form=form)
+    states += _each(folder, "readouts/*.npz", store.reader, "it will be measured anew")
     states += _each(folder, "notes/*.json", lambda path: note, "it will be made anew")
     states += [_aside(path, folder) for path in sorted(folder.rglob("*.bad"))]
     return states

@@ -131,6 +131,11 @@ class Lab:
         return self._backend is not None
 
     @property
+    def known(self) -> int:
+        """How many values are measured and at hand."""
+        return len(self._runner.values)
+
+    @property
     def effects(self) -> pd.DataFrame:
         """All effects measured so far, in the order in which they were asked for (columns: `EFFECT_COLUMNS`)."""
         frames = [frame for frame in self._effects if not frame.empty]

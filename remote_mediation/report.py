@@ -209,8 +209,14 @@ def _opening(result: Result, record: Mapping[str, Any]) -> str:
         if record.get("finished")
         else ("**This run is not finished**: what follows is what has been measured so far.")
     )
+    lost = (
+        f"**{result.lost} values of this run are gone** with files of its `readouts/`: what rests on them is missing "
+        "below. The command below measures them anew."
+        if result.lost
+        else ""
+    )
     made = f"Made by\n\n    {command(result.study.config)}\n\n{made_in_words(record)}"
-    return paragraphs(*doubts(result), unfinished, f"{headline(result)} {effect_in_words(result)}", made)
+    return paragraphs(*doubts(result), unfinished, lost, f"{headline(result)} {effect_in_words(result)}", made)
 
 
 def doubts(result: Result) -> list[str]:

@@ -77,6 +77,8 @@ class Result:
     """Those that were asked for, in the order in which they ran."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """What they left beside tables, by name."""
+    lost: int = 0
+    """Values that the run had when it was finished, and whose files are gone or damaged since."""
 
     def verdicts(self) -> list[Verdict]:
         """The table of claims."""

@@ -44,12 +44,33 @@ _DAMAGE = (
 )
 # Keys of `run.json` that are no part of what it says: its own digest, those of files by name, and `FORM`.
 _OWN, _OTHERS, _FORM = "digest", "digests", "form"
-FORM = 1
-"""Of folders in which every readout and note has a checksum; 0 of those that an older version began."""
+FORM = 2
+"""Of folders in which every readout and note has a checksum and every readout says what it is of (`Origin`).
+
+Older versions began others: 1 has checksums alone, 0 neither.
+"""
 
 
 class DamagedError(ValueError):
     """A file is not what was written."""
+
+
+class MisnamedError(DamagedError):
+    """A readout is whole and has the name of another one."""
+
+    def __init__(self, own: str, found: Found) -> None:
+        """own: the name that it was written under, without its suffix. found: what it holds."""
+        super().__init__(f"it holds the values of job {own}, so it was renamed or copied")
+        self.own, self.found = own, found
+
+
+class Origin(NamedTuple):
+    """What a readout is of."""
+
+    name: str
+    """Of its file, without its suffix: the job's id."""
+    run: str
+    """`origin` of `run.json`: a hash of the study and the weights; empty where the run does not say."""
 
 
 class Submitted(NamedTuple):
@@ -166,9 +187,9 @@ def read_ticket(job: str, content: bytes) -> Submitted:
     return found
 
 
-def readout_bytes(job: Job | Submitted, readout: Readout) -> bytes:
-    """What a job brought back, with a checksum."""
-    buffer = io.BytesIO()
+def readout_bytes(job: Job | Submitted, readout: Readout, run: str = "") -> bytes:
+    """What a job brought back, with a checksum. run: as of `Origin`."""
+    buffer, origin = io.BytesIO(), Origin(job.id, run)
     keys, lengths = np.array(job.keys), np.array([len(values) for values in readout.values])
     values = np.concatenate(readout.values)
     np.savez(
@@ -178,30 +199,48 @@ def readout_bytes(job: Job | Submitted, readout: Readout) -> bytes:
         values=values,
         seconds=readout.seconds,
         flops=job.flops,
-        checksum=_checksum(keys, lengths, values),
+        **origin._asdict(),
+        checksum=_checksum(keys, lengths, values, origin),
     )
     return buffer.getvalue()
 
 
-def read_readout(content: bytes, form: int = FORM) -> dict[str, npt.NDArray[np.float32]]:
-    """Values of one readout, by key. form: of its folder, which says whether it must have a checksum.
+class Found(NamedTuple):
+    """A readout as it was read."""
+
+    values: dict[str, npt.NDArray[np.float32]]
+    """By key."""
+    bound: bool
+    """Whether it says what it is of; those of older versions do not."""
+
+
+def read_readout(content: bytes, form: int = FORM, expected: Origin | None = None) -> Found:
+    """One readout. form: of its folder, which says what it must have. expected: what it must be of, if it says so.
 
     Raises:
-        DamagedError: they are not those that were written.
+        MisnamedError: it has the name of another one.
+        DamagedError: it is not what was written, or was measured in another run.
     """
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as data:
             keys, lengths, values = data["keys"], data["lengths"], data["values"]
-            if (form or "checksum" in data) and str(data["checksum"]) != _checksum(keys, lengths, values):
+            bound = form > 1 or "run" in data
+            origin = Origin(str(data["name"]), str(data["run"])) if bound else None
+            if (form or "checksum" in data) and str(data["checksum"]) != _checksum(keys, lengths, values, origin):
                 raise DamagedError("its checksum is another one")
         if values.dtype != np.float32 or len(keys) != len(lengths) or lengths.sum() != len(values):
             raise DamagedError("its values do not belong to its keys")
         parts: Sequence[npt.NDArray[np.float32]] = np.split(values, np.cumsum(lengths)[:-1])
-        return dict(zip(keys.tolist(), parts, strict=True))
+        found = Found(dict(zip(keys.tolist(), parts, strict=True)), bound)
     except DamagedError:
         raise
     except _DAMAGE as error:
         raise DamagedError(str(error) or type(error).__name__) from error
+    if origin and expected and origin.run != expected.run:
+        raise DamagedError("it was measured in another run: of another study, or on other weights")
+    if origin and expected and origin.name != expected.name:
+        raise MisnamedError(origin.name, found)
+    return found
 
 
 def note_text(content: Any) -> str:
@@ -260,6 +299,12 @@ def _json(content: bytes) -> Any:
         raise DamagedError(f"it is no JSON ({error})" if content.strip() else "it is empty") from error
 
 
-def _checksum(keys: npt.NDArray[np.str_], lengths: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> str:
-    """Hash of what a readout says."""
-    return hashlib.sha256(b"".join(array.tobytes() for array in (keys, lengths, values))).hexdigest()
+def _checksum(
+    keys: npt.NDArray[np.str_],
+    lengths: npt.NDArray[np.int64],
+    values: npt.NDArray[np.float32],
+    origin: Origin | None,
+) -> str:
+    """Hash of what a readout says. origin: None where it says nothing of it."""
+    said = "\n".join(origin).encode() if origin else b""
+    return hashlib.sha256(b"".join(array.tobytes() for array in (keys, lengths, values)) + said).hexdigest()

@@ -25,7 +25,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.errors import StoreError
 from remote_mediation.lock import LOCK_FILE, Lock, hold
-from remote_mediation.runfiles import DamagedError, Sealed, content_of
+from remote_mediation.runfiles import DamagedError, MisnamedError, Sealed, content_of
 from remote_mediation.runfiles import Submitted as Submitted
 from remote_mediation.tokens import Prepared
 
@@ -48,6 +48,7 @@ class Store:
         self._lock: Lock | None = None
         self._single = 0  # readouts of one job each, once they have been counted
         self._warned = False
+        self._unbound = False  # whether it was said that readouts do not tell what they are of
 
     @classmethod
     def create(cls, folder: Path, identity: dict[str, Any]) -> Store:
@@ -213,7 +214,7 @@ class Store:
 
     def save_readout(self, job: Job | Submitted, readout: Readout) -> None:
         """Write what a job brought back, and forget its ticket; many such files become one, as they all are read."""
-        self._keep(f"readouts/{job.id}.npz", runfiles.readout_bytes(job, readout))
+        self._keep(f"readouts/{job.id}.npz", runfiles.readout_bytes(job, readout, self._origin()))
         self.forget(job.id)
         self._single = self._single + 1 if self._single else len(self._readouts(merged=False))
         if self._single >= MERGED:
@@ -230,7 +231,7 @@ class Store:
         found = self._read(paths)
         if found:
             whole = Submitted(f"{_MANY}{runfiles.digest_of(repr(list(found)).encode())[:16]}", "", list(found), 0, 0.0)
-            content = runfiles.readout_bytes(whole, Readout(list(found.values()), 0.0))
+            content = runfiles.readout_bytes(whole, Readout(list(found.values()), 0.0), self._origin())
             self._keep(f"readouts/{whole.id}.npz", content)
         for path in paths:
             path.unlink(missing_ok=True)  # a damaged one has another name by now
@@ -238,8 +239,44 @@ class Store:
 
     def _read(self, paths: Sequence[Path]) -> dict[str, npt.NDArray[np.float32]]:
         """Values of readouts; of a damaged one none, and it is set aside. Raises: as `values`."""
-        read = partial(runfiles.read_readout, form=self.form())
-        return {key: value for path in paths for key, value in (self._doubted(path, read) or {}).items()}
+        form, origin = self.form(), self._origin()
+        found = [self._readout(path, form, origin) for path in paths]
+        unbound = sum(one is not None and not one.bound for one in found)
+        if unbound and not self._unbound:
+            _log.warning(
+                "%s has %d readouts of an older version, which do not say of which job and weights they are: "
+                "they are read as they stand",
+                self.folder,
+                unbound,
+            )
+            self._unbound = True
+        return {key: value for one in found if one for key, value in one.values.items()}
+
+    def _readout(self, path: Path, form: int, run: str) -> runfiles.Found | None:
+        """One of them. A renamed one is put back under its name, and set aside where another has that."""
+        try:
+            return self._doubted(path, self._reader(path, form, run))
+        except MisnamedError as error:
+            own = path.with_stem(error.own)
+            if own.exists():
+                _set_aside(path, error)
+                return None
+            _log.warning("%s is put back under the name of %s: %s", path, own.name, error)
+            with contextlib.suppress(OSError):
+                path.replace(own)
+            return error.found
+
+    def reader(self, path: Path) -> Callable[[bytes], runfiles.Found]:
+        """Reads a readout as this run does. Raises: as `runfiles.read_readout`."""
+        return self._reader(path, self.form(), self._origin())
+
+    @staticmethod
+    def _reader(path: Path, form: int, run: str) -> Callable[[bytes], runfiles.Found]:
+        return partial(runfiles.read_readout, form=form, expected=runfiles.Origin(path.stem, run))
+
+    def _origin(self) -> str:
+        """What every readout of this run carries of its study and weights."""
+        return str(self._sealed().record.get("origin", ""))
 
     def holding(self, key: str) -> Path | None:
         """The readout that a value comes from."""
@@ -287,6 +324,8 @@ class Store:
             return None
         except OSError as error:
             raise StoreError(f"cannot read {path}: {error.strerror or error}; give back access to it") from error
+        except MisnamedError:
+            raise
         except DamagedError as error:
             _set_aside(path, error)
             return None

@@ -41,6 +41,7 @@ from remote_mediation.placebo import components
 from remote_mediation.prompts import encode_after, refuse_control, render
 from remote_mediation.provenance import now, peak_memory, provenance
 from remote_mediation.result import Analysis, Finding, Result
+from remote_mediation.runfiles import digest_of
 from remote_mediation.runner import Watch
 from remote_mediation.shown import described
 from remote_mediation.sites import ModelInfo
@@ -92,7 +93,7 @@ def run_study(
         result = analysed(lab, chosen(config.analyses, more))
     finally:  # what a run took is known of one that was stopped, too
         _note_cost(store, time.monotonic() - started)
-    store.save_record({**store.record(), "finished": now()})
+    store.save_record({**store.record(), "finished": now(), "values": lab.known})
     return result
 
 
@@ -139,6 +140,7 @@ def prepared_lab(
     first_requests(study, chosen(config.analyses, more))
     lab = Lab(study, store, backend, watch, variants)
     known = {"texts": texts, "content": backend.info.weights, "files": files, "prompts": prompts}
+    known |= {"origin": begun.get("origin") or _origin(config, backend, files)}
     known |= {"served": dict(backend.served)} if backend.served else {}
     record = {**provenance(), **begun, **_described(study), **known, "seconds": begun.get("seconds", 0.0)}
     store.save_record(record)
@@ -150,6 +152,13 @@ def prepared_lab(
     store.save_prepared(Prepared(study.placebos, placebos.refusals), PLACEBOS)
     store.save_record({**record, **_described(study)})
     return Lab(study, store, backend, watch, variants)
+
+
+def _origin(config: StudyConfig, backend: Backend, files: Mapping[str, str]) -> str:
+    """Hash of a study and of the weights that it begins on, as far as they are shown; its readouts carry it."""
+    weights = [backend.info.weights, backend.served.get("weights", "")]
+    hub = {name: digest for name, digest in files.items() if name.endswith(f" of {config.model!r}")}
+    return digest_of(repr((sorted(config.identity().items()), weights, sorted(hub.items()))).encode())[:16]
 
 
 def check_backend(config: StudyConfig, backend: Backend) -> None:
@@ -240,7 +249,9 @@ def reread(store: Store, more: Sequence[Analysis] = ()) -> Result:
     names = study.config.analyses
     known = {one.name for one in (*EVERY, *more)}
     strangers = [stranger(name) for name in names if name not in known]
-    return analysed(Lab(study, store), chosen(names, [*more, *strangers]))
+    lab = Lab(study, store)
+    lost = max(0, store.record().get("values", 0) - lab.known)
+    return replace(analysed(lab, chosen(names, [*more, *strangers])), lost=lost)
 
 
 def _reread_study(store: Store) -> Study:

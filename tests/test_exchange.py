@@ -543,6 +543,28 @@ def test_news_puts_the_deadline_off(client: Client, job: Job, monkeypatch: pytes
     assert sum("queued: place" in line for line in client.said) == 8
 
 
+def test_a_queued_job_that_a_later_one_overtakes_is_sent_again(
+    client: Client, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_module, "_DOUBTED", 0.1)
+    stuck = [f"/response/job-{client.small.jobs() + BEFORE}"]
+    queued = changed(status="QUEUED", description="place 1", data=..., meta=...)
+    found = client.run(tmp_path / "run", lambda path, it: queued(it) if path in stuck else it)
+    pd.testing.assert_frame_equal(found.effects, whole.effects)
+    assert found.jobs == whole.jobs + 2  # the job again, and the probe that overtook it
+
+
+def test_a_queue_in_which_nothing_moves_is_waited_for(
+    client: Client, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_module, "_DOUBTED", 0.1)
+    queued = changed(status="QUEUED", description="place 1", data=..., meta=...)
+    client.small.fault = at("response", queued, times=12, after=0)
+    before = client.small.jobs()
+    assert len(client.measure(job)) == len(job.keys)
+    assert client.small.jobs() == before + 2  # the job, and one probe behind it
+
+
 def test_a_job_that_the_server_does_not_know_is_sent_again(
     client: Client, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

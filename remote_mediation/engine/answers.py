@@ -53,6 +53,11 @@ def check_answer(
     check_shape(keys, lengths, readout)
     key, worst = _contradiction(keys, readout, known, dtype)
     if worst > 1:
+        if key not in known:
+            raise LostJobError(
+                f"a job brought back two values for one row that lie {worst:.3g} times as far apart as {dtype} allows: "
+                "its rows are mixed up, or what computes them is broken"
+            )
         raise ContradictionError(
             f"a job brought back base prompts that lie {worst:.3g} times as far from what earlier jobs measured as "
             f"{dtype} allows: the server or its answers have changed; choose another --out",
@@ -85,16 +90,19 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 def _contradiction(keys: Sequence[str], readout: Readout, known: Known, dtype: str) -> tuple[str, float]:
     """How far values measured again lie from what they were, at most, as a multiple of what is allowed; and which.
 
-    Every job measures its pairs' base prompts. They are the same to the last digit where the same prompts run together,
-    and else differ by the order of additions.
+    Every job measures its pairs' base prompts, and rows that others take values from in each of their batches; within
+    one job its first value is what the others are held to. They are the same to the last digit where the same prompts
+    run together, and else differ by the order of additions.
     """
     absolute, relative = _ALLOWED[dtype]
     found = {"": 0.0}
+    here: dict[str, npt.NDArray[np.float32]] = {}
     for key, value in zip(keys, readout.values, strict=True):
-        if key in known and known[key].shape == value.shape:
-            before = known[key].astype(np.float64)
+        first = known.get(key, here.setdefault(key, value))
+        if first is not value and first.shape == value.shape:
+            before = first.astype(np.float64)
             apart = np.abs(value - before) / (absolute + relative * np.abs(before))
-            found[key] = float(np.nanmax(apart, initial=0.0))
+            found[key] = max(found.get(key, 0.0), float(np.nanmax(apart, initial=0.0)))
     return max(found.items(), key=lambda item: item[1])
 
 

@@ -53,6 +53,8 @@ _DEADLINES = {
     "RUNNING": 3600.0,
 }
 _OTHER_DEADLINE = 1800.0
+# Seconds without news after which a queued job is doubted: a small one is sent after it, and must not be done before.
+_DOUBTED = 300.0
 # Seconds between two tries over a lost connection, at first and at most.
 _PAUSES = (0.5, 20.0)
 # Seconds for which a server that says so is left alone, all times together.
@@ -267,7 +269,7 @@ class NdifBackend:
 
     def _wait(self, ticket: str) -> tuple[list[torch.Tensor], float]:
         """A job's tensors and the seconds it took on the server."""
-        state, said, heard, pause = "", "", time.monotonic(), 0.05
+        state, said, heard, pause, later = "", "", time.monotonic(), 0.05, ""
         while True:
             news = self._retry(partial(self._ask_of, ticket))
             if news.state == "COMPLETED":
@@ -276,10 +278,14 @@ class NdifBackend:
                 self.traffic.seconds += news.seconds
                 return tensors_of(content, ticket), news.seconds
             if news.line != said:
-                said, heard = news.line, time.monotonic()
+                said, heard, later = news.line, time.monotonic(), ""
                 self._notify(said)
             state = news.state or state
-            self._check_deadline(ticket, state, said, time.monotonic() - heard)
+            silence = time.monotonic() - heard
+            self._check_deadline(ticket, state, said, silence)
+            if state == "QUEUED" and silence > _DOUBTED:
+                later = later or self._send(self._probe())
+                self._check_overtaken(ticket, later)
             time.sleep(pause)
             pause = min(pause * 1.5, 2.0)
 
@@ -294,6 +300,20 @@ class NdifBackend:
         if not state:
             raise LostJobError(f"{self._server.host} does not know job {ticket}")
         raise LostJobError(f'no news of job {ticket} for {silence:.0f} s after "{said}"; it is given up')
+
+    def _check_overtaken(self, ticket: str, later: str) -> None:
+        """Give up a queued job behind which another one is done: jobs of a model run in the order of their arrival.
+
+        A server whose object store was lost says of the jobs in it for ever what it said last.
+
+        Raises:
+            LostJobError: it is sent again then.
+        """
+        overtaken = False
+        with contextlib.suppress(JobError, LostJobError):  # of the later one, which is not what is asked about
+            overtaken = self._retry(partial(self._ask_of, later)).state == "COMPLETED"
+        if overtaken and self._retry(partial(self._ask_of, ticket)).state == "QUEUED":
+            raise LostJobError(f"job {ticket} is still queued and job {later}, sent after it, is done; it is given up")
 
     def _ask_of(self, ticket: str) -> _News:
         """What the server says of a job.
