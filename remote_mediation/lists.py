@@ -43,7 +43,7 @@ _NOTHING = ("<noinput>", "noinput", "<no input>", "no input", "n/a")
 _HARMFUL = frozenset({"harmful", "unsafe", "malicious", "toxic"})
 _HARMLESS = frozenset({"harmless", "unharmful", "safe", "benign", "non-toxic"})
 _TRUTHS = frozenset({"0", "1", "0.0", "1.0", "true", "false"})
-_SAY_HARMFUL = ("harmful", "is_harmful", "unsafe", "is_unsafe", "toxic", "toxicity")
+_SAY_HARMFUL = ("harmful", "is_harmful", "unsafe", "is_unsafe", "toxic", "toxicity", "is_safe", "safe", "label")
 _SIDES = ("harmful", "harmless")
 _PIECES = re.compile(r"\w+|[^\w\s]")
 

@@ -23,6 +23,13 @@ HEADER = "openings"
 _LABELS = ("id", "category", "template")
 # What scripts write where a text is missing.
 _MISSING = ("nan", "NaN", "NAN", "NaT", "None", "null", "NULL", "<NA>", "#N/A")
+# What other programs leave in a text, and what it is.
+_TRACES = {
+    "\N{REPLACEMENT CHARACTER}": "which stands for a character that was lost where the text was decoded",
+    "_x000[9AD]_": "as Excel's files write a line end or a tab",
+    r"\A=\".*\"\Z": "a formula of Excel",
+    "â€.?|[ÃÂ][\u0080-\u00bf]": "UTF-8 that was read as Windows-1252 or Latin-1",
+}
 # Who speaks in a message; what a template does with any other word is not what was meant.
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _OPTIONAL = (*_LABELS, "placebo", "harmful_response", "harmless_response")
@@ -207,7 +214,10 @@ def _pair(record: Any, name: str, number: int) -> PromptPair:
     if len(fields) < len(record):
         raise PairsError(f"{where} has two keys that differ in capitals or blanks only; keep one")
     if missing := [key for key in _REQUIRED if key not in fields]:
-        raise PairsError(f"{where} has {sorted(fields)} and lacks {missing[0]!r}; it needs {', '.join(_REQUIRED)}")
+        raise PairsError(
+            f"{where} has {sorted(fields)} and lacks {missing[0]!r}; it needs {', '.join(_REQUIRED)} (to a list of "
+            "prompts of one kind give the other kind's, as `harmful` and `harmless` in a study or with --harmless)"
+        )
     aligned, turns = _aligned(fields.pop("aligned", True), where), _turns(fields, where)
     written = {key: fields.pop(key) for key in (*_REQUIRED, *_OPTIONAL) if key in fields}
     known = {key: text_of(value, key, where) for key, value in written.items()}
@@ -261,7 +271,7 @@ def text_of(value: Any, key: str, where: str, *, anything: bool = False) -> str:
     anything: it is kept as it is, and values other than text are written as JSON.
 
     Raises:
-        PairsError: it is no text, or holds half a character.
+        PairsError: it is no text, holds half a character, or was changed by another program.
     """
     if value is None:
         return ""
@@ -272,6 +282,8 @@ def text_of(value: Any, key: str, where: str, *, anything: bool = False) -> str:
     if not isinstance(value, str):
         raise PairsError(f"{where}: {key!r} is not text but {value!r}; write it as a string")
     _check_characters(value, key, where)
+    if not anything:
+        _check_traces(value, key, where)
     return "" if value.strip() in _MISSING and not anything else value
 
 
@@ -280,6 +292,13 @@ def _check_characters(value: str, key: str, where: str) -> None:
     half = next((character for character in value if "\ud800" <= character <= "\udfff"), None)
     if half:
         raise PairsError(f"{where}: {key!r} holds half a character (U+{ord(half):04X}); write the whole one")
+
+
+def _check_traces(value: str, key: str, where: str) -> None:
+    """Refuse a text that another program has changed on its way: nobody meant the model to read that."""
+    for trace, what in _TRACES.items():
+        if found := re.search(trace, value, re.DOTALL):
+            raise PairsError(f"{where}: {key!r} holds {found[0][:60]!r}, {what}; write what was meant")
 
 
 def _check_spelling(key: str, where: str) -> None:

@@ -27,8 +27,6 @@ DATE = datetime(2024, 7, 26)
 NO_TEMPLATE = "none"
 ALONE = ("",)
 """Prompts of a continuation that stands behind none."""
-_DIRECTIVES = "aAbBdeHIjmMpSuUVwWyYZ"
-"""Letters of strftime that a template may use."""
 _MARKER = "qzmarkzq"
 _ANSWER = "qzanswerzq"
 _LINE_BREAK = "\n"
@@ -175,9 +173,9 @@ def encode_prompts(
     known = known or surroundings(tokenizer, form)
     rendered = [_rendered(one, tokenizer, form, known) for one in asked]
     texts = iter(_encoded([one.text for one in rendered if isinstance(one, Rendered)], tokenizer, form))
-    control = frozenset(token.id for token in known.control)
     return [
-        _checked(one, next(texts), tokenizer, form, control) if isinstance(one, Rendered) else one for one in rendered
+        _checked(one, next(texts), tokenizer, form, known.control) if isinstance(one, Rendered) else one
+        for one in rendered
     ]
 
 
@@ -197,14 +195,14 @@ def _checked(
     tokens: _Tokens | PairsError,
     tokenizer: PreTrainedTokenizerBase,
     form: PromptForm,
-    control: frozenset[int],
+    control: Sequence[ControlToken],
 ) -> Encoded | PairsError:
-    """What a tokenizer made of a prompt, unless it cannot be measured. control: ids that only a template writes."""
+    """What a tokenizer made of a prompt, unless it cannot be measured. control: what only a template writes."""
     if isinstance(tokens, PairsError):
         return tokens
-    ids = tuple(tokens.ids)
+    ids, marks = tuple(tokens.ids), {token.id for token in control}
     offsets = tuple(
-        _of_mark(start, stop, rendered) if token in control else (start, stop)
+        _of_mark(start, stop, rendered) if token in marks else (start, stop)
         for token, (start, stop) in zip(ids, tokens.offsets, strict=True)
     )
     if not rendered.templated:  # what a tokenizer adds behind a text would end it before the answer
@@ -214,6 +212,7 @@ def _checked(
     ]
     try:
         _check_ends(ids, tokenizer)
+        _check_marks(rendered, ids, control)
         _check_round_trip(rendered.text, [(ids[i], *offsets[i]) for i in inside], tokenizer)
     except PairsError as error:
         return error
@@ -381,9 +380,10 @@ def _written(
         text = str(
             tokenizer.apply_chat_template(
                 [message._asdict() for message in messages],
-                chat_template=_dated(template, day),
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=opened,
+                strftime_now=day.strftime,  # a variable goes before the function of this name that transformers gives
                 **dict(form.arguments),
             )
         )
@@ -393,14 +393,6 @@ def _written(
         if not re.search(rf"\b{re.escape(name)}\b", template):
             raise PairsError(f"the chat template reads no {name!r}, so that [prompt] template_arguments change nothing")
     return text
-
-
-def _dated(template: str, day: datetime) -> str:
-    """A template whose `strftime_now` formats a day, in place of the function of this name that transformers gives."""
-    if "strftime_now" not in template:
-        return template
-    written = "".join(f" | replace('%{letter}', '{day.strftime(f'%{letter}')}')" for letter in _DIRECTIVES)
-    return "{%- macro strftime_now(format) -%}{{ format" + written + " }}{%- endmacro %}{{ '' }}" + template
 
 
 def _marker(request: str) -> str:
@@ -544,6 +536,22 @@ def _check_ends(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
         raise PairsError(
             f"the prompt ends with {tokenizer.eos_token!r}, behind which nothing is said; mend the template"
         )
+
+
+def _check_marks(rendered: Rendered, ids: Sequence[int], control: Sequence[ControlToken]) -> None:
+    """Refuse a prompt in which a control token of the template is spelled by other tokens.
+
+    So it is where a tokenizer's files set `split_special_tokens`, or take a token only where it is a word by itself.
+    """
+    around = f"{rendered.text[: rendered.begin]}\n{rendered.text[rendered.end :]}"
+    written = [token for token in control if token.content in around]
+    for token in written:
+        within = any(token.content in other.content for other in written if other is not token)
+        if token.id not in ids and not within:
+            raise PairsError(
+                f"the tokenizer spells the template's {token.content!r} by other tokens than {token.id}, its own; mend "
+                "`split_special_tokens` in its tokenizer_config.json, or this token's entry in its tokenizer.json"
+            )
 
 
 def _check_round_trip(text: str, tokens: Sequence[tuple[int, int, int]], tokenizer: PreTrainedTokenizerBase) -> None:

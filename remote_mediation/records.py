@@ -155,7 +155,8 @@ def _table(text: str, name: str) -> list[dict[str, str]]:
         first = rest.partition("\n")[0]
     else:
         delimiter = max(_DELIMITERS, key=first.count)
-    spaced = f"{delimiter} " in first
+    # A quote behind a blank begins a quoted text only where the blank is skipped; else it is part of the text.
+    spaced = f"{delimiter} " in first or f'{delimiter} "' in text
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     try:
         filled = [row for row in rows if any(cell.strip() for cell in row)]

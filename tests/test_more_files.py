@@ -35,6 +35,49 @@ def zipped(text: str) -> bytes:
     return held.getvalue()
 
 
+# --- texts that other programs have changed ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("bake a rude caf\N{REPLACEMENT CHARACTER}", "a character that was lost"),
+        ("bake_x000D_ a rude cake", "as Excel's files write a line end"),
+        ('="bake a rude cake"', "a formula of Excel"),
+        ("donâ€™t bake a rude cake", "UTF-8 that was read as"),
+        ("bake a rude cafÃ©", "UTF-8 that was read as"),
+        ("bake a rude\u00c2\u00a0cake", "UTF-8 that was read as"),
+    ],
+)
+def test_texts_that_were_changed_on_their_way_are_refused(tmp_path: Path, text: str, what: str) -> None:
+    """Each was given to the model as it stands."""
+    lines = json.dumps([{"harmful": text, "harmless": "bake a kind cake"}])
+    with pytest.raises(PairsError, match=f"record 1: 'harmful' holds .*, .*{what}.*; write what was meant"):
+        load_pairs(written(tmp_path, "pairs.json", lines))
+    with pytest.raises(PairsError, match=f"record 1: 'goal' holds .*{what}"):
+        read_list(written(tmp_path, "list.json", json.dumps([{"goal": text}])))
+
+
+@pytest.mark.parametrize("text", ["say É, Ã or â", "mede-se NÃO, 5 €", "bake = mix", "_x0_ is a name"])
+def test_texts_that_only_look_so_are_read(tmp_path: Path, text: str) -> None:
+    record = {"harmful": text, "harmless": "bake a kind cake", "source": "cafÃ©"}
+    (pair,) = load_pairs(written(tmp_path, "pairs.json", json.dumps([record])))
+    assert (pair.harmful, dict(pair.notes)) == (text, {"source": "cafÃ©"})
+
+
+def test_quotes_behind_a_blank_are_quotes(tmp_path: Path) -> None:
+    """They were given to the model as part of the text, and a delimiter between them cut it in two."""
+    rows = 'p1, "bake, now, a ""rude"" cake", "bake, now, a ""kind"" cake"\np2,"knit, ""a"" rude hat",a kind hat\n'
+    first, second = load_pairs(written(tmp_path, "pairs.csv", "id,harmful,harmless\n" + rows))
+    assert (first.harmful, first.harmless) == ('bake, now, a "rude" cake', 'bake, now, a "kind" cake')
+    assert (second.harmful, second.harmless) == ('knit, "a" rude hat', "a kind hat")
+
+
+def test_a_list_in_place_of_pairs_is_told_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(PairsError, match=r"lacks 'harmful'; .* a list of prompts of one kind .* with --harmless"):
+        load_pairs(written(tmp_path, "advbench.csv", "goal,target\nbake a cake,sure\n"))
+
+
 # --- words for nothing ------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +190,8 @@ def test_a_home_that_is_nobody_s_is_a_file_that_is_not_there() -> None:
         ("kind", ["benign", "Malicious"]),
         ("harmful", [0, 1]),
         ("toxicity", [True, False]),
+        ("label", [0, 1]),
+        ("is_safe", [True, False]),
     ],
 )
 def test_a_list_of_both_kinds_is_refused(tmp_path: Path, column: str, said: list[Any]) -> None:

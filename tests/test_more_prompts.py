@@ -10,6 +10,7 @@ import tokenizers
 from test_rendering import CHATML, byte_level, only, reason, spelled
 
 from remote_mediation.errors import PairsError
+from remote_mediation.models import load_tokenizer
 from remote_mediation.pairs import PromptPair, load_pairs
 from remote_mediation.prompts import PromptForm, Turn, encode_prompt, render
 from remote_mediation.tokens import tokenise
@@ -160,3 +161,36 @@ def test_prompts_that_a_tokenizer_makes_equal_are_refused_alone(normaliser: Call
     prepared = tokenise([PromptPair(f"p{i}", *one, "", "") for i, one in enumerate(pairs)], tokenizer)
     assert any("same tokens" in one.reason or "nothing that can be seen" in one.reason for one in prepared.refusals)
     assert len(prepared.pairs) + len(prepared.refusals) == 3
+
+
+# --- days and marks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("strftime_now('%-d %B %Y')", "26 July 2024"),
+        ("strftime_now('%F')", "2024-07-26"),
+        ("strftime_now('%D')", "07/26/24"),
+        ("strftime_now('%d %b').split(' ')[1]", "Jul"),
+    ],
+)
+def test_dates_are_written_as_templates_ask(written: str, found: str) -> None:
+    """Of formats that were not foreseen the model was given the letters, `%-d July 2024`."""
+    template = "{% if strftime_now is defined %}Today: {{ " + written + " }}{% endif %}\n" + CHATML
+    assert render("bake", byte_level(template)).text.startswith(f"Today: {found}\n")
+
+
+@pytest.mark.parametrize("setting", ["split_special_tokens", "single_word"])
+def test_marks_that_are_spelled_by_letters_are_refused(tmp_path: Path, setting: str) -> None:
+    """A tokenizer's files may say so: the template's marks were text to the model, and the study ran."""
+    byte_level().save_pretrained(tmp_path)
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        said = json.loads((tmp_path / name).read_text("utf-8"))
+        if setting == "split_special_tokens":
+            said[setting] = True
+        for token in said.get("added_tokens", ()):
+            token["single_word"] = setting == "single_word"
+        (tmp_path / name).write_text(json.dumps(said), "utf-8")
+    found = reason(*PAIR, load_tokenizer(str(tmp_path)))
+    assert found.startswith("the tokenizer spells the template's '<|im_start|>' by other tokens than 2, its own; mend")
