@@ -27,6 +27,8 @@ DATE = datetime(2024, 7, 26)
 NO_TEMPLATE = "none"
 ALONE = ("",)
 """Prompts of a continuation that stands behind none."""
+_DIRECTIVES = ("-d", "-m", "-H", "-I", "-M", "-S", "-j", "-y", *"aAbBcCdDeFGghHIjkmMnpPrRsStTuUVwWxXyYzZ")
+"""Directives of strftime that a template may use, without their `%`."""
 _MARKER = "qzmarkzq"
 _ANSWER = "qzanswerzq"
 _LINE_BREAK = "\n"
@@ -380,10 +382,9 @@ def _written(
         text = str(
             tokenizer.apply_chat_template(
                 [message._asdict() for message in messages],
-                chat_template=template,
+                chat_template=_dated(template, day),
                 tokenize=False,
                 add_generation_prompt=opened,
-                strftime_now=day.strftime,  # a variable goes before the function of this name that transformers gives
                 **dict(form.arguments),
             )
         )
@@ -393,6 +394,17 @@ def _written(
         if not re.search(rf"\b{re.escape(name)}\b", template):
             raise PairsError(f"the chat template reads no {name!r}, so that [prompt] template_arguments change nothing")
     return text
+
+
+def _dated(template: str, day: datetime) -> str:
+    """A template whose `strftime_now` formats a day, in place of the function of this name that transformers gives.
+
+    A macro: of a variable that is a function transformers hands a template the name.
+    """
+    if "strftime_now" not in template:
+        return template
+    written = "".join(f" | replace('%{one}', {day.strftime(f'%{one}')!r})" for one in _DIRECTIVES)
+    return "{%- macro strftime_now(format) -%}{{ format" + written + " }}{%- endmacro %}{{ '' }}" + template
 
 
 def _marker(request: str) -> str:

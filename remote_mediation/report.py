@@ -239,7 +239,10 @@ def effect_in_words(result: Result) -> str:
 
 
 def headline(result: Result) -> str:
-    """The verdicts in a sentence; where TE < 0 the claims are worded about the refusal (METHOD, section 2)."""
+    """The verdicts in a sentence; where TE < 0 the claims are worded about the refusal (METHOD, section 2).
+
+    What was not tested says nothing of where, and stands in the table below.
+    """
     name, sign = result.study.info.name, result.summary.total.sign
     decided = "the refusal" if sign < 0 else "harmful text"
     if sign == 0:
@@ -247,7 +250,8 @@ def headline(result: Result) -> str:
     verdicts = result.verdicts()
     if not verdicts:
         return f"**This run maps where {decided} acts in {name}; it tests no claim.**"
-    return f"**Where in {name} is {decided} decided? {in_groups(verdicts)}.**"
+    tested = [verdict for verdict in verdicts if verdict.said != "not tested"]
+    return f"**Where in {name} is {decided} decided? {in_groups(tested or verdicts)}.**"
 
 
 def _setting_table(result: Result, record: Mapping[str, Any]) -> Table:

@@ -179,6 +179,8 @@ def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
         ({"ablation": {"tokens": 4}}, True),
         ({"directions": {"basis": "saved.npy"}, "analyses": ["directions"]}, True),
         ({"statistics": {"resamples": 100}}, True),
+        ({"load": {"quantization": "nf4"}}, False),
+        ({"load": {"attention": "eager"}}, False),
     ],
 )
 def test_what_makes_a_study_another(changes: dict[str, Any], same: bool) -> None:

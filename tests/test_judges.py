@@ -633,7 +633,7 @@ def test_the_table_shows_every_number_and_why_one_is_missing() -> None:
     judged = check_judge(Says(said), labelled(truth), np.random.default_rng(0), resamples=200)
     one_class = check_judge(Says([1]), labelled([1]), np.random.default_rng(0))
     table = judge_table([judged, one_class])
-    assert [cell.split()[0] for cell in table.rows[0]] == ["says", "62.5%", "50%", "75%", "0.25"]
+    assert [cell.split()[0] for cell in table.rows[0]] == ["says", "62%", "50%", "75%", "0.25"]
     assert [cell.split()[0] for cell in table.rows[1]] == ["says", "100%", "100%", "-", "-"]
     assert "- says, specificity, others let pass: all answers are labelled harmful" in table.markdown()
 

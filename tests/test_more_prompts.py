@@ -178,7 +178,7 @@ def test_prompts_that_a_tokenizer_makes_equal_are_refused_alone(normaliser: Call
 def test_dates_are_written_as_templates_ask(written: str, found: str) -> None:
     """Of formats that were not foreseen the model was given the letters, `%-d July 2024`."""
     template = "{% if strftime_now is defined %}Today: {{ " + written + " }}{% endif %}\n" + CHATML
-    assert render("bake", byte_level(template)).text.startswith(f"Today: {found}\n")
+    assert render("bake", byte_level(template)).text.startswith(f"Today: {found}<|im_start|>")
 
 
 @pytest.mark.parametrize("setting", ["split_special_tokens", "single_word"])
@@ -187,7 +187,7 @@ def test_marks_that_are_spelled_by_letters_are_refused(tmp_path: Path, setting: 
     byte_level().save_pretrained(tmp_path)
     for name in ("tokenizer_config.json", "tokenizer.json"):
         said = json.loads((tmp_path / name).read_text("utf-8"))
-        if setting == "split_special_tokens":
+        if setting == "split_special_tokens" and name == "tokenizer_config.json":
             said[setting] = True
         for token in said.get("added_tokens", ()):
             token["single_word"] = setting == "single_word"

@@ -48,8 +48,11 @@ def loads(source: str) -> list[ast.Call]:
 def refuses(call: ast.Call) -> bool:
     said = {keyword.arg: keyword.value for keyword in call.keywords}
     value = said.get("trust_remote_code")
-    # A pipeline of a model that is there loads nothing.
-    there = isinstance(call.func, ast.Name) and call.func.id == "pipeline" and {"model", "tokenizer"} <= said.keys()
+    # A pipeline of a model that is there loads nothing, nor does nnsight of a module.
+    there = isinstance(call.func, ast.Name) and (
+        (call.func.id == "pipeline" and {"model", "tokenizer"} <= said.keys())
+        or (call.func.id == "TransformersModel" and ast.unparse(call.args[0]) == "module")
+    )
     return there or (isinstance(value, ast.Constant) and value.value is False)
 
 

@@ -157,7 +157,7 @@ def test_progress_that_cannot_be_written_ends_no_study(monkeypatch: pytest.Monke
     monkeypatch.setattr("remote_mediation.progress.SECONDS", 0.0)
     lines = Lines(Full())  # type: ignore[arg-type]
     lines.total(2)
-    lines.advance(1)
+    lines.advance(1, 1.0)
     lines.note("queued")
 
 

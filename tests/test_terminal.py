@@ -67,7 +67,7 @@ def test_every_claim_and_rival_is_one_line_with_its_numbers_and_verdict() -> Non
     result = shipped("qwen2.5-coder-1.5b")
     verdicts = result.verdicts()
     lines = printed(claims_table(verdicts))
-    assert len(verdicts) == 9
+    assert len(verdicts) == 10
     for verdict in verdicts:
         (line,) = [line for line in lines if line.startswith(verdict.row)]
         assert line.rstrip().endswith(verdict.said)

@@ -87,11 +87,22 @@ def _with_slope(one: Share, side: str) -> str:
     return ", ".join(parts) or NONE
 
 
+ANY_EDIT = "of any edit"
+"""What qualifies a supported claim whose numbers are no larger for harm than for the placebo."""
+
+
 def in_groups(verdicts: Sequence[Verdict]) -> str:
-    """What is said of which claims: `Supported: late layers, a sparse gate; undecided: early understanding`."""
+    """What is said of which claims: `Supported: late layers, a sparse gate; undecided: early understanding`.
+
+    What a control takes from a claim stands behind it in brackets.
+    """
     by_said: dict[str, list[str]] = {}
     for verdict in verdicts:
-        by_said.setdefault(verdict.said, []).append(verdict.name)
+        said, *qualifiers = verdict.said.split(", ")
+        own = [one for one in qualifiers if one != ANY_EDIT]
+        group = said if ANY_EDIT not in qualifiers else f"{said}, {ANY_EDIT}"
+        name = f"{verdict.name} ({', '.join(own)})" if own else verdict.name
+        by_said.setdefault(group, []).append(name)
     said = "; ".join(f"{said}: {', '.join(names)}" for said, names in by_said.items())
     return f"{said[:1].upper()}{said[1:]}"
 
