@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -213,14 +214,18 @@ def comparison_data(runs: Sequence[Compared]) -> dict[str, pd.DataFrame]:
 
 def agreement(runs: Sequence[Compared]) -> str:
     """In how many of the runs that tested it each claim and rival is supported, and where for harm in particular."""
-    tested: dict[str, list[bool]] = {}
+    tested: dict[str, list[Verdict]] = {}
     for one in runs:
         for verdict in one.verdicts:
             if verdict.said != "not tested":
-                tested.setdefault(verdict.name, []).append(verdict.said.startswith("supported"))
+                tested.setdefault(verdict.name, []).append(verdict)
     groups: dict[tuple[float, int], list[str]] = {}
-    for name, supported in tested.items():
-        groups.setdefault((sum(supported) / len(supported), len(supported)), []).append(name)
+    for name, verdicts in tested.items():
+        supported = sum(verdict.supported for verdict in verdicts)
+        taken = Counter(verdict.control for verdict in verdicts if verdict.control)
+        controls = ", ".join(f"{control} in {count}" for control, count in taken.items())
+        named = f"{name} ({controls})" if controls else name
+        groups.setdefault((supported / len(verdicts), len(verdicts)), []).append(named)
     said = "; ".join(
         f"in {round(part * many)} of {many}: {', '.join(names)}"
         for (part, many), names in sorted(groups.items(), reverse=True)
@@ -228,7 +233,10 @@ def agreement(runs: Sequence[Compared]) -> str:
     if not said:
         return "**No run tested a claim.**"
     specific = [
-        f"{verdict.name} in {one.name}" for one in runs for verdict in one.verdicts if verdict.said == "supported"
+        f"{verdict.name} in {one.name}"
+        for one in runs
+        for verdict in one.verdicts
+        if verdict.supported and not verdict.general
     ]
     more = f"More for harm than for another edit of the same words: {', '.join(specific) or 'none of them'}."
     return f"**Supported, of the runs that tested it, {said}.** {more}"

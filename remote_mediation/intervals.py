@@ -7,11 +7,9 @@ products for that, so that thousands of sites share one set of resamples, and a 
 it says why.
 """
 
-import pickle
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -156,6 +154,18 @@ class Ends(NamedTuple):
         return Interval(n_pairs, self.n_clusters, value, low, high, reason, method=method)
 
 
+class _Drawn(NamedTuple):
+    weights: Floats
+    """[resample, cluster], not to be written to."""
+    after: Mapping[str, Any]
+    """State of the generator afterwards."""
+
+
+_DRAWN: dict[tuple[int, int, str], _Drawn] = {}
+"""The last draws, by what was asked for and the state before: a report asks for the same ones hundreds of times."""
+_DRAWS_KEPT = 4
+
+
 def draw_weights(n_clusters: int, rng: np.random.Generator, resamples: int) -> Floats:
     """How often each cluster is drawn, [resample, cluster]; no rows where `mean_intervals` needs none.
 
@@ -165,29 +175,17 @@ def draw_weights(n_clusters: int, rng: np.random.Generator, resamples: int) -> F
         raise ValueError(f"resamples must be at least 1; got {resamples}")
     if n_clusters < STUDENTISED_FROM:
         return np.empty((0, n_clusters))
-    before = rng.bit_generator.state
-    drawn = _drawn(n_clusters, resamples, pickle.dumps(before))
+    asked = (n_clusters, resamples, repr(rng.bit_generator.state))
+    if asked not in _DRAWN:
+        chances = np.full(n_clusters, 1 / n_clusters)
+        weights = rng.multinomial(n_clusters, chances, size=resamples).astype(np.float64)
+        weights.flags.writeable = False
+        if len(_DRAWN) >= _DRAWS_KEPT:
+            del _DRAWN[next(iter(_DRAWN))]
+        _DRAWN[asked] = _Drawn(weights, rng.bit_generator.state)
+    drawn = _DRAWN[asked]
     rng.bit_generator.state = drawn.after
     return drawn.weights
-
-
-class _Drawn(NamedTuple):
-    weights: Floats
-    """[resample, cluster], not to be written to."""
-    after: Mapping[str, Any]
-    """State of the generator afterwards."""
-
-
-@lru_cache(maxsize=4)  # a report asks for the same draws hundreds of times
-def _drawn(n_clusters: int, resamples: int, state: bytes) -> _Drawn:
-    """What a generator of this pickled state draws."""
-    before = pickle.loads(state)
-    generator = np.random.Generator(getattr(np.random, before["bit_generator"])())
-    generator.bit_generator.state = before
-    chances = np.full(n_clusters, 1 / n_clusters)
-    weights = generator.multinomial(n_clusters, chances, size=resamples).astype(np.float64)
-    weights.flags.writeable = False
-    return _Drawn(weights, generator.bit_generator.state)
 
 
 def mean_intervals(sums: Floats, counts: Floats, weights: Floats) -> Ends:

@@ -55,6 +55,8 @@ _Floats = NDArray[np.float64]
 _PRECISION = 1e-5
 """Largest step, in logits, at which a fit counts as done."""
 _MOST_STEPS = 1000
+_LEAST_SQUARE = 1e-12
+"""Of the largest, what the square of an axis' length is in which prompts differ; less is rounding."""
 
 
 @dataclass(frozen=True)
@@ -109,48 +111,33 @@ def fit_scores(features: ArrayLike, labels: ArrayLike, *others: ArrayLike) -> li
     return [np.asarray(fitted.decision_function(np.asarray(other, dtype=np.float64))) for other in others]
 
 
-def fit_exactly(features: ArrayLike, labels: ArrayLike, asked: ArrayLike) -> _Floats:
-    """Log-odds of harm in each of `asked` [prompt, width], from the probe of `logistic`, at its exact optimum.
+def fit_many(features: _Floats, labels: NDArray[np.bool_], judged: _Floats) -> _Floats:
+    """Log-odds [judged, labelling] of the probe of `logistic`, fitted to each column of labels [prompt, labelling].
 
-    For few prompts of a large width, where it is far faster than `fit_scores`: the weights of an L2-regularised fit are
-    sums of its prompts, w = X'a, so Newton's method solves for a and the intercept from the prompts' products alone
-    (Zhu & Hastie 2005, doi 10.1198/106186005X25619, section 4). A step that does not lower the loss is halved.
-    features: [prompt, width]. labels: [prompt], 0 or 1, both among them.
+    Exact and fast, also of one labelling, because an L2-regularised fit depends on features only through their
+    products: the prompts are rotated onto the axes of those, n columns in place of the width. There the upper bound
+    X'X / 4 on the curvature (Boehning & Lindsay 1988, doi 10.1007/BF00049423) is diagonal, and each Newton step with
+    it, which never overshoots, is two matrix products for all labellings together.
     """
-    known, given = np.asarray(features, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    centre, scale = known.mean(axis=0), known.std(axis=0)
-    scale[scale <= 10 * np.finfo(np.float64).eps * np.abs(centre)] = 1.0
-    rows, others = (known - centre) / scale, (np.asarray(asked, dtype=np.float64) - centre) / scale
-    fitted = _newton(rows @ rows.T, given, penalty=known.shape[1])
-    scores: _Floats = others @ rows.T @ fitted[:-1] + fitted[-1]
-    return scores
-
-
-def _newton(products: _Floats, labels: _Floats, penalty: float) -> _Floats:
-    """Weight of each prompt, then the intercept: [prompt + 1], of the loss sum(log-loss) + penalty / 2 a'Ka."""
-    n = len(labels)
-    found = np.zeros(n + 1)
-    loss = _loss(found, products, labels, penalty)
+    scaler = StandardScaler().fit(features)
+    rows, others = scaler.transform(features), scaler.transform(judged)
+    squares, axes = np.linalg.eigh(rows @ rows.T)
+    kept = squares > _LEAST_SQUARE * squares[-1:]
+    lengths, axes = np.sqrt(squares[kept]), axes[:, kept]
+    rotated = axes * lengths
+    penalty = features.shape[1]  # 1 / C
+    steps = 1 / (lengths**2 / 4 + penalty)[:, None]
+    weights, intercept = np.zeros((len(lengths), labels.shape[1])), np.zeros(labels.shape[1])
+    logits = np.zeros(labels.shape)
     for _ in range(_MOST_STEPS):
-        chance = 1 / (1 + np.exp(-(products @ found[:-1] + found[-1])))
-        spread = chance * (1 - chance)
-        curvature = np.block(
-            [[spread[:, None] * products + penalty * np.eye(n), spread[:, None]], [spread @ products, spread.sum()]]
-        )
-        slope = np.append(labels - chance - penalty * found[:-1], (labels - chance).sum())
-        step = np.linalg.solve(curvature, slope)
-        while (lower := _loss(found + step, products, labels, penalty)) > loss and np.abs(step).max() > 1e-15:
-            step /= 2
-        found, loss = found + step, lower
-        if np.abs(products @ step[:-1] + step[-1]).max() < _PRECISION**2:
+        missed = labels - 1 / (1 + np.exp(-logits))
+        weights += steps * (rotated.T @ missed - penalty * weights)
+        intercept += 4 * missed.mean(axis=0)
+        before, logits = logits, rotated @ weights + intercept
+        if np.abs(logits - before).max() < _PRECISION:
             break
-    return found
-
-
-def _loss(found: _Floats, products: _Floats, labels: _Floats, penalty: float) -> float:
-    rise = products @ found[:-1]
-    logits = rise + found[-1]
-    return float((np.logaddexp(0.0, logits) - labels * logits).sum() + penalty / 2 * (found[:-1] @ rise))
+    fitted: _Floats = (others @ rows.T) @ (axes / lengths) @ weights + intercept
+    return fitted
 
 
 def probe_weights(features: ArrayLike, labels: ArrayLike) -> _Floats:
@@ -351,35 +338,8 @@ def _control(data: _Data, splits: list[_Split], rng: np.random.Generator, repeti
     labels = data.labels[:, None] ^ swap[data.cluster]
     scores = np.empty(labels.shape)
     for fit, judge in splits:
-        scores[judge] = _fit_many(data.features[fit], labels[fit], data.features[judge])
+        scores[judge] = fit_many(data.features[fit], labels[fit], data.features[judge])
     return ((scores > 0) == labels).mean(axis=0), ""
-
-
-def _fit_many(features: _Floats, labels: NDArray[np.bool_], judged: _Floats) -> _Floats:
-    """Log-odds [judged, labelling] of the probe of `logistic`, fitted to each column of labels [prompt, labelling].
-
-    Exact and fast, because the labellings share their features. An L2-regularised fit depends on features only through
-    their products, so they are rotated onto their singular vectors: n columns in place of the width. There the upper
-    bound X'X / 4 on the curvature (Boehning & Lindsay 1988, doi 10.1007/BF00049423) is diagonal, and each Newton step
-    with it, which never overshoots, is two matrix products for all labellings together.
-    """
-    scaler = StandardScaler().fit(features)
-    _, lengths, axes = np.linalg.svd(scaler.transform(features), full_matrices=False)
-    axes = axes[lengths > 1e-10 * lengths[:1]]
-    rotated = scaler.transform(features) @ axes.T
-    penalty = features.shape[1]  # 1 / C
-    steps = 1 / ((rotated**2).sum(axis=0) / 4 + penalty)[:, None]
-    weights, intercept = np.zeros((len(axes), labels.shape[1])), np.zeros(labels.shape[1])
-    logits = np.zeros(labels.shape)
-    for _ in range(_MOST_STEPS):
-        missed = labels - 1 / (1 + np.exp(-logits))
-        weights += steps * (rotated.T @ missed - penalty * weights)
-        intercept += 4 * missed.mean(axis=0)
-        before, logits = logits, rotated @ weights + intercept
-        if np.abs(logits - before).max() < _PRECISION:
-            break
-    fitted: _Floats = scaler.transform(judged) @ axes.T @ weights + intercept
-    return fitted
 
 
 def _nothing(n: int, n_clusters: int, why: str) -> ProbeResult:

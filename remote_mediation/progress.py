@@ -39,14 +39,13 @@ class Left:
 
     def __init__(self) -> None:
         self._began: float | None = None
-        self._spent = self._done = 0.0
-        self._ahead = self._since = 0.0
+        self._spent = self._done = self._end = 0.0
         self._rows = self._rows_done = 0
         self._wave = 0.0
 
     def ahead(self, operations: float) -> None:
         """So many operations are left of all steps, at most; those done from here on are counted against them."""
-        self._ahead, self._since = operations, 0.0
+        self._end = self._done + operations
 
     def total(self, rows: int) -> None:
         """A new wave of rows begins."""
@@ -60,7 +59,6 @@ class Left:
         self._began = now
         self._rows_done += rows
         self._done += operations
-        self._since += operations
 
     @property
     def seconds(self) -> float:
@@ -68,7 +66,7 @@ class Left:
         if not self._done or not self._rows_done:
             return math.nan
         of_wave = (time.monotonic() - self._wave) * (self._rows - self._rows_done) / self._rows_done
-        return max((self._ahead - self._since) * self._spent / self._done, of_wave)
+        return max((self._end - self._done) * self._spent / self._done, of_wave)
 
     @property
     def rows(self) -> str:

@@ -6,12 +6,12 @@ the same weights are here and fit; where they do not, `run.json` says why there 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import weight_bytes
+from remote_mediation.engine.fit import memory_here
 from remote_mediation.errors import MediationError
 from remote_mediation.models import weights_here
 from remote_mediation.result import Analysis
@@ -57,20 +57,12 @@ def _lacking(config: StudyConfig, info: ModelInfo) -> str:
     """Why this machine cannot run the model in float32; empty where it can."""
     if not weights_here(config.model, config.revision):
         return "its weights are not on this machine"
-    needed, most = weight_bytes(info, "float32"), _SHARE * _memory()
+    needed, most = weight_bytes(info, "float32"), _SHARE * memory_here()
     if config.max_memory is not None:
         most = min(most, config.max_memory * 1e9)
     if needed > most:
         return f"in float32 its weights take {needed / 1e9:.1f} GB, and {most / 1e9:.1f} GB may be taken here"
     return ""
-
-
-def _memory() -> float:
-    """Bytes of memory of this machine; 0 where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return 0.0
 
 
 def _others(reference: Backend, served: Mapping[str, str], dtype: str) -> bool:

@@ -29,7 +29,7 @@ from remote_mediation.intervals import (
     studentised_ends,
 )
 
-__all__ = ["Gate", "GateVerdict", "gate", "share", "share_exceeds", "slope", "slope_difference"]
+__all__ = ["ANY_EDIT", "Gate", "GateVerdict", "gate", "share", "share_exceeds", "slope", "slope_difference"]
 
 _scipy = cast(Any, _untyped_scipy)
 _ANGLES = 33
@@ -38,6 +38,9 @@ _HALVINGS = 12
 """Of a grid's step, before an end is taken to be the only one there: quantiles may cross 0 more than once."""
 _PRECISION = 1e-15
 """Of an angle at which the set ends."""
+
+ANY_EDIT = "of any edit"
+"""What qualifies a supported claim whose numbers are not shown to be larger for harm than for the placebo."""
 
 GateVerdict = Literal["no effect", "not about harm", "placebo not tested", ""]
 

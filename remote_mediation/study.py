@@ -428,11 +428,12 @@ def analysed(lab: Lab, analyses: tuple[Analysis, ...]) -> Result:
     findings: dict[str, Finding] = {}
     # The report of an unfinished run shows what is there; while measuring, nothing may be missing.
     unfinished = () if lab.can_measure else (UnmeasuredError,)
-    steps = [_operations(study, one) for one in analyses] if lab.can_measure else []
-    for place, one in enumerate(analyses):
+    asked = [requests_of(study, one) for one in analyses]
+    steps = [_operations(study, *each) for each in zip(analyses, asked, strict=True)] if lab.can_measure else []
+    for place, (one, requests) in enumerate(zip(analyses, asked, strict=True)):
         lab.tell_ahead(sum(steps[place:]))
         with contextlib.suppress(*unfinished):
-            lab.measure(requests_of(study, one))
+            lab.measure(requests)
             if one.analyse:
                 findings[one.name] = one.analyse(lab, findings)
     tables = {name: table for found in findings.values() for name, table in found.tables.items()}
@@ -440,9 +441,9 @@ def analysed(lab: Lab, analyses: tuple[Analysis, ...]) -> Result:
     return Result(study, lab.effects, tables, _summary(study, lab.effects), analyses, files)
 
 
-def _operations(study: Study, analysis: Analysis) -> float:
+def _operations(study: Study, analysis: Analysis, requests: Sequence[Request]) -> float:
     """What an analysis takes, at most: that of its sites, from a sample of them, and of all that it goes on to ask."""
-    pairs, requests = {pair.id: pair for pair in study.pairs}, requests_of(study, analysis)
+    pairs = {pair.id: pair for pair in study.pairs}
     sample = requests[:: -(-len(requests) // COST_SAMPLE) or 1]
     rows = [row for request in sample for row in request.rows(study.info) if row.writes]
     of_sites = sum(row_flops(row, pairs[row.pair], study.setting) for row in rows)
@@ -486,7 +487,7 @@ def _described(study: Study) -> dict[str, Any]:
     """The study in `run.json`: what identifies it, and all that `reread` needs."""
     return {
         "study": study.config.identity(),
-        "config": study.config.model_dump(mode="json"),
+        "config": study.config.model_dump(mode="json", exclude={"out"}),  # the folder itself, whose path is nobody's
         "model": asdict(study.info),
         "weights": source_of(study.info.name),
         "outcome": asdict(study.outcome),

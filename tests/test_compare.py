@@ -192,6 +192,14 @@ def test_what_all_some_and_no_runs_support_is_said_first(make: Callable[..., Pat
         "**Supported, of the runs that tested it, in 1 of 1: late layers.** "
         "More for harm than for another edit of the same words: late layers in late."
     )
+    taken = [
+        claimed(late, "supported, as the control", 0.9),
+        claimed(early, "supported, of any edit, as the control", 0.9),
+    ]
+    assert agreement(taken) == (
+        "**Supported, of the runs that tested it, in 2 of 2: late layers (as the control in 2).** "
+        "More for harm than for another edit of the same words: late layers in late."
+    )
     assert agreement([claimed(late, "undecided", 0.5)]).startswith(
         "**Supported, of the runs that tested it, in 0 of 1: "
     )

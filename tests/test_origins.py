@@ -64,6 +64,14 @@ def as_by_an_older_version(folder: Path) -> None:
         np.savez(path, **content, checksum=hashlib.sha256(b"".join(whole)).hexdigest())
 
 
+def test_a_run_does_not_record_where_it_lies(study: StudyConfig, tmp_path: Path) -> None:
+    """`run.json` is given to others, and the path of a folder names its owner."""
+    folder = tmp_path / "someone's"
+    measured(study.model_copy(update={"out": folder}), folder)
+    assert folder.name not in (folder / "run.json").read_text("utf-8")
+    assert Store.open(folder).config().out is None
+
+
 def test_a_renamed_readout_is_put_back_under_its_name(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = reread(Store.open(run)).effects
     first, second, *_ = readouts(run)

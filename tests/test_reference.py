@@ -70,7 +70,7 @@ def test_a_remote_run_lies_as_far_from_float32_as_a_local_one(measure: Measure) 
 
 
 def test_why_a_remote_run_is_not_compared(measure: Measure, low: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("remote_mediation.reference._memory", lambda: 1e5)
+    monkeypatch.setattr("remote_mediation.reference.memory_here", lambda: 1e5)
     assert measure("ndif", "large")["missing"].startswith("in float32 its weights take 0.0 GB, and 0.0 GB may be")
     monkeypatch.undo()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -104,10 +104,18 @@ def room_here() -> Room:
     return Room(gpus, _free_memory(), float(shutil.disk_usage(Path.cwd()).free))
 
 
+def memory_here() -> float:
+    """Bytes of memory of this machine; 0 where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return 0.0
+
+
 def _free_memory() -> float:
     """Bytes that a process can have; all there are where the system does not say what is free."""
     if not _MEMORY.exists():
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return memory_here()
     lines = dict(line.split(":", 1) for line in _MEMORY.read_text("utf-8").splitlines())
     free = float(lines["MemAvailable"].split()[0]) * 1024
     if _LIMIT.exists() and (limit := _LIMIT.read_text("utf-8").strip()) != "max":

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from remote_mediation.shares import ANY_EDIT
 from remote_mediation.show.tables import Table, paragraphs
 from remote_mediation.stats import Interval
 
@@ -105,6 +106,21 @@ class Verdict(NamedTuple):
     def name(self) -> str:
         """In a few words."""
         return self.short or self.label
+
+    @property
+    def supported(self) -> bool:
+        """Whether its rule is met, whatever qualifies that."""
+        return self.said.startswith("supported")
+
+    @property
+    def general(self) -> bool:
+        """Whether it is one of any edit, not shown to be of harm."""
+        return ANY_EDIT in self.said.split(", ")
+
+    @property
+    def control(self) -> str:
+        """What a control takes from it; empty for nothing."""
+        return ", ".join(one for one in self.said.split(", ")[1:] if one != ANY_EDIT)
 
     @property
     def row(self) -> str:

@@ -87,10 +87,6 @@ def _with_slope(one: Share, side: str) -> str:
     return ", ".join(parts) or NONE
 
 
-ANY_EDIT = "of any edit"
-"""What qualifies a supported claim whose numbers are no larger for harm than for the placebo."""
-
-
 def in_groups(verdicts: Sequence[Verdict]) -> str:
     """What is said of which claims: `Supported: late layers, a sparse gate; undecided: early understanding`.
 
@@ -98,11 +94,9 @@ def in_groups(verdicts: Sequence[Verdict]) -> str:
     """
     by_said: dict[str, list[str]] = {}
     for verdict in verdicts:
-        said, *qualifiers = verdict.said.split(", ")
-        own = [one for one in qualifiers if one != ANY_EDIT]
-        group = said if ANY_EDIT not in qualifiers else f"{said}, {ANY_EDIT}"
-        name = f"{verdict.name} ({', '.join(own)})" if own else verdict.name
-        by_said.setdefault(group, []).append(name)
+        taken = verdict.control
+        name = f"{verdict.name} ({taken})" if taken else verdict.name
+        by_said.setdefault(verdict.said.removesuffix(f", {taken}"), []).append(name)
     said = "; ".join(f"{said}: {', '.join(names)}" for said, names in by_said.items())
     return f"{said[:1].upper()}{said[1:]}"
 

@@ -20,7 +20,7 @@ from remote_mediation.analyses.claims.verdicts import ACTS, Claim, Read
 from remote_mediation.engine.tasks import Reading, read_task
 from remote_mediation.intervals import Interval
 from remote_mediation.lab import Floats, Lab
-from remote_mediation.probes import fit_exactly
+from remote_mediation.probes import fit_many
 from remote_mediation.rates import rate
 from remote_mediation.sites import Site
 from remote_mediation.tokens import TokenPair
@@ -98,7 +98,7 @@ def _read(known: Floats, asked: Floats) -> Floats:
         return right
     for place in range(asked.shape[2]):
         features, others = (part[:, :, place].reshape(-1, part.shape[-1]) for part in (known, asked))
-        scores = fit_exactly(features, labels, others)
+        scores = fit_many(features, labels[:, None] == 1, others)
         right[place] = (scores.reshape(-1, 2) > 0) == np.array(_LABELS, dtype=bool)
     return right
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from remote_mediation.intervals import Floats, Interval
 from remote_mediation.rates import rate
-from remote_mediation.shares import Gate, gate, share, slope, slope_difference
+from remote_mediation.shares import ANY_EDIT, Gate, gate, share, slope, slope_difference
 from remote_mediation.stats import estimate_means
 
 Verdict = Literal["supported", "not supported", "undecided", "not tested"]
@@ -177,7 +177,7 @@ class Claim:
             return f"{self.gate}: {self.verdict}"
         if self.verdict != "supported":
             return self.verdict
-        general = "" if self.specific else "of any edit"
+        general = "" if self.specific else ANY_EDIT
         return ", ".join(filter(None, (self.verdict, general, self.but)))
 
 
