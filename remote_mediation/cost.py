@@ -244,8 +244,8 @@ def _packed(payload: dict[str, Any]) -> int:
 
 def _values_bytes(job: Job) -> int:
     """Float32 numbers of every row and base prompt, and the file around each context's tensor."""
-    numbers = sum(len(part.keys) * len(part.payload["stacks"][0]["queries"]) for part in job.parts)
-    return 4 * numbers + _TENSOR_BYTES * (1 + len(job.parts))
+    numbers = sum(len(context.keys) * len(context.payload["stacks"][0]["queries"]) for context in job.contexts)
+    return 4 * numbers + _TENSOR_BYTES * (1 + len(job.contexts))
 
 
 def matmul_rate(dtype: str, size: int = 1024, repeats: int = 5) -> float:

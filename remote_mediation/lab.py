@@ -19,11 +19,12 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Setting, batch_budget
+from remote_mediation.engine.jobs import Context
 from remote_mediation.engine.pathrows import Way, path_row, sender_row
 from remote_mediation.engine.payload import digest
 from remote_mediation.engine.rows import Row, direct_row, swap_all
 from remote_mediation.engine.samples import Manner, bare, sample_key
-from remote_mediation.engine.tasks import Intervention, Task, direct_task, generate_task
+from remote_mediation.engine.tasks import Intervention, direct_task, generate_task
 from remote_mediation.models import ends_of_answers
 from remote_mediation.openings import longest_answer
 from remote_mediation.outcomes import Outcome
@@ -282,21 +283,21 @@ class Lab:
         clusters = np.array([pair.cluster for pair in pairs])
         return Indirect(nie=y0 - bases[0], tie=bases[1] - y1, te=bases[1] - bases[0], clusters=clusters)
 
-    def run(self, tasks: Sequence[Task]) -> list[npt.NDArray[np.float32]]:
+    def run(self, tasks: Sequence[Context]) -> list[npt.NDArray[np.float32]]:
         """Values of tasks, in their order.
 
         Raises:
             JobError: one of them failed.
             UnmeasuredError: one was not run, and there is no backend.
         """
-        keys = [task.key(self.study.setting) for task in tasks]
-        self._runner.run_tasks(dict(zip(keys, tasks, strict=True)))
+        keys = [task.keys[0] for task in tasks]
+        self._runner.run_tasks(tasks)
         values = self._runner.values
         if any(key not in values for key in keys):
             raise UnmeasuredError
         return [values[key] for key in keys]
 
-    def read(self, task: Task) -> npt.NDArray[np.float32]:
+    def read(self, task: Context) -> npt.NDArray[np.float32]:
         """Values of a task that are not kept in the run folder.
 
         Raises:

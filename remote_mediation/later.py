@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from remote_mediation.engine.budget import base_flops, row_flops
+from remote_mediation.engine.jobs import Context
 from remote_mediation.engine.rows import swap
-from remote_mediation.engine.tasks import Task, generate_task, read_task
+from remote_mediation.engine.tasks import forward_flops, generate_task
 from remote_mediation.lab import Study
 from remote_mediation.sites import Site
 from remote_mediation.tokens import TokenPair
@@ -54,15 +55,15 @@ def of_bases(study: Study, pairs: Sequence[TokenPair]) -> Later:
     return Later(0, sum(base_flops(pair, study.setting) for pair in pairs))
 
 
-def of_tasks(tasks: Sequence[Task], numbers: int) -> Later:
+def of_tasks(tasks: Sequence[Context], numbers: int) -> Later:
     """So many numbers come back from each."""
     return Later(0, sum(task.flops for task in tasks), 4.0 * numbers * len(tasks))
 
 
 def of_readings(study: Study, pairs: Sequence[TokenPair], numbers: int) -> Later:
     """So many activations are read on each prompt."""
-    tasks = [read_task("", ids, (), study.setting) for pair in pairs for ids in pair.prompts]
-    return of_tasks(tasks, numbers)
+    prompts = [ids for pair in pairs for ids in pair.prompts]
+    return Later(0, forward_flops(sum(map(len, prompts)), study.setting), 4.0 * numbers * len(prompts))
 
 
 def of_answers(study: Study, prompts: Sequence[tuple[int, ...]], tokens: int) -> Later:

@@ -24,10 +24,10 @@ from remote_mediation.engine.answers import (
 )
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Budget, Setting
-from remote_mediation.engine.jobs import Job, Keys, Readout, plan_jobs, with_sources
+from remote_mediation.engine.jobs import Context, Job, Keys, Readout, plan_jobs, with_sources
 from remote_mediation.engine.rows import Row
 from remote_mediation.engine.samples import Manner, plan_samples
-from remote_mediation.engine.tasks import Task, plan_tasks
+from remote_mediation.engine.tasks import plan_tasks
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.store import Store, Submitted
 from remote_mediation.tokens import TokenPair
@@ -108,17 +108,17 @@ class Runner:
             count = sum(bool(row.writes) for row in with_sources(missing))
             self._work(count, partial(self._jobs, missing), self._backend)
 
-    def run_tasks(self, tasks: Mapping[str, Task]) -> None:
-        """The same of tasks, by key."""
+    def run_tasks(self, tasks: Sequence[Context]) -> None:
+        """The same of tasks that are not made of rows."""
         if not self._backend:
             return
         self._collect_submitted(self._backend)
-        missing = [task for key, task in tasks.items() if key not in self.values]
+        missing = {task.keys: task for task in tasks if task.keys[0] not in self.values}
         if missing:
-            plan = partial(plan_tasks, missing, self._setting)
+            plan = partial(plan_tasks, missing.values(), self._setting)
             self._work(len(missing), plan, self._backend)
 
-    def read(self, task: Task) -> npt.NDArray[np.float32]:
+    def read(self, task: Context) -> npt.NDArray[np.float32]:
         """Values of a task that are not kept, as they are large and soon had again.
 
         Raises:
@@ -216,7 +216,7 @@ class Runner:
         """The rows of a job as one job per pair, so that one pair's failure is its own."""
         whole = Budget(lambda: inf, self._batch_bytes)
         for pair in job.pairs:
-            yield from self._jobs([row for part in job.parts for row in part.rows if row.pair == pair], whole)
+            yield from self._jobs([row for context in job.contexts for row in context.rows if row.pair == pair], whole)
 
     def _collect_submitted(self, backend: Backend) -> None:
         """Fetch what an earlier process handed over and did not live to see; what is lost will be planned anew."""

@@ -16,7 +16,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from remote_mediation.config import StudyConfig
-from remote_mediation.engine.jobs import Job, Part, Readout
+from remote_mediation.engine.jobs import Context, Job, Readout
 from remote_mediation.engine.rows import Row
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.outcomes import Outcome
@@ -173,23 +173,23 @@ class CannedBackend:
         if job.task in self._refuses_tasks:
             raise JobError(f"{job.task} is not allowed")
         self.collected.append(job)
-        values = [value for part in job.parts for value in self._values(job.task, part)]
+        values = [value for context in job.contexts for value in self._values(context)]
         return Readout(self._spoils(job, values), seconds=1.0)
 
-    def _values(self, task: str, part: Part) -> list[np.ndarray]:
+    def _values(self, context: Context) -> list[np.ndarray]:
         """One array per key of a context."""
-        if task == "generate":
+        if context.task == "generate":
             return [
                 np.array(
-                    [self._answer(ids, part.payload["tokens"]) for ids in part.payload["prompts"]], np.float32
+                    [self._answer(ids, context.payload["tokens"]) for ids in context.payload["prompts"]], np.float32
                 ).ravel()
             ]
         count = {
-            "measure": lambda: len(part.payload["stacks"][0]["queries"]),
-            "screen": lambda: 2 * min(part.payload["cuts"], 2) * self.info.layers * self.info.d_ff,
-            "drift": lambda: 3 * len(part.payload["answer"]),
-        }[task]()
-        return [canned(key, count) for key in part.keys]
+            "measure": lambda: len(context.payload["stacks"][0]["queries"]),
+            "screen": lambda: 2 * min(context.payload["cuts"], 2) * self.info.layers * self.info.d_ff,
+            "drift": lambda: 3 * len(context.payload["answer"]),
+        }[context.task]()
+        return [canned(key, count) for key in context.keys]
 
     def _answer(self, ids: Sequence[int], tokens: int) -> tuple[int, ...]:
         """A prompt's own words from the verb on, then the token that ends it."""
@@ -216,11 +216,11 @@ class AdditiveBackend(CannedBackend):
         self.weights, self.te = weights, te
         self._seen = np.ones((info.layers, info.d_ff)) if unseen is None else 1.0 - unseen
 
-    def _values(self, task: str, part: Part) -> list[np.ndarray]:
-        if task == "screen":
-            seen = sum(self.weights[pair] for pair in part.pairs) * self._seen
+    def _values(self, context: Context) -> list[np.ndarray]:
+        if context.task == "screen":
+            seen = sum(self.weights[pair] for pair in context.pairs) * self._seen
             return [np.stack([seen, np.abs(seen)] * 2).astype(np.float32).ravel()]
-        return [np.array([self._y(row), 0.0], np.float32) for row in part.rows]
+        return [np.array([self._y(row), 0.0], np.float32) for row in context.rows]
 
     def _y(self, row: Row) -> float:
         weights, te = self.weights[row.pair], self.te[row.pair]

@@ -759,7 +759,7 @@ def test_less_memory_makes_smaller_batches(
     submit = LocalBackend.submit
 
     def watched(backend: LocalBackend, job: budget.Job) -> str:
-        rows = [sum(map(len, batch["joining"])) for part in job.parts for batch in part.payload["batches"]]
+        rows = [sum(map(len, batch["joining"])) for context in job.contexts for batch in context.payload["batches"]]
         largest[folder] = max([largest.get(folder, 0), *rows])
         return submit(backend, job)
 

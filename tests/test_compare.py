@@ -31,7 +31,7 @@ from remote_mediation.compare import (
     write_comparison,
 )
 from remote_mediation.config import StudyConfig
-from remote_mediation.engine.jobs import Part, Readout
+from remote_mediation.engine.jobs import Context, Readout
 from remote_mediation.engine.rows import Row
 from remote_mediation.errors import SettingsError, StoreError
 from remote_mediation.export import export
@@ -55,10 +55,12 @@ class Planted(CannedBackend):
 
     def collect(self, ticket: str) -> Readout:
         job = self._shelf[ticket]
-        return Readout([np.array(y, np.float32) for part in job.parts for y in self._values(part)], seconds=1.0)
+        return Readout(
+            [np.array(y, np.float32) for context in job.contexts for y in self._values(context)], seconds=1.0
+        )
 
-    def _values(self, part: Part) -> list[list[float]]:
-        return [[self._y(row)] + [0.0] * (len(part.payload["stacks"][0]["queries"]) - 1) for row in part.rows]
+    def _values(self, context: Context) -> list[list[float]]:
+        return [[self._y(row)] + [0.0] * (len(context.payload["stacks"][0]["queries"]) - 1) for row in context.rows]
 
     def _y(self, row: Row) -> float:
         te = self._te([record["id"] for record in records()].index(row.pair))

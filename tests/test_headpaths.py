@@ -247,7 +247,7 @@ def test_budgets_and_order_change_no_value(subject: Subjects) -> None:
     rows = [row for pair in pairs for row in all_rows(model, pair, ways("all"))]
     together = model.measure(pairs, rows, REFUSAL)
     (job,) = model.plan(pairs, rows, REFUSAL)
-    batches = [batch for part in job.parts for batch in part.payload["batches"]]
+    batches = [batch for context in job.contexts for batch in context.payload["batches"]]
     assert len(batches) < len(rows) / 10
     for budget in ({"job_flops": 1.0, "batch_bytes": 1.0}, {"job_flops": 3e6, "batch_bytes": 5e4}):
         jobs = model.plan(pairs, rows, REFUSAL, **budget)

@@ -14,9 +14,9 @@ from fakes import INFO, LOGITS, CannedBackend, canned, records, token_pair
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import Request
-from remote_mediation.engine.jobs import Job, Keys
+from remote_mediation.engine.jobs import Context, Job, Keys
 from remote_mediation.engine.rows import Row, swap
-from remote_mediation.engine.tasks import Task, screen_tasks
+from remote_mediation.engine.tasks import screen_tasks
 from remote_mediation.errors import JobError, LostJobError
 from remote_mediation.lab import Lab, Study, UnmeasuredError
 from remote_mediation.pairs import PromptPair
@@ -38,7 +38,7 @@ def swaps(pairs: tuple[Any, ...] = PAIRS) -> list[Row]:
     return [swap(pair, SITE, 0, INFO) for pair in pairs]
 
 
-def screenings(here: Lab) -> list[Task]:
+def screenings(here: Lab) -> list[Context]:
     """One for each pair."""
     return [task for pair in PAIRS for task in screen_tasks([pair], "mlp_neurons", "last", here.study.setting)]
 
@@ -131,11 +131,11 @@ def test_tasks_are_run_once_and_in_the_order_asked_for(tmp_path: Path) -> None:
     some = here.run(tasks[:2])
     found = here.run(tasks[::-1])[::-1]
     for one, task in zip(found, tasks, strict=True):
-        np.testing.assert_array_equal(one, canned(task.key(here.study.setting), 2 * INFO.layers * INFO.d_ff))
+        np.testing.assert_array_equal(one, canned(task.keys[0], 2 * INFO.layers * INFO.d_ff))
     for one, other in zip(some, found, strict=False):
         np.testing.assert_array_equal(one, other)
     ran = [key for job in backend.collected for key in job.keys]
-    assert sorted(ran) == sorted(task.key(here.study.setting) for task in tasks)
+    assert sorted(ran) == sorted(task.keys[0] for task in tasks)
     for other in (lab(tmp_path, again), lab(tmp_path)):  # another process, and a report
         for one, two in zip(other.run(tasks), found, strict=True):
             np.testing.assert_array_equal(one, two)
@@ -290,7 +290,7 @@ def test_a_wrong_answer_to_an_earlier_process_is_measured_anew(tmp_path: Path, f
 
 def not_finite_of(*pairs: str) -> Callable[[Job, list[np.ndarray]], list[np.ndarray]]:
     def spoil(job: Job, values: list[np.ndarray]) -> list[np.ndarray]:
-        rows = [row for part in job.parts for row in part.rows]
+        rows = [row for context in job.contexts for row in context.rows]
         return [
             np.full_like(value, np.inf) if row.pair in pairs and row.writes else value
             for row, value in zip(rows, values, strict=True)

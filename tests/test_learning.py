@@ -140,7 +140,7 @@ def test_pairs_of_one_shape_share_batches_and_memory_bounds_them(
     assert sorted(len(batch) for part in alone.task.payload["parts"] for batch in part["targets"]) == [1, 1, 2, 2, 2]
     np.testing.assert_allclose(alone.losses, together.losses, atol=1e-3)
     assert fitting(alone.pairs, start, alone.setting) == alone.pairs[:1]
-    assert alone.task.key(alone.setting) != together.task.key(together.setting)
+    assert alone.task.keys != together.task.keys
 
 
 def test_as_many_numbers_come_back_as_are_expected(subject: Subjects) -> None:
@@ -154,6 +154,6 @@ def test_another_start_is_another_task(subject: Subjects) -> None:
     lessons, setting = [Lesson(pair, (1.0, 0.0)) for pair in pairs_of(outcome)], Setting(model.info, "float32", outcome)
     one = start_at("layer_output", 1, "last", 1)
     other = replace(one, basis=Basis.spanning(one.basis.vectors[0] + 1e-6 * np.eye(WIDTH)[0]))
-    keys = [learn_task(lessons, start, scale, setting).key(setting) for start in (one, other) for scale in (1.0, 2.0)]
+    keys = [learn_task(lessons, start, scale, setting).keys for start in (one, other) for scale in (1.0, 2.0)]
     assert len(set(keys)) == 4
-    assert learn_task(lessons, one, 1.0, setting).key(setting) == keys[0]
+    assert learn_task(lessons, one, 1.0, setting).keys == keys[0]

@@ -72,7 +72,7 @@ def bases(*sides: tuple[str, int]) -> tuple[Row, ...]:
 
 def rows_of(jobs: Iterable[Job]) -> list[Row]:
     """Rows with writes."""
-    return [row for job in jobs for part in job.parts for row in part.rows if row.writes]
+    return [row for job in jobs for context in job.contexts for row in context.rows if row.writes]
 
 
 def test_one_job_holds_everything_that_fits() -> None:
@@ -83,24 +83,24 @@ def test_one_job_holds_everything_that_fits() -> None:
 
 
 def test_a_batch_is_one_first_token_of_all_pairs_of_a_shape_lower_layers_first() -> None:
-    (part,) = plan(ROWS)[0].parts
-    (stack,), batches = part.payload["stacks"], part.payload["batches"]
+    (context,) = plan(ROWS)[0].contexts
+    (stack,), batches = context.payload["stacks"], context.payload["batches"]
     assert stack["ids"] == (PAIRS[0].x0, PAIRS[1].x0, PAIRS[0].x1, PAIRS[1].x1)
     # `all` and `edit` begin at the third token, `last` at the fifth.
     assert [(batch["start"], batch["low"]) for batch in batches] == [(2, 0), (4, 0)]
     assert [batch["joining"] for batch in batches] == [((0, 2) * 2 + (1, 3) * 2,) * 6, ((0, 2, 1, 3),) * 6]
-    assert [row.low for row in part.rows if row.writes] == [
+    assert [row.low for row in context.rows if row.writes] == [
         low for count in (8, 4) for low in range(6) for _ in range(count)
     ]
     (late,) = plan([row for row in swaps(PAIRS[0]) if row.low >= 4])
-    assert [(batch["low"], batch["joining"]) for batch in late.parts[0].payload["batches"]] == [(4, ((0, 1),) * 2)]
+    assert [(batch["low"], batch["joining"]) for batch in late.contexts[0].payload["batches"]] == [(4, ((0, 1),) * 2)]
 
 
 def test_pairs_of_other_lengths_do_not_mix() -> None:
     pairs = (*PAIRS, OTHER, UNEQUAL)
     (job,) = plan([row for pair in pairs for row in swaps(pair)], pairs)
-    assert [part.pairs for part in job.parts] == [("a", "b"), ("d",), ("c",)]
-    unequal = job.parts[1].payload
+    assert [context.pairs for context in job.contexts] == [("a", "b"), ("d",), ("c",)]
+    unequal = job.contexts[1].payload
     assert [stack["ids"] for stack in unequal["stacks"]] == [(UNEQUAL.x0,), (UNEQUAL.x1,)]
     assert [(batch["stack"], batch["joining"]) for batch in unequal["batches"]] == [(0, ((0,),) * 6), (1, ((0,),) * 6)]
     # Each row takes what it writes from the other stack.
@@ -108,16 +108,16 @@ def test_pairs_of_other_lengths_do_not_mix() -> None:
     assert sources == [(1, 0), (0, 0)]
     answered = [replace(PAIRS[0], answers=((1, 2), (3,))), replace(PAIRS[1], answers=((1,), (2, 3)))]
     (job,) = plan([row for pair in answered for row in swaps(pair)], answered, Setting(INFO, "float32", LOGPROBS))
-    assert [part.pairs for part in job.parts] == [("b",), ("a",)]
+    assert [context.pairs for context in job.contexts] == [("b",), ("a",)]
 
 
 def test_keys_and_rows_of_a_part_belong_together() -> None:
     pairs = (*PAIRS, UNEQUAL)
     keys = Keys(SETTING, pairs)
     (job,) = plan([row for pair in pairs for row in swaps(pair)], pairs)
-    for part in job.parts:
-        assert part.keys == tuple(map(keys, part.rows))
-    equal, unequal = (part.rows for part in job.parts)
+    for context in job.contexts:
+        assert context.keys == tuple(map(keys, context.rows))
+    equal, unequal = (context.rows for context in job.contexts)
     assert equal[:4] == bases(("a", 0), ("b", 0), ("a", 1), ("b", 1))
     assert unequal[:2] == bases(("d", 0), ("d", 1))
 
@@ -131,18 +131,18 @@ def test_repeated_rows_are_measured_once_and_bare_ones_with_their_pair() -> None
 def test_bare_rows_asked_for_alone_are_the_base_prompts_of_their_pair() -> None:
     (job,) = plan([Row("a", 0), Row("a", 0), Row("b", 1)])
     assert job.rows == 0
-    assert [part.rows for part in job.parts] == [bases(("a", 0), ("b", 0), ("a", 1), ("b", 1))]
-    assert job.parts[0].payload["batches"] == ()
+    assert [context.rows for context in job.contexts] == [bases(("a", 0), ("b", 0), ("a", 1), ("b", 1))]
+    assert job.contexts[0].payload["batches"] == ()
     assert job.flops == sum(base_flops(pair, SETTING) for pair in PAIRS)
     assert len(plan([Row("a", 0), Row("b", 0)], job_flops=1.0)) == 2
 
 
 def test_every_part_begins_with_the_base_prompts_of_its_pairs() -> None:
     for job_flops in (PLENTY, 2e5, 1.0):
-        for part in (part for job in plan(ROWS, job_flops=job_flops) for part in job.parts):
-            begin = part.rows[: 2 * len(part.pairs)]
-            assert begin == bases(*((name, side) for side in (0, 1) for name in part.pairs))
-            assert {row.pair for row in part.rows} == set(part.pairs)
+        for context in (context for job in plan(ROWS, job_flops=job_flops) for context in job.contexts):
+            begin = context.rows[: 2 * len(context.pairs)]
+            assert begin == bases(*((name, side) for side in (0, 1) for name in context.pairs))
+            assert {row.pair for row in context.rows} == set(context.pairs)
 
 
 @pytest.mark.parametrize("batch_bytes", [PLENTY, 1e5, 1.0])
@@ -151,13 +151,13 @@ def test_budgets_cut_jobs_and_lose_nothing(job_flops: float, batch_bytes: float)
     jobs = plan(ROWS, job_flops=job_flops, batch_bytes=batch_bytes)
     assert Counter(rows_of(jobs)) == Counter(ROWS)
     assert sum(job.rows for job in jobs) == 72
-    batches = [batch for job in jobs for part in job.parts for batch in part.payload["batches"]]
+    batches = [batch for job in jobs for context in job.contexts for batch in context.payload["batches"]]
     if batch_bytes == 1.0:
         assert len(batches) == 72
     if job_flops == 1.0:
         assert len(jobs) == len(batches)
     for job in jobs:  # more than one batch only where they fit together, but for the base runs of a pair that is cut
-        alone = len(job.pairs) == 1 and len(job.parts[0].payload["batches"]) == 1
+        alone = len(job.pairs) == 1 and len(job.contexts[0].payload["batches"]) == 1
         assert alone or job.flops <= job_flops + base_flops(PAIRS[0], SETTING)
 
 
@@ -181,7 +181,7 @@ def test_pairs_go_together_while_their_base_runs_take_half_the_memory() -> None:
     need = held_bytes(pairs[:1], swaps(pairs[0]), SETTING) + 2 * row_bytes(pairs[0], 0, SETTING)
     for fitting, expected in ((0.5, "a b c d"), (1.0, "a b c d"), (2.9, "ab cd"), (3.0, "abc d"), (4.0, "abcd")):
         (job,) = plan(rows, pairs, batch_bytes=2 * fitting * need)
-        assert [part.pairs for part in job.parts] == list(map(tuple, expected.split()))
+        assert [context.pairs for context in job.contexts] == list(map(tuple, expected.split()))
 
 
 def test_what_base_runs_keep() -> None:
@@ -200,7 +200,7 @@ def test_what_base_runs_keep() -> None:
 def test_batches_of_a_group_are_of_even_size() -> None:
     rows = swaps(PAIRS[0])[::2]
     room = held_bytes(PAIRS[:1], rows, SETTING) + 4.5 * row_bytes(PAIRS[0], 2, SETTING)
-    batches = plan(rows, batch_bytes=room)[0].parts[0].payload["batches"]
+    batches = plan(rows, batch_bytes=room)[0].contexts[0].payload["batches"]
     assert [sum(map(len, batch["joining"])) for batch in batches] == [3, 3]
 
 

@@ -145,7 +145,7 @@ def test_pairs_of_one_shape_share_their_batches(
     assert len({pair.first for pair in pairs}) == len({pair.answers for pair in pairs}) == 3
     rows = [row for pair in pairs for row in random_rows(pair, model.info, rng, 8)]
     (job,) = model.plan(pairs, rows, outcome)
-    (part,) = job.parts
+    (part,) = job.contexts
     assert part.pairs == tuple(sorted(pair.id for pair in pairs))
     prompts = [{prompt for joining in batch["joining"] for prompt in joining} for batch in part.payload["batches"]]
     assert max(map(len, prompts)) > (2 if edits[0] == edits[1] else 1)

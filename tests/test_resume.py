@@ -221,8 +221,8 @@ def test_a_finished_study_may_be_asked_for_more(pairs: Path, tmp_path: Path) -> 
 
 def row_keys(backend: CannedBackend) -> set[str]:
     """Of everything measured but the base prompts, which belong to every job of a pair."""
-    parts = [part for job in backend.collected if job.task == "measure" for part in job.parts]
-    return {key for part in parts for key, row in zip(part.keys, part.rows, strict=True) if row.writes}
+    contexts = [context for job in backend.collected if job.task == "measure" for context in job.contexts]
+    return {key for context in contexts for key, row in zip(context.keys, context.rows, strict=True) if row.writes}
 
 
 def test_another_place_to_run_is_the_same_study(pairs: Path, tmp_path: Path) -> None:

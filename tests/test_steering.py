@@ -11,7 +11,8 @@ import torch
 from oracle import KINDS, LOGIT_DIFF, TOLERANCE, Subject, module_path
 
 from remote_mediation.engine.budget import Budget, Setting
-from remote_mediation.engine.tasks import Ablated, Added, Intervention, Task, drift_task, generate_task, plan_tasks
+from remote_mediation.engine.jobs import Context
+from remote_mediation.engine.tasks import Ablated, Added, Intervention, drift_task, generate_task, plan_tasks
 from remote_mediation.sites import FAMILIES
 from remote_mediation.subspaces import Basis
 
@@ -26,12 +27,12 @@ def setting(model: Subject) -> Setting:
     return Setting(model.info, "float32", LOGIT_DIFF)
 
 
-def run(model: Subject, tasks: list[Task]) -> list[np.ndarray]:
+def run(model: Subject, tasks: list[Context]) -> list[np.ndarray]:
     found = {}
     for job in plan_tasks(tasks, setting(model), Budget(lambda: 1e18, 1e9)):
         readout = model.backend.collect(model.backend.submit(job))
         found.update(zip(job.keys, readout.values, strict=True))
-    return [found[task.key(setting(model))] for task in tasks]
+    return [found[task.keys[0]] for task in tasks]
 
 
 def steerings(model: Subject) -> dict[str, Intervention]:
@@ -126,9 +127,9 @@ def test_divergences_are_those_of_plain_hooks(subject: Subjects, name: str) -> N
 def test_tasks_are_known_by_what_steers_them(subject: Subjects) -> None:
     model = subject("llama")
     named, every = setting(model), steerings(model)
-    keys = {generate_task(PROMPTS, TOKENS, one, named).key(named) for one in every.values()}
+    keys = {generate_task(PROMPTS, TOKENS, one, named).keys for one in every.values()}
     assert len(keys) == len(every)
     held_nothing = generate_task(PROMPTS, TOKENS, (), named)
     assert set(held_nothing.payload) == {"prompts", "tokens", "held"}  # known as it was before there was any steering
     again = Ablated(Basis(every["one direction out"].basis.vectors.copy()))  # type: ignore[union-attr]
-    assert generate_task(PROMPTS, TOKENS, again, named).key(named) in keys
+    assert generate_task(PROMPTS, TOKENS, again, named).keys in keys

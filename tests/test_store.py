@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from remote_mediation.checkup import check_run
 from remote_mediation.cli import app
-from remote_mediation.engine.jobs import Job, Part, Readout
+from remote_mediation.engine.jobs import Context, Job, Readout
 from remote_mediation.engine.rows import Row, Scale, Write
 from remote_mediation.errors import StoreError
 from remote_mediation.store import Store
@@ -31,9 +31,8 @@ ROW = Row("p", 0, (Write("mlp_output", 0, (0,), (), Scale(0.0)),))
 
 def job(*keys: str) -> Job:
     stacks = {"stacks": ({"queries": (0,)},)}
-    return Job(
-        "measure", {}, (Part(("p",), keys, stacks, 10.0, (ROW, replace(ROW, writes=()), replace(ROW, writes=()))),)
-    )
+    rows = (ROW, replace(ROW, writes=()), replace(ROW, writes=()))
+    return Job({}, (Context("measure", ("p",), keys, stacks, 10.0, rows),))
 
 
 def readout(*values: list[float]) -> Readout:

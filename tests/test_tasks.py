@@ -26,12 +26,12 @@ from oracle import (
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine import program
 from remote_mediation.engine.budget import Budget, Setting
+from remote_mediation.engine.jobs import Context
 from remote_mediation.engine.rows import Constant, Scale
 from remote_mediation.engine.tasks import (
     Held,
     Kind,
     Reading,
-    Task,
     columns_task,
     drift_task,
     generate_task,
@@ -54,14 +54,14 @@ def setting(model: Subject, outcome: Outcome = LOGIT_DIFF) -> Setting:
     return Setting(model.info, "float32", outcome)
 
 
-def run(model: Subject, tasks: list[Task], outcome: Outcome = LOGIT_DIFF) -> list[np.ndarray]:
+def run(model: Subject, tasks: list[Context], outcome: Outcome = LOGIT_DIFF) -> list[np.ndarray]:
     """Values of tasks, in their order."""
     named = setting(model, outcome)
     found = {}
     for job in plan_tasks(tasks, named, Budget(lambda: 1e18, 1e9)):
         readout = model.backend.collect(model.backend.submit(job))
         found.update(zip(job.keys, readout.values, strict=True))
-    return [found[task.key(named)] for task in tasks]
+    return [found[task.keys[0]] for task in tasks]
 
 
 @pytest.fixture(params=(*KINDS, *HYBRIDS))
@@ -358,9 +358,9 @@ def test_keys_name_everything_values_depend_on(subject: Subjects) -> None:
         generate_task(PROMPTS, 6, HELD, named),
         generate_task(PROMPTS, 6, HELD[:1], named),
     ]
-    assert len({task.key(named) for task in tasks}) == len(tasks)
-    assert len({read_task(pair, PROMPTS[0], (), named).key(named) for pair in ("a", "b")}) == 1
-    assert tasks[0].key(named) != tasks[0].key(named._replace(dtype="bfloat16"))
+    assert len({task.keys[0] for task in tasks}) == len(tasks)
+    assert len({read_task(pair, PROMPTS[0], (), named).keys for pair in ("a", "b")}) == 1
+    assert tasks[0].keys != generate_task(PROMPTS, 6, (), named._replace(dtype="bfloat16")).keys
 
 
 def test_the_program_knows_every_task() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from remote_mediation.engine.jobs import Job, Part, Readout
+from remote_mediation.engine.jobs import Context, Job, Readout
 from remote_mediation.engine.rows import Row
 from remote_mediation.errors import LostJobError
 
@@ -35,7 +35,7 @@ class ContradictionError(LostJobError):
 
 def lengths_of(job: Job) -> list[int | None]:
     """Values that each key of a job stands for, in the order of its keys; None where the model's shape decides."""
-    return [length for part in job.parts for length in [_length(job.task, part)] * len(part.keys)]
+    return [length for context in job.contexts for length in [_length(context)] * len(context.keys)]
 
 
 def check_answer(
@@ -134,11 +134,11 @@ def not_finite(job: Job, readout: Readout) -> set[str]:
 
 def rows_of(job: Job) -> list[Row]:
     """The rows that the keys of a `measure` job stand for."""
-    return [row for part in job.parts for row in part.rows]
+    return [row for context in job.contexts for row in context.rows]
 
 
-def _length(task: str, part: Part) -> int | None:
-    payload = part.payload
+def _length(context: Context) -> int | None:
+    task, payload = context.task, context.payload
     if task == "measure":
         return len(payload["stacks"][0]["queries"])
     if task == "generate":

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from remote_mediation.engine.budget import Budget, Setting, base_flops, held_bytes, row_bytes, row_flops, run_from
-from remote_mediation.engine.payload import Batch, Context, brief, context_payload, digest, model_spec, stacks_of
+from remote_mediation.engine.payload import Batch, Cohort, brief, cohort_payload, digest, model_spec, stacks_of
 from remote_mediation.engine.rows import Reached, Row, Source, Value
 from remote_mediation.tokens import TokenPair
 
@@ -26,31 +26,40 @@ SCHEMA = 1
 _Item = TypeVar("_Item")
 
 
-class Part(NamedTuple):
-    """One context of a job, as it is sent."""
+class Context(NamedTuple):
+    """What a job measures at a time: rows of some pairs, or one of the tasks that are not made of rows.
 
+    It is known by its keys, which hash all that its values depend on, so whatever it asks is resumed, retried and kept
+    in the run folder alike.
+    """
+
+    task: str
+    """What `program.perform` does with it."""
     pairs: tuple[str, ...]
     """Ids of its pairs."""
     keys: tuple[str, ...]
-    """Keys of the values it brings back; of a `measure` job the base prompts, then the rows."""
+    """Of the values it brings back; of rows those of the base prompts first."""
     payload: dict[str, Any]
-    """The context's entry in `Job.payload`."""
+    """What the program takes."""
     flops: float
     """Estimated floating-point operations."""
     rows: tuple[Row, ...] = ()
-    """What the keys of a `measure` job stand for; base prompts are rows without writes."""
+    """What the keys stand for where it measures rows; base prompts are rows without writes."""
 
 
 @dataclass(frozen=True)
 class Job:
     """One unit of work for a backend."""
 
-    task: str
-    """What `program.perform` does with its contexts."""
     model: dict[str, Any]
     """The model's entry in the payload."""
-    parts: tuple[Part, ...]
-    """Its contexts."""
+    contexts: tuple[Context, ...]
+    """What it measures, all by the same task."""
+
+    @property
+    def task(self) -> str:
+        """What `program.perform` does with its contexts."""
+        return self.contexts[0].task
 
     @property
     def id(self) -> str:
@@ -60,17 +69,17 @@ class Job:
     @property
     def keys(self) -> tuple[str, ...]:
         """Keys of the values it brings back, in order."""
-        return tuple(key for part in self.parts for key in part.keys)
+        return tuple(key for context in self.contexts for key in context.keys)
 
     @property
     def pairs(self) -> tuple[str, ...]:
         """Ids of the pairs in it."""
-        return tuple(dict.fromkeys(pair for part in self.parts for pair in part.pairs))
+        return tuple(dict.fromkeys(pair for context in self.contexts for pair in context.pairs))
 
     @property
     def payload(self) -> dict[str, Any]:
         """What `program.execute` takes: strings, numbers, tuples, ranges, dicts and tensors only."""
-        contexts = tuple(part.payload for part in self.parts)
+        contexts = tuple(context.payload for context in self.contexts)
         return {"task": self.task, "id": self.id, "model": self.model, "contexts": contexts}
 
     @property
@@ -78,12 +87,12 @@ class Job:
         """Rows it measures, base prompts not counted; of the other tasks, as many as bring values back."""
         if self.task != "measure":
             return len(self.keys)
-        return sum(bool(row.writes) for part in self.parts for row in dict.fromkeys(part.rows))
+        return sum(bool(row.writes) for context in self.contexts for row in dict.fromkeys(context.rows))
 
     @property
     def flops(self) -> float:
         """Estimated floating-point operations."""
-        return sum(part.flops for part in self.parts)
+        return sum(context.flops for context in self.contexts)
 
 
 class Readout(NamedTuple):
@@ -134,28 +143,28 @@ def plan_jobs(
 ) -> Iterator[Job]:
     """Group rows into jobs, pairs of one shape together; duplicate rows are measured once.
 
-    Rows without writes need no batch of their own: every context measures the base prompts of its pairs. A row whose
+    Rows without writes need no batch of their own: every cohort measures the base prompts of its pairs. A row whose
     values others take comes along in each of their batches.
     """
     every = with_sources(rows)
     loads = [_load(pairs[name], group, setting) for name, group in _by(every, lambda row: row.pair)]
-    contexts: list[Context] = []
+    cohorts: list[Cohort] = []
     spent = 0.0
     for _, group in _by(loads, lambda load: shape_of(load.pair)):
         pending = list(group)
         while pending:
             taken = _fitting(pending, budget.job_flops() - spent, budget.batch_bytes, setting)
             if taken:
-                contexts.append(_context(taken, setting, budget))
+                cohorts.append(_cohort(taken, setting, budget))
                 spent += sum(load.flops for load in taken)
                 del pending[: len(taken)]
-            elif contexts:
-                yield _job(contexts, setting, keys)
-                contexts, spent = [], 0.0
+            elif cohorts:
+                yield _job(cohorts, setting, keys)
+                cohorts, spent = [], 0.0
             else:
                 yield from _cut(pending.pop(0), setting, budget, keys)
-    if contexts:
-        yield _job(contexts, setting, keys)
+    if cohorts:
+        yield _job(cohorts, setting, keys)
 
 
 def with_sources(rows: Iterable[Row]) -> dict[Row, None]:
@@ -166,11 +175,11 @@ def with_sources(rows: Iterable[Row]) -> dict[Row, None]:
 def batch_sizes(job: Job, pairs: Mapping[str, TokenPair], setting: Setting) -> list[float]:
     """Bytes of activations in each base run and batch of a `measure` job, with what its context keeps throughout."""
     sizes = []
-    for part in job.parts:
-        members = [pairs[name] for name in part.pairs]
-        runs = [(len(stack["ids"]), 0) for stack in part.payload["stacks"]]
-        runs += [(sum(map(len, batch["joining"])), batch["start"]) for batch in part.payload["batches"]]
-        held = held_bytes(members, part.rows, setting)
+    for context in job.contexts:
+        members = [pairs[name] for name in context.pairs]
+        runs = [(len(stack["ids"]), 0) for stack in context.payload["stacks"]]
+        runs += [(sum(map(len, batch["joining"])), batch["start"]) for batch in context.payload["batches"]]
+        held = held_bytes(members, context.rows, setting)
         sizes += [held + rows * row_bytes(members[0], start, setting) for rows, start in runs]
     return sizes
 
@@ -222,17 +231,17 @@ def _cut(load: _Load, setting: Setting, budget: Budget, keys: Keys) -> Iterator[
     """Jobs for a pair that is more than one."""
     batches: list[Batch] = []
     spent = 0.0
-    for batch in _context([load], setting, budget).batches:
+    for batch in _cohort([load], setting, budget).batches:
         cost = sum(row_flops(row, load.pair, setting) for row in batch.rows)
         if batches and spent + cost > budget.job_flops():
-            yield _job([Context((load.pair,), tuple(batches))], setting, keys)
+            yield _job([Cohort((load.pair,), tuple(batches))], setting, keys)
             batches, spent = [], 0.0
         batches.append(batch)
         spent += cost
-    yield _job([Context((load.pair,), tuple(batches))], setting, keys)
+    yield _job([Cohort((load.pair,), tuple(batches))], setting, keys)
 
 
-def _context(loads: Sequence[_Load], setting: Setting, budget: Budget) -> Context:
+def _cohort(loads: Sequence[_Load], setting: Setting, budget: Budget) -> Cohort:
     """Rows by length of the prompt and first token, lower layers first, cut to the memory that base runs leave."""
     pairs = {load.pair.id: load.pair for load in loads}
     rows = [row for load in loads for row in load.rows]
@@ -247,7 +256,7 @@ def _context(loads: Sequence[_Load], setting: Setting, budget: Budget) -> Contex
         most = max(1, int(room / row_bytes(loads[0].pair, start, setting)))
         alone, taking = ([row for row in together if bool(row.sources) == takes] for takes in (False, True))
         batches += [Batch(start, part) for part in (*_even(alone, most), *_beside_sources(taking, most))]
-    return Context(tuple(pairs.values()), tuple(batches))
+    return Cohort(tuple(pairs.values()), tuple(batches))
 
 
 def _even(rows: Sequence[Row], most: int) -> list[tuple[Row, ...]]:
@@ -274,14 +283,15 @@ def _beside_sources(rows: Sequence[Row], most: int) -> Iterator[tuple[Row, ...]]
         yield tuple(sorted(batch, key=lambda one: one.low))
 
 
-def _job(contexts: list[Context], setting: Setting, keys: Keys) -> Job:
-    return Job("measure", model_spec(setting), tuple(_part(context, setting, keys) for context in contexts))
+def _job(cohorts: list[Cohort], setting: Setting, keys: Keys) -> Job:
+    return Job(model_spec(setting), tuple(_context(cohort, setting, keys) for cohort in cohorts))
 
 
-def _part(context: Context, setting: Setting, keys: Keys) -> Part:
-    pairs, stacks = {pair.id: pair for pair in context.pairs}, stacks_of(context.pairs)
+def _context(cohort: Cohort, setting: Setting, keys: Keys) -> Context:
+    pairs, stacks = {pair.id: pair for pair in cohort.pairs}, stacks_of(cohort.pairs)
     bases = [Row(side.pair.id, side.number) for stack in stacks for side in stack]
-    flops = sum(base_flops(pair, setting) for pair in context.pairs)
-    flops += sum(row_flops(row, pairs[row.pair], setting) for row in context.rows)
-    rows = (*bases, *context.rows)
-    return Part(tuple(pairs), tuple(map(keys, rows)), context_payload(context, stacks, setting), flops, rows)
+    flops = sum(base_flops(pair, setting) for pair in cohort.pairs)
+    flops += sum(row_flops(row, pairs[row.pair], setting) for row in cohort.rows)
+    rows = (*bases, *cohort.rows)
+    payload = cohort_payload(cohort, stacks, setting)
+    return Context("measure", tuple(pairs), tuple(map(keys, rows)), payload, flops, rows)

@@ -20,10 +20,10 @@ from remote_mediation.engine.budget import (
     row_flops,
     run_from,
 )
-from remote_mediation.engine.jobs import shape_of
-from remote_mediation.engine.payload import Batch, Context, context_payload, stacks_of
+from remote_mediation.engine.jobs import Context, shape_of
+from remote_mediation.engine.payload import Batch, Cohort, cohort_payload, stacks_of
 from remote_mediation.engine.rows import Row, swap
-from remote_mediation.engine.tasks import Task, outcome_payload
+from remote_mediation.engine.tasks import outcome_payload, task_context
 from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
@@ -42,28 +42,28 @@ class Lesson(NamedTuple):
     """Y that should come out where x0 is run, then x1, while the projection is as on the other prompt."""
 
 
-def learn_task(lessons: Sequence[Lesson], start: Subspace, scale: float, setting: Setting) -> Task:
+def learn_task(lessons: Sequence[Lesson], start: Subspace, scale: float, setting: Setting) -> Context:
     """Learn a basis for a site: `[direction * width]` numbers of it, then the loss of each step and of what came out.
 
     start: the site, which all pairs have, with the basis to begin with. scale: change of Y that counts as 1.
     """
     info, basis = setting.info, start.basis
     targets = {(lesson.pair.id, side): lesson.targets[side] for lesson in lessons for side in (0, 1)}
-    contexts = list(_contexts([lesson.pair for lesson in lessons], start, setting))
+    cohorts = list(_cohorts([lesson.pair for lesson in lessons], start, setting))
     payload = {
         "start": tuple(map(tuple, basis.vectors.tolist())),
         "steps": STEPS,
         "angle": ANGLE,
         "scale": scale,
         "rows": len(targets),
-        "parts": tuple(_part(context, targets, setting) for context in contexts),
+        "parts": tuple(_taught(cohort, targets, setting) for cohort in cohorts),
     }
     flops = 0.0
     for pair, _ in lessons:
         rows = [swap(pair, start, side, info) for side in (0, 1)]
         # Backwards takes twice what it takes forwards.
         flops += base_flops(pair, setting) + 3 * (STEPS + 1) * sum(row_flops(row, pair, setting) for row in rows)
-    return Task("learn", tuple(lesson.pair.id for lesson in lessons), payload, flops)
+    return task_context("learn", [lesson.pair.id for lesson in lessons], payload, flops, setting)
 
 
 def learnt_numbers(basis: Basis) -> int:
@@ -83,7 +83,7 @@ def fitting(pairs: Sequence[TokenPair], start: Subspace, setting: Setting) -> li
     return taken
 
 
-def _contexts(pairs: Sequence[TokenPair], start: Subspace, setting: Setting) -> Iterator[Context]:
+def _cohorts(pairs: Sequence[TokenPair], start: Subspace, setting: Setting) -> Iterator[Cohort]:
     """Pairs of one shape together, as many as memory allows."""
     for _, group in groupby(sorted(pairs, key=shape_of), key=shape_of):
         alike = list(group)
@@ -91,10 +91,10 @@ def _contexts(pairs: Sequence[TokenPair], start: Subspace, setting: Setting) -> 
         graph = graph_bytes(alike[0], first, setting.info.layers - start.layer, setting)
         most = max(1, int(_BYTES / (2 * max(graph, row_bytes(alike[0], 0, setting)))))
         for begin in range(0, len(alike), most):
-            yield _context(alike[begin : begin + most], start, setting)
+            yield _cohort(alike[begin : begin + most], start, setting)
 
 
-def _context(pairs: Sequence[TokenPair], start: Subspace, setting: Setting) -> Context:
+def _cohort(pairs: Sequence[TokenPair], start: Subspace, setting: Setting) -> Cohort:
     """Both swaps of some pairs; those of prompts of one length run together, from one token on."""
     by_id = {pair.id: pair for pair in pairs}
 
@@ -103,12 +103,12 @@ def _context(pairs: Sequence[TokenPair], start: Subspace, setting: Setting) -> C
         return len(pair.prompts[row.base]), run_from(row, pair, setting.info)
 
     rows = sorted((swap(pair, start, side, setting.info) for pair in pairs for side in (0, 1)), key=run)
-    return Context(tuple(pairs), tuple(Batch(first, tuple(group)) for (_, first), group in groupby(rows, key=run)))
+    return Cohort(tuple(pairs), tuple(Batch(first, tuple(group)) for (_, first), group in groupby(rows, key=run)))
 
 
-def _part(context: Context, targets: dict[tuple[str, int], float], setting: Setting) -> dict[str, Any]:
+def _taught(cohort: Cohort, targets: dict[tuple[str, int], float], setting: Setting) -> dict[str, Any]:
     return {
-        **context_payload(context, stacks_of(context.pairs), setting),
-        **outcome_payload(setting.outcome, context.pairs[0]),
-        "targets": tuple(tuple(targets[row.pair, row.base] for row in batch.rows) for batch in context.batches),
+        **cohort_payload(cohort, stacks_of(cohort.pairs), setting),
+        **outcome_payload(setting.outcome, cohort.pairs[0]),
+        "targets": tuple(tuple(targets[row.pair, row.base] for row in batch.rows) for batch in cohort.batches),
     }

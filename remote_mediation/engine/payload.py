@@ -24,8 +24,8 @@ class Batch(NamedTuple):
     rows: tuple[Row, ...]
 
 
-class Context(NamedTuple):
-    """Pairs of one shape in one job, and their rows in the order in which they are measured."""
+class Cohort(NamedTuple):
+    """Pairs of one shape that run together, and their rows in the order in which they are measured."""
 
     pairs: tuple[TokenPair, ...]
     batches: tuple[Batch, ...]
@@ -93,9 +93,9 @@ def stacks_of(pairs: Sequence[TokenPair]) -> list[list[Side]]:
     return [x0 + x1] if len(x0[0].ids) == len(x1[0].ids) else [x0, x1]
 
 
-def context_payload(context: Context, stacks: Sequence[Sequence[Side]], setting: Setting) -> dict[str, Any]:
-    """A context as `program.measure` takes it."""
-    first, components = captured(context.pairs, context.rows, setting.info)
+def cohort_payload(cohort: Cohort, stacks: Sequence[Sequence[Side]], setting: Setting) -> dict[str, Any]:
+    """A cohort as a context of `program.measure`."""
+    first, components = captured(cohort.pairs, cohort.rows, setting.info)
     places = {
         (side.pair.id, side.number): (number, place)
         for number, stack in enumerate(stacks)
@@ -104,7 +104,7 @@ def context_payload(context: Context, stacks: Sequence[Sequence[Side]], setting:
     return {
         "stacks": tuple(stack_payload(stack, first, setting) for stack in stacks),
         "capture": tuple(component for component in FORWARD_ORDER if component in components),
-        "batches": tuple(_batch_payload(batch, places, first, setting.info.layers) for batch in context.batches),
+        "batches": tuple(_batch_payload(batch, places, first, setting.info.layers) for batch in cohort.batches),
     }
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from remote_mediation.engine.budget import DTYPE_BYTES, Budget, Setting, layer_flops
-from remote_mediation.engine.jobs import Job, Part
+from remote_mediation.engine.jobs import Context, Job
 from remote_mediation.engine.payload import addressed, brief, digest, model_spec, shifted
 from remote_mediation.engine.rows import Constant, Given, Projected, Reached, Row, Scale, Source, Write
 from remote_mediation.errors import SiteError
@@ -73,17 +73,17 @@ def plan_samples(
 
     pairs: `bare`, by id. seed: the study's; of it and the pair's id come the uniform numbers.
     """
-    contexts: list[Part] = []
+    contexts: list[Context] = []
     spent = 0.0
     for group in _groups(list(rows), pairs, manner, setting, budget):
-        part = _part(group, pairs, manner, seed, setting)
-        if contexts and spent + part.flops > budget.job_flops():
-            yield Job("sample", model_spec(setting), tuple(contexts))
+        context = _context(group, pairs, manner, seed, setting)
+        if contexts and spent + context.flops > budget.job_flops():
+            yield Job(model_spec(setting), tuple(contexts))
             contexts, spent = [], 0.0
-        contexts.append(part)
-        spent += part.flops
+        contexts.append(context)
+        spent += context.flops
     if contexts:
-        yield Job("sample", model_spec(setting), tuple(contexts))
+        yield Job(model_spec(setting), tuple(contexts))
 
 
 def sample_flops(length: int, manner: Manner, info: ModelInfo) -> float:
@@ -119,7 +119,9 @@ def _sequence_bytes(length: int, manner: Manner, setting: Setting) -> float:
     return float(cache + prompt + _LOGIT_COPIES * 4 * info.vocab)
 
 
-def _part(rows: Sequence[Row], pairs: Mapping[str, TokenPair], manner: Manner, seed: int, setting: Setting) -> Part:
+def _context(
+    rows: Sequence[Row], pairs: Mapping[str, TokenPair], manner: Manner, seed: int, setting: Setting
+) -> Context:
     members = {row.pair: pairs[row.pair] for row in rows}
     prompts = list(dict.fromkeys(prompt for pair in members.values() for prompt in pair.prompts))
     payload = {
@@ -131,7 +133,7 @@ def _part(rows: Sequence[Row], pairs: Mapping[str, TokenPair], manner: Manner, s
     }
     keys = tuple(sample_key(row, members[row.pair], manner, seed, setting) for row in rows)
     flops = sum(sample_flops(len(members[row.pair].prompts[row.base]), manner, setting.info) for row in rows)
-    return Part(tuple(members), keys, payload, flops)
+    return Context("sample", tuple(members), keys, payload, flops)
 
 
 def _writes(

@@ -1,7 +1,6 @@
 """What rows cannot do, as jobs of the same kind: read activations, screen units by gradients, generate, measure drift.
 
-A `Task` is one context of such a job. It is known by a key that hashes all its values depend on, so it is resumed,
-retried and kept in the run folder exactly as rows are. Pure, as `plan` is.
+Each is a context of a job of its own kind, with one key. Pure, as `jobs` is.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 from remote_mediation.engine.budget import LOGIT_COPIES, Budget, Setting, base_flops, layer_flops
-from remote_mediation.engine.jobs import Job, Part
+from remote_mediation.engine.jobs import Context, Job
 from remote_mediation.engine.payload import Side, addressed, digest, model_spec, shifted, stack_payload
 from remote_mediation.engine.rows import Constant, Scale
 from remote_mediation.engine.unfold import tokens_run
@@ -33,25 +32,6 @@ _DIRECT_BYTES = 0.3e9
 Readable = Component | Literal["layer_input"]
 _READ_ORDER: tuple[Readable, ...] = ("layer_input", *FORWARD_ORDER)
 Kind = Literal["read", "routing", "columns", "screen", "learn", "generate", "drift", "direct"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One context of a job that is not made of rows."""
-
-    kind: Kind
-    """Name of the program's task."""
-    pairs: tuple[str, ...]
-    """Ids of the pairs that it belongs to."""
-    payload: dict[str, Any]
-    """What the program takes."""
-    flops: float
-    """Estimated floating-point operations."""
-
-    def key(self, setting: Setting) -> str:
-        """Hash of everything that its values depend on."""
-        info = setting.info
-        return digest([info.name, info.revision, info.weights, setting.precision, self.kind, self.payload])
 
 
 class Reading(NamedTuple):
@@ -93,14 +73,14 @@ class Added:
 Intervention = Sequence[Held] | Ablated | Added
 
 
-def read_task(pair: str, ids: tuple[int, ...], readings: Sequence[Reading], setting: Setting) -> Task:
+def read_task(pair: str, ids: tuple[int, ...], readings: Sequence[Reading], setting: Setting) -> Context:
     """Read activations of one prompt; values come back in the order of layers, then of `_READ_ORDER`."""
     ordered = sorted(readings, key=lambda one: (one.layer, _READ_ORDER.index(one.component)))
     by_layer = {
         layer: tuple(_reading_payload(one) for one in group)
         for layer, group in groupby(ordered, key=lambda one: one.layer)
     }
-    return Task("read", (pair,), {"ids": ids, "reads": by_layer}, _forward(len(ids), setting))
+    return task_context("read", (pair,), {"ids": ids, "reads": by_layer}, forward_flops(len(ids), setting), setting)
 
 
 def _reading_payload(one: Reading) -> tuple[Any, ...]:
@@ -110,15 +90,15 @@ def _reading_payload(one: Reading) -> tuple[Any, ...]:
     return component, shifted(one.places, 0), columns
 
 
-def columns_task(component: Component, setting: Setting) -> Task:
+def columns_task(component: Component, setting: Setting) -> Context:
     """Norm of each unit's column of the weights that read a component: `[layer, unit]`; no prompt is run."""
     weights = 2.0 * setting.info.layers * setting.info.d_model * setting.info.tensor_width(component)
-    return Task("columns", (), {"component": component}, weights)
+    return task_context("columns", (), {"component": component}, weights, setting)
 
 
 def screen_tasks(
     pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting, dropping: bool = False
-) -> list[Task]:
+) -> list[Context]:
     """Estimate NIE and TIE of every unit of a component at a position: `[base, variant, layer, unit]`, to be summed.
 
     Variants: AtP, and where `dropping` GradDrop, which takes a backward pass more for every layer. One task for several
@@ -129,7 +109,9 @@ def screen_tasks(
     return [_screen_task(group, component, position, setting, cuts) for group in groups]
 
 
-def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting, cuts: int) -> Task:
+def _screen_task(
+    pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting, cuts: int
+) -> Context:
     """cuts: backward passes per prompt, the first of them through the whole model."""
     parts, tokens = [], 0
     for pair in pairs:
@@ -146,10 +128,10 @@ def _screen_task(pairs: Sequence[TokenPair], component: Component, position: str
         )
         tokens += 2 * length + 6 * cuts * (length - start)
     payload = {"component": component, "cuts": cuts, "rows": _CUTS_TOGETHER, "pairs": tuple(parts)}
-    return Task("screen", tuple(pair.id for pair in pairs), payload, _forward(tokens, setting))
+    return task_context("screen", [pair.id for pair in pairs], payload, forward_flops(tokens, setting), setting)
 
 
-def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Setting) -> Task:
+def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Setting) -> Context:
     """Direct effects of sets of contributions at `last`, from the pair's two base runs: `[side, set, read]`.
 
     sets: sites whose component is `attention_output` or `mlp_output`; their position is taken to be `last`.
@@ -174,10 +156,10 @@ def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Settin
         "rows": max(1, int(_DIRECT_BYTES / logits)),
     }
     reading = 2.0 * 2 * len(sets) * (1 + pair.fed) * setting.info.d_model * setting.info.vocab
-    return Task("direct", (pair.id,), payload, base_flops(pair, setting) + reading)
+    return task_context("direct", (pair.id,), payload, base_flops(pair, setting) + reading, setting)
 
 
-def routing_task(pair: TokenPair, position: str, setting: Setting) -> Task:
+def routing_task(pair: TokenPair, position: str, setting: Setting) -> Context:
     """Mean routing weight of each expert over a position's tokens, fed answers included: `[side, layer, expert]`.
 
     Layers without experts are left out; a weight is 0 where no token is routed to the expert.
@@ -186,33 +168,43 @@ def routing_task(pair: TokenPair, position: str, setting: Setting) -> Task:
     starts = [min(at) for at in places]
     stacks = tuple(stack_payload([Side(pair, side)], start, setting) for side, start in enumerate(starts))
     payload = {"stacks": stacks, "places": tuple(map(shifted, places, starts))}
-    return Task("routing", (pair.id,), payload, base_flops(pair, setting))
+    return task_context("routing", (pair.id,), payload, base_flops(pair, setting), setting)
 
 
-def generate_task(prompts: Sequence[tuple[int, ...]], tokens: int, held: Intervention, setting: Setting) -> Task:
+def generate_task(prompts: Sequence[tuple[int, ...]], tokens: int, held: Intervention, setting: Setting) -> Context:
     """Continue prompts greedily while neurons are held or the stream is steered: `[prompt, token]` of token ids."""
     payload = {"prompts": tuple(prompts), "tokens": tokens, **_intervention_payload(held, setting)}
-    return Task("generate", (), payload, _forward(sum(len(ids) + tokens for ids in prompts), setting))
+    flops = forward_flops(sum(len(ids) + tokens for ids in prompts), setting)
+    return task_context("generate", (), payload, flops, setting)
 
 
-def drift_task(pair: str, ids: tuple[int, ...], answer: tuple[int, ...], held: Intervention, setting: Setting) -> Task:
+def drift_task(
+    pair: str, ids: tuple[int, ...], answer: tuple[int, ...], held: Intervention, setting: Setting
+) -> Context:
     """What holding or steering changes along an answer: `[quantity, token]` of KL, plain loss and loss held (nats)."""
     payload = {"ids": ids, "answer": answer, **_intervention_payload(held, setting)}
-    return Task("drift", (pair,), payload, _forward(2 * (len(ids) + len(answer)), setting))
+    return task_context("drift", (pair,), payload, forward_flops(2 * (len(ids) + len(answer)), setting), setting)
 
 
-def plan_tasks(tasks: Iterable[Task], setting: Setting, budget: Budget) -> Iterator[Job]:
-    """Group tasks of one kind into jobs that fit the budget of operations."""
-    for kind, group in groupby(sorted(tasks, key=lambda task: task.kind), key=lambda task: task.kind):
-        parts: list[Part] = []
+def task_context(task: Kind, pairs: Sequence[str], payload: dict[str, Any], flops: float, setting: Setting) -> Context:
+    """A context that is not made of rows. pairs: ids of those that it belongs to."""
+    info = setting.info
+    key = digest([info.name, info.revision, info.weights, setting.precision, task, payload])
+    return Context(task, tuple(pairs), (key,), payload, flops)
+
+
+def plan_tasks(tasks: Iterable[Context], setting: Setting, budget: Budget) -> Iterator[Job]:
+    """Group contexts of one task into jobs that fit the budget of operations."""
+    for _, group in groupby(sorted(tasks, key=lambda one: one.task), key=lambda one: one.task):
+        together: list[Context] = []
         spent = 0.0
-        for task in group:
-            if parts and spent + task.flops > budget.job_flops():
-                yield Job(kind, model_spec(setting), tuple(parts))
-                parts, spent = [], 0.0
-            parts.append(Part(task.pairs, (task.key(setting),), task.payload, task.flops))
-            spent += task.flops
-        yield Job(kind, model_spec(setting), tuple(parts))
+        for context in group:
+            if together and spent + context.flops > budget.job_flops():
+                yield Job(model_spec(setting), tuple(together))
+                together, spent = [], 0.0
+            together.append(context)
+            spent += context.flops
+        yield Job(model_spec(setting), tuple(together))
 
 
 def outcome_payload(outcome: Outcome, pair: TokenPair) -> dict[str, Any]:
@@ -242,5 +234,6 @@ def _held_payload(held: Sequence[Held]) -> dict[int, Any]:
     return layers
 
 
-def _forward(tokens: int, setting: Setting) -> float:
+def forward_flops(tokens: int, setting: Setting) -> float:
+    """Operations of all layers on so many tokens of any prompts."""
     return layer_flops(setting.info, tokens, 0) * setting.info.layers

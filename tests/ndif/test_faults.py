@@ -25,7 +25,7 @@ from tiny import ROOT, VOCAB
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine import program, remote
 from remote_mediation.engine.exchange import Server
-from remote_mediation.engine.jobs import Job, Part
+from remote_mediation.engine.jobs import Context, Job
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.remote import NdifBackend
 from remote_mediation.engine.server import preflight, refuse_bad
@@ -84,7 +84,9 @@ def run(study: StudyConfig, backend: NdifBackend, folder: Path) -> pd.DataFrame:
 
 def base_keys(job: Job) -> list[str]:
     """Keys of a job's base prompts, which belong to every job of their pairs."""
-    pairs = [entry for part in job.parts for entry in zip(part.keys, part.rows, strict=False)]  # tasks have no rows
+    pairs = [
+        entry for context in job.contexts for entry in zip(context.keys, context.rows, strict=False)
+    ]  # tasks have no rows
     return [key for key, row in pairs if not row.writes]
 
 
@@ -290,7 +292,7 @@ def test_a_job_that_ends_the_models_process_fails_in_the_end(
 ) -> None:
     backend = Watched(server, tiny.model)
     monkeypatch.setattr(program, "measure", _fatal)
-    job = Job("measure", {"blocks": "model.layers"}, (Part(("pair",), ("key",), {}, 0.0),))
+    job = Job({"blocks": "model.layers"}, (Context("measure", ("pair",), ("key",), {}, 0.0),))
     for _ in range(2):
         with pytest.raises(LostJobError):
             backend.collect(backend.submit(job))

@@ -24,7 +24,8 @@ from remote_mediation.analyses.claims.verdicts import (
     Claim,
     Sparse,
 )
-from remote_mediation.engine.tasks import Task, columns_task, screen_tasks
+from remote_mediation.engine.jobs import Context
+from remote_mediation.engine.tasks import columns_task, screen_tasks
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.shares import share
 from remote_mediation.sites import Component, Site, band, thirds
@@ -234,7 +235,7 @@ def _likeness(chosen: Sequence[Unit], drawn: Sequence[Unit], changes: Floats) ->
     return float(sizes[0] / sizes[1]) if sizes[1] else float("nan")
 
 
-def _screen(discovery: Sample, position: str) -> list[Task]:
+def _screen(discovery: Sample, position: str) -> list[Context]:
     setting = discovery.lab.study.setting
     return screen_tasks(discovery.pairs, "mlp_neurons", position, setting)
 
