@@ -24,6 +24,7 @@ from remote_mediation.lab import Study
 from remote_mediation.later import Later, of_answers, pairs_of
 from remote_mediation.models import load_info, load_tokenizer
 from remote_mediation.openings import COMPLIANT, JUDGED_TOKENS, REFUSING, given_openings, listed_openings
+from remote_mediation.outcomes import RefusalOutcome, ResponseOutcome
 from remote_mediation.pairs import GivenOpenings, PromptPair
 from remote_mediation.result import Analysis
 from remote_mediation.runner import FIRST_RATE
@@ -37,6 +38,7 @@ from remote_mediation.study import (
     requests_of,
     unanswered,
 )
+from remote_mediation.tokens import TokenPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -267,24 +269,29 @@ def matmul_rate(dtype: str, size: int = 1024, repeats: int = 5) -> float:
 def _guessed(study: Study, tokenizer: PreTrainedTokenizerBase, texts: Sequence[PromptPair]) -> Study:
     """The study with what its outcome compares: answers as long as may be, openings as many as the package lists."""
     settings = study.config
-    if study.outcome.name == "refusal":
-        listed = listed_openings(settings) or GivenOpenings(COMPLIANT, REFUSING)
-        return study.with_outcome(given_openings(*listed, tokenizer, prompts_of(settings, tokenizer, texts)))
-    if study.outcome.name != "response_logprob":
-        return study
-    tokens, pairs = settings.response_logprob.tokens, []
-    for pair in study.pairs:
-        harmful, harmless = pair.answers
-        pairs.append(replace(pair, answers=(harmful or (0,) * tokens, harmless or (1,) * tokens)))
-    return replace(study, pairs=tuple(pairs))
+    match study.outcome:
+        case RefusalOutcome():
+            listed = listed_openings(settings) or GivenOpenings(COMPLIANT, REFUSING)
+            return study.with_openings(given_openings(*listed, tokenizer, prompts_of(settings, tokenizer, texts)))
+        case ResponseOutcome():
+            longest = settings.response_logprob.tokens
+            return replace(study, pairs=tuple(_longest_answers(pair, longest) for pair in study.pairs))
+    return study
+
+
+def _longest_answers(pair: TokenPair, tokens: int) -> TokenPair:
+    """A pair with answers of so many tokens where it has none."""
+    harmful, harmless = pair.answers
+    return replace(pair, answers=(harmful or (0,) * tokens, harmless or (1,) * tokens))
 
 
 def _answers(study: Study) -> Later:
     """The model's own answers, or those of which its openings are cut, before anything is measured."""
-    if study.outcome.name == "refusal" and listed_openings(study.config) is None:
-        asked = [ids for pair in pairs_of(study, "discovery") for ids in pair.prompts]
-        return of_answers(study, asked, JUDGED_TOKENS)
-    if study.outcome.name != "response_logprob":
-        return Later()
-    prompts = [ids for pair in study.pairs for ids in unanswered(pair)]
-    return of_answers(study, prompts, study.config.response_logprob.tokens)
+    match study.outcome:
+        case RefusalOutcome() if listed_openings(study.config) is None:
+            asked = [ids for pair in pairs_of(study, "discovery") for ids in pair.prompts]
+            return of_answers(study, asked, JUDGED_TOKENS)
+        case ResponseOutcome():
+            prompts = [ids for pair in study.pairs for ids in unanswered(pair)]
+            return of_answers(study, prompts, study.config.response_logprob.tokens)
+    return Later()

@@ -27,7 +27,7 @@ from remote_mediation.engine.samples import Manner, bare, sample_key
 from remote_mediation.engine.tasks import Intervention, direct_task, generate_task
 from remote_mediation.models import ends_of_answers
 from remote_mediation.openings import longest_answer
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import Outcome, RefusalOutcome
 from remote_mediation.pairs import PromptPair
 from remote_mediation.runner import Runner, Watch
 from remote_mediation.sites import ModelInfo, Site
@@ -70,8 +70,8 @@ class Study:
         """What all rows share."""
         return Setting(self.info, self.config.dtype, self.outcome, self.config.load.quantization)
 
-    def with_outcome(self, outcome: Outcome) -> Study:
-        """The study with an outcome of openings, which stand behind every prompt."""
+    def with_openings(self, outcome: RefusalOutcome) -> Study:
+        """The study with the openings of its outcome, which stand behind every prompt."""
         pairs, placebos = (
             tuple(replace(pair, openings=outcome.openings) for pair in group) for group in (self.pairs, self.placebos)
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.errors import PairsError, SettingsError
-from remote_mediation.outcomes import Openings, Outcome, own_openings, prefix_free, refusal
+from remote_mediation.outcomes import Openings, RefusalOutcome, own_openings, prefix_free, refusal
 from remote_mediation.pairs import GivenOpenings, load_openings
 from remote_mediation.prompts import ALONE, encode_after
 
@@ -52,7 +52,7 @@ def given_openings(
     refusing: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str] = ALONE,
-) -> Outcome:
+) -> RefusalOutcome:
     """The outcome of openings as text. prompts: what they stand behind, rendered.
 
     Raises:
@@ -69,7 +69,7 @@ def openings_of(
     refuses: Sequence[bool],
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str] = ALONE,
-) -> Outcome:
+) -> RefusalOutcome:
     """The outcome of a model's own answers; a side without any takes the list above, as far as the other lacks it.
 
     answers: token ids. refuses: a judge's word on each. prompts: what openings stand behind, rendered.

@@ -7,10 +7,11 @@ Every outcome follows from what the model says of some tokens, so the rows of a 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OutcomeName = Literal["refusal", "response_logprob", "logit_diff"]
-UNITS: dict[str, str] = {"refusal": "nats", "response_logprob": "nats/token", "logit_diff": "logits"}
-MEANINGS: dict[OutcomeName, str] = {
-    "refusal": "log-probability of the compliant openings minus that of the refusing ones, each summed over its "
-    "openings; positive: the model leans to comply",
-    "response_logprob": "log-probability per token of the answer to the harmful prompt minus that of the answer to the "
-    "harmless one; positive: the model leans to the answer to the harmful prompt",
-    "logit_diff": "mean logit of the harmful-continuation tokens minus mean logit of the refusal or harmless tokens, "
-    "first answer token; positive: the model leans to the harmful continuation",
-}
-"""What each outcome is, and what a positive value means."""
+Openings = tuple[tuple[int, ...], ...]
 
 
 class Read(NamedTuple):
@@ -43,36 +35,59 @@ class Read(NamedTuple):
     token: int
     """Token id."""
     weight: float
-    """Factor in the sum that is Y; NaN for `refusal`, whose Y is no sum of reads (see `Outcome.sides`)."""
-
-
-Openings = tuple[tuple[int, ...], ...]
+    """Factor in the sum that is Y; NaN for `refusal`, whose Y is no sum of reads (see `RefusalOutcome.sides`)."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A scalar of what the model says next."""
+class Outcome(ABC):
+    """A scalar Y of what the model says next."""
 
-    name: OutcomeName
-    """Which one."""
-    plus: tuple[int, ...] = ()
-    """`logit_diff`: token ids of a harmful continuation."""
-    minus: tuple[int, ...] = ()
-    """`logit_diff`: token ids of a refusal or harmless continuation."""
+    name: ClassVar[OutcomeName]
+    """Which one, as a study names it."""
+    unit: ClassVar[str]
+    """Unit of Y."""
+    meaning: ClassVar[str]
+    """What Y is, and what a positive value means."""
+    limits: ClassVar[tuple[str, ...]] = ()
+    """What to know before it is read as harm."""
+    normalise: ClassVar[bool] = True
+    """Whether values are log-probabilities (nats) rather than logits."""
+    same_on_placebo: ClassVar[bool] = True
+    """Whether harm and placebo have the same Y."""
+
+    @abstractmethod
+    def reads(self, pair: TokenPair) -> tuple[Read, ...]:
+        """What to read of a run of this pair."""
+
+    def value(self, pair: TokenPair, values: npt.NDArray[np.float32]) -> float:
+        """Y from the values read, in float64 and in the outcome's unit."""
+        weights = np.array([read.weight for read in self.reads(pair)], dtype=np.float64)
+        return float(weights @ values.astype(np.float64))
+
+    def payload(self, pair: TokenPair) -> dict[str, Any]:
+        """How the program makes Y of the values: by the weights of a sum."""
+        return {"weights": tuple(read.weight for read in self.reads(pair))}
+
+    def record(self) -> dict[str, Any]:
+        """As JSON data; see `outcome_from`."""
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class RefusalOutcome(Outcome):
+    """Log of a ratio: of the probability of compliant openings to that of refusing ones (METHOD, section 2)."""
+
+    name = "refusal"
+    unit = "nats"
+    meaning = (
+        "log-probability of the compliant openings minus that of the refusing ones, each summed over its openings; "
+        "positive: the model leans to comply"
+    )
+
     compliant: Openings = ()
-    """`refusal`: token ids of compliant openings."""
+    """Token ids of compliant openings; none before they are chosen."""
     refusing: Openings = ()
-    """`refusal`: token ids of refusing openings."""
-
-    @property
-    def unit(self) -> str:
-        """Unit of Y."""
-        return UNITS[self.name]
-
-    @property
-    def normalise(self) -> bool:
-        """Whether values are log-probabilities (nats) rather than logits."""
-        return self.name != "logit_diff"
+    """Token ids of refusing openings."""
 
     @property
     def openings(self) -> Openings:
@@ -80,30 +95,12 @@ class Outcome:
         return (*self.compliant, *self.refusing)
 
     def reads(self, pair: TokenPair) -> tuple[Read, ...]:
-        """What to read of a run of this pair.
-
-        `logit_diff` is the mean logit of `plus` minus the mean logit of `minus`. `response_logprob` is the
-        length-normalised log-probability of the answer to x1 minus that of the answer to x0 (METHOD, "Outcomes").
-        `refusal` reads the tokens of all openings, each once.
-        """
-        if self.name == "logit_diff":
-            signed = ((self.plus, 1.0), (self.minus, -1.0))
-            return tuple(Read(0, token, sign / len(tokens)) for tokens, sign in signed for token in tokens)
-        if self.name == "refusal":
-            return tuple(Read(*place, np.nan) for place in _places_read(self.openings))
-        reads, fed = [], 0
-        for answer, sign in zip(pair.answers, (1.0, -1.0), strict=True):
-            reads += [Read(0 if i == 0 else fed + i, token, sign / len(answer)) for i, token in enumerate(answer)]
-            fed += len(answer) - 1
-        return tuple(reads)
-
-    def sides(self, pair: TokenPair) -> tuple[Openings, Openings]:
-        """`refusal`: by side, compliant first, the indices into `reads` along each opening."""
-        return self._sides
+        """The tokens of all openings, each once."""
+        return tuple(Read(*place, np.nan) for place in _places_read(self.openings))
 
     @cached_property
-    def _sides(self) -> tuple[Openings, Openings]:
-        """The same for every pair, and asked for once for every row."""
+    def sides(self) -> tuple[Openings, Openings]:
+        """By side, compliant first, the indices into `reads` along each opening; the same for every pair."""
         number = {place: index for index, place in enumerate(_places_read(self.openings))}
         compliant, refusing = (
             tuple(tuple(number[place] for place in _places_read((opening,), self.openings)) for opening in side)
@@ -112,39 +109,96 @@ class Outcome:
         return compliant, refusing
 
     def value(self, pair: TokenPair, values: npt.NDArray[np.float32]) -> float:
-        """Y from the values read, in float64 and in the outcome's unit."""
-        if self.name == "refusal":
-            compliant, refusing = self.side_logprobs(pair, values)
-            return compliant - refusing
-        weights = np.array([read.weight for read in self.reads(pair)], dtype=np.float64)
-        return float(weights @ values.astype(np.float64))
+        """Y from the values read, in nats."""
+        compliant, refusing = self.side_logprobs(values)
+        return compliant - refusing
 
-    def side_logprobs(self, pair: TokenPair, values: npt.NDArray[np.float32]) -> tuple[float, float]:
-        """`refusal`: log of the summed probability of the compliant, then of the refusing openings (nats)."""
-        compliant, refusing = (float(np.logaddexp.reduce(logprobs)) for logprobs in self.opening_logprobs(pair, values))
+    def payload(self, pair: TokenPair) -> dict[str, Any]:
+        """How the program makes Y of the values: by side, from the reads along each opening."""
+        return {"sides": self.sides}
+
+    def side_logprobs(self, values: npt.NDArray[np.float32]) -> tuple[float, float]:
+        """Log of the summed probability of the compliant, then of the refusing openings (nats)."""
+        compliant, refusing = (float(np.logaddexp.reduce(logprobs)) for logprobs in self.opening_logprobs(values))
         return compliant, refusing
 
     def opening_logprobs(
-        self, pair: TokenPair, values: npt.NDArray[np.float32]
+        self, values: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """`refusal`: log-probability of each compliant, then of each refusing opening (nats)."""
+        """Log-probability of each compliant, then of each refusing opening (nats)."""
         exact = values.astype(np.float64)
-        compliant, refusing = (
-            np.array([exact[list(reads)].sum() for reads in openings]) for openings in self.sides(pair)
-        )
+        compliant, refusing = (np.array([exact[list(reads)].sum() for reads in side]) for side in self.sides)
         return compliant, refusing
 
 
+@dataclass(frozen=True)
+class ResponseOutcome(Outcome):
+    """Length-normalised log-probability of the answer to x1 minus that of the answer to x0 (METHOD, section 2)."""
+
+    name = "response_logprob"
+    unit = "nats/token"
+    meaning = (
+        "log-probability per token of the answer to the harmful prompt minus that of the answer to the harmless one; "
+        "positive: the model leans to the answer to the harmful prompt"
+    )
+    limits = (
+        "The answers compared are those of the pairs file or, where it has none, the model's own. Its own answer to a "
+        "harmful prompt may be a refusal: a positive outcome then means refusing. `--show-text` shows the answers.",
+    )
+    same_on_placebo = False
+
+    def reads(self, pair: TokenPair) -> tuple[Read, ...]:
+        """Every token of both answers, each behind those before it."""
+        reads, fed = [], 0
+        for answer, sign in zip(pair.answers, (1.0, -1.0), strict=True):
+            reads += [Read(0 if i == 0 else fed + i, token, sign / len(answer)) for i, token in enumerate(answer)]
+            fed += len(answer) - 1
+        return tuple(reads)
+
+
+@dataclass(frozen=True)
+class LogitOutcome(Outcome):
+    """Mean logit of some tokens minus mean logit of others at the first answer position (METHOD, section 2)."""
+
+    name = "logit_diff"
+    unit = "logits"
+    meaning = (
+        "mean logit of the harmful-continuation tokens minus mean logit of the refusal or harmless tokens, first "
+        "answer token; positive: the model leans to the harmful continuation"
+    )
+    normalise = False
+
+    plus: tuple[int, ...] = ()
+    """Token ids of a harmful continuation."""
+    minus: tuple[int, ...] = ()
+    """Token ids of a refusal or harmless continuation."""
+
+    def reads(self, pair: TokenPair) -> tuple[Read, ...]:
+        """Their logits behind the prompt."""
+        signed = ((self.plus, 1.0), (self.minus, -1.0))
+        return tuple(Read(0, token, sign / len(tokens)) for tokens, sign in signed for token in tokens)
+
+
+OUTCOMES: dict[str, type[Outcome]] = {one.name: one for one in (RefusalOutcome, ResponseOutcome, LogitOutcome)}
+"""By name."""
+
+
 def outcome_from(record: dict[str, Any]) -> Outcome:
-    """The inverse of `dataclasses.asdict`, after a way through JSON."""
+    """The inverse of `Outcome.record`, after a way through JSON.
+
+    Raises:
+        KeyError: no outcome has that name.
+    """
 
     def tuples(value: Any) -> Any:
         return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
-    return Outcome(**{key: tuples(value) for key, value in record.items()})
+    kind = OUTCOMES[record["name"]]
+    # Older runs hold the fields of every outcome, those of others empty.
+    return kind(**{field.name: tuples(record.get(field.name, ())) for field in fields(kind)})
 
 
-def refusal(compliant: Openings, refusing: Openings) -> Outcome:
+def refusal(compliant: Openings, refusing: Openings) -> RefusalOutcome:
     """The `refusal` outcome of token sequences (METHOD, section 2).
 
     Raises:
@@ -158,7 +212,7 @@ def refusal(compliant: Openings, refusing: Openings) -> Outcome:
         longer = [other for other in every if other[: len(opening)] == opening]
         if not opening or len(longer) > 1:
             raise SettingsError(f"opening {list(opening)} begins another one ({list(longer[-1])}); leave one out")
-    return Outcome("refusal", compliant=compliant, refusing=refusing)
+    return RefusalOutcome(compliant, refusing)
 
 
 def prefix_free(openings: Iterable[tuple[int, ...]]) -> Openings:
@@ -199,7 +253,7 @@ def _places_read(openings: Openings, packed: Openings | None = None) -> list[tup
 
 def logit_diff(
     plus: list[str], minus: list[str], tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] = ALONE
-) -> Outcome:
+) -> LogitOutcome:
     """The `logit_diff` outcome of two sets of token strings. prompts: what they stand behind, rendered.
 
     Raises:
@@ -211,7 +265,7 @@ def logit_diff(
     shared = set(sets[0]) & set(sets[1])
     if shared:
         raise SettingsError(f"token {tokenizer.decode([shared.pop()])!r} is in both `plus` and `minus` of logit_diff")
-    return Outcome("logit_diff", plus=sets[0], minus=sets[1])
+    return LogitOutcome(*sets)
 
 
 def _single_token(text: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> int:

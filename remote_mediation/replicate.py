@@ -17,7 +17,7 @@ from remote_mediation.errors import PairsError, SettingsError, StoreError
 from remote_mediation.judges import BUILTIN
 from remote_mediation.models import load_tokenizer
 from remote_mediation.openings import given_openings
-from remote_mediation.outcomes import outcome_from
+from remote_mediation.outcomes import RefusalOutcome, outcome_from
 from remote_mediation.pairs import GivenOpenings, PromptPair, load_openings, load_pairs
 from remote_mediation.paths import expanded, renamed
 from remote_mediation.records import STANDARD_INPUT
@@ -86,7 +86,7 @@ def _openings(config: StudyConfig, record: Mapping[str, Any]) -> GivenOpenings |
     None where the text would give other tokens than the model's, so that they have to be chosen again.
     """
     outcome = outcome_from(record["outcome"])
-    if config.outcome != "refusal" or config.refusal.compliant or config.refusal.openings != "own":
+    if not isinstance(outcome, RefusalOutcome) or config.refusal.compliant or config.refusal.openings != "own":
         return None
     if given := load_openings(config.pairs):
         return given

@@ -19,7 +19,6 @@ from remote_mediation.effects import EFFECT_COLUMNS
 from remote_mediation.errors import SettingsError
 from remote_mediation.judges import JudgeQuality
 from remote_mediation.lab import Study
-from remote_mediation.outcomes import MEANINGS, OutcomeName
 from remote_mediation.pairs import BUILTIN, load_pairs
 from remote_mediation.result import Result
 from remote_mediation.show import figures
@@ -60,13 +59,6 @@ _EMPTY = {"model.revision": "the default one", "model.window": "none"}
 """What an empty value says in the table of provenance, where it is not that something is unknown."""
 _EXAMPLES = 3
 """Pairs that are shown."""
-_OUTCOME_LIMITS: dict[OutcomeName, tuple[str, ...]] = {
-    "response_logprob": (
-        "The answers compared are those of the pairs file or, where it has none, the model's own. Its own answer to a "
-        "harmful prompt may be a refusal: a positive outcome then means refusing. `--show-text` shows the answers.",
-    ),
-}
-"""What to know before an outcome is read as harm."""
 
 _READING = (
     "**TE**, total effect: how much the harmful prompt changes the outcome, compared with the harmless one.",
@@ -268,7 +260,7 @@ def _setting_table(result: Result, record: Mapping[str, Any]) -> Table:
         ("discovery split", _split_size(used[used["split"] == "discovery"])),
         ("held-out split", _split_size(used[used["split"] == "heldout"])),
         ("refused", count(len(study.refusals), "pair")),
-        ("outcome", f"{study.outcome.name}, in {study.outcome.unit}: {MEANINGS[study.outcome.name]}"),
+        ("outcome", f"{study.outcome.name}, in {study.outcome.unit}: {study.outcome.meaning}"),
         ("seed", f"{config.seed}, of the split, the bootstrap and the sign flips ({by.resamples} resamples)"),
         ("thresholds", f"q ≤ {by.alpha:g}; a neuron mediates from {by.min_share:.0%} of TE by NIE and by TIE"),
     ]
@@ -358,7 +350,7 @@ def _limits(study: Study, total: Estimate) -> list[str]:
         "`last` is the last prompt token and the answer tokens fed after it; `all` is everything from the first "
         "differing token on, the fed answer included.",
         "Sites lie on the same paths: their effects overlap, and shares of TE do not add up to 100%.",
-        *_OUTCOME_LIMITS.get(study.outcome.name, ()),
+        *study.outcome.limits,
     ]
 
 

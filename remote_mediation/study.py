@@ -35,7 +35,16 @@ from remote_mediation.judges.exchanges import exchanges
 from remote_mediation.lab import Lab, Study, UnmeasuredError, placebo_id
 from remote_mediation.loading import PLAIN
 from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_openings, longest_answer, openings_of
-from remote_mediation.outcomes import Openings, Outcome, logit_diff, outcome_from, refusal
+from remote_mediation.outcomes import (
+    OUTCOMES,
+    Openings,
+    Outcome,
+    RefusalOutcome,
+    ResponseOutcome,
+    logit_diff,
+    outcome_from,
+    refusal,
+)
 from remote_mediation.pairs import PromptPair, load_openings
 from remote_mediation.placebo import components
 from remote_mediation.prompts import encode_after, refuse_control, render
@@ -189,15 +198,16 @@ def completed(lab: Lab) -> Study:
         PairsError: fewer than two pairs are left.
     """
     study = lab.study
-    if study.outcome.name == "response_logprob" and any(map(unanswered, study.pairs)):
-        prepared = answered(lab)
-        return replace(study, pairs=prepared.pairs, refusals=prepared.refusals)
-    if study.outcome.name != "refusal":
-        return study
-    return study.with_outcome(chosen_openings(lab))
+    match study.outcome:
+        case ResponseOutcome() if any(map(unanswered, study.pairs)):
+            prepared = answered(lab)
+            return replace(study, pairs=prepared.pairs, refusals=prepared.refusals)
+        case RefusalOutcome():
+            return study.with_openings(chosen_openings(lab))
+    return study
 
 
-def chosen_openings(lab: Lab) -> Outcome:
+def chosen_openings(lab: Lab) -> RefusalOutcome:
     """The `refusal` outcome of the openings that are listed, or of the model's own on the discovery split."""
 
     def chosen(tokenizer: PreTrainedTokenizerBase) -> tuple[Openings, Openings]:
@@ -404,7 +414,7 @@ def outcome_of(
     if config.outcome == "logit_diff":
         behind = prompts_of(config, tokenizer, texts)
         return logit_diff(config.logit_diff.plus, config.logit_diff.minus, tokenizer, behind)
-    return Outcome(config.outcome)
+    return OUTCOMES[config.outcome]()
 
 
 def prompts_of(
@@ -490,5 +500,5 @@ def _described(study: Study) -> dict[str, Any]:
         "config": study.config.model_dump(mode="json", exclude={"out"}),  # the folder itself, whose path is nobody's
         "model": asdict(study.info),
         "weights": source_of(study.info.name),
-        "outcome": asdict(study.outcome),
+        "outcome": study.outcome.record(),
     }

@@ -19,7 +19,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.engine.jobs import Context, Job, Readout
 from remote_mediation.engine.rows import Row
 from remote_mediation.errors import JobError, LostJobError
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import LogitOutcome, ResponseOutcome
 from remote_mediation.sites import ModelInfo
 from remote_mediation.tokens import TokenPair
 
@@ -53,8 +53,8 @@ INFO = ModelInfo(
     window=None,
 )
 SALT = 1  # with it the canned study of test_resume.py has windows to resolve
-LOGITS = Outcome("logit_diff", plus=(5, 6), minus=(7,))
-LOGPROBS = Outcome("response_logprob")
+LOGITS = LogitOutcome(plus=(5, 6), minus=(7,))
+LOGPROBS = ResponseOutcome()
 
 
 def words_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:

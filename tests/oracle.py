@@ -21,7 +21,7 @@ from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.jobs import Job, Keys, plan_jobs
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.rows import Constant, Projected, Row, Scale, Source, Write
-from remote_mediation.outcomes import Outcome, refusal
+from remote_mediation.outcomes import LogitOutcome, Outcome, ResponseOutcome, refusal
 from remote_mediation.sites import COMPONENTS, Component, ModelInfo
 from remote_mediation.tokens import TokenPair
 
@@ -38,8 +38,8 @@ KINDS = ("llama", "gemma2_window", "gpt2", "gpt_neox", "granite", "gptj")
 HYBRIDS = ("lfm2", "qwen3_5_text")
 VOCAB = 64  # of the tiny models; tokens below FIRST_WORD are special
 FIRST_WORD = 7
-LOGIT_DIFF = Outcome("logit_diff", plus=(11, 12), minus=(13, 14, 15))
-RESPONSE_LOGPROB = Outcome("response_logprob")
+LOGIT_DIFF = LogitOutcome(plus=(11, 12), minus=(13, 14, 15))
+RESPONSE_LOGPROB = ResponseOutcome()
 # Openings of one to four tokens, of which some begin alike, also across the sides.
 REFUSAL = refusal(((11,), (12, 13), (12, 14, 15, 16)), ((13, 11), (12, 14, 17), (13, 12, 11)))
 # The engine adds up in another order than the oracle, in float32 (METHOD.md: "to 1e-4 logits in fp32").

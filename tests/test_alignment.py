@@ -19,7 +19,7 @@ from remote_mediation.analyses.alignment.ask import ALIGNMENT_COLUMNS, mediator_
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.rows import Given, Row, Write
 from remote_mediation.errors import SettingsError
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import LogitOutcome
 from remote_mediation.result import Result
 
 Subjects = Callable[[str], Subject]
@@ -27,7 +27,7 @@ Subjects = Callable[[str], Subject]
 
 def test_given_values_are_written_as_they_are(subject: Subjects) -> None:
     """Rows that hold a site at another row's activation, read by plain hooks, are rows that take it from there."""
-    model, pair, outcome = subject("gemma2_window"), token_pair("pair", (4)), Outcome("logit_diff", (5,), (6, 7))
+    model, pair, outcome = subject("gemma2_window"), token_pair("pair", (4)), LogitOutcome((5,), (6, 7))
     recorded = Oracle(model.plain, pair)._recorded[1, 0]["mlp_output", 1]
     places, calls = tuple(range(len(pair.x0))), []
 

@@ -11,10 +11,10 @@ from remote_mediation.effects import EFFECT_COLUMNS, QUANTITIES, Request, effect
 from remote_mediation.engine.budget import Setting
 from remote_mediation.engine.jobs import Keys
 from remote_mediation.engine.rows import Row, Source, Write
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import LogitOutcome
 from remote_mediation.sites import Site
 
-OUTCOME = Outcome("logit_diff", plus=(5,), minus=(7,))
+OUTCOME = LogitOutcome(plus=(5,), minus=(7,))
 PAIR = token_pair("a", cluster="frame")
 SITE = Site("mlp_neurons", 3, "edit", (4, 5, 6))
 KEYS = Keys(Setting(INFO, "float32", OUTCOME), [PAIR])

@@ -42,7 +42,7 @@ from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.remote import NdifBackend, tensors_of
 from remote_mediation.engine.rows import swap
 from remote_mediation.errors import BackendError, JobError, LostJobError, PreflightError, StoreError, TransportError
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import ResponseOutcome
 from remote_mediation.sites import Site
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
@@ -124,7 +124,7 @@ def job(subject: Callable[[str], Subject]) -> Job:
     pair, model = token_pair("pair", answers=(3, 2)), subject("llama_chat")
     sites = [Site("layer_output", 1, "last"), Site("mlp_output", 2, "edit")]
     rows = [swap(pair, site, side, model.info) for site in sites for side in (0, 1)]
-    return model.plan([pair], rows, Outcome("response_logprob"))[0]
+    return model.plan([pair], rows, ResponseOutcome())[0]
 
 
 @pytest.fixture(scope="module")

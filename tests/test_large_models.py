@@ -20,7 +20,7 @@ from remote_mediation.engine.budget import Budget, Setting, weight_bytes
 from remote_mediation.engine.jobs import Keys, plan_jobs
 from remote_mediation.engine.rows import swap
 from remote_mediation.models import load_info
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import ResponseOutcome
 from remote_mediation.sites import Site
 
 LLAMA_3_1 = {
@@ -109,7 +109,7 @@ def test_the_program_fits_the_shapes_of_a_large_model(large: tuple[Path, float])
         Site("attention_heads", top, "last", (info.heads - 1,)),
     ]
     rows = [swap(pair, site, side, info) for site in sites for side in (0, 1)]
-    setting = Setting(info, "bfloat16", Outcome("response_logprob"))
+    setting = Setting(info, "bfloat16", ResponseOutcome())
     budget = Budget(lambda: 1e30, 1e15)
     (job,) = plan_jobs(rows, {pair.id: pair}, setting, budget, Keys(setting, [pair]))
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -18,7 +18,7 @@ from remote_mediation.analyses.neurons.search import SAMPLE, strengths
 from remote_mediation.config import StudyConfig
 from remote_mediation.errors import SiteError
 from remote_mediation.lab import Lab, Study
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import LogitOutcome
 from remote_mediation.sites import ModelInfo
 from remote_mediation.store import Store
 from remote_mediation.study import first_requests
@@ -81,7 +81,7 @@ def searched(tmp_path: Path) -> Search:
             neurons={"search": ways, **SMALL, **settings},
             statistics={"resamples": 200},
         )
-        study = Study(config, info, Outcome("logit_diff", (5,), (6,)), tuple(pairs), ())
+        study = Study(config, info, LogitOutcome((5,), (6,)), tuple(pairs), ())
         strength = dict(zip((pair.id for pair in pairs), np.linspace(0.8, 1.2, len(pairs)), strict=True))
         weights = {name: sign * by * made(planted, info) for name, by in strength.items()}
         for name, split in study.splits().items():

@@ -7,7 +7,7 @@ import pytest
 from fakes import token_pair, words_tokenizer
 
 from remote_mediation.errors import SettingsError
-from remote_mediation.outcomes import Outcome, Read, logit_diff
+from remote_mediation.outcomes import LogitOutcome, Read, ResponseOutcome, logit_diff
 
 ANSWERS = ((4, 1, 3), (2, 0))
 PAIR = token_pair(answers=ANSWERS)
@@ -21,7 +21,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def test_logit_diff_is_a_difference_of_means() -> None:
-    outcome = Outcome("logit_diff", plus=(1, 4, 5), minus=(0, 3))
+    outcome = LogitOutcome(plus=(1, 4, 5), minus=(0, 3))
     reads = outcome.reads(PAIR)
     assert [(read.answer, read.token) for read in reads] == [(0, 1), (0, 4), (0, 5), (0, 0), (0, 3)]
     values = np.array([LOGITS[read.answer, read.token] for read in reads])
@@ -34,7 +34,7 @@ def test_logit_diff_is_a_difference_of_means() -> None:
 
 
 def test_response_logprob_is_a_difference_of_means_per_token() -> None:
-    outcome = Outcome("response_logprob")
+    outcome = ResponseOutcome()
     reads = outcome.reads(PAIR)
     assert [(read.answer, read.token) for read in reads] == [(0, 4), (1, 1), (2, 3), (0, 2), (3, 0)]
     scores = log_softmax(LOGITS)
@@ -47,21 +47,21 @@ def test_response_logprob_is_a_difference_of_means_per_token() -> None:
 
 
 def test_answers_of_one_token_are_read_at_the_prompt() -> None:
-    outcome = Outcome("response_logprob")
+    outcome = ResponseOutcome()
     assert outcome.reads(replace(PAIR, answers=((4,), (2,)))) == (Read(0, 4, 1.0), Read(0, 2, -1.0))
     assert outcome.reads(replace(PAIR, answers=((4,), (2, 5)))) == (Read(0, 4, 1.0), Read(0, 2, -0.5), Read(1, 5, -0.5))
 
 
 def test_y_is_added_up_in_double_precision() -> None:
-    outcome = Outcome("logit_diff", plus=(1, 2), minus=(3,))
+    outcome = LogitOutcome(plus=(1, 2), minus=(3,))
     values = np.array([2.0**24, 1.0, 2.0**23], np.float32)
     assert outcome.value(PAIR, values) == 0.5  # float32 would lose the 1
-    thirds = Outcome("logit_diff", plus=(1, 2, 3), minus=(4,))
+    thirds = LogitOutcome(plus=(1, 2, 3), minus=(4,))
     assert thirds.value(PAIR, np.array([3, 3, 3, 0], np.float32)) == pytest.approx(3, rel=1e-12)
 
 
 def test_tokens_of_logit_diff() -> None:
-    assert logit_diff(["sure", "yes"], ["sorry"], words_tokenizer()) == Outcome("logit_diff", (21, 22), (23,))
+    assert logit_diff(["sure", "yes"], ["sorry"], words_tokenizer()) == LogitOutcome((21, 22), (23,))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from remote_mediation.engine.jobs import Job, Keys, batch_sizes, plan_jobs
 from remote_mediation.engine.rows import Constant, Row, Scale, Source, Value, Write, swap
 from remote_mediation.errors import SettingsError
 from remote_mediation.models import info_of, load_info
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import LogitOutcome
 from remote_mediation.sites import Site
 from remote_mediation.tokens import TokenPair
 
@@ -239,8 +239,8 @@ def key(pair: TokenPair = ANSWERED, setting: Setting = TEACHER_FORCED, row: Row 
         Setting(replace(INFO, weights="w1"), "float32", LOGPROBS),
         Setting(INFO, "bfloat16", LOGPROBS),
         Setting(INFO, "float32", LOGITS),
-        Setting(INFO, "float32", Outcome("logit_diff", (5,), (7,))),
-        Setting(INFO, "float32", Outcome("logit_diff", (5, 6), (8,))),
+        Setting(INFO, "float32", LogitOutcome((5,), (7,))),
+        Setting(INFO, "float32", LogitOutcome((5, 6), (8,))),
     ],
 )
 def test_keys_depend_on_model_precision_and_outcome(setting: Setting) -> None:
@@ -248,7 +248,7 @@ def test_keys_depend_on_model_precision_and_outcome(setting: Setting) -> None:
 
 
 def test_settings_of_one_outcome_differ_from_each_other() -> None:
-    outcomes = [LOGITS, Outcome("logit_diff", (5,), (7,)), Outcome("logit_diff", (5, 6), (8,)), LOGPROBS]
+    outcomes = [LOGITS, LogitOutcome((5,), (7,)), LogitOutcome((5, 6), (8,)), LOGPROBS]
     assert len({key(setting=Setting(INFO, "float32", outcome)) for outcome in outcomes}) == 4
 
 

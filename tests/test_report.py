@@ -22,9 +22,9 @@ from remote_mediation.analyses.neurons.ask import mediators
 from remote_mediation.config import StatisticsSettings, StudyConfig, load_config
 from remote_mediation.effects import EFFECT_COLUMNS
 from remote_mediation.lab import Study
-from remote_mediation.outcomes import Outcome, OutcomeName
+from remote_mediation.outcomes import OUTCOMES, LogitOutcome, OutcomeName
 from remote_mediation.pairs import load_pairs
-from remote_mediation.report import MEANINGS, PairText, write_report
+from remote_mediation.report import PairText, write_report
 from remote_mediation.result import Analysis, Result
 from remote_mediation.show.tables import literal, markdown_table, number, p_value, percent
 from remote_mediation.sites import ModelInfo
@@ -140,7 +140,8 @@ def result(
     config = StudyConfig(model="planted", **settings)
     ids = list(dict.fromkeys(table["pair_id"]))
     pairs = tuple(TokenPair(name, "c", "theft", (1, 2, 3), (1, 4, 3)[: 3 - (name == "p0")], 1, 1, 0) for name in ids)
-    study = Study(config, INFO, Outcome(config.outcome, (1,), (2,)), pairs, tuple(refusals))
+    outcome = LogitOutcome((1,), (2,)) if config.outcome == "logit_diff" else OUTCOMES[config.outcome]()
+    study = Study(config, INFO, outcome, pairs, tuple(refusals))
     summary = summarise(table, set(ids) - {"p0"}, LAYERS, config.seed, config.statistics)
     tables = {}
     if UNITS in set(table["analysis"]):
@@ -295,13 +296,13 @@ def test_what_was_measured(store: Store) -> None:
     table = dict(rows(section(written(store, result(effects(modules()))), "What was measured")))
     assert table["pairs"] == "builtin: 32 pairs in 16 clusters, of 32 that can be run"
     assert table["discovery split"] == table["held-out split"] == "16 pairs in 8 clusters"
-    assert table["outcome"] == f"logit_diff, in logits: {MEANINGS['logit_diff']}"
+    assert table["outcome"] == f"logit_diff, in logits: {LogitOutcome.meaning}"
     assert "No pair was left out." in section(written(store, result(effects(modules()))), "What was measured")
 
 
 def test_every_outcome_has_a_meaning_that_says_what_positive_means() -> None:
-    assert set(MEANINGS) == set(get_args(OutcomeName))
-    assert all("positive: " in meaning for meaning in MEANINGS.values())
+    assert set(OUTCOMES) == set(get_args(OutcomeName))
+    assert all("positive: " in one.meaning for one in OUTCOMES.values())
 
 
 def test_unequal_edits_and_the_model_s_own_answers_are_among_the_limits(store: Store) -> None:

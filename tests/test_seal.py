@@ -13,7 +13,7 @@ from oracle import Subject, token_pair
 from remote_mediation.engine.answers import changes
 from remote_mediation.engine.program import checksum, execute, opened
 from remote_mediation.engine.rows import swap
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import LogitOutcome, Outcome, ResponseOutcome
 from remote_mediation.sites import Site
 
 
@@ -63,7 +63,7 @@ def test_what_a_job_returns_can_be_opened(subject: Callable[[str], Subject]) -> 
     model = subject("llama")
     pair = token_pair("pair", answers=(3, 2))
     rows = [swap(pair, Site("mlp_output", 1, "all"), side, model.info) for side in (0, 1)]
-    (job,) = model.plan([pair], rows, Outcome("response_logprob"))
+    (job,) = model.plan([pair], rows, ResponseOutcome())
     found = execute(model.backend.model, job.payload)
     values, made = opened(found)
     assert [value.shape[0] for value in values] == [len(job.keys)]
@@ -76,15 +76,14 @@ def test_what_a_job_returns_can_be_opened(subject: Callable[[str], Subject]) -> 
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("outcome", ["response_logprob", "logit_diff"])
+@pytest.mark.parametrize("outcome", [ResponseOutcome(), LogitOutcome((11,), (13,))], ids=lambda one: one.name)
 def test_a_callers_autocast_changes_no_value(
-    subject: Callable[[str], Subject], kind: torch.dtype, outcome: str
+    subject: Callable[[str], Subject], kind: torch.dtype, outcome: Outcome
 ) -> None:
     model = subject("llama")
     pair = token_pair("pair", answers=(3, 2))
     rows = [swap(pair, Site("mlp_neurons", 1, "all", (1, 2)), side, model.info) for side in (0, 1)]
-    tokens = {"plus": (11,), "minus": (13,)} if outcome == "logit_diff" else {}
-    (job,) = model.plan([pair], rows, Outcome(outcome, **tokens))
+    (job,) = model.plan([pair], rows, outcome)
     plain = model.backend.collect(model.backend.submit(job)).values
     with torch.autocast("cpu", dtype=kind):
         found = model.backend.collect(model.backend.submit(job)).values

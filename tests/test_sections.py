@@ -14,7 +14,7 @@ from remote_mediation.analyses import chosen
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS
 from remote_mediation.lab import Study
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import LogitOutcome
 from remote_mediation.report import csv_tables, sections
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section
@@ -234,7 +234,7 @@ def result(found: dict[str, pd.DataFrame], total: Estimate = TOTAL, spread: floa
         }
         | settings
     )
-    study = Study(config, INFO, Outcome("logit_diff", (1,), (2,)), (), ())
+    study = Study(config, INFO, LogitOutcome((1,), (2,)), (), ())
     summary = Summary(acting(), total, ())
     return Result(study, effects(total.value, spread), found, summary, chosen(config.analyses))
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from remote_mediation.analyses import chosen
 from remote_mediation.config import StudyConfig
 from remote_mediation.lab import Study
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import RefusalOutcome
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section
 from remote_mediation.sites import ModelInfo
@@ -42,7 +42,7 @@ def shipped(report: str) -> Result:
     config = StudyConfig(model=name, dtype="bfloat16", analyses=analyses)
     info = ModelInfo(name, "", "qwen2", 28, 8, 16, 2, 2, 4, 50, True, True, (), None)
     total = Estimate(48, 48, -4.62, -5.45, -3.77, "", 0.0001)
-    study = Study(config, info, Outcome("refusal", (), ()), (), ())
+    study = Study(config, info, RefusalOutcome(), (), ())
     return Result(study, pd.DataFrame(), tables, Summary(pd.DataFrame(), total, ()), chosen(analyses))
 
 

@@ -22,7 +22,7 @@ from remote_mediation.engine.jobs import Job
 from remote_mediation.engine.rows import Row, swap, swap_all
 from remote_mediation.engine.samples import Manner, bare, plan_samples
 from remote_mediation.engine.tasks import Ablated, Added, generate_task, plan_tasks
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import ResponseOutcome
 from remote_mediation.sites import Site
 from remote_mediation.subspaces import Basis, Subspace
 
@@ -77,14 +77,14 @@ def _job(subject: Subject) -> Job:
     direction = Subspace("layer_output", 2, "last", basis=basis)
     sites = [Site("layer_output", 1, "last"), neurons, attention, direction]
     rows = [swap(pair, site, side, subject.info) for site in sites for side in (0, 1)]
-    return subject.plan([pair], rows, Outcome("response_logprob"))[0]
+    return subject.plan([pair], rows, ResponseOutcome())[0]
 
 
 def _samples(subject: Subject) -> Job:
     pair, manner = bare(token_pair("wire")), Manner(2, 3, held=True)
     sites = [Site("mlp_output", 1, "all"), Site("mlp_neurons", 2, "last", (1, 5))]
     rows = [Row(pair.id, 0), *(swap_all(pair, sites, side, subject.info) for side in (0, 1))]
-    setting, budget = Setting(subject.info, "float32", Outcome("response_logprob")), Budget(lambda: 1e18, 1e9)
+    setting, budget = Setting(subject.info, "float32", ResponseOutcome()), Budget(lambda: 1e18, 1e9)
     return next(plan_samples(rows, {pair.id: pair}, manner, 0, setting, budget))
 
 
@@ -96,18 +96,18 @@ def _experts(subject: Subject) -> Job:
         Site("shared_expert_output", 1, "edit"),
     ]
     rows = [swap(pair, site, side, subject.info) for site in parts for side in (0, 1)]
-    return subject.plan([pair], rows, Outcome("response_logprob"))[0]
+    return subject.plan([pair], rows, ResponseOutcome())[0]
 
 
 def _hybrid(subject: Subject) -> Job:
     pair = token_pair("wire", answers=(3, 2))
     sites = [Site("attention_output", 1, "all"), Site("attention_heads", 2, "last", (1,))]
     rows = [swap(pair, site, side, subject.info) for site in sites for side in (0, 1)]
-    return subject.plan([pair], rows, Outcome("response_logprob"))[0]
+    return subject.plan([pair], rows, ResponseOutcome())[0]
 
 
 def _steered(subject: Subject) -> Job:
-    setting = Setting(subject.info, "float32", Outcome("response_logprob"))
+    setting = Setting(subject.info, "float32", ResponseOutcome())
     basis = Basis.random(1, subject.info.d_model, np.random.default_rng(0))
     prompts, added = ((7, 8, 9), (10, 11)), Added(1, tuple(basis.vectors[0].tolist()))
     tasks = [generate_task(prompts, 3, held, setting) for held in (Ablated(basis), added)]

@@ -23,7 +23,7 @@ from remote_mediation.engine.budget import (
 from remote_mediation.engine.jobs import Context, shape_of
 from remote_mediation.engine.payload import Batch, Cohort, cohort_payload, stacks_of
 from remote_mediation.engine.rows import Row, swap
-from remote_mediation.engine.tasks import outcome_payload, task_context
+from remote_mediation.engine.tasks import task_context
 from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
@@ -109,6 +109,6 @@ def _cohort(pairs: Sequence[TokenPair], start: Subspace, setting: Setting) -> Co
 def _taught(cohort: Cohort, targets: dict[tuple[str, int], float], setting: Setting) -> dict[str, Any]:
     return {
         **cohort_payload(cohort, stacks_of(cohort.pairs), setting),
-        **outcome_payload(setting.outcome, cohort.pairs[0]),
+        **setting.outcome.payload(cohort.pairs[0]),
         "targets": tuple(tuple(targets[row.pair, row.base] for row in batch.rows) for batch in cohort.batches),
     }

@@ -16,7 +16,6 @@ from remote_mediation.engine.payload import Side, addressed, digest, model_spec,
 from remote_mediation.engine.rows import Constant, Scale
 from remote_mediation.engine.unfold import tokens_run
 from remote_mediation.errors import SiteError
-from remote_mediation.outcomes import Outcome
 from remote_mediation.sites import FORWARD_ORDER, Component, Site, family_of
 from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
@@ -123,7 +122,7 @@ def _screen_task(
                 "start": start,
                 "stacks": tuple(stack_payload([Side(pair, number)], start, setting) for number in (0, 1)),
                 "places": tuple(shifted(one, start) for one in places),
-                **outcome_payload(setting.outcome, pair),
+                **setting.outcome.payload(pair),
             }
         )
         tokens += 2 * length + 6 * cuts * (length - start)
@@ -205,13 +204,6 @@ def plan_tasks(tasks: Iterable[Context], setting: Setting, budget: Budget) -> It
             together.append(context)
             spent += context.flops
         yield Job(model_spec(setting), tuple(together))
-
-
-def outcome_payload(outcome: Outcome, pair: TokenPair) -> dict[str, Any]:
-    """How values become Y: weights of a sum, or by side the reads along each opening."""
-    if outcome.name == "refusal":
-        return {"sides": outcome.sides(pair)}
-    return {"weights": tuple(read.weight for read in outcome.reads(pair))}
 
 
 def _intervention_payload(held: Intervention, setting: Setting) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from remote_mediation.analyses.claims.show import CLAIMS, measures_table, verdic
 from remote_mediation.analyses.claims.sparse import GATE_SET_COLUMNS
 from remote_mediation.errors import StoreError
 from remote_mediation.models import load_tokenizer
-from remote_mediation.outcomes import MEANINGS
+from remote_mediation.outcomes import OUTCOMES
 from remote_mediation.report import TOLERANCE
 from remote_mediation.show.charts import behind_chart, size_chart
 from remote_mediation.show.embed import Charts
@@ -113,7 +113,7 @@ def _measured(run: Printed) -> str:
             f"({run.config.outcome}): the total effect (TE) is {estimate(total)} {run.unit}, over "
             f"{count(total.n_pairs, 'pair')} in {count(total.n_clusters, 'cluster')}."
         ),
-        paragraph(f"The outcome: {MEANINGS[run.config.outcome]}.", "note"),
+        paragraph(f"The outcome: {OUTCOMES[run.config.outcome].meaning}.", "note"),
     ]
     return "".join(lines)
 

@@ -18,7 +18,7 @@ from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.rows import Row, swap_all
 from remote_mediation.engine.samples import Manner, bare, plan_samples, sample_key
 from remote_mediation.fetch import located
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import RefusalOutcome
 from remote_mediation.sites import band
 from remote_mediation.tokens import TokenPair
 
@@ -40,7 +40,7 @@ def main() -> None:
     backend = LocalBackend.load(options.model)
     pairs = [bare(pair) for pair in equal_pairs(backend.tokenizer, options.batch // 2)]
     plain = _plain_generation(options.model, pairs)
-    setting = Setting(backend.info, "float32", Outcome("refusal"))
+    setting = Setting(backend.info, "float32", RefusalOutcome())
     ways = {name: _sampling(backend, setting, pairs, manner) for name, manner in WAYS.items()}
     expected = plain()
     for name, (swapped, unswapped) in ways.items():

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.models import info_of
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import LogitOutcome, Outcome, ResponseOutcome
 from remote_mediation.sites import ModelInfo
 from remote_mediation.tokens import TokenPair
 
@@ -93,7 +93,7 @@ def pair(first: int, shape: Shape, length: int = LENGTH, answer: int = 0) -> Tok
 
 def outcome(normalise: bool = False) -> Outcome:
     """A difference of two logits, or with `normalise` of log-probabilities, for which all logits are made."""
-    return Outcome("response_logprob") if normalise else Outcome("logit_diff", plus=(1,), minus=(2,))
+    return ResponseOutcome() if normalise else LogitOutcome(plus=(1,), minus=(2,))
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -25,7 +25,7 @@ from remote_mediation.engine.rows import Row, swap_all
 from remote_mediation.engine.samples import Manner, bare, plan_samples
 from remote_mediation.engine.tasks import generate_task, plan_tasks
 from remote_mediation.errors import PreflightError
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import ResponseOutcome
 from remote_mediation.pairs import load_pairs
 from remote_mediation.sites import band
 from remote_mediation.store import Store
@@ -111,7 +111,7 @@ def test_greedy_answers_are_equal(server: Server) -> None:
         )
         for text in texts
     ]
-    setting = Setting(backend.info, "float32", Outcome("response_logprob"))
+    setting = Setting(backend.info, "float32", ResponseOutcome())
     (job,) = plan_tasks([generate_task(prompts, 12, (), setting)], setting, Budget(lambda: 1e18, 1e9))
     (there,), (here,) = (one.collect(one.submit(job)).values for one in (backend, LocalBackend.load(SMOLLM2)))
     np.testing.assert_array_equal(there, here)
@@ -127,7 +127,7 @@ def test_sampled_answers_are_equal(server: Server, held: bool) -> None:
     sites = band("mlp_output", range(10, 14), "all")
     rows = [Row(name, 0) for name in pairs]
     rows += [swap_all(pair, sites, side, backend.info) for pair in pairs.values() for side in (0, 1)]
-    setting = Setting(backend.info, "float32", Outcome("response_logprob"))
+    setting = Setting(backend.info, "float32", ResponseOutcome())
     (job,) = plan_samples(rows, pairs, manner, 0, setting, Budget(lambda: 1e18, 1e9))
     both = [one.collect(one.submit(job)).values for one in (backend, LocalBackend.load(SMOLLM2))]
     (ids, logits), (ids_here, logits_here) = (

@@ -25,7 +25,7 @@ from remote_mediation.engine.rows import Row, swap_all
 from remote_mediation.engine.samples import Manner, bare, plan_samples
 from remote_mediation.engine.tasks import Ablated, Added, drift_task, generate_task, plan_tasks
 from remote_mediation.errors import SiteError
-from remote_mediation.outcomes import Outcome
+from remote_mediation.outcomes import ResponseOutcome
 from remote_mediation.pairs import load_pairs
 from remote_mediation.sites import Site, band
 from remote_mediation.store import Store
@@ -88,7 +88,7 @@ def test_sampled_answers_are_the_local_ones(held: bool, backend: NdifBackend, lo
     sites = [*band("mlp_output", range(1, 3), "all"), Site("attention_heads", 1, "last", (0, 2))]
     rows = [Row(pair.id, 1) for pair in texts]
     rows += [swap_all(pair, sites, side, backend.info) for pair in by_id.values() for side in (0, 1)]
-    setting = Setting(backend.info, "float32", Outcome("response_logprob"))
+    setting = Setting(backend.info, "float32", ResponseOutcome())
     (job,) = plan_samples(rows, by_id, Manner(3, 6, 1.5, held), 0, setting, Budget(lambda: 1e18, 1e9))
     there, here = (np.array(one.collect(one.submit(job)).values) for one in (backend, local))
     np.testing.assert_allclose(there, here, rtol=0, atol=TOLERANCE)  # token ids and logits
@@ -102,7 +102,7 @@ def test_steered_answers_are_the_local_ones(kind: str, backend: NdifBackend, loc
         "ablated": Ablated(Basis.random(2, width, rng)),
         "added": Added(1, tuple(map(float, 3 * rng.normal(size=width)))),
     }[kind]
-    prompts, setting = ((7, 8, 9, 10, 11), (12, 13, 14)), Setting(backend.info, "float32", Outcome("response_logprob"))
+    prompts, setting = ((7, 8, 9, 10, 11), (12, 13, 14)), Setting(backend.info, "float32", ResponseOutcome())
     tasks = [generate_task(prompts, 5, held, setting) for held in ((), steered)]
     tasks.append(drift_task("a", prompts[0], (20, 21), steered, setting))
     jobs = list(plan_tasks(tasks, setting, Budget(lambda: 1e18, 1e9)))

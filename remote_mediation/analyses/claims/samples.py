@@ -32,7 +32,7 @@ class Sample:
     def of(cls, lab: Lab, split: str, position: str = "last") -> Sample:
         """Pairs of `discovery`, `heldout` or `all` that have a position on both sides."""
         pairs = tuple(pair for pair in lab.pairs(split) if all(pair.places(position)))
-        asked = lab.placebos(pairs) if _comparable(lab) else ()
+        asked = lab.placebos(pairs) if lab.study.outcome.same_on_placebo else ()
         return cls(lab, pairs, tuple(one for one in asked if all(one.places(position))))
 
     @property
@@ -54,7 +54,7 @@ class Sample:
             layers=study.info.layers,
             seed=study.config.seed,
             resamples=study.config.statistics.resamples,
-            comparable=_comparable(self.lab) or not self.lab.placebos(self.pairs),
+            comparable=self.lab.study.outcome.same_on_placebo or not self.lab.placebos(self.pairs),
         )
 
     def effects(self, ask: Ask, sets: Sequence[Sequence[Site]]) -> list[Effect]:
@@ -124,8 +124,3 @@ def failing(lab: Lab, name: str, run: Callable[[], object]) -> str:
         return ""
 
     return str(lab.noted(name, attempt))
-
-
-def _comparable(lab: Lab) -> bool:
-    """Whether harm and placebo have the same Y: `response_logprob` compares each pair's own answers."""
-    return lab.study.config.outcome != "response_logprob"

@@ -14,6 +14,7 @@ import pandas as pd
 
 from remote_mediation.engine.rows import Row
 from remote_mediation.lab import Lab
+from remote_mediation.outcomes import RefusalOutcome
 from remote_mediation.result import Finding, Findings
 from remote_mediation.stats import Estimate, estimate_means
 
@@ -63,35 +64,36 @@ class Coverage(NamedTuple):
 
 def analyse(lab: Lab, before: Findings) -> Finding:
     """`coverage.csv` and `openings.csv`; nothing where the outcome has no openings."""
-    if lab.study.outcome.name != "refusal":
+    outcome = lab.study.outcome
+    if not isinstance(outcome, RefusalOutcome):
         return Finding()
-    return Finding({"coverage.csv": coverage_table(lab), "openings.csv": openings_table(lab)})
+    return Finding({"coverage.csv": coverage_table(lab, outcome), "openings.csv": openings_table(lab, outcome)})
 
 
-def coverage_table(lab: Lab) -> pd.DataFrame:
-    """Both sides' probability after every prompt (`COVERAGE_COLUMNS`), of a study whose outcome is of openings.
+def coverage_table(lab: Lab, outcome: RefusalOutcome) -> pd.DataFrame:
+    """Both sides' probability after every prompt (`COVERAGE_COLUMNS`).
 
     Raises:
         UnmeasuredError: some prompt was not run.
     """
-    outcome, pairs, splits = lab.study.outcome, lab.pairs(), lab.study.splits()
+    pairs, splits = lab.pairs(), lab.study.splits()
     records = []
     for number, prompts in enumerate(PROMPTS):
         read = lab.readouts([Row(pair.id, number) for pair in pairs])
         for pair, values in zip(pairs, read, strict=True):
-            covered = np.exp(outcome.side_logprobs(pair, values))
+            covered = np.exp(outcome.side_logprobs(values))
             record = {"pair_id": pair.id, "cluster": pair.cluster, "split": splits[pair.id], "prompts": prompts}
             records.append({**record, **dict(zip(SIDES, covered, strict=True))})
     return pd.DataFrame(records, columns=list(COVERAGE_COLUMNS))
 
 
-def openings_table(lab: Lab) -> pd.DataFrame:
+def openings_table(lab: Lab, outcome: RefusalOutcome) -> pd.DataFrame:
     """Every opening as text, with its mean probability after the prompts of either kind (`OPENING_COLUMNS`).
 
     Raises:
         UnmeasuredError: some prompt was not run, or the texts were never noted and there is no backend.
     """
-    outcome, pairs = lab.study.outcome, lab.pairs()
+    pairs = lab.pairs()
 
     def texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         return [tokenizer.decode(list(opening)) for opening in outcome.openings]
@@ -99,8 +101,8 @@ def openings_table(lab: Lab) -> pd.DataFrame:
     means = {
         prompts: np.mean(
             [
-                np.exp(np.concatenate(outcome.opening_logprobs(pair, values)))
-                for pair, values in zip(pairs, lab.readouts([Row(pair.id, number) for pair in pairs]), strict=True)
+                np.exp(np.concatenate(outcome.opening_logprobs(values)))
+                for values in lab.readouts([Row(pair.id, number) for pair in pairs])
             ],
             axis=0,
         )

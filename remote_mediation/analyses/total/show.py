@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 
 from remote_mediation.analyses.total.ask import ASKED, PROMPTS, SIDES, Coverage, coverages
-from remote_mediation.outcomes import MEANINGS
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section
 from remote_mediation.show.tables import Note, Table, estimate, literal, number, p_value, percent
@@ -72,7 +71,7 @@ def sections(result: Result) -> list[Section]:
     if texts is not None:
         tables.append(openings_table(texts))
     outcome = result.study.outcome
-    did = f"Y is {outcome.name}, in {outcome.unit}: {MEANINGS[outcome.name]}."
+    did = f"Y is {outcome.name}, in {outcome.unit}: {outcome.meaning}."
     return [Section("total", "Total effect", did, coverage_words(found), tuple(tables), brief=_in_brief(result))]
 
 
