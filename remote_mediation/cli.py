@@ -17,11 +17,14 @@ from rich.text import Text
 from remote_mediation.errors import InputError, MediationError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import RenderableType
 
     from remote_mediation.config import StudyConfig
     from remote_mediation.report import PairText
     from remote_mediation.result import Result
+    from remote_mediation.tokens import TokenPair
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -291,7 +294,7 @@ def check(
     from remote_mediation.config import load_config
     from remote_mediation.models import load_tokenizer
     from remote_mediation.pairs import find_pair
-    from remote_mediation.shown import balanced, printable, shown
+    from remote_mediation.shown import balanced, counts, printable, shown
     from remote_mediation.texts import described_lists, load_texts
     from remote_mediation.tokens import tokenise
 
@@ -306,26 +309,26 @@ def check(
         _say("pairs check --show", as_json, {"lines": lines}, *lines)
         return
     prepared = tokenise(texts, tokenizer, form)
-    table = Table("pair", "cluster", "tokens x0", "tokens x1", "edit from", "after edit", "template after")
-    for pair in prepared.pairs[:_MOST_LINES]:
-        counts = (len(pair.x0), len(pair.x1), pair.first, pair.after, pair.post)
-        names = (Text(printable(name), overflow="fold") for name in (pair.id, pair.cluster))
-        table.add_row(*names, *map(str, counts))
     refused = [f"refused {printable(one.id)}: {one.reason}" for one in prepared.refusals[:_MOST_LINES]]
     if max(map(len, prepared)) > _MOST_LINES:
         refused.append(f"of usable and of refused pairs the first {_MOST_LINES:,} are shown; --show ID shows any")
     notes = [*described_lists(config), *balanced(texts, tokenizer)]
     equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
     told = f"{len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"
-    usable = [
-        {
-            **{"id": pair.id, "cluster": pair.cluster, "tokens_x0": len(pair.x0), "tokens_x1": len(pair.x1)},
-            **{"first": pair.first, "after": pair.after, "post": pair.post},
-        }
-        for pair in prepared.pairs
-    ]
-    data = {"usable": usable, "refused": prepared.refusals, "notes": notes}
+    data = {"usable": list(map(counts, prepared.pairs)), "refused": prepared.refusals, "notes": notes}
+    table = _counts_table(prepared.pairs[:_MOST_LINES])
     _say("pairs check", as_json, data, table, *refused, *notes, f"{len(texts)} pairs: {told}")
+
+
+def _counts_table(pairs: Sequence[TokenPair]) -> Table:
+    """Where the tokens of pairs lie."""
+    from remote_mediation.shown import counts, printable
+
+    table = Table("pair", "cluster", "tokens x0", "tokens x1", "edit from", "after edit", "template after")
+    for pair in pairs:
+        name, cluster, *numbers = map(str, counts(pair).values())
+        table.add_row(*(Text(printable(one), overflow="fold") for one in (name, cluster)), *numbers)
+    return table
 
 
 @pairs_app.command(

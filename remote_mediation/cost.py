@@ -11,7 +11,7 @@ import math
 import pickle
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -176,27 +176,18 @@ def _counted(
     flops_per_second: float,
 ) -> Estimate:
     """The cost of a study on these pairs."""
-    prepared = prepare(config, tokenizer, info, texts)
-    placebos = prepare_placebos(config, prepared.pairs, tokenizer, info, texts).pairs
-    asked = Study(config, info, outcome_of(config, tokenizer, texts), *prepared, placebos)
-    for one in analyses:
-        if one.check:
-            one.check(asked)
+    asked = _asked(config, analyses, info, tokenizer, texts)
     study = _guessed(asked, tokenizer, texts)
-    pairs = study.pairs
-    by_id = {pair.id: pair for pair in pairs}
-    room = batch_budget(study.setting, config.max_memory, config.backend == "local")
-    keys = Keys(study.setting, pairs)
-    budget = Budget(lambda: config.seconds_per_job * FIRST_RATE, room)
-    jobs = [job for rows in _waves(study, analyses) for job in plan_jobs(rows, by_id, study.setting, budget, keys)]
+    by_id = {pair.id: pair for pair in study.pairs}
+    jobs = _jobs(study, analyses, by_id)
     later = {one.name: one.cost(study) for one in analyses if one.cost}
     beyond = _answers(asked).plus(*later.values())
     flops = sum(job.flops for job in jobs) + beyond.flops
     measured = sum(job.rows for job in jobs)
     return Estimate(
         counted=len(texts),
-        pairs=len(pairs),
-        refused=len(prepared.refusals),
+        pairs=len(study.pairs),
+        refused=len(study.refusals),
         rows=measured,
         later=later,
         jobs=len(jobs),
@@ -210,6 +201,32 @@ def _counted(
         up=sum(_PROGRAM_BYTES + _packed(job.payload) for job in jobs),
         down=sum(_values_bytes(job) for job in jobs) + beyond.down,
     )
+
+
+def _asked(
+    config: StudyConfig,
+    analyses: Sequence[Analysis],
+    info: ModelInfo,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[PromptPair],
+) -> Study:
+    """The study on these pairs before its model has said anything. Raises: as an analysis' `check`."""
+    prepared = prepare(config, tokenizer, info, texts)
+    placebos = prepare_placebos(config, prepared.pairs, tokenizer, info, texts).pairs
+    study = Study(config, info, outcome_of(config, tokenizer, texts), *prepared, placebos)
+    for one in analyses:
+        if one.check:
+            one.check(study)
+    return study
+
+
+def _jobs(study: Study, analyses: Sequence[Analysis], pairs: Mapping[str, TokenPair]) -> list[Job]:
+    """The jobs of the sites that analyses name. pairs: the study's, by id."""
+    settings, setting = study.config, study.setting
+    room = batch_budget(setting, settings.max_memory, settings.backend == "local")
+    budget = Budget(lambda: settings.seconds_per_job * FIRST_RATE, room)
+    keys = Keys(setting, study.pairs)
+    return [job for rows in _waves(study, analyses) for job in plan_jobs(rows, pairs, setting, budget, keys)]
 
 
 def _carried_on(small: Estimate, large: Estimate, factor: float) -> Estimate:

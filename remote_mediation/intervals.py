@@ -363,18 +363,36 @@ def percentiles(
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1; got {resamples}")
 
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = statistic(np.ones((1, n_clusters)))[:, 0]
+    if n_clusters < 2:
+        unknown = np.full(value.shape, np.nan)
+        reason = "one cluster only" if n_clusters else "no finite values"
+        return Ends(n_clusters, value, unknown, unknown, [reason] * value.size, "")
+    result = _resampled(statistic, n_clusters, rng, resamples)
+    outcomes: Floats = result.bootstrap_distribution
+    low, high = (getattr(result.confidence_interval, end).copy() for end in ("low", "high"))
+    reasons = [_few_note(n_clusters)] * value.size
+    for row in np.flatnonzero(_agree(outcomes)):
+        low[row] = high[row] = value[row]
+        reasons[row] = "no spread"
+    undefined = np.sum(~np.isfinite(outcomes), axis=1)
+    for row in np.flatnonzero(undefined):
+        low[row] = high[row] = np.nan
+        reasons[row] = f"undefined in {undefined[row]} of {resamples} resamples"
+    return Ends(n_clusters, value, low, high, reasons, "percentiles of a cluster bootstrap")
+
+
+def _resampled(statistic: Callable[[Floats], Floats], n_clusters: int, rng: np.random.Generator, resamples: int) -> Any:
+    """SciPy's bootstrap of a statistic of cluster weights, at the expanded level."""
+
     def of_drawn(drawn: NDArray[np.intp], axis: int) -> Floats:
         rows = np.arange(len(drawn))[:, None] * n_clusters
         return statistic(np.bincount((drawn + rows).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float))
 
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", _scipy.DegenerateDataWarning)  # NaN resamples: a reason is given below
-        value = statistic(np.ones((1, n_clusters)))[:, 0]
-        if n_clusters < 2:
-            unknown = np.full(value.shape, np.nan)
-            reason = "one cluster only" if n_clusters else "no finite values"
-            return Ends(n_clusters, value, unknown, unknown, [reason] * value.size, "")
-        result = _scipy.bootstrap(
+        warnings.simplefilter("ignore", _scipy.DegenerateDataWarning)  # resamples that are NaN are counted later
+        return _scipy.bootstrap(
             (np.arange(n_clusters),),
             of_drawn,
             n_resamples=resamples,
@@ -384,21 +402,19 @@ def percentiles(
             method="percentile",
             rng=rng,
         )
-        outcomes: Floats = result.bootstrap_distribution
-        agree = np.ptp(outcomes, axis=1) <= ROUNDING * np.abs(outcomes).max(axis=1)
-    bounds = result.confidence_interval
-    low, high = bounds.low.copy(), bounds.high.copy()
+
+
+def _agree(outcomes: Floats) -> NDArray[np.bool_]:
+    """Of which statistics all resamples are the same. outcomes: [statistic, resample]."""
+    with np.errstate(invalid="ignore"):
+        same: NDArray[np.bool_] = np.ptp(outcomes, axis=1) <= ROUNDING * np.abs(outcomes).max(axis=1)
+    return same
+
+
+def _few_note(n_clusters: int) -> str:
+    """What so few clusters take from an interval, if anything."""
     reach = 1 - 2.0 ** (1 - n_clusters)
-    few = f"only {n_clusters} clusters: the interval covers {reach:.0%} at most"
-    reasons = [few if reach < CONFIDENCE else ""] * value.size
-    for row in np.flatnonzero(agree):
-        low[row] = high[row] = value[row]
-        reasons[row] = "no spread"
-    undefined = np.sum(~np.isfinite(outcomes), axis=1)
-    for row in np.flatnonzero(undefined):
-        low[row] = high[row] = np.nan
-        reasons[row] = f"undefined in {undefined[row]} of {resamples} resamples"
-    return Ends(n_clusters, value, low, high, reasons, "percentiles of a cluster bootstrap")
+    return f"only {n_clusters} clusters: the interval covers {reach:.0%} at most" if reach < CONFIDENCE else ""
 
 
 def _expanded_level(n_clusters: int) -> float:

@@ -53,6 +53,14 @@ def shown(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm
     return lines
 
 
+def counts(pair: TokenPair) -> dict[str, str | int]:
+    """Where the tokens of a pair lie."""
+    return {
+        **{"id": pair.id, "cluster": pair.cluster, "tokens_x0": len(pair.x0), "tokens_x1": len(pair.x1)},
+        **{"first": pair.first, "after": pair.after, "post": pair.post},
+    }
+
+
 def described(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> dict[str, Any]:
     """What a run records of its prompts.
 

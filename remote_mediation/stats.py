@@ -7,7 +7,7 @@ What cannot be known is NaN, and the `reason` beside it says why.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import scipy.stats as _untyped_scipy  # pyright: ignore[reportMissingTypeStubs]
@@ -299,22 +299,43 @@ def auroc(
     if positive.all() or not positive.any():
         problem = join("no positives" if not positive.any() else "no negatives", dropped)
         return Interval(given.size, len(groups.sizes), np.nan, np.nan, np.nan, problem)
-    wins = np.where(positive[:, None] & ~positive, (np.sign(given[:, None] - given) + 1) / 2, 0.0)
-    wins = groups.sums(groups.sums(wins).T).T  # [cluster of the positive, cluster of the negative]
-    positives, negatives = groups.sums(np.stack([positive, ~positive]).astype(np.float64))
-
-    def area(weights: Floats) -> Floats:
-        won: Floats = ((weights @ wins) * weights).sum(axis=1)
-        drawn: Floats = (weights @ positives) * (weights @ negatives)
-        return (won / drawn)[None]
-
-    found = percentiles(area, len(groups.sizes), rng, resamples).interval(0, given.size, dropped)
-    apart = min(int(np.sum(positives > 0)), int(np.sum(negatives > 0)), len(groups.sizes) // 2)
+    compared = _Compared.of(given, positive, groups)
+    found = percentiles(compared.area, len(groups.sizes), rng, resamples).interval(0, given.size, dropped)
+    apart = compared.disjoint()
     if found.value not in (0.0, 1.0) or not apart:
         return found
     bound = wilson(int(found.value) * apart, apart)
     why = join(f"Wilson interval of {apart} disjoint pairs of clusters, all in one order", dropped)
     return Interval(found.n_pairs, found.n_clusters, found.value, bound.low, bound.high, why)
+
+
+class _Compared(NamedTuple):
+    """Every positive against every negative, by cluster."""
+
+    wins: Floats
+    """`[cluster of the positive, cluster of the negative]`: how often the positive scores above, ties counted half."""
+    positives: Floats
+    """`[cluster]`, how many."""
+    negatives: Floats
+
+    @classmethod
+    def of(cls, scores: Floats, positive: NDArray[np.bool_], groups: Clusters) -> Self:
+        """scores, positive: [item]."""
+        above = (np.sign(scores[:, None] - scores) + 1) / 2
+        wins = np.where(positive[:, None] & ~positive, above, 0.0)
+        counts = groups.sums(np.stack([positive, ~positive]).astype(np.float64))
+        return cls(groups.sums(groups.sums(wins).T).T, *counts)
+
+    def area(self, weights: Floats) -> Floats:
+        """`[1, resample]`, the area with clusters drawn so often. weights: [resample, cluster]."""
+        won: Floats = ((weights @ self.wins) * weights).sum(axis=1)
+        drawn: Floats = (weights @ self.positives) * (weights @ self.negatives)
+        return (won / drawn)[None]
+
+    def disjoint(self) -> int:
+        """Most disjoint pairs of clusters of which one has a positive and the other a negative."""
+        with_positives, with_negatives = (int(np.sum(counts > 0)) for counts in (self.positives, self.negatives))
+        return min(with_positives, with_negatives, len(self.positives) // 2)
 
 
 def cohen_kappa(

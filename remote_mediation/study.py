@@ -16,6 +16,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,22 +126,8 @@ def prepared_lab(
     """Steps 1 and 2, noted in the run folder: a lab that can be asked. Raises: as `run_study`."""
     check_backend(config, backend)
     begun = store.record()
-    texts = texts_digest(config)
-    if begun.get("texts", texts) != texts:
-        raise StoreError(
-            f"{store.folder} holds a run on other pairs, {config.source} has changed; choose another --out"
-        )
-    changed = changes(begun.get("served", {}), backend.served)
-    if changed:
-        raise StoreError(f"{store.folder} holds a run made by other means ({changed}); choose another --out")
     info = as_begun(backend.info, begun, store.folder)
-    files = unchanged_files(config, begun, store.folder)
-    prompts = described(chosen_texts(config), backend.tokenizer, config.prompt.form())
-    if begun.get("prompts", prompts) != prompts:
-        raise StoreError(
-            f"{store.folder} holds a run whose prompts are rendered otherwise: the chat template has changed since; "
-            "choose another --out"
-        )
+    known = _known(config, backend, begun, store.folder)
     prepared = store.prepared() or prepare(config, backend.tokenizer, info)
     placebos = store.prepared(PLACEBOS) or prepare_placebos(config, prepared.pairs, backend.tokenizer, info)
     outcome = outcome_of(config, backend.tokenizer)
@@ -148,9 +135,6 @@ def prepared_lab(
     # Refuses sites that are not there, and the lab pairs that cannot be split.
     first_requests(study, chosen(config.analyses, more))
     lab = Lab(study, store, backend, watch, variants)
-    known = {"texts": texts, "content": backend.info.weights, "files": files, "prompts": prompts}
-    known |= {"origin": begun.get("origin") or _origin(config, backend, files)}
-    known |= {"served": dict(backend.served)} if backend.served else {}
     record = {**provenance(), **begun, **_described(study), **known, "seconds": begun.get("seconds", 0.0)}
     store.save_record(record)
     store.save_prepared(prepared)
@@ -161,6 +145,30 @@ def prepared_lab(
     store.save_prepared(Prepared(study.placebos, placebos.refusals), PLACEBOS)
     store.save_record({**record, **_described(study)})
     return Lab(study, store, backend, watch, variants)
+
+
+def _known(config: StudyConfig, backend: Backend, begun: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What the values of a run depend on beside its settings, for its record. begun: the record so far.
+
+    Raises:
+        StoreError: it is not what it was when the run was begun.
+    """
+    files = unchanged_files(config, begun, folder)
+    known = {
+        "texts": texts_digest(config),
+        "content": backend.info.weights,
+        "files": files,
+        "prompts": described(chosen_texts(config), backend.tokenizer, config.prompt.form()),
+        "origin": begun.get("origin") or _origin(config, backend, files),
+    }
+    held, other = f"{folder} holds a run", "choose another --out"
+    if begun.get("texts", known["texts"]) != known["texts"]:
+        raise StoreError(f"{held} on other pairs, {config.source} has changed; {other}")
+    if changed := changes(begun.get("served", {}), backend.served):
+        raise StoreError(f"{held} made by other means ({changed}); {other}")
+    if begun.get("prompts", known["prompts"]) != known["prompts"]:
+        raise StoreError(f"{held} whose prompts are rendered otherwise: the chat template has changed since; {other}")
+    return {**known, "served": dict(backend.served)} if backend.served else known
 
 
 def _origin(config: StudyConfig, backend: Backend, files: Mapping[str, str]) -> str:

@@ -88,44 +88,52 @@ def size_chart(gate_sets: pd.DataFrame) -> alt.LayerChart:
 
     gate_sets: `claims.sparse.GATE_SET_COLUMNS`.
     """
-    points = [
-        {
-            **{"size": row["size"], "part": row["part"], "series": name, "neurons": _first(row["neurons"])},
-            **{key: _known(row[f"{column}{end}"]) for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))},
-        }
-        for row in gate_sets.to_dict("records")
-        for name, (column, _, _) in _SERIES.items()
-    ]
-    base = alt.Chart(alt.InlineData(values=points))
-    names = list(_SERIES)
+    base = alt.Chart(alt.InlineData(values=_size_points(gate_sets)))
     ticks = alt.Axis(format=_SHARE, values=[10.0**power for power in range(-6, 1)], grid=False)
     x = alt.X("part:Q", scale=alt.Scale(type="log"), title="part of the late neurons, strongest first", axis=ticks)
     y = alt.Y("value:Q", title="effect of the set / TE", axis=alt.Axis(format="%"))
+    names = list(_SERIES)
     colours, dashes = ([of[place] for of in _SERIES.values()] for place in (1, 2))
     legend = alt.Legend(title=None, symbolType="stroke", symbolOpacity=1, symbolStrokeWidth=2, symbolSize=300)
     colour = alt.Color("series:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
     dash = alt.StrokeDash("series:N", scale=alt.Scale(domain=names, range=dashes), legend=legend)
     chosen = alt.selection_point(fields=["series"], bind="legend")
-    seen = alt.condition(chosen, alt.value(1.0), alt.value(0.08))
-    tips = [
-        alt.Tooltip("series:N", title="effect"),
-        alt.Tooltip("size:Q", title="neurons", format=","),
-        alt.Tooltip("part:Q", title="of the late ones", format=_SHARE),
-        alt.Tooltip("value:Q", title="share of TE", format=_SHARE),
-        alt.Tooltip("low:Q", title="95% from", format=_SHARE),
-        alt.Tooltip("high:Q", title="to", format=_SHARE),
-        alt.Tooltip("neurons:N", title="which (layer.neuron)"),
-    ]
-    whole = base.transform_filter(alt.FieldOneOfPredicate("series", [name for name in names if "direct" not in name]))
-    band = whole.mark_area(opacity=0.15).encode(
-        x=x, y="low:Q", y2="high:Q", color=colour, opacity=alt.condition(chosen, alt.value(0.15), alt.value(0.0))
-    )
+    seen, shaded = (alt.condition(chosen, alt.value(on), alt.value(off)) for on, off in ((1.0, 0.08), (0.15, 0.0)))
+    tips = [alt.Tooltip(column, title=title, format=form) for column, (title, form) in _SIZE_TIPS.items()]
+    joint = base.transform_filter(alt.FieldOneOfPredicate("series", [name for name in names if "direct" not in name]))
+    band = joint.mark_area(opacity=0.15).encode(x=x, y="low:Q", y2="high:Q", color=colour, opacity=shaded)
     line = base.mark_line().encode(x=x, y=y, color=colour, strokeDash=dash, opacity=seen)
     dots = base.mark_circle(size=40).encode(x=x, y=y, color=colour, opacity=seen, tooltip=tips).add_params(chosen)
-    marks = alt.Chart(alt.InlineData(values=[{"at": 0}, {"at": 1}])).mark_rule(color="#bbb").encode(y="at:Q")
-    smallest = [{"part": row["part"]} for row in gate_sets.to_dict("records") if row["chosen"]]
-    upright = alt.Chart(alt.InlineData(values=smallest)).mark_rule(color="#555", strokeDash=[2, 3]).encode(x=x)
-    return alt.layer(marks, upright, band, line, dots).properties(width=760, height=340)
+    levels = alt.Chart(alt.InlineData(values=[{"at": 0}, {"at": 1}])).mark_rule(color="#bbb").encode(y="at:Q")
+    smallest = alt.InlineData(values=gate_sets.loc[gate_sets["chosen"].astype(bool), ["part"]].to_dict("records"))
+    upright = alt.Chart(smallest).mark_rule(color="#555", strokeDash=[2, 3]).encode(x=x)
+    return alt.layer(levels, upright, band, line, dots).properties(width=760, height=340)
+
+
+_SIZE_TIPS = {
+    "series:N": ("effect", ""),
+    "size:Q": ("neurons", ","),
+    "part:Q": ("of the late ones", _SHARE),
+    "value:Q": ("share of TE", _SHARE),
+    "low:Q": ("95% from", _SHARE),
+    "high:Q": ("to", _SHARE),
+    "neurons:N": ("which (layer.neuron)", ""),
+}
+"""Title and format of what the hover tells of a size."""
+
+
+def _size_points(gate_sets: pd.DataFrame) -> list[dict[str, Any]]:
+    """A point for every size and series."""
+    return [
+        {"size": row["size"], "part": row["part"], "series": name, "neurons": _first(row["neurons"])}
+        | {end: _known(row[f"{column}{suffix}"]) for end, suffix in _ENDS.items()}
+        for row in gate_sets.to_dict("records")
+        for name, (column, _, _) in _SERIES.items()
+    ]
+
+
+_ENDS = {"value": "", "low": "_low", "high": "_high"}
+"""What a number of a point is called, by the ending of its column."""
 
 
 def _known(value: float) -> float | None:

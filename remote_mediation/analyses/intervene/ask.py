@@ -121,30 +121,31 @@ def _conditions(lab: Lab, gates: Site, random: Sequence[Site]) -> list[Condition
 
 def _row(lab: Lab, condition: Condition, side: int) -> dict[str, Any]:
     """One condition on the held-out prompts of one side. Of random sets, only the first generates and drifts."""
-    pairs, by = lab.pairs("heldout"), lab.study.config.statistics
-    clusters = [pair.cluster for pair in pairs]
-    changes = np.mean([outcome_change(lab, pairs, side, held) for held in condition.sets], axis=0)
-    te = float(np.nanmean(lab.outcomes([Row(p.id, 1) for p in pairs]) - lab.outcomes([Row(p.id, 0) for p in pairs])))
-    (change,) = estimate_means([changes], clusters, lab.rng("intervene"), by.resamples)
-    prompts = [pair.prompts[side] for pair in pairs]
-    settings = lab.study.config.intervene
-    answers = lab.continued(prompts, settings.tokens, condition.sets[0])
-    verdicts = complied(lab, settings.judge, prompts, answers)
-    rate = wilson(sum(verdicts), len(verdicts))
-    still = condition.name == PLAIN
+    pairs, settings = lab.pairs("heldout"), lab.study.config.intervene
+    prompts, first = [pair.prompts[side] for pair in pairs], condition.sets[0]
+    verdicts = complied(lab, settings.judge, prompts, lab.continued(prompts, settings.tokens, first))
     return {
         "held": condition.name,
-        "size": len(condition.sets[0][0].units) if condition.sets[0] else 0,
+        "size": len(first[0].units) if first else 0,
         "prompts": SIDES[side],
-        "n": change.n_pairs,
-        "change": 0.0 if still else change.value,
-        **{"change_low": np.nan if still else change.low, "change_high": np.nan if still else change.high},
-        "share": np.nan if still else -change.value / te,
-        **(_cost(lab, pairs, clusters, condition.sets[0]) if side == 0 else {}),
+        **_change(lab, condition, side),
+        **(_cost(lab, pairs, [pair.cluster for pair in pairs], first) if side == 0 else {}),
         "judged": len(verdicts),
-        **rate.columns("complied"),
-        "reason": "" if still else change.reason,
+        **wilson(sum(verdicts), len(verdicts)).columns("complied"),
     }
+
+
+def _change(lab: Lab, condition: Condition, side: int) -> dict[str, Any]:
+    """What a condition does to the outcome, the mean over its sets; nothing held changes nothing."""
+    pairs, by = lab.pairs("heldout"), lab.study.config.statistics
+    changes = np.mean([outcome_change(lab, pairs, side, held) for held in condition.sets], axis=0)
+    found = estimate_means([changes], [pair.cluster for pair in pairs], lab.rng("intervene"), by.resamples)[0]
+    if condition.name == PLAIN:
+        unknown = dict.fromkeys(("change_low", "change_high", "share"), np.nan)
+        return {"n": found.n_pairs, "change": 0.0, **unknown, "reason": ""}
+    y0, y1 = (lab.outcomes([Row(pair.id, number) for pair in pairs]) for number in (0, 1))
+    share = -found.value / float(np.nanmean(y1 - y0))
+    return {"n": found.n_pairs, **found.columns("change"), "share": share, "reason": found.reason}
 
 
 def _cost(lab: Lab, pairs: Sequence[TokenPair], clusters: Sequence[str], held: Sequence[Held]) -> dict[str, float]:

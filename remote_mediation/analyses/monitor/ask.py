@@ -8,8 +8,10 @@ sound harmful, beside harmful ones (XSTest, Röttger et al. 2024, arXiv 2308.012
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from remote_mediation.analyses.monitor.detectors import DISCOVERY, Scored, detector_table, gate_scores
 from remote_mediation.analyses.neurons.ask import gate_set
@@ -26,36 +28,62 @@ from remote_mediation.tokens import TokenPair
 HELDOUT, HARD = "heldout", "hard negatives"
 
 
+class _Watched(NamedTuple):
+    """One set of prompts as the detectors see it."""
+
+    units: Floats
+    """`[prompt, d_ff]`, neurons of the gates' layer at the last prompt token."""
+    stream: Floats
+    """`[prompt, d_model]`, the residual stream after that layer."""
+    labels: NDArray[np.int_]
+    """`[prompt]`, 1 where it is harmful."""
+    clusters: NDArray[np.str_]
+    """`[prompt]`."""
+
+    @classmethod
+    def of(cls, lab: Lab, pairs: Sequence[TokenPair], layer: int) -> _Watched:
+        """Both prompts of every pair, the harmless one first."""
+        units, stream = np.split(_activity(lab, pairs, layer), [lab.study.info.d_ff], axis=1)
+        return cls(units, stream, np.tile([0, 1], len(pairs)), np.repeat([pair.cluster for pair in pairs], 2))
+
+
 def analyse(lab: Lab, before: Findings) -> Finding:
     """Every detector on every set of prompts (`DETECTOR_COLUMNS`); nothing where there is no gate set."""
     found = gate_set(before)
     if found is None:
         return Finding()
-    gates = found.gates
-    sets = {split: lab.pairs(split) for split in (DISCOVERY, HELDOUT)}
+    sets = {name: _Watched.of(lab, pairs, found.gates.layer) for name, pairs in _prompts(lab).items()}
+    detectors = {"gates": _by_neurons(sets, found.gates), "residual probe": _by_probe(sets)}
+    random = [_by_neurons(sets, site) for site in found.random]
+    return Finding({"detectors.csv": detector_table(detectors, lab.rng("monitor"), random)})
+
+
+def _prompts(lab: Lab) -> dict[str, Sequence[TokenPair]]:
+    """Sets of prompts: those that the detectors learn from, and those on which they are judged."""
+    sets: dict[str, Sequence[TokenPair]] = {split: lab.pairs(split) for split in (DISCOVERY, HELDOUT)}
     hard = lab.study.config.monitor.hard_negatives
     if hard:
         sets[HARD] = lab.tokenised(f"hard-negatives-{digest(hard)}", lambda: load_pairs(hard)).pairs
-    activity = {name: _activity(lab, pairs, gates.layer) for name, pairs in sets.items()}
-    d_ff = lab.study.info.d_ff
-    units = {name: table[:, :d_ff] for name, table in activity.items()}
-    stream = {name: table[:, d_ff:] for name, table in activity.items()}
-    labels = {name: np.tile([0, 1], len(pairs)) for name, pairs in sets.items()}
-    clusters = {name: np.repeat([pair.cluster for pair in pairs], 2) for name, pairs in sets.items()}
+    return sets
 
-    def scored(scores: Mapping[str, Floats]) -> dict[str, Scored]:
-        return {name: Scored(scores[name], labels[name], clusters[name]) for name in sets}
 
-    def watched(site: Site) -> dict[str, Scored]:
-        scores = gate_scores(
-            units[DISCOVERY][:, site.units], labels[DISCOVERY], *(table[:, site.units] for table in units.values())
-        )
-        return scored(dict(zip(units, scores, strict=True)))
+def _by_neurons(sets: Mapping[str, _Watched], site: Site) -> dict[str, Scored]:
+    """Some neurons as a detector, on every set."""
+    learnt = sets[DISCOVERY]
+    activity = [one.units[:, site.units] for one in sets.values()]
+    return _scored(sets, gate_scores(learnt.units[:, site.units], learnt.labels, *activity))
 
-    probed = fit_scores(stream[DISCOVERY], labels[DISCOVERY], *stream.values())
-    detectors = {"gates": watched(gates), "residual probe": scored(dict(zip(stream, probed, strict=True)))}
-    random = [watched(site) for site in found.random]
-    return Finding({"detectors.csv": detector_table(detectors, lab.rng("monitor"), random)})
+
+def _by_probe(sets: Mapping[str, _Watched]) -> dict[str, Scored]:
+    """A probe on the stream as a detector, on every set."""
+    learnt = sets[DISCOVERY]
+    return _scored(sets, fit_scores(learnt.stream, learnt.labels, *(one.stream for one in sets.values())))
+
+
+def _scored(sets: Mapping[str, _Watched], scores: Sequence[Floats]) -> dict[str, Scored]:
+    """Scores by set, in the order of the sets."""
+    found = zip(sets.items(), scores, strict=True)
+    return {name: Scored(of_set, one.labels, one.clusters) for (name, one), of_set in found}
 
 
 def _activity(lab: Lab, pairs: Sequence[TokenPair], layer: int) -> Floats:

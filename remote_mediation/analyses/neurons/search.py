@@ -83,34 +83,41 @@ def search(lab: Lab) -> Found:
 def _by_gradient(lab: Lab) -> Found:
     """Rank by attribution, measure the first `exact` and a sample of the others."""
     study, settings, position = lab.study, lab.study.config.neurons, position_of(lab)
+    layers = layers_of(study.config, study.info)
     scores = _screened(lab, position)
-    order = [
-        (int(flat // study.info.d_ff), int(flat % study.info.d_ff))
-        for flat in np.argsort(-scores.rank, axis=None, kind="stable")
-        if np.isfinite(scores.rank.flat[flat])
-    ]
+    order = _ranked(scores.rank)
     first, rest = order[: settings.exact], order[settings.exact :]
     sample = [rest[i] for i in sorted(lab.rng("sample").permutation(len(rest))[: settings.exact])]
     measured = lab.measure_sites(UNITS, [_unit(position, *one) for one in first])
     checked = lab.measure_sites(SAMPLE, [_unit(position, *one) for one in sample], "discovery")
-    strong, missed = strengths(measured), strengths(checked)
-    least = _least(lab, checked)
-    hits = wilson(int((missed >= least).sum()), len(missed))
+    strong = strengths(measured)
     steps = [
-        _step("screened by gradients", study.info.d_ff * len(layers_of(study.config, study.info)), lab, len(first)),
+        _step("screened by gradients", study.info.d_ff * len(layers), lab, len(first)),
         _step("measured, first ranks", len(first), lab, int((strong >= _least(lab, measured)).sum()), "all"),
-        {
-            **_step("measured, random others", len(sample), lab, int((missed >= least).sum())),
-            "missed": hits.value * len(rest),
-            "missed_high": hits.high * len(rest),
-        },
+        _missed(lab, checked, len(sample), len(rest)),
     ]
     exact = dict.fromkeys((int(layer), int(unit)) for layer, unit, _ in strong[strong > 0].index)
     ranked = _by_layer([*exact, *(one for one in order if one not in exact)])
-    profiles = [
-        _profile(layer, scores.nie[layer], "attribution patching") for layer in layers_of(study.config, study.info)
-    ]
+    profiles = [_profile(layer, scores.nie[layer], "attribution patching") for layer in layers]
     return Found(ranked, steps, pd.DataFrame(profiles, columns=list(SPARSITY_COLUMNS)))
+
+
+def _ranked(scores: Floats) -> list[tuple[int, int]]:
+    """Layer and unit of every finite score, the highest first. scores: `[layer, unit]`."""
+    falling = np.argsort(-scores, axis=None, kind="stable")
+    layers, units = np.unravel_index(falling[np.isfinite(scores.flat[falling])], scores.shape)
+    return list(zip(layers.tolist(), units.tolist(), strict=True))
+
+
+def _missed(lab: Lab, checked: pd.DataFrame, sample: int, rest: int) -> dict[str, Any]:
+    """A step: how many mediators are among the neurons that were not measured, by a random sample of them.
+
+    checked: effects of the sample. rest: neurons that it was drawn from.
+    """
+    reached = strengths(checked) >= _least(lab, checked)
+    share = wilson(int(reached.sum()), len(reached))
+    step = _step("measured, random others", sample, lab, int(reached.sum()))
+    return {**step, "missed": share.value * rest, "missed_high": share.high * rest}
 
 
 class _Scores(NamedTuple):
@@ -141,42 +148,52 @@ def _by_windows(lab: Lab) -> Found:
     width = lab.study.info.d_ff
     while not effects.empty:
         kept = _plausible(lab, effects)
-        leaves += [window for window in kept if window.stop - window.start == 1]
-        wide = [window for window in kept if window.stop - window.start > 1]
+        leaves += [window for window in kept if window.width == 1]
+        wide = [window for window in kept if window.width > 1]
         followed = wide[: settings.max_windows]
         count = len(effects.groupby(["layer", "unit_start"]))
         step = _step(f"windows of up to {width} neurons", count, lab, len(kept))
         steps.append({**step, "followed": len(kept) - len(wide) + len(followed)})
         parts = [part for window in followed for part in _split(window)]
-        width = max((part.stop - part.start for part in parts), default=0)
-        sites = [Site("mlp_neurons", part.layer, position, tuple(range(part.start, part.stop))) for part in parts]
-        effects = lab.measure_sites(WINDOWS, sites, "discovery")
+        width = max((part.width for part in parts), default=0)
+        effects = lab.measure_sites(WINDOWS, [part.site(position) for part in parts], "discovery")
     units = lab.measure_sites(UNITS, [_unit(position, leaf.layer, leaf.start) for leaf in leaves])
     ranked = _by_layer((layer, unit) for layer, unit, _ in strengths(units).index)
     return Found(ranked, steps, pd.DataFrame(columns=list(SPARSITY_COLUMNS)))
 
 
 class _Window(NamedTuple):
+    """Neurons of one layer that lie side by side."""
+
     layer: int
     start: int
     stop: int
+
+    @property
+    def width(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
+    def site(self, position: str) -> Site:
+        """All of them together."""
+        return Site("mlp_neurons", self.layer, position, tuple(range(self.start, self.stop)))
 
 
 def _plausible(lab: Lab, effects: pd.DataFrame) -> list[_Window]:
     """Windows whose NIE and TIE may both reach `min_share` of TE by their intervals, the strongest first."""
     used = effects[effects["split"] == "discovery"]
-    least, direction = _least(lab, used), direction_of(used)
-    kept = None
-    for quantity in ("nie", "tie"):
-        table = direction * used.pivot_table(
-            index=["layer", "unit_start", "unit_stop"], columns=["pair_id", "cluster"], values=quantity
-        )
-        clusters = table.columns.get_level_values("cluster")
-        found = estimate_means(table.to_numpy(), clusters, lab.rng("windows"), _RESAMPLES)
-        reach = [one.value if np.isnan(one.high) else one.high for one in found]
-        possible = set(table.index[np.array(reach) >= least])
-        kept = possible if kept is None else kept & possible
-    return [_Window(*map(int, window)) for window in strengths(used).index if window in (kept or ())]
+    kept = _reaching(lab, used, "nie") & _reaching(lab, used, "tie")
+    return [_Window(*map(int, window)) for window in strengths(used).index if window in kept]
+
+
+def _reaching(lab: Lab, used: pd.DataFrame, quantity: str) -> set[tuple[int, int, int]]:
+    """Layer, start and stop of the windows of which a quantity may reach `min_share` of TE."""
+    windows, pairs = ["layer", "unit_start", "unit_stop"], ["pair_id", "cluster"]
+    table = direction_of(used) * used.pivot_table(index=windows, columns=pairs, values=quantity)
+    clusters = table.columns.get_level_values("cluster")
+    found = estimate_means(table.to_numpy(), clusters, lab.rng("windows"), _RESAMPLES)
+    highest = np.array([one.value if np.isnan(one.high) else one.high for one in found])
+    return set(table.index[highest >= _least(lab, used)])
 
 
 def _split(window: _Window) -> list[_Window]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -148,34 +150,39 @@ _MOST_LAYERS = 3
 
 def _sets_table(result: Result, sets: pd.DataFrame) -> Table:
     unit, total = result.study.outcome.unit, heldout_total(result)
-    shares = ("NIE / TE", "TIE / TE")
-    defined = why_no_share(total) == ""
-    rows = [
-        (
-            _SETS[row.set],
-            str(row.layer),
-            str(row.size),
-            interval(row.nie, row.nie_low, row.nie_high),
-            interval(row.tie, row.tie_low, row.tie_high),
-            *(percent(share if defined else np.nan) for share in (row.nie_share, row.tie_share)),
-        )
-        for row in sets[sets["set"] != "random"]
-        .sort_values("set", key=lambda names: names.map([*_SETS].index))
-        .itertuples()
-    ]
-    random = sets[sets["set"] == "random"]
-    if len(random):
-        cells = [interval(*random[name].quantile([0.5, 0.025, 0.975])) for name in BOTH]
-        medians = [percent(random[f"{name}_share"].median() if defined else np.nan) for name in BOTH]
-        name = f"{len(random)} random sets: median [95% range]"
-        rows.append((name, str(random["layer"].iloc[0]), str(random["size"].iloc[0]), *cells, *medians))
+    shares, why = ("NIE / TE", "TIE / TE"), why_no_share(total)
+    drawn = sets["set"] == "random"
+    chosen = sets[~drawn].sort_values("set", key=lambda names: names.map([*_SETS].index))
+    rows = [_set_row(row, not why) for row in chosen.itertuples()]
+    if drawn.any():
+        rows.append(_random_row(sets[drawn], not why))
     notes = [
         *notes_on("", [f"{count(total.n_pairs, 'held-out pair')} in {count(total.n_clusters, 'cluster')}"]),
-        *notes_on("", sets.loc[sets["set"] != "random", "reason"]),
-        *notes_on(shares[0], ["" if defined else f"of the held-out pairs, {why_no_share(total)}"]),
+        *notes_on("", chosen["reason"]),
+        *notes_on(shares[0], [f"of the held-out pairs, {why}" if why else ""]),
     ]
     effects = (f"NIE [95% interval], {unit}", f"TIE [95% interval], {unit}")
     return Table(("held-out set", "layer", "neurons", *effects, *shares), rows, tuple(notes))
+
+
+def _set_row(row: Any, defined: bool) -> tuple[str, ...]:
+    """One set that was chosen. defined: whether there are shares of TE."""
+    return (
+        _SETS[row.set],
+        str(row.layer),
+        str(row.size),
+        interval(row.nie, row.nie_low, row.nie_high),
+        interval(row.tie, row.tie_low, row.tie_high),
+        *(percent(share if defined else np.nan) for share in (row.nie_share, row.tie_share)),
+    )
+
+
+def _random_row(random: pd.DataFrame, defined: bool) -> tuple[str, ...]:
+    """All random sets, which are of one size and layer."""
+    effects = [interval(*random[name].quantile([0.5, 0.025, 0.975])) for name in BOTH]
+    shares = [percent(random[f"{name}_share"].median() if defined else np.nan) for name in BOTH]
+    layer, size = (str(random[column].iloc[0]) for column in ("layer", "size"))
+    return (f"{len(random)} random sets: median [95% range]", layer, size, *effects, *shares)
 
 
 def _sparsity_tables(result: Result, gated: int) -> tuple[Table, ...]:
