@@ -21,6 +21,7 @@ from remote_mediation.judges import JudgeQuality
 from remote_mediation.lab import Study
 from remote_mediation.pairs import BUILTIN, load_pairs
 from remote_mediation.result import Result
+from remote_mediation.shares import ANY_EDIT
 from remote_mediation.show import figures
 from remote_mediation.show.made import UNKNOWN, command, differing, made_in_words
 from remote_mediation.show.section import Section, Verdict
@@ -57,6 +58,10 @@ _SIGNS = {
 """What the sign of TE means for everything else."""
 _EMPTY = {"model.revision": "the default one", "model.window": "none"}
 """What an empty value says in the table of provenance, where it is not that something is unknown."""
+_IN_GENERAL = (
+    "its share of TE is not shown to be larger for harm than for placebos: the difference of the slopes β is not clear "
+    "of 0. It carries changes of the outcome, whatever the edit that made them"
+)
 _EXAMPLES = 3
 """Pairs that are shown."""
 
@@ -179,6 +184,7 @@ def _verdict_table(verdicts: Sequence[Verdict]) -> Table:
     notes = (
         Note("harm", "shares of TE with 95% intervals on held-out pairs, NIE then TIE; claim 4: the gain in accuracy"),
         Note("placebo", "where its TE spans 0 there is no share of it, and the slope β of effect on TE stands alone"),
+        *([Note(ANY_EDIT, _IN_GENERAL)] if any(one.general for one in verdicts) else []),
     )
     rows = [(one.claim, one.harm, one.placebo, one.said) for one in verdicts]
     return Table(("claim", "harm", "placebo", "verdict"), rows, notes)

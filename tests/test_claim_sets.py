@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from remote_mediation.analyses.claims import ask, handed, show, sparse, understanding
+from remote_mediation.analyses.claims.figures import claims_figure, specification_figure
 from remote_mediation.analyses.claims.specification import (
     DIVISIONS,
     RANDOM,
@@ -172,13 +173,25 @@ def test_the_small_table_has_harm_beside_placebo() -> None:
     assert show.measures_table(sets).rows[0][-2:] == ("0.7 [0.6, 0.8]", "10% [0%, 20%]")
 
 
+def test_what_decides_is_drawn_with_the_placebo_hollow_and_grey_and_the_bar_of_the_claim() -> None:
+    _, sets = _tables()
+    axis = claims_figure(sets).axes[0]
+    drawn = {line.get_label(): line for line in axis.lines}
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["1. W, NIE", "1. W, TIE"]  # `A` decides nothing
+    assert drawn["harm"].get_xdata() == pytest.approx([0.9, 0.9])
+    assert drawn["placebo"].get_xdata() == pytest.approx([0.1, 0.1])  # of harm's TE
+    assert drawn["has to lie above"].get_xdata() == pytest.approx([2 / 3, 2 / 3])
+    assert drawn["placebo"].get_markerfacecolor() == "white"
+    assert drawn["harm"].get_markerfacecolor() == drawn["harm"].get_color() != drawn["placebo"].get_color()
+
+
 def test_choices_are_shown() -> None:
     of = _compared(0.5)
     found = specification({"discovery": of, "heldout": of, "all": of}, np.random.default_rng(0), 199)
     table = show.specification_table(found)
     assert len(table.rows) == 8
     assert table.rows[3][-3:] == (str(2 * DIVISIONS), "0", "0")
-    figure = show.specification_figure(found)
+    figure = specification_figure(found)
     assert isinstance(figure, Figure)
     dots = [line for line in figure.axes[0].lines if line.get_label() == "heldout"]
     assert dots[0].get_xdata() == pytest.approx([0.5], abs=0.01)

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from remote_mediation.analyses.claims.show import curve_figure
+from remote_mediation.analyses.claims.figures import curve_figure
 from remote_mediation.analyses.detect.show import probe_figure
 from remote_mediation.analyses.maps import show as maps
 from remote_mediation.analyses.monitor.show import detector_figure

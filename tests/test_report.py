@@ -26,6 +26,8 @@ from remote_mediation.outcomes import OUTCOMES, LogitOutcome, OutcomeName
 from remote_mediation.pairs import load_pairs
 from remote_mediation.report import PairText, write_report
 from remote_mediation.result import Analysis, Result
+from remote_mediation.shares import ANY_EDIT
+from remote_mediation.show.section import Verdict
 from remote_mediation.show.tables import literal, markdown_table, number, p_value, percent
 from remote_mediation.sites import ModelInfo
 from remote_mediation.store import Store
@@ -253,6 +255,14 @@ def test_verdicts_are_the_first_sentence() -> None:
         "**Where in planted is harmful text decided? Supported: late layers, a sparse gate; not supported: MLPs over "
         "attention; undecided: early understanding; supported, of any edit: handed on through MLPs.**"
     )
+
+
+def test_what_is_of_any_edit_is_explained_where_it_is_said() -> None:
+    verdict = Verdict("claim 1", "1. it is late", "90%", "", "supported")
+    notes = [
+        report_module._verdict_table([one]).notes for one in (verdict, verdict._replace(said=f"supported, {ANY_EDIT}"))
+    ]
+    assert [[note.column for note in of].count(ANY_EDIT) for of in notes] == [0, 1]
 
 
 def test_few_clusters_are_said_to_be_few_in_the_answer(store: Store) -> None:

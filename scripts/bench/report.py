@@ -45,6 +45,11 @@ def save_generate(table: pd.DataFrame, facts: dict[str, Any]) -> None:
     _save("generate", table, facts)
 
 
+def save_verdict(table: pd.DataFrame, facts: dict[str, Any]) -> None:
+    """Keep what `verdict` measured."""
+    _save("verdict", table, facts)
+
+
 def write() -> Path:
     """Write report.md from what is there."""
     lines = [
@@ -327,6 +332,37 @@ def _generate_section() -> list[str]:
     ]
 
 
+def _verdict_section() -> list[str]:
+    """How long the verdicts take, in plain forward passes and beside maps of single sites."""
+    facts, table = json.loads((OUT / "verdict.json").read_text("utf-8")), pd.read_csv(OUT / "verdict.csv")
+    seconds, passes = (table.set_index("what")[column] for column in ("seconds", "passes_per_pair"))
+    share = seconds["all five"] / seconds["maps"]
+    rows = [(str(one.what), f"{one.seconds:.1f}", f"{one.passes_per_pair:.1f}") for one in table.itertuples()]
+    goals = [
+        ("claims 1 and 2, passes a pair", "5", f"{passes['claims 1 and 2']:.1f}", passes["claims 1 and 2"] <= 5),
+        ("all five, passes a pair", "40", f"{passes['all five']:.1f}", passes["all five"] <= 40),
+        ("all five, of the maps' time", "50%", f"{share:.0%}", share <= 0.5),
+    ]
+    return [
+        "## Time to the verdicts",
+        "",
+        f"{facts['model']}, {facts['dtype']}, {facts['pairs']} pairs with their placebos, half of them held out. The "
+        "maps are those of single sites: every layer at three positions, attention and MLP of every layer. A plain "
+        f"forward pass of one prompt, without an answer behind it, takes {1000 * facts['pass']:.0f} ms.",
+        "",
+        *_machine_lines(facts),
+        f"Other processes used {facts['others']:.1f} cores (mean).",
+        "",
+        *_table(("what", "seconds", "plain passes a pair"), rows),
+        "",
+        *_table(
+            ("goal", "at most", "measured", ""),
+            ((goal, most, found, "reached" if kept else "**missed**") for goal, most, found, kept in goals),
+        ),
+        "",
+    ]
+
+
 def _growth_section() -> list[str]:
     facts = json.loads((OUT / "growth.json").read_text("utf-8"))
     points = pd.read_csv(OUT / "growth.csv")
@@ -396,6 +432,7 @@ def _median(column: pd.Series) -> float:
 
 
 _SECTIONS = {
+    "verdict": _verdict_section,
     "neurons": _neurons_section,
     "search": _search_section,
     "memory": _memory_section,

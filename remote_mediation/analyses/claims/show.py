@@ -1,19 +1,16 @@
 """The claims as they are read: one small table, the numbers behind it, and how far claim 2 depends on choices.
 
-Tables of `ask.analyse` in, tables of text and figures out.
+Tables of `ask.analyse` in, tables of text out.
 """
 
 from __future__ import annotations
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
+from remote_mediation.analyses.claims.figures import SIGNS, claims_figure, curve_figure, specification_figure
 from remote_mediation.analyses.claims.specification import RANDOM
-from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLPS
+from remote_mediation.analyses.claims.verdicts import DIRECTIONS, LATE_MLPS
 from remote_mediation.result import Result
-from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
 from remote_mediation.show.section import Section, Verdict
 from remote_mediation.show.tables import Table, interval, notes_on, number, rounded
 from remote_mediation.show.words import UNMEASURED, decided, in_groups, pairs_notes, share_of
@@ -26,9 +23,6 @@ CLAIMS = {
     5: "handed on through MLPs",
 }
 """The claims in a few words."""
-_SPLITS = ("discovery", "heldout", "all", RANDOM)
-_SIGNS = {"positive": "#0072B2", "unclear": "0.8", "negative": "#D55E00"}
-"""Colours of what an interval says, as elsewhere for effects with TE and against it."""
 _SHARES = "shares of TE with 95% intervals, NIE then TIE; of claim 4 the gain in accuracy"
 
 
@@ -45,7 +39,7 @@ def sections(result: Result) -> list[Section]:
     claims, sets = result.tables["claims.csv"], result.tables["sets.csv"]
     finding = f"{in_groups(verdicts_of(claims, sets))}."
     tables = (reasons_table(claims), measures_table(sets))
-    return [Section(name, title, did, finding, tables), *_curve(result, sets), *_choices(result)]
+    return [Section(name, title, did, finding, tables, claims_figure(sets)), *_curve(result, sets), *_choices(result)]
 
 
 def _curve(result: Result, sets: pd.DataFrame) -> list[Section]:
@@ -79,7 +73,7 @@ def _choices(result: Result) -> list[Section]:
         "The direct effect of the MLPs minus that of attention, as a share of TE, over each set of layers, in both "
         "directions, on each split and on random halves of the pairs."
     )
-    halves = choices[choices["pairs"] == RANDOM][list(_SIGNS)].sum()
+    halves = choices[choices["pairs"] == RANDOM][list(SIGNS)].sum()
     counts = ", ".join(f"{number} {name}" for name, number in halves.items())
     finding = f"On random halves of the pairs, over all layer sets and both directions: {counts}."
     title, table, figure = (
@@ -173,79 +167,9 @@ def specification_table(specification: pd.DataFrame) -> Table:
     return Table(header, rows, tuple(notes_on("share of TE", specification["reason"].dropna())))
 
 
-def specification_figure(specification: pd.DataFrame) -> Figure:
-    """The share by layers, direction and pairs, and how often it is positive, negative or unclear on random halves."""
-    names = list(dict.fromkeys(specification["layers"]))
-    figure = Figure((WIDTH, 1.6 + 0.5 * len(names)), DPI, layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True, width_ratios=(2, 2, 1))
-    for axis, direction in zip(axes, DIRECTIONS, strict=False):
-        _shares(axis, specification[specification["direction"] == direction], names)
-        axis.set_title(direction.upper(), fontsize=10, loc="left")
-    _frequencies(axes[2], specification, names)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    figure.suptitle("Direct effect of the MLPs minus that of attention, by choice", fontsize=11)
-    legend(figure, axes[0])
-    return figure
-
-
-def curve_figure(gate_sets: pd.DataFrame, bands: pd.DataFrame) -> Figure:
-    """What the first late neurons carry of TE together, held out; shares may exceed 1.
-
-    gate_sets: `sparse.GATE_SET_COLUMNS`. bands: the rows of `ask.SET_COLUMNS` of the late MLPs together.
-    """
-    figure = Figure((WIDTH * 0.8, 4.2), DPI, layout="constrained")
-    axis = figure.subplots()
-    part = 100 * gate_sets["part"]
-    for name, colour, marker in zip(DIRECTIONS, COLOURS, MARKERS, strict=False):
-        axis.plot(part, gate_sets[name], color=colour, marker=marker, markersize=4, label=name.upper())
-        direct, label = gate_sets[f"direct_{name}"], f"direct, {name.upper()}"
-        axis.plot(part, direct, "--", color=colour, linewidth=1, label=label)
-        low, high = gate_sets[f"{name}_low"], gate_sets[f"{name}_high"]
-        axis.fill_between(part, low, high, color=colour, alpha=0.15, linewidth=0)
-        whole = bands[bands["direction"] == name]["harm"]
-        if len(whole):
-            label = f"late MLPs together, {name.upper()}"
-            axis.axhline(float(whole.iloc[0]), color=colour, linestyle=":", linewidth=1, label=label)
-    axis.axhline(HALF, color="0.6", linewidth=0.8, zorder=0)
-    axis.axvline(1, color="0.6", linewidth=0.8, zorder=0)
-    axis.set(xscale="log", xlabel="late neurons, strongest first (%)", ylabel="joint effect / TE")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.suptitle("The first late neurons together, held-out pairs; grey: 1% and half of TE", fontsize=11)
-    legend(figure, axis, columns=3)
-    return figure
-
-
 _SIDES = ("harm", "placebo")
 
 
 def _label(row: pd.Series) -> str:
     direction = row["direction"]
     return f"{row['measure']}, {direction.upper()}" if direction in DIRECTIONS else str(row["measure"])
-
-
-def _shares(axis: Axes, part: pd.DataFrame, names: list[str]) -> None:
-    """A dot with its interval for every kind of pairs."""
-    for place, split in enumerate(_SPLITS):
-        own = part[part["pairs"] == split].set_index("layers").reindex(names)
-        at = [row + 0.18 * (place - 1.5) for row in range(len(names))]
-        axis.hlines(at, own["share_low"], own["share_high"], color=COLOURS[place], linewidth=1.2)
-        axis.plot(own["share"], at, MARKERS[place], color=COLOURS[place], markersize=4, label=split)
-    axis.axvline(0, color="0.5", linewidth=0.8)
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_xlabel("share of TE")
-
-
-def _frequencies(axis: Axes, specification: pd.DataFrame, names: list[str]) -> None:
-    """How often the interval of a random half says what, both directions together."""
-    halves = specification[specification["pairs"] == RANDOM]
-    counts = halves.groupby("layers")[list(_SIGNS)].sum().reindex(names)
-    parts = counts.div(counts.sum(axis=1), axis=0)
-    start = parts.iloc[:, 0] * 0
-    for name, colour in _SIGNS.items():
-        axis.barh(range(len(names)), parts[name], left=start, color=colour, label=name)
-        start = start + parts[name]
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_xlabel("random halves")
-    axis.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
