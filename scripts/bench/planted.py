@@ -1,0 +1,105 @@
+"""Verdicts on planted models of many seeds: how often each is the truth, and every one that is not."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench.machine import facts
+from bench.report import OUT
+from remote_mediation.planted.cases import CASES
+from remote_mediation.planted.selfcheck import SelfCheck, run_selfcheck
+from remote_mediation.runner import Unwatched
+
+COLUMNS = ("case", "seed", "claim", "truth", "said", "right", "missed", "why")
+"""A row for every verdict; missed: gate neurons that are not in the set of claim 3."""
+CLAIMS = range(1, 6)
+
+
+def main() -> None:
+    """Run what is not in the table yet, row by row, and write the page."""
+    options = _options()
+    OUT.mkdir(parents=True, exist_ok=True)
+    path = OUT / "planted.csv"
+    if not path.exists():
+        pd.DataFrame(columns=list(COLUMNS)).to_csv(path, index=False)
+    done = set(pd.read_csv(path)[["case", "seed"]].itertuples(index=False, name=None))
+    for seed in range(options.first, options.first + options.seeds):
+        for name in options.case or CASES:
+            if (name, seed) not in done:
+                found = run_selfcheck(name, seed, Unwatched())
+                pd.DataFrame(_rows(found), columns=list(COLUMNS)).to_csv(path, mode="a", header=False, index=False)
+                print(found.line(), flush=True)
+    _write(pd.read_csv(path), OUT / "planted.md")
+
+
+def _rows(found: SelfCheck) -> Iterator[dict[str, Any]]:
+    for claim, right in zip(CLAIMS, found.right, strict=True):
+        yield {
+            "case": found.case,
+            "seed": found.seed,
+            "claim": claim,
+            "truth": found.truth[claim - 1],
+            "said": found.said[claim - 1],
+            "right": right,
+            "missed": len(found.missed) if claim == 3 else 0,
+            "why": found.why[claim - 1],
+        }
+
+
+def _write(table: pd.DataFrame, page: Path) -> None:
+    models, failing = table.groupby(["case", "seed"]), table[~table["right"].astype(bool) | (table["missed"] > 0)]
+    whole = int((models["right"].all() & (models["missed"].sum() == 0)).sum())
+    here = facts()
+    lines = [
+        "# Planted mechanisms, on unseen seeds",
+        "",
+        f"Made by `scripts/bench/planted`: every case of `selfcheck --all` on seeds {table['seed'].min()} to "
+        f"{table['seed'].max()}, each a model and pairs of its own, after the last change of any constant. {whole} of "
+        f"{models.ngroups} models have all five verdicts right and no gate neuron missed; {int(table['right'].sum())} "
+        f"of {len(table)} verdicts are right.",
+        "",
+        f"- {here['date']}, {here['processor']}",
+        f"- {here['versions']}",
+        "",
+        f"| planted | {' | '.join(f'claim {claim}: truth, right' for claim in CLAIMS)} | gates missed |",
+        "| --- | " + " | ".join("---" for _ in CLAIMS) + " | --- |",
+        *(_case_line(name, part) for name, part in table.groupby("case", sort=False)),
+        "",
+        "## What was wrong",
+        "",
+        *(_failure(row) for row in failing.itertuples()),
+    ]
+    if failing.empty:
+        lines.append("Nothing.")
+    page.write_text("\n".join(lines) + "\n", "utf-8")
+    print(page.relative_to(OUT.parents[1]))
+
+
+def _case_line(name: Any, part: pd.DataFrame) -> str:
+    cells = []
+    for _, of_claim in part.groupby("claim"):
+        right, ran = int(of_claim["right"].sum()), of_claim["seed"].nunique()
+        cells.append(f"{of_claim['truth'].iloc[0]}, {right} of {ran}")
+    return f"| {name} | {' | '.join(cells)} | {int(part['missed'].sum())} |"
+
+
+def _failure(row: Any) -> str:
+    missed = f", {row.missed} gate neurons missed" if row.missed else ""
+    return f"- {row.case}, seed {row.seed}, claim {row.claim}: {row.said}, in truth {row.truth}{missed} ({row.why})"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--first", type=int, default=1000, help="first seed")
+    parser.add_argument("--seeds", type=int, default=20, help="how many")
+    parser.add_argument("--case", action="append", choices=list(CASES), help="one case; again for another")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
