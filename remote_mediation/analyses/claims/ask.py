@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 
 from remote_mediation.analyses.claims import sparse, understanding, verdicts
-from remote_mediation.analyses.claims.handed import handed_on
+from remote_mediation.analyses.claims.handed import handed_on, handed_rows
 from remote_mediation.analyses.claims.samples import Sample, failing
 from remote_mediation.analyses.claims.specification import Compared, specification
 from remote_mediation.analyses.claims.verdicts import ALL_LAYERS, FEWEST_LAYERS, Claim, Effect
+from remote_mediation.engine.rows import Row
 from remote_mediation.lab import Lab
 from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Site, band, thirds
@@ -82,22 +83,38 @@ def analyse(lab: Lab, before: Findings) -> Finding:
 
 def measure_claims(lab: Lab) -> Tested:
     """All five claims."""
-    heldout, discovery = Sample.of(lab, "heldout"), Sample.of(lab, "discovery")
-    where, what, tables = _measure_direct_claims(discovery, heldout)
+    heldout, discovery, edits = (
+        Sample.of(lab, "heldout"),
+        Sample.of(lab, "discovery"),
+        Sample.of(lab, "heldout", "edit"),
+    )
     layers = lab.study.info.layers
-    if layers < FEWEST_LAYERS:
+    deep = layers >= FEWEST_LAYERS
+    if deep:
+        lab.outcomes(_rows_ahead(heldout, edits))
+    where, what, tables = _measure_direct_claims(discovery, heldout)
+    if not deep:
         shallow = f"{layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}"
         which, early, handed = (verdicts.untested(number, shallow) for number in (3, 4, 5))
         return Tested((where, what, which, early, handed), tables)
     gate = sparse.measure_gate(discovery, heldout)
     sets = {"late MLPs": tuple(band("mlp_output", thirds(layers).late, "all")), **gate.sets}
-    edits = Sample.of(lab, "heldout", "edit")
     if not edits.pairs:
         early, handed = (verdicts.untested(number, _NO_EDIT) for number in (4, 5))
         return Tested((where, what, gate.claim, early, handed), {**tables, **gate.tables}, sets)
     early, readable = understanding.measure_understanding(Sample.of(lab, "discovery", "edit"), edits)
     claims = (where, what, gate.claim, early, handed_on(edits))
     return Tested(claims, {**tables, **gate.tables, **readable}, sets)
+
+
+def _rows_ahead(heldout: Sample, edits: Sample) -> list[Row]:
+    """What the held-out pairs are asked whatever is found, together: every wave measures its base prompts anew.
+
+    edits: those that have the edit on both sides.
+    """
+    lab = heldout.lab
+    rows = heldout.rows([[_before_late(lab)], *_late_bands(lab).values()])
+    return [*rows, *edits.rows(understanding.stream(lab)), *handed_rows(edits)]
 
 
 class _DirectClaims(NamedTuple):
@@ -151,22 +168,30 @@ def measure_direct(sample: Sample) -> Direct:
 
 
 def _late(heldout: Sample, decided: Effect) -> Claim:
-    lab = heldout.lab
-    before = max(thirds(lab.study.info.layers).late.start - 1, 0)
-    (arrived,) = heldout.effects(lab.joint, [[Site("layer_output", before, "last")]])
+    (arrived,) = heldout.effects(heldout.lab.joint, [[_before_late(heldout.lab)]])
     return verdicts.late(heldout.bench(), decided, arrived, heldout.reads_edit)
 
 
 def _mlp_not_attention(heldout: Sample, differences: Mapping[str, Effect]) -> Claim:
-    lab = heldout.lab
+    sets = _late_bands(heldout.lab)
+    bands = dict(zip(sets, heldout.effects(heldout.lab.joint, list(sets.values())), strict=True))
+    return verdicts.mlp_not_attention(heldout.bench(), differences, bands, heldout.reads_edit)
+
+
+def _before_late(lab: Lab) -> Site:
+    """The stream where the answer is read as the late third gets it."""
+    return Site("layer_output", max(thirds(lab.study.info.layers).late.start - 1, 0), "last")
+
+
+def _late_bands(lab: Lab) -> dict[str, Sequence[Site]]:
+    """What stands beside claim 2; nothing in a model without a late third."""
     late = thirds(lab.study.info.layers).late
-    sets: dict[str, Sequence[Site]] = {
+    if not late:
+        return {}
+    return {
         "late MLPs together, joint": band("mlp_output", late, "all"),
         "late attention together, joint": band("attention_output", late, "all"),
     }
-    joint = heldout.effects(lab.joint, list(sets.values())) if late else []
-    bands = dict(zip(sets, joint, strict=False))
-    return verdicts.mlp_not_attention(heldout.bench(), differences, bands, heldout.reads_edit)
 
 
 def _specified(lab: Lab, direct: Mapping[str, Direct], samples: Mapping[str, Sample]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from remote_mediation.analyses.claims import verdicts
 from remote_mediation.analyses.claims.samples import Sample
 from remote_mediation.analyses.claims.verdicts import Both, Claim, Handed
 from remote_mediation.engine.rows import Row, Source, Write, swap
+from remote_mediation.lab import Lab
 from remote_mediation.sites import ModelInfo, Site, band, thirds
 from remote_mediation.tokens import TokenPair
 
@@ -28,14 +29,28 @@ def handed_on(heldout: Sample) -> Claim:
     """Claim 5 on pairs that have the edit on both sides."""
     lab = heldout.lab
     layers = lab.study.info.layers
+    (own,) = heldout.effects(lab.joint, [[early_site(layers)]])
+    found = Handed(*(_mean([_lost(heldout, one) for one in sets]) for sets in frozen_sets(lab)))
+    return verdicts.handed_on(heldout.bench(), own, found, len(thirds(layers).middle))
+
+
+def handed_rows(heldout: Sample) -> list[Row]:
+    """All that claim 5 measures."""
+    info, pairs = heldout.lab.study.info, (*heldout.pairs, *heldout.placebos)
+    sets = [(), *(one for sets in frozen_sets(heldout.lab) for one in sets)]
+    rows = [held(pair, side, one, info) for pair in pairs for side in (0, 1) for one in sets]
+    return [*heldout.rows([[early_site(info.layers)]]), *rows]
+
+
+def frozen_sets(lab: Lab) -> tuple[list[list[Site]], ...]:
+    """The middle MLPs, the late MLPs, and random attention modules, which are held while the early site is swapped."""
+    layers = lab.study.info.layers
     _, middle, late = thirds(layers)
-    frozen = (
+    return (
         [band("mlp_output", middle, _POSITION)],
         [band("mlp_output", late, _POSITION)],
         random_sets(layers, len(middle), lab.rng("claims: other modules")),
     )
-    (own,) = heldout.effects(lab.joint, [[early_site(layers)]])
-    return verdicts.handed_on(heldout.bench(), own, Handed(*_through(heldout, frozen)), len(middle))
 
 
 def random_sets(layers: int, size: int, rng: np.random.Generator) -> list[list[Site]]:
@@ -62,19 +77,11 @@ def _as_it_is(pair: TokenPair, site: Site, side: int) -> Write:
     return Write(site.component, site.layer, places, site.units, Source(side, places))
 
 
-def _through(heldout: Sample, frozen: Sequence[Sequence[Sequence[Site]]]) -> list[Both]:
-    """What is lost of the early site's effect while a set is held: by group, the mean of both directions and all sets.
+def _lost(heldout: Sample, frozen: Sequence[Site]) -> Both:
+    """What is lost of the early site's effect while a set is held, the mean of both directions.
 
     ½ [Y(x0,E1) − Y(x0,E1,M0) + Y(x1,E0,M1) − Y(x1,E0)] for early site E and modules M.
     """
-    info, pairs = heldout.lab.study.info, (*heldout.pairs, *heldout.placebos)
-    sets = [(), *(one for sets in frozen for one in sets)]
-    rows = [held(pair, side, one, info) for pair in pairs for side in (0, 1) for one in sets]
-    heldout.lab.outcomes(rows)  # all of them together
-    return [_mean([_lost(heldout, one) for one in sets]) for sets in frozen]
-
-
-def _lost(heldout: Sample, frozen: Sequence[Site]) -> Both:
     info = heldout.lab.study.info
     sufficient = heldout.change(lambda pair: (held(pair, 0, (), info), held(pair, 0, frozen, info)))
     necessary = heldout.change(lambda pair: (held(pair, 1, frozen, info), held(pair, 1, (), info)))

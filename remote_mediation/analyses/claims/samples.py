@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from remote_mediation.analyses.claims.verdicts import Bench, Both, Effect
-from remote_mediation.engine.rows import Row
+from remote_mediation.engine.rows import Row, swap_all
 from remote_mediation.engine.tasks import Reading, read_task
 from remote_mediation.errors import JobError
 from remote_mediation.lab import Floats, Indirect, Lab, placebo_id
@@ -61,6 +61,11 @@ class Sample:
         """Effects of sets, by `Lab.joint` or `Lab.direct`."""
         found = ask(sets, (*self.pairs, *self.placebos))
         return [Effect(self._both(nie), self._both(tie)) for nie, tie in zip(found.nie, found.tie, strict=True)]
+
+    def rows(self, sets: Sequence[Sequence[Site]]) -> list[Row]:
+        """What `effects` by `Lab.joint` measures."""
+        info, pairs = self.lab.study.info, (*self.pairs, *self.placebos)
+        return [swap_all(pair, sites, side, info) for side in (0, 1) for sites in sets for pair in pairs]
 
     def change(self, rows: Callable[[TokenPair], tuple[Row, Row]]) -> Both:
         """Y of the first row minus Y of the second, on every pair."""

@@ -58,11 +58,11 @@ def measure_understanding(discovery: Sample, heldout: Sample) -> tuple[Claim, di
     lab = heldout.lab
     known, asked = _features(discovery), _features(heldout)
     left_out = leave_one_out(known.harm, known.clusters)
-    acting_before = lab.joint(_stream(lab), discovery.pairs)
+    acting_before = lab.joint(stream(lab), discovery.pairs)
     layer = choose(left_out[1:], acting_before.nie.mean(axis=1) / acting_before.te.mean())
     harm = _read(known.harm, asked.harm)
     placebo = _spread(heldout, _read(known.placebo, asked.placebo))
-    acting = heldout.effects(lab.joint, _stream(lab))
+    acting = heldout.effects(lab.joint, stream(lab))
     bench = heldout.bench()
     shares = [bench.share(effect.nie.harm, bench.total.harm) for effect in acting]
     claim = verdicts.understood(bench, layer, _as_read(harm), _as_read(placebo), acting[layer].nie, shares)
@@ -112,7 +112,8 @@ def _spread(sample: Sample, right: Floats) -> Floats:
     return np.moveaxis(sample.spread(np.moveaxis(right, 0, -1), np.nan), -1, 0)
 
 
-def _stream(lab: Lab) -> list[list[Site]]:
+def stream(lab: Lab) -> list[list[Site]]:
+    """The residual stream where the answer is read, layer by layer."""
     return [[Site("layer_output", layer, "last")] for layer in range(lab.study.info.layers)]
 
 
