@@ -22,7 +22,7 @@ from remote_mediation.engine.budget import Setting, batch_budget
 from remote_mediation.engine.jobs import Context
 from remote_mediation.engine.pathrows import Way, path_row, sender_row
 from remote_mediation.engine.payload import digest
-from remote_mediation.engine.rows import Row, direct_row, swap_all
+from remote_mediation.engine.rows import Row, RowMaker, direct_row, swap_all, swaps
 from remote_mediation.engine.samples import Manner, bare, sample_key
 from remote_mediation.engine.tasks import Intervention, direct_task, generate_task
 from remote_mediation.models import ends_of_answers
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 # Prompts that are continued together.
 _TOGETHER = 16
 Floats = npt.NDArray[np.float64]
-RowMaker = Callable[[TokenPair, Sequence[Site], int, ModelInfo], Row]
 
 
 class UnmeasuredError(Exception):
@@ -271,9 +270,8 @@ class Lab:
         ]
         return self._against_bases(self.outcomes(rows).reshape(2, len(ways), len(pairs)), pairs)
 
-    def _both_ways(self, row: RowMaker, sets: Sequence[Sequence[Site]], pairs: Sequence[TokenPair]) -> Indirect:
-        info = self.study.info
-        rows = [row(pair, sites, side, info) for side in (0, 1) for sites in sets for pair in pairs]
+    def _both_ways(self, make: RowMaker, sets: Sequence[Sequence[Site]], pairs: Sequence[TokenPair]) -> Indirect:
+        rows = swaps(make, sets, pairs, self.study.info)
         return self._against_bases(self.outcomes(rows).reshape(2, len(sets), len(pairs)), pairs)
 
     def _against_bases(self, swapped: Floats, pairs: Sequence[TokenPair]) -> Indirect:

@@ -160,6 +160,15 @@ def swap_all(pair: TokenPair, sites: Sequence[Site], base: int, info: ModelInfo)
     return Row(pair.id, base, tuple(held(pair, site, base, 1 - base, info) for site in present))
 
 
+RowMaker = Callable[[TokenPair, Sequence[Site], int, ModelInfo], Row]
+"""Makes the row of a set on a pair and side."""
+
+
+def swaps(make: RowMaker, sets: Sequence[Sequence[Site]], pairs: Sequence[TokenPair], info: ModelInfo) -> list[Row]:
+    """Each set swapped in both directions on each pair: by direction, then set, then pair. make: one such row."""
+    return [make(pair, sites, side, info) for side in (0, 1) for sites in sets for pair in pairs]
+
+
 def direct_row(pair: TokenPair, sites: Sequence[Site], base: int, info: ModelInfo) -> Row:
     """Run `base` while at `last` all that layers add is held at its base value, and only sites are as on the other.
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from remote_mediation.analyses.claims.verdicts import Bench, Both, Effect
-from remote_mediation.engine.rows import Row, swap_all
+from remote_mediation.engine.rows import Row, swap_all, swaps
 from remote_mediation.engine.tasks import Reading, read_task
 from remote_mediation.errors import JobError
 from remote_mediation.lab import Floats, Indirect, Lab, placebo_id
@@ -64,8 +64,7 @@ class Sample:
 
     def rows(self, sets: Sequence[Sequence[Site]]) -> list[Row]:
         """What `effects` by `Lab.joint` measures."""
-        info, pairs = self.lab.study.info, (*self.pairs, *self.placebos)
-        return [swap_all(pair, sites, side, info) for side in (0, 1) for sites in sets for pair in pairs]
+        return swaps(swap_all, sets, (*self.pairs, *self.placebos), self.lab.study.info)
 
     def change(self, rows: Callable[[TokenPair], tuple[Row, Row]]) -> Both:
         """Y of the first row minus Y of the second, on every pair."""

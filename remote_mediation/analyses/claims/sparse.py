@@ -25,6 +25,7 @@ from remote_mediation.analyses.claims.verdicts import (
     Sparse,
 )
 from remote_mediation.engine.jobs import Context
+from remote_mediation.engine.rows import Row, direct_row, swap_all, swaps
 from remote_mediation.engine.tasks import columns_task, screen_tasks
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.shares import share
@@ -75,6 +76,7 @@ def measure_gate(discovery: Sample, heldout: Sample) -> Gated:
     if problem:
         return Gated(verdicts.untested(3, f"the late neurons could not be ranked: {problem}"), {}, {})
     search = Search.of(discovery, position)
+    lab.outcomes(search.rows(heldout))
     found = search.judged(heldout)
     claim = verdicts.sparse_gate(heldout.bench(), found)
     sets = {} if search.size is None else {"late gate neurons": tuple(first(search.ranked, search.size, position))}
@@ -124,13 +126,22 @@ class Search(NamedTuple):
             size=fewest(sizes, carried) if works else None,
         )
 
+    def rows(self, heldout: Sample) -> list[Row]:
+        """What `judged` and `curve` measure, random sets apart, together: every wave runs its base prompts anew."""
+        info, pairs = self.lab.study.info, heldout.pairs
+        joint = swaps(swap_all, [self._first(size) for size in self.sizes], pairs, info)
+        direct = swaps(direct_row, [first(self.ranked, size, "last") for size in self.sizes], pairs, info)
+        return [*heldout.rows(self._judged_sets()), *joint, *direct]
+
+    def _judged_sets(self) -> list[list[Site]]:
+        """All late MLPs, the first 1% of their neurons, and as many as do their work, where there are such."""
+        late = thirds(self.lab.study.info.layers).late
+        sizes = [self.most, *([self.size] if self.size else [])]
+        return [list(band("mlp_output", late, self.position)), *(self._first(size) for size in sizes)]
+
     def judged(self, heldout: Sample) -> Sparse:
         """The sets on the held-out pairs; random ones beside them where a rule asks for these."""
-        late = thirds(self.lab.study.info.layers).late
-        sets = [band("mlp_output", late, self.position), self._first(self.most)]
-        if self.size:
-            sets.append(self._first(self.size))
-        whole, few, *chosen = heldout.effects(self.lab.joint, sets)
+        whole, few, *chosen = heldout.effects(self.lab.joint, self._judged_sets())
         found = Sparse(len(self.ranked), whole, few, self.size, chosen[0] if chosen else None)
         if found.chosen is None or not found.size or found.size > self.most:
             return found
