@@ -7,14 +7,16 @@ which of them answer which question.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from remote_mediation.config import StatisticsSettings
 from remote_mediation.effects import SITE_COLUMNS
-from remote_mediation.stats import Estimate, benjamini_hochberg, estimate_means
+from remote_mediation.stats import Estimate, Interval, benjamini_hochberg, estimate_means, ratio_of_means
 
 SUMMARY_COLUMNS: dict[str, str] = {
     **dict.fromkeys(SITE_COLUMNS, "as in effects.csv"),
@@ -34,6 +36,21 @@ SPLITS = ("all", "discovery", "heldout")
 CHECKS = "checks"
 UNITS = "neurons:units"
 """What effects of single neurons count as."""
+MOST_SITES = 5
+"""Sites of an analysis that are named as its strongest."""
+BOTH = ("nie", "tie")
+"""What a mediator must show: it is sufficient and necessary."""
+
+
+class Strong(NamedTuple):
+    """One effect of one of the strongest sites of an analysis."""
+
+    site: tuple[Any, ...]
+    """Values of `SITE_COLUMNS`."""
+    quantity: str
+    """`nie` or `tie`."""
+    share: Interval
+    """Mean effect / mean TE over all pairs (VanderWeele 2013: of NIE, the proportion mediated)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,10 @@ class Summary:
     """Mean total effect over pairs."""
     identities: tuple[Identity, ...]
     """Checks."""
+    heldout: Estimate
+    """The same over the held-out pairs, which shares on them are of."""
+    strongest: Mapping[str, tuple[Strong, ...]]
+    """By analysis, both effects of its strongest sites."""
 
 
 def summarise(
@@ -74,9 +95,12 @@ def summarise(
     """
     rng = _Generators(seed)
     sites = site_estimates(effects[effects["analysis"] != CHECKS], rng, by)
+    total, shown = total_effect(effects, seed, by), informative(sites)
     return Summary(
         sites=sites,
-        total=total_effect(effects, seed, by),
+        total=total,
+        heldout=heldout_effect(effects, seed, by),
+        strongest={name: _strong(effects, part, total, seed, by) for name, part in shown.groupby("analysis")},
         identities=identities_of(effects, equal_length, layers),
     )
 
@@ -85,6 +109,42 @@ def total_effect(effects: pd.DataFrame, seed: int, by: StatisticsSettings) -> Es
     """Mean total effect over the pairs of an effects table, in the outcome's unit."""
     totals = effects.groupby("pair_id").agg(te=("te", "first"), cluster=("cluster", "first"))
     return estimate_means(totals[["te"]].T, totals["cluster"], _Generators(seed)("total"), by.resamples)[0]
+
+
+def heldout_effect(effects: pd.DataFrame, seed: int, by: StatisticsSettings) -> Estimate:
+    """Mean total effect over the held-out pairs of an effects table."""
+    pairs = effects[effects["split"] == "heldout"].drop_duplicates("pair_id")
+    if pairs.empty:
+        return Estimate(0, 0, np.nan, np.nan, np.nan, "no held-out pair has been measured", np.nan)
+    return estimate_means([pairs["te"]], pairs["cluster"], np.random.default_rng(seed), by.resamples)[0]
+
+
+def informative(sites: pd.DataFrame) -> pd.DataFrame:
+    """Estimates, without the residual stream at all positions, where NIE = TE whatever the model does."""
+    return sites[(sites["component"] != "layer_output") | (sites["position"] != "all")]
+
+
+def strongest_sites(sites: pd.DataFrame, total: Estimate, most: int = MOST_SITES) -> list[tuple[Any, ...]]:
+    """Values of `SITE_COLUMNS` by the smaller of mean NIE and mean TIE on the discovery split, in TE's direction."""
+    discovery = sites[sites["split"] == "discovery"]
+    means = discovery.pivot_table(index=SITE_COLUMNS, columns="quantity", values="mean", sort=False)
+    direction = -1 if total.value < 0 else 1
+    return list((direction * means.reindex(columns=BOTH)).min(axis=1).nlargest(most).index)
+
+
+def _strong(
+    effects: pd.DataFrame, sites: pd.DataFrame, total: Estimate, seed: int, by: StatisticsSettings
+) -> tuple[Strong, ...]:
+    """Shares of the strongest sites. sites: the estimates of one analysis."""
+    own = effects[effects["analysis"].isin(set(sites["analysis"]))]
+    tables = {quantity: pivot(own, quantity, SITE_COLUMNS) for quantity in (*BOTH, "te")}
+    (te, clusters), found = tables["te"], []
+    for site in strongest_sites(sites, total):
+        for quantity in BOTH:
+            effect, rng = tables[quantity][0].loc[:, site], np.random.default_rng(seed)
+            share = ratio_of_means(effect, te.loc[:, site], clusters, rng, by.resamples)
+            found.append(Strong(site, quantity, share))
+    return tuple(found)
 
 
 def site_estimates(effects: pd.DataFrame, rng: _Generators, by: StatisticsSettings) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from remote_mediation.result import Result
 from remote_mediation.show.section import Section
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import Estimate
-from remote_mediation.summary import SUMMARY_COLUMNS, Summary
+from remote_mediation.summary import SUMMARY_COLUMNS, Summary, heldout_effect
 from remote_mediation.terminal import overview
 
 NaN = math.nan
@@ -235,7 +235,8 @@ def result(found: dict[str, pd.DataFrame], total: Estimate = TOTAL, spread: floa
         | settings
     )
     study = Study(config, INFO, LogitOutcome((1,), (2,)), (), ())
-    summary = Summary(acting(), total, ())
+    heldout = heldout_effect(effects(total.value, spread), config.seed, config.statistics)
+    summary = Summary(acting(), total, (), heldout, {})
     return Result(study, effects(total.value, spread), found, summary, chosen(config.analyses))
 
 
@@ -364,7 +365,7 @@ def test_probes_stand_beside_the_layer_that_acts() -> None:
     assert "At 'last' harm is readable from layer 2 on and acts from layer 3 on" in found
     assert "(before)" in found
     bare = result(tables())
-    unmeasured = replace(bare, summary=Summary(acting().iloc[:0], TOTAL, ()))
+    unmeasured = replace(bare, summary=replace(bare.summary, sites=acting().iloc[:0]))
     assert "where it acts was not measured there (undecided)" in text("Early understanding", unmeasured)
 
 

@@ -43,7 +43,7 @@ def shipped(report: str) -> Result:
     info = ModelInfo(name, "", "qwen2", 28, 8, 16, 2, 2, 4, 50, True, True, (), None)
     total = Estimate(48, 48, -4.62, -5.45, -3.77, "", 0.0001)
     study = Study(config, info, RefusalOutcome(), (), ())
-    return Result(study, pd.DataFrame(), tables, Summary(pd.DataFrame(), total, ()), chosen(analyses))
+    return Result(study, pd.DataFrame(), tables, Summary(pd.DataFrame(), total, (), total, {}), chosen(analyses))
 
 
 def printed(found: object) -> list[str]:

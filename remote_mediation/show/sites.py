@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -15,9 +13,7 @@ from remote_mediation.lab import Study
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section
 from remote_mediation.show.tables import Table, count, estimate, interval, notes_on, number, percent, q_value
-from remote_mediation.show.words import BOTH
-from remote_mediation.stats import Estimate, Interval, ratio_of_means
-from remote_mediation.summary import pivot
+from remote_mediation.summary import Strong, informative
 
 NOUNS = {
     "layer_output": "residual stream",
@@ -29,17 +25,10 @@ NOUNS = {
     "expert_output": "expert",
     "shared_expert_output": "shared expert",
 }
-MOST_SITES = 5
 CHOICE = (
     "the sites strongest on the discovery pairs, by the smaller of mean NIE and mean TIE; mean, q and share of TE are "
     "over all pairs and flatter the sites chosen, only the held-out columns are free of that choice"
 )
-
-
-def informative_sites(result: Result) -> pd.DataFrame:
-    """Estimates, without the residual stream at all positions, where NIE = TE whatever the model does."""
-    sites = result.summary.sites
-    return sites[(sites["component"] != "layer_output") | (sites["position"] != "all")]
 
 
 def site_section(
@@ -52,10 +41,10 @@ def site_section(
     """
     if name not in set(result.effects["analysis"]):
         return None
-    did, sites = f"Swapped between the two prompts: {swapped}.", informative_sites(result)
+    did, sites = f"Swapped between the two prompts: {swapped}.", informative(result.summary.sites)
     if name not in set(sites["analysis"]):
         return Section(name, title, did, "Only sites whose effects follow by construction were measured.")
-    table = sites_table(result, name, MOST_SITES)
+    table = sites_table(result, name)
     return Section(name, title, did, _strongest_in_words(table, result), (table,), draw(sites))
 
 
@@ -72,24 +61,21 @@ def _strongest_in_words(table: Table, result: Result) -> str:
     )
 
 
-def sites_table(result: Result, analysis: str, most: int) -> Table:
+def sites_table(result: Result, analysis: str) -> Table:
     """The sites strongest on the discovery split, as all pairs and as the held-out pairs see them."""
-    sites = informative_sites(result)
-    sites = sites[sites["analysis"] == analysis]
-    shown = [(*site, quantity) for site in strongest(sites, result.summary.total, most) for quantity in BOTH]
+    shown, sites = result.summary.strongest.get(analysis, ()), result.summary.sites
     everywhere, heldout = (_looked_up(sites, shown, split) for split in ("all", "heldout"))
-    shares = _shares(result, shown)
     rows = [
         (
-            site_name(*key[1:-1]),
-            key[-1].upper(),
+            site_name(*one.site[1:]),
+            one.quantity.upper(),
             interval(found.mean, found.ci_low, found.ci_high),
             q_value(found.q),
             number(fair.mean),
             q_value(fair.q),
-            estimate(share, percent),
+            estimate(one.share, percent),
         )
-        for key, found, fair, share in zip(shown, everywhere.itertuples(), heldout.itertuples(), shares, strict=True)
+        for one, found, fair in zip(shown, everywhere.itertuples(), heldout.itertuples(), strict=True)
     ]
     mean, share_of_te = mean_header(result.study), "share of TE"
     notes = (
@@ -97,42 +83,17 @@ def sites_table(result: Result, analysis: str, most: int) -> Table:
         *notes_on(mean, everywhere["reason"]),
         *notes_on("q", _resolution(result, analysis)),
         *notes_on("held-out q", heldout["reason"]),
-        *notes_on(share_of_te, [share.reason for share in shares]),
+        *notes_on(share_of_te, [one.share.reason for one in shown]),
     )
     return Table(("site", "effect", mean, "q", "held-out mean", "held-out q", share_of_te), rows, notes)
 
 
-def strongest(sites: pd.DataFrame, total: Estimate, most: int) -> list[tuple[Any, ...]]:
-    """Values of `SITE_COLUMNS` by the smaller of mean NIE and mean TIE on the discovery split, in TE's direction."""
-    discovery = sites[sites["split"] == "discovery"]
-    means = discovery.pivot_table(index=SITE_COLUMNS, columns="quantity", values="mean", sort=False)
-    direction = -1 if total.value < 0 else 1
-    return list((direction * means.reindex(columns=BOTH)).min(axis=1).nlargest(most).index)
-
-
-def _looked_up(sites: pd.DataFrame, shown: list[tuple[Any, ...]], split: str) -> pd.DataFrame:
+def _looked_up(sites: pd.DataFrame, shown: Sequence[Strong], split: str) -> pd.DataFrame:
     """Estimates of sites and quantities on a split, in the order given; NaN where there are none."""
-    index = pd.MultiIndex.from_tuples(shown, names=[*SITE_COLUMNS, "quantity"])
+    keys = [(*one.site, one.quantity) for one in shown]
+    index = pd.MultiIndex.from_tuples(keys, names=[*SITE_COLUMNS, "quantity"])
     found = sites[sites["split"] == split].set_index(index.names).reindex(index)
     return found.fillna({"reason": "not measured on these pairs"})
-
-
-def _shares(result: Result, shown: list[tuple[Any, ...]]) -> list[Interval]:
-    """Mean effect over mean TE of sites and quantities (VanderWeele 2013: of NIE, the proportion mediated)."""
-    config = result.study.config
-    part = result.effects[result.effects["analysis"].isin({key[0] for key in shown})]
-    tables = {quantity: pivot(part, quantity, SITE_COLUMNS) for quantity in (*BOTH, "te")}
-    total, clusters = tables["te"]
-    return [
-        ratio_of_means(
-            tables[quantity][0].loc[:, tuple(site)],
-            total.loc[:, tuple(site)],
-            clusters,
-            np.random.default_rng(config.seed),
-            config.statistics.resamples,
-        )
-        for *site, quantity in shown
-    ]
 
 
 def _resolution(result: Result, analysis: str) -> list[str]:

@@ -11,11 +11,9 @@ import pandas as pd
 from remote_mediation.result import Result
 from remote_mediation.show.section import Share, Verdict
 from remote_mediation.show.tables import NONE, Note, count, estimate, interval, number, percent, rounded
-from remote_mediation.stats import Estimate, Interval, estimate_means
+from remote_mediation.stats import Estimate, Interval
 
 UNMEASURED = "Not measured yet: run the study again, and it goes on where this run ended."
-BOTH = ("nie", "tie")
-"""What a mediator must show: it is sufficient and necessary."""
 ENDS = ("low", "high")
 
 
@@ -117,17 +115,6 @@ def no_effect(result: Result) -> str:
     return f"There is no total effect to mediate: {estimate(total)} {result.study.outcome.unit} spans 0."
 
 
-def heldout_total(result: Result) -> Estimate:
-    """TE of the held-out pairs, which shares on them are of."""
-    effects = result.effects
-    pairs = effects[effects["split"] == "heldout"].drop_duplicates("pair_id")
-    config = result.study.config
-    rng = np.random.default_rng(config.seed)
-    if pairs.empty:
-        return Estimate(0, 0, np.nan, np.nan, np.nan, "no held-out pair has been measured", np.nan)
-    return estimate_means([pairs["te"]], pairs["cluster"], rng, config.statistics.resamples)[0]
-
-
 def why_no_share(total: Estimate) -> str:
     """Why there are no shares of it; empty where there are."""
     if total.sign:
@@ -139,7 +126,7 @@ def why_no_share(total: Estimate) -> str:
 
 def defined(result: Result, share: float) -> float:
     """A share of the held-out pairs' TE; NaN where that spans 0."""
-    return np.nan if why_no_share(heldout_total(result)) else share
+    return np.nan if why_no_share(result.summary.heldout) else share
 
 
 def refusal_in_words(result: Result) -> str:

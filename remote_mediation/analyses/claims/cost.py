@@ -14,6 +14,9 @@ from remote_mediation.later import Later, of_bases, of_readings, of_rows, of_tas
 from remote_mediation.sites import Site, band, thirds
 from remote_mediation.tokens import TokenPair
 
+_WAVES = 4
+"""Times that base prompts run anew: before a wave of rows, and where a wave is more than a job."""
+
 
 def cost(study: Study) -> Later:
     """Direct effects of every pair; where there are thirds, the joint ones of all five claims."""
@@ -25,7 +28,7 @@ def cost(study: Study) -> Later:
     sets = [band("mlp_output", range(info.layers), "last")] * (2 * len(layer_sets(info.layers)) + 1)
     direct = of_tasks([direct_task(pair, sets, study.setting) for pair in every], 2 * len(sets) * _reads(study))
     bands = of_rows(study, both, _late_site(study, _widest(study))).times(2)
-    found = of_bases(study, every).times(2).plus(direct, bands)
+    found = of_bases(study, every).plus(direct, bands)
     return found if info.layers < FEWEST_LAYERS else found.plus(_claims_of_place(study, discovery, both, heldout))
 
 
@@ -41,7 +44,7 @@ def _claims_of_place(
     screened = screen_tasks(discovery, "mlp_neurons", _widest(study), study.setting)
     return (
         of_bases(study, [*discovery, *both])
-        .times(8)
+        .times(_WAVES)
         .plus(
             *(of_rows(study, pairs, site) for pairs in (discovery, both) for site in stream),
             of_rows(study, discovery, late).times(1 + sizes),

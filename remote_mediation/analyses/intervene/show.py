@@ -20,7 +20,6 @@ from remote_mediation.show.words import (
     ENDS,
     UNMEASURED,
     defined,
-    heldout_total,
     no_gates,
     refusal_in_words,
     share_cell,
@@ -47,7 +46,7 @@ def sections(result: Result) -> list[Section]:
     tables = (_benefit_table(result, table), _cost_table(result, table))
     factors = [float(factor) for factor in result.study.config.intervene.factors]
     doses = {PLAIN: 1.0, **{f"gates times {factor:g}": factor for factor in factors}}
-    total = heldout_total(result).value
+    total = result.summary.heldout.value
     figure = dose_figure(table, doses, result.study.outcome.unit, total)
     return [Section(name, title, did, " ".join(filter(None, words)), tables, figure, _held_in_brief(result, table))]
 
@@ -174,7 +173,7 @@ def _benefit_table(result: Result, table: pd.DataFrame) -> Table:
         for row in part.itertuples()
     ]
     header = ("held, on harmful prompts", "neurons", f"change, {result.study.outcome.unit}", undone, rate)
-    spans = why_no_share(heldout_total(result))
+    spans = why_no_share(result.summary.heldout)
     pairs = count(int(part["n"].max()), "held-out pair")
     notes = (*notes_on("", [pairs, *part["reason"]]), *notes_on(undone, [spans]), *judge_notes(result, rate))
     return Table(header, rows, notes)

@@ -23,8 +23,8 @@ from remote_mediation.show.figures import (
 from remote_mediation.show.section import Section
 from remote_mediation.show.sites import site_section
 from remote_mediation.show.tables import NONE, Note, Table, count
-from remote_mediation.show.words import BOTH
 from remote_mediation.stats import Estimate
+from remote_mediation.summary import BOTH
 from remote_mediation.tokens import SPANS
 
 _MODULES = {"mlp_output": "MLP", "attention_output": "attention"}

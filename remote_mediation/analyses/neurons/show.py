@@ -16,15 +16,13 @@ from remote_mediation.show.section import Section
 from remote_mediation.show.sites import site_section
 from remote_mediation.show.tables import Table, count, interval, notes_on, number, percent, q_value
 from remote_mediation.show.words import (
-    BOTH,
     ENDS,
     UNMEASURED,
-    heldout_total,
     no_effect,
     refusal_in_words,
     why_no_share,
 )
-from remote_mediation.summary import UNITS
+from remote_mediation.summary import BOTH, UNITS
 
 _MOST_MEDIATORS = 20
 
@@ -149,7 +147,7 @@ _MOST_LAYERS = 3
 
 
 def _sets_table(result: Result, sets: pd.DataFrame) -> Table:
-    unit, total = result.study.outcome.unit, heldout_total(result)
+    unit, total = result.study.outcome.unit, result.summary.heldout
     shares, why = ("NIE / TE", "TIE / TE"), why_no_share(total)
     drawn = sets["set"] == "random"
     chosen = sets[~drawn].sort_values("set", key=lambda names: names.map([*_SETS].index))
