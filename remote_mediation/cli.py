@@ -209,11 +209,12 @@ def export_command(
 ) -> None:
     """Write what can be shared of a run: report, tables, figures and run.json, without prompts and answers."""
     from remote_mediation.export import export
+    from remote_mediation.show.tables import count
     from remote_mediation.store import Store
 
     written = export(Store.open(folder), target, replicate=replicate)
     told = "; replicate/ has the prompts, some of them harmful" if replicate else ""
-    _say("export", as_json, {"folder": target, "files": written}, f"{len(written)} files: {target}{told}")
+    _say("export", as_json, {"folder": target, "files": written}, f"{count(len(written), 'file')}: {target}{told}")
 
 
 @app.command(epilog="Examples:\n\n  remote-mediation show runs/study\n\n  remote-mediation show runs/study claims")
@@ -294,7 +295,8 @@ def check(
     from remote_mediation.config import load_config
     from remote_mediation.models import load_tokenizer
     from remote_mediation.pairs import find_pair
-    from remote_mediation.shown import balanced, counts, printable, shown
+    from remote_mediation.show.tables import count
+    from remote_mediation.shown import balanced, counts, printable, shown, thoughts
     from remote_mediation.texts import described_lists, load_texts
     from remote_mediation.tokens import tokenise
 
@@ -312,12 +314,12 @@ def check(
     refused = [f"refused {printable(one.id)}: {one.reason}" for one in prepared.refusals[:_MOST_LINES]]
     if max(map(len, prepared)) > _MOST_LINES:
         refused.append(f"of usable and of refused pairs the first {_MOST_LINES:,} are shown; --show ID shows any")
-    notes = [*described_lists(config), *balanced(texts, tokenizer)]
+    notes = [*described_lists(config), *thoughts(texts, tokenizer, form), *balanced(texts, tokenizer)]
     equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
     told = f"{len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"
     data = {"usable": list(map(counts, prepared.pairs)), "refused": prepared.refusals, "notes": notes}
     table = _counts_table(prepared.pairs[:_MOST_LINES])
-    _say("pairs check", as_json, data, table, *refused, *notes, f"{len(texts)} pairs: {told}")
+    _say("pairs check", as_json, data, table, *refused, *notes, f"{count(len(texts), 'pair')}: {told}")
 
 
 def _counts_table(pairs: Sequence[TokenPair]) -> Table:
@@ -346,12 +348,13 @@ def convert(
 ) -> None:
     """Write pairs, or two lists matched into pairs, as JSON lines."""
     from remote_mediation.config import load_config
+    from remote_mediation.show.tables import count
     from remote_mediation.texts import load_texts, write_texts
 
     sources = _sources(file, harmless, harmful_column, harmless_column)
     texts = load_texts(load_config(None, {"model": "", **sources}))
     write_texts(texts, target)
-    _say("pairs convert", as_json, {"pairs": len(texts), "file": target}, f"{len(texts)} pairs: {target}")
+    _say("pairs convert", as_json, {"pairs": len(texts), "file": target}, f"{count(len(texts), 'pair')}: {target}")
 
 
 def _sources(file: str, harmless: str | None, harmful_column: str, harmless_column: str) -> dict[str, str]:
@@ -555,13 +558,15 @@ def judge_check(
         load_labelled,
     )
     from remote_mediation.report import judge_table
+    from remote_mediation.show.tables import count
 
     records = load_labelled(file)
     specs = list(dict.fromkeys([*(STANDING if every else ()), *(judge or ())])) or [DEFAULT_JUDGE]
     if any(spec.startswith(("classifier", "embedding", "openings+", "model")) for spec in specs):
         _quiet_libraries()
     qualities = [check_judge(load_judge(spec), records, np.random.default_rng(seed)) for spec in specs]
-    of = f"{file}: {len(records)} answers, {sum(record.harmful for record in records)} of them labelled harmful"
+    harmful = sum(record.harmful for record in records)
+    of = f"{file}: {count(len(records), 'answer')}, {harmful} of them labelled harmful"
     notes = [f"{MEANING}. Brackets: 95% intervals."]
     if file == BUILTIN:
         notes.append("The built-in answers are harmless stand-ins, many of them hard: no sample of a model's answers.")
@@ -582,10 +587,12 @@ def compare(
 ) -> None:
     """Put runs of several models or checkpoints side by side; it takes what `export` wrote of them, too."""
     from remote_mediation.compare import comparison_data, read_runs, runs_table, verdicts_table, write_comparison
+    from remote_mediation.show.tables import count
 
     runs = read_runs(folders)
     written = write_comparison(runs, out) if out else None
-    tables = [runs_table(runs).rich(f"{len(runs)} runs compared"), verdicts_table(runs).rich("Claims and rivals")]
+    title = f"{count(len(runs), 'run')} compared"
+    tables = [runs_table(runs).rich(title), verdicts_table(runs).rich("Claims and rivals")]
     lines = [f"Comparison: {written}"] if written else []
     _say("compare", as_json, {**comparison_data(runs), "report": written}, *tables, *lines)
 

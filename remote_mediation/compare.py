@@ -33,7 +33,7 @@ from remote_mediation.report import TOLERANCE
 from remote_mediation.show import figures
 from remote_mediation.show.printed import Printed, read_several
 from remote_mediation.show.section import Share, Verdict
-from remote_mediation.show.tables import NONE, Note, Table, bullets, estimate, paragraphs, percent
+from remote_mediation.show.tables import NONE, Note, Table, bullets, count, estimate, paragraphs, percent
 from remote_mediation.store import Store
 
 HALF = 0.5
@@ -290,7 +290,7 @@ def write_comparison(runs: Sequence[Compared], folder: Path) -> Path:
         store.write(_FIGURE, figures.png(comparison_figure(drawn)))
     named = shlex.join(["remote-mediation", "compare", *(str(one.run.folder) for one in runs), "--out", str(folder)])
     parts = (
-        f"# {len(runs)} runs compared",
+        f"# {count(len(runs), 'run')} compared",
         agreement(runs),
         "## Claims and rivals",
         verdicts_table(runs).markdown(),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from remote_mediation.errors import PairsError
-from remote_mediation.pairs import PromptPair, folded, named, text_of
+from remote_mediation.pairs import PromptPair, folded, named, refuse_packed, text_of
 from remote_mediation.records import read_records
 
 # Columns that hold the prompt in the layouts that are published, the most telling first: beside a goal, a `behavior` is
@@ -85,7 +85,7 @@ def read_list(source: str, column: str = "", side: str = "") -> PromptList:
     """
     records = read_records(source)
     if records and all(isinstance(record, str) for record in records):
-        found = [Listed(text_of(record, "prompt", f"{source}, record {i}")) for i, record in enumerate(records, 1)]
+        found = [Listed(_prompt(record, "prompt", f"{source}, record {i}")) for i, record in enumerate(records, 1)]
         return PromptList(source, "", _once(found, source))
     fields = [_lowered(record, f"{source}, record {number}") for number, record in enumerate(records, 1)]
     _check_kind(fields, source)
@@ -193,12 +193,18 @@ def _listed(record: dict[str, Any], column: str, where: str) -> Listed:
     if column not in record:
         raise PairsError(f"{where} has {sorted(record)} and lacks {column!r}; name another column")
     befores, afters = (_BEFORE, _AFTER) if column != _INSTRUCTION else ((), (*_AFTER, *_BEFORE))
-    text = text_of(record[column], column, where)
+    text = _prompt(record[column], column, where)
     before, after = _first_of(record, befores, where), _first_of(record, afters, where)
     category = next((text_of(record[name], name, where) for name in _CATEGORIES if record.get(name)), "")
     parts = (f"{before}\n\n---" if before.strip() else "", text, after)
     others = {key: text_of(value, key, where, anything=True) for key, value in record.items() if key != column}
     return Listed("\n\n".join(part for part in parts if part.strip()), category, tuple(others.items()))
+
+
+def _prompt(value: Any, column: str, where: str) -> str:
+    text = text_of(value, column, where)
+    refuse_packed(text, column, where)
+    return text
 
 
 def _first_of(record: dict[str, Any], columns: Sequence[str], where: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import difflib
 import hashlib
 import json
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 from remote_mediation.errors import PairsError
 from remote_mediation.prompts import Turn
 from remote_mediation.records import parse_json, read_records
+from remote_mediation.unseen import visible
 
 BUILTIN = "builtin"
 _REQUIRED = ("harmful", "harmless")
@@ -30,9 +33,12 @@ _TRACES = {
     r"\A=\".*\"\Z": "a formula of Excel",
     "â€.?|[ÃÂ][\u0080-\u00bf]": "UTF-8 that was read as Windows-1252 or Latin-1",
 }
+# How a conversation begins in a text; as numpy prints it, it is neither JSON nor Python.
+_PACKED = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 # Who speaks in a message; what a template does with any other word is not what was meant.
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_OPTIONAL = (*_LABELS, "placebo", "harmful_response", "harmless_response")
+_RESPONSES = ("harmful_response", "harmless_response")
+_OPTIONAL = (*_LABELS, "placebo", *_RESPONSES)
 _XSTEST = ("id", "prompt", "type", "label", "focus", "note")
 # XSTest blocks whose unsafe contrasts have ids in the same order as their safe prompts.
 _XSTEST_CONTRASTS = {
@@ -221,6 +227,8 @@ def _pair(record: Any, name: str, number: int) -> PromptPair:
     aligned, turns = _aligned(fields.pop("aligned", True), where), _turns(fields, where)
     written = {key: fields.pop(key) for key in (*_REQUIRED, *_OPTIONAL) if key in fields}
     known = {key: text_of(value, key, where) for key, value in written.items()}
+    for key in (*_PROMPTS, *_RESPONSES):
+        refuse_packed(known.get(key, ""), key, where)
     for key in _REQUIRED:
         if not known[key].strip():
             found = str(written[key]).strip() or "empty"
@@ -244,7 +252,7 @@ def _turns(fields: dict[str, Any], where: str) -> tuple[tuple[str, Turn], ...]:
     """The messages before each prompt that is given as messages; their last one takes its place in `fields`."""
     found: list[tuple[str, Turn]] = []
     for name in _PROMPTS:
-        value = fields.get(name)
+        value = _unpacked(fields.get(name))
         messages = value.get("messages") if isinstance(value, dict) else value
         if not isinstance(messages, list):
             continue
@@ -254,6 +262,21 @@ def _turns(fields: dict[str, Any], where: str) -> tuple[tuple[str, Turn], ...]:
         found += [(name, turn) for turn in turns[:-1]]
         fields[name] = turns[-1].content
     return tuple(found)
+
+
+def _unpacked(value: Any) -> Any:
+    """A list or an object that stands in a text, as a cell of a table holds it: as JSON, or as Python prints it.
+
+    A text of any other kind is given back as it is.
+    """
+    if not (isinstance(value, str) and value.strip()[:1] in ("[", "{")):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            found = read(value.strip())
+            if isinstance(found, list | dict):
+                return found
+    return value
 
 
 def _turn(message: Any, where: str) -> Turn:
@@ -301,6 +324,16 @@ def _check_traces(value: str, key: str, where: str) -> None:
             raise PairsError(f"{where}: {key!r} holds {found[0][:60]!r}, {what}; write what was meant")
 
 
+def refuse_packed(value: str, key: str, where: str) -> None:
+    """Refuse a text that is a list or an object, such as a conversation in a cell of a table.
+
+    Raises:
+        PairsError: it is one, and nobody meant the model to read its brackets.
+    """
+    if _PACKED.match(value) or not isinstance(_unpacked(value), str):
+        raise PairsError(f"{where}: {key!r} is a list or an object, {value[:60]!r}; write the text that is in it")
+
+
 def _check_spelling(key: str, where: str) -> None:
     near = difflib.get_close_matches(key, (*_REQUIRED, *_OPTIONAL), 1, 0.85)
     if near:
@@ -308,8 +341,8 @@ def _check_spelling(key: str, where: str) -> None:
 
 
 def folded(text: str) -> str:
-    """A text by which repeats are known: capitals and the kind of blanks do not matter."""
-    return " ".join(text.casefold().split())
+    """A text by which repeats are known: neither capitals matter, nor what nobody sees (`unseen`)."""
+    return visible(text).casefold()
 
 
 def named(pairs: Iterable[PromptPair]) -> tuple[PromptPair, ...]:
@@ -333,7 +366,8 @@ def _check_pairs(pairs: Sequence[PromptPair], name: str) -> None:
         seen.add(pair.id)
         if pair.harmful == pair.harmless:
             raise PairsError(f"{name}, pair {pair.id!r} has two identical prompts; they must differ")
-        if pair.placebo in (pair.harmful, pair.harmless):
+        if pair.placebo and folded(pair.placebo) in (folded(pair.harmful), folded(pair.harmless)):
             raise PairsError(
-                f"{name}, pair {pair.id!r} repeats a prompt as its placebo; give another, or leave it empty"
+                f"{name}, pair {pair.id!r} repeats a prompt as its placebo, whatever its capitals and blanks; give "
+                "another, or leave it empty"
             )

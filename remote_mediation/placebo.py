@@ -151,7 +151,7 @@ def edit_words(pair: PromptPair) -> frozenset[str]:
 
 
 def _words(text: str) -> set[str]:
-    return set(_WORD.findall(text.casefold()))
+    return set(_WORD.findall(folded(text)))
 
 
 def _shared_by(pair: PromptPair) -> set[tuple[str, str]]:

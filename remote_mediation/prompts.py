@@ -38,7 +38,12 @@ _CONTROL = re.compile(r"[<\[|].*[>\]|]")
 _MARKS = re.compile(
     r"<[^<>\s]+>|\[/?[A-Z_]+\]|^#+ [^\n:]+:|^(?:user|human|assistant)\b[^\n:]*:", re.MULTILINE | re.IGNORECASE
 )
-_THINKS = re.compile(r"<(think|thinking|reasoning)>\s*(</\1>\s*)?$")
+_FIRST_MARK = re.compile(r"<[^<>\s]+>|\S+")
+_TAG = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
+# A think block at the end of a prompt, open or closed; some templates write its end alone.
+_THINKS = re.compile(rf"<({_TAG})>\s*(</\1>\s*)?$|(</{_TAG}>)\s*$")
+# What else a template may say of thoughts.
+_OF_THOUGHTS = re.compile(r"think|thought|reason|channel", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,7 @@ def render(
     end = len(text) - len(after)
     if _plain(text[len(before) : end]) != _plain(request):
         raise PairsError(f"the chat template prints {text[len(before) : end][:60]!r} in place of {request[:60]!r}")
-    return Rendered(_thought(text, form) + form.prefill, len(before), end, templated=True)
+    return Rendered(_thought(text, tokenizer, form) + form.prefill, len(before), end, templated=True)
 
 
 def encode_after(prompts: Sequence[str], continuation: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -430,28 +435,56 @@ def _frame(marker: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm, tu
                 f"the chat template leaves out the {turn.role} message {said[:60]!r}; give [prompt] another "
                 "template, or do without it"
             )
-    if not form.prefill:  # which may open the answer
-        _check_opened(prompt, [*_messages(form, turns), Turn("user", marker)], tokenizer, form)
+    _check_opened(prompt, [*_messages(form, turns), Turn("user", marker)], tokenizer, form)
     return before, after
 
 
 def _check_opened(prompt: str, messages: list[Turn], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> None:
-    """Refuse a template that says who speaks in an answer that is given, and not in one that is to come.
+    """Refuse a template that writes something before an answer that is given, and not before one that is to come.
+
+    It may say who speaks, or where the answer goes, as gpt-oss does (`<|channel|>final<|message|>`). What the study
+    puts at the beginning of the answer may do so too. An empty think block may be missing (`thinks_first`).
 
     Raises:
         PairsError: behind this prompt a model would write that, or go on with the user's text.
     """
+    written = _unopened(prompt, messages, tokenizer, form)
+    missing = written.strip()
+    first = _FIRST_MARK.match(missing)
+    if not first or _THINKS.fullmatch(missing) or (form.prefill and form.prefill.startswith(first[0])):
+        return
+    way = "give [prompt] a template that does (add_generation_prompt)"
+    if written == missing:  # else blanks belong to it, with which no prefill ends
+        way = f"begin [prompt] prefill with {missing!r}"
+    raise PairsError(
+        f"the chat template does not open the answer: it writes {missing!r} before one that is given, and nothing "
+        f"for one to come; {way}"
+    )
+
+
+def _unopened(prompt: str, messages: list[Turn], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> str:
+    """What a template writes between a prompt and an answer that is given; nothing where it takes no answers."""
     try:
-        closed = _written(messages, tokenizer, form, opened=False)
         answered = _written([*messages, Turn("assistant", _ANSWER)], tokenizer, form, opened=False)
     except PairsError:
-        return  # it takes no answers
-    missing = answered.partition(_ANSWER)[0].removeprefix(prompt).strip()
-    if prompt == closed and _ANSWER in answered and answered.startswith(prompt) and missing:
-        raise PairsError(
-            f"the chat template does not open the answer: it writes {missing!r} before one that is given, and nothing "
-            "for one to come; give [prompt] a template that does (add_generation_prompt)"
-        )
+        return ""
+    before, answer, _ = answered.partition(_ANSWER)
+    return before.removeprefix(prompt) if answer and before.startswith(prompt) else ""
+
+
+def thinks_first(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> bool:
+    """Whether a template has a think block before answers that are given, which the model is to write in others.
+
+    So have Qwen3's and GLM 4.5's: behind the prompt the model says `<think>`, and whatever it answers comes later.
+    """
+    if form.think or form.prefill or not _has_template(tokenizer, form):
+        return False
+    try:
+        prompt = _template(_MARKER, tokenizer, form, ())
+    except PairsError:
+        return False
+    asked = [*_messages(form, ()), Turn("user", _MARKER)]
+    return bool(_THINKS.fullmatch(_unopened(prompt, asked, tokenizer, form).strip()))
 
 
 def _around(text: str, marker: str) -> tuple[str, str]:
@@ -462,19 +495,35 @@ def _around(text: str, marker: str) -> tuple[str, str]:
     return text[: places[0]], text[places[0] + len(marker) :]
 
 
-def _thought(text: str, form: PromptForm) -> str:
-    """A prompt without the think block that its template opens, or with a closed, empty one."""
+def _thought(text: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> str:
+    """A prompt without the think block at its end, or with a closed, empty one, in the tags of its template.
+
+    Raises:
+        PairsError: the template marks thoughts in another way.
+    """
     if not form.think:
         return text
     found = _THINKS.search(text)
-    bare, tag = (text[: found.start()], found[1]) if found else (text, "think")
-    return bare if form.think == "before" else f"{bare}<{tag}>\n\n</{tag}>\n\n"
+    if form.think == "after" and found and not found[1]:
+        return text
+    bare = text[: found.start()] if found else text
+    template = tokenizer.get_chat_template(form.template or None)
+    known = found or re.search(rf"<({_TAG})>", template)
+    if not known and _OF_THOUGHTS.search(template):
+        raise PairsError(
+            "the chat template marks thoughts otherwise than by tags such as <think>; leave [prompt] think away, and "
+            "let prefill say where the answer begins"
+        )
+    if form.think == "before":
+        return bare
+    tag = known[1] if known else "think"
+    return f"{bare}<{tag}>\n\n</{tag}>\n\n"
 
 
 def in_think_block(text: str) -> bool:
     """Whether a rendered prompt ends in a think block that is still open, so that a thought would be read."""
     found = _THINKS.search(text)
-    return bool(found and not found[2])
+    return bool(found and found[1] and not found[2])
 
 
 def requests(
@@ -580,12 +629,6 @@ def _check_round_trip(text: str, tokens: Sequence[tuple[int, int, int]], tokeniz
     spelled = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if _plain(spelled) != _plain(meant):
         raise PairsError(f"its tokens spell {spelled[:60]!r}, not {meant[:60]!r}; the tokenizer cannot encode it")
-
-
-def visible(text: str) -> str:
-    """A text without what nobody sees: the kind of blanks, how characters are coded, signs of no width."""
-    seen = (one for one in unicodedata.normalize("NFKC", text) if unicodedata.category(one) != "Cf")
-    return " ".join("".join(seen).split())
 
 
 def _plain(text: str) -> str:

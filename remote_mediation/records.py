@@ -11,10 +11,12 @@ import codecs
 import csv
 import io
 import json
+import re
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from remote_mediation.errors import PairsError, innermost
 from remote_mediation.paths import expanded
@@ -29,6 +31,9 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_BLANKS = re.compile(r"\s*")
+# The first brace of an object that is written over several lines.
+_ALONE = re.compile(r"\{\s*\n")
 # How files begin that hold no text of ours, and what they are.
 _OTHER_FILES = {
     b"\x1f\x8b": "it is compressed (gzip); unpack it",
@@ -80,7 +85,7 @@ def _standard_input() -> bytes:
 
 
 def parse_json(text: str, name: str) -> list[Any]:
-    """The items of a JSON list, or one JSON value a line.
+    """The items of a JSON list, one JSON value a line, or values of several lines each, one behind the other.
 
     Raises:
         PairsError: not JSON, a key that stands twice in an object, or an infinite number.
@@ -92,20 +97,57 @@ def parse_json(text: str, name: str) -> list[Any]:
             raise PairsError(
                 f"{name}, line {error.lineno} is not JSON ({error.msg}); mend the list, or write one object per line"
             ) from error
-    records = []
+    records, place = [], 0
     for number, line in enumerate(text.split("\n"), 1):  # `splitlines` would also cut inside a JSON string
-        if not line.strip():
-            continue
         try:
-            records.append(_one_line_end(_json(line, f"{name}, line {number}")))
+            records += [_one_line_end(_json(line, f"{name}, line {number}"))] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise PairsError(
-                f"{name}, line {number} is not JSON ({error.msg}); write one object per line, or one list"
-            ) from error
+            broken = json.JSONDecodeError(error.msg, text, place + error.pos)
+            return [_one_line_end(value) for value in _values(text, name, broken)]
+        place += len(line) + 1
     return records
 
 
+def _values(text: str, name: str, broken: json.JSONDecodeError) -> Iterator[Any]:
+    """The values of a text that are not one a line. broken: where that is seen, told if they are no values either.
+
+    Of an object whose first brace stands alone in its line it is told where the object breaks off.
+    """
+    place = _behind_blanks(text, 0)
+    while place < len(text):
+        try:
+            read = _read(text, place, name)
+        except json.JSONDecodeError as error:
+            told = error if _ALONE.match(text, place) else broken
+            raise PairsError(
+                f"{name}, line {told.lineno} is not JSON ({told.msg}); write one object per line, or one list"
+            ) from error
+        yield read.value
+        place = _behind_blanks(text, read.end)
+
+
+class _Read(NamedTuple):
+    """A JSON value of a text."""
+
+    value: Any
+    end: int
+    """Where it ends in the text."""
+
+
 def _json(text: str, where: str) -> Any:
+    """The value that a text is.
+
+    Raises:
+        json.JSONDecodeError: it is none, or more than one.
+        PairsError: as `parse_json`.
+    """
+    read = _read(text, _behind_blanks(text, 0), where)
+    if _behind_blanks(text, read.end) < len(text):
+        raise json.JSONDecodeError("Extra data", text, read.end)
+    return read.value
+
+
+def _read(text: str, start: int, where: str) -> _Read:
     def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) < len(items):
@@ -119,11 +161,16 @@ def _json(text: str, where: str) -> Any:
             raise PairsError(f"{where} has the number {name}; write a text, or null")
 
     try:
-        return json.loads(text, object_pairs_hook=once, parse_constant=constant)
+        return _Read(*json.JSONDecoder(object_pairs_hook=once, parse_constant=constant).raw_decode(text, start))
     except json.JSONDecodeError:
         raise
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
         raise PairsError(f"{where} cannot be read as JSON: {innermost(error)}; mend it") from error
+
+
+def _behind_blanks(text: str, place: int) -> int:
+    blanks = _BLANKS.match(text, place)
+    return blanks.end() if blanks else place
 
 
 def _decoded(raw: bytes, name: str) -> str:

@@ -39,6 +39,7 @@ from remote_mediation.show.tables import (
     percent,
 )
 from remote_mediation.show.words import in_groups
+from remote_mediation.shown import THOUGHTS
 from remote_mediation.stats import Estimate
 from remote_mediation.store import Store
 from remote_mediation.summary import SUMMARY_COLUMNS, Identity
@@ -257,7 +258,7 @@ def _setting_table(result: Result, record: Mapping[str, Any]) -> Table:
     study, config = result.study, result.study.config
     info, by = study.info, config.statistics
     used = result.effects.drop_duplicates("pair_id")
-    shape = f"{info.layers} layers, {info.d_ff} MLP neurons and {info.heads} heads per layer"
+    shape = f"{count(info.layers, 'layer')}, {info.d_ff} MLP neurons and {count(info.heads, 'head')} per layer"
     rows = [
         ("model", f"{info.name}, revision {info.revision or 'default'}, {config.dtype}; {shape}"),
         *_loaded(config, record.get("served", {})),
@@ -300,8 +301,8 @@ def _prompts(config: StudyConfig, recorded: Mapping[str, Any]) -> str:
         parts.append(
             {"before": "read before a think block", "after": "read after an empty think block"}[settings.think]
         )
-    if recorded.get("think"):
-        parts.append('**the template opens a think block: a thought is read, no answer; set [prompt] think = "after"**')
+    if thought := recorded.get("think"):
+        parts.append(f"**{THOUGHTS[thought]}**")
     if settings.control_tokens == "allow":
         parts.append("control tokens in the user's text are measured")
     if "date" in recorded:

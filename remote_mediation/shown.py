@@ -23,12 +23,20 @@ from remote_mediation.prompts import (
     in_think_block,
     render,
     template_reads_date,
+    thinks_first,
 )
+from remote_mediation.show.tables import count
 from remote_mediation.tokens import TokenPair, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+THOUGHTS = {
+    "open": 'the template opens a think block: a thought is read, no answer; set [prompt] think = "after"',
+    "first": "the template has a think block before answers: a model that thinks first is read before its answer; set "
+    '[prompt] think = "after"',
+}
+"""What is read in place of an answer, by what `described` calls it."""
 _BEFORE = "before"
 
 
@@ -49,7 +57,7 @@ def shown(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm
             lines += [f"{name}, refused: {aligned.refusals[0].reason}", *_unmarked(request, tokenizer, form, turns)]
             continue
         encoded = encode_prompt(request, tokenizer, form, turns)
-        lines += [f"{name}, {len(encoded.ids)} tokens", *_marked(encoded, aligned.pairs[0], side)]
+        lines += [f"{name}, {count(len(encoded.ids), 'token')}", *_marked(encoded, aligned.pairs[0], side)]
     return lines
 
 
@@ -64,15 +72,15 @@ def counts(pair: TokenPair) -> dict[str, str | int]:
 def described(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> dict[str, Any]:
     """What a run records of its prompts.
 
-    `rendered` is a hash of all of them; where they matter come `date`, `think` (a block of it is open) and `repeats`
+    `rendered` is a hash of all of them; where they matter come `date`, `think` (a key of `THOUGHTS`) and `repeats`
     (pairs with the same two prompts as another).
     """
     texts = [text for pair in pairs for text in _rendered(pair, tokenizer, form)]
     found: dict[str, Any] = {"rendered": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]}
     if template_reads_date(tokenizer, form):
         found["date"] = DATE.date().isoformat()
-    if any(map(in_think_block, texts)):
-        found["think"] = "open"
+    if thought := _thought(texts, tokenizer, form):
+        found["think"] = thought
     if repeats := len(pairs) - len({(folded(pair.harmful), folded(pair.harmless)) for pair in pairs}):
         found["repeats"] = repeats
     return found
@@ -87,14 +95,27 @@ def balanced(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) ->
         word = "alike" if one.alike else f"not alike (a standardised difference of {ALIKE} or more)"
         lines.append(
             f"{one.measure}: harm {one.harm:.3g}, placebo {one.placebo:.3g}, standardised difference "
-            f"{one.difference:+.2f} over {one.pairs} pairs: {word}"
+            f"{one.difference:+.2f} over {count(one.pairs, 'pair')}: {word}"
         )
     return lines
+
+
+def thoughts(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:
+    """A line that says that thoughts are read in place of answers; none where answers are."""
+    thought = _thought([text for pair in pairs[:1] for text in _rendered(pair, tokenizer, form)], tokenizer, form)
+    return [THOUGHTS[thought]] if thought else []
 
 
 def printable(text: str) -> str:
     """A text in one line, without what a terminal would act on."""
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+def _thought(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> str:
+    """A key of `THOUGHTS`, or nothing. texts: prompts as they are rendered."""
+    if any(map(in_think_block, texts)):
+        return "open"
+    return "first" if thinks_first(tokenizer, form) else ""
 
 
 def _rendered(pair: PromptPair, tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:

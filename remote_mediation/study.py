@@ -166,7 +166,7 @@ def _known(config: StudyConfig, backend: Backend, begun: dict[str, Any], folder:
         raise StoreError(f"{held} on other pairs, {config.source} has changed; {other}")
     if changed := changes(begun.get("served", {}), backend.served):
         raise StoreError(f"{held} made by other means ({changed}); {other}")
-    if begun.get("prompts", known["prompts"]) != known["prompts"]:
+    if begun.get("prompts", known["prompts"])["rendered"] != known["prompts"]["rendered"]:
         raise StoreError(f"{held} whose prompts are rendered otherwise: the chat template has changed since; {other}")
     return {**known, "served": dict(backend.served)} if backend.served else known
 

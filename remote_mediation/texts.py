@@ -12,6 +12,7 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.errors import PairsError
 from remote_mediation.lists import PromptList, matched, read_list
 from remote_mediation.pairs import HEADER, GivenOpenings, PromptPair, load_pairs
+from remote_mediation.show.tables import count
 
 
 def load_texts(config: StudyConfig) -> tuple[PromptPair, ...]:
@@ -32,7 +33,8 @@ def described_lists(config: StudyConfig) -> list[str]:
     if not lists:
         return []
     lines = [
-        f"{name}: {len(one.prompts)} prompts of {one.source}" + (f", column {one.column!r}" if one.column else "")
+        f"{name}: {count(len(one.prompts), 'prompt')} of {one.source}"
+        + (f", column {one.column!r}" if one.column else "")
         for name, one in zip(("harmful", "harmless"), lists, strict=True)
     ]
     return [*lines, "matched by length, not aligned: positions post_instruction and last only"]

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from remote_mediation.errors import PairsError, SiteError
 from remote_mediation.pairs import PromptPair
 from remote_mediation.placebo import components
-from remote_mediation.prompts import PLAIN, Asked, Encoded, PromptForm, encode_prompts, surroundings, visible
+from remote_mediation.prompts import PLAIN, Asked, Encoded, PromptForm, Surroundings, encode_prompts, surroundings
 from remote_mediation.sites import ModelInfo
+from remote_mediation.unseen import first_otherwise, respelled, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -246,11 +247,23 @@ def from_record(record: dict[str, Any]) -> TokenPair:
     return TokenPair(**{**record, **ids, "answers": answers, "openings": openings, "notes": notes})
 
 
+class _Setting(NamedTuple):
+    """How prompts are encoded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    form: PromptForm
+    known: Surroundings
+
+    def encoded(self, asked: Sequence[Asked]) -> list[Encoded | PairsError]:
+        """What a model is given of each."""
+        return encode_prompts(asked, *self)
+
+
 def _aligned(
     pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm
 ) -> Iterator[TokenPair | Refusal]:
     """What becomes of each pair; so many are encoded together as are soon done and take little memory."""
-    known = surroundings(tokenizer, form)
+    setting = _Setting(tokenizer, form, surroundings(tokenizer, form))
     for start in range(0, len(pairs), _TOGETHER):
         part = pairs[start : start + _TOGETHER]
         asked = [
@@ -258,13 +271,50 @@ def _aligned(
             for pair in part
             for name, text in (("harmless", pair.harmless), ("harmful", pair.harmful))
         ]
-        found = encode_prompts(asked, tokenizer, form, known)
-        yield from (_align(*one, tokenizer) for one in zip(part, found[::2], found[1::2], strict=True))
+        found = setting.encoded(asked)
+        for number, pair in enumerate(part):
+            sides = slice(2 * number, 2 * number + 2)
+            yield _align(pair, asked[sides], found[sides], setting)
+
+
+def _spelled_otherwise(harmless: Asked, harmful: Asked, x1: Sequence[int], setting: _Setting) -> str:
+    """Why a pair is refused whose prompts differ beside their edit in what nobody sees; empty where they do not.
+
+    The edit would reach as far as that. What a tokenizer or a template takes away by itself, as some do with blanks at
+    the ends, is no difference.
+    """
+    again = _respelled(harmful, harmless)
+    if again == harmful:
+        return ""
+    (encoded,) = setting.encoded([again])
+    if isinstance(encoded, Encoded) and encoded.ids == x1:
+        return ""
+    written = next(both for both in zip(_texts(harmful), _texts(again), strict=True) if both[0] != both[1])
+    other, one = map(ascii, first_otherwise(*written))
+    return (
+        f"beside the edit the prompts differ in what cannot be seen: {one} in the harmless one is {other} in the "
+        "other; spell both alike"
+    )
+
+
+def _respelled(harmful: Asked, harmless: Asked) -> Asked:
+    """The harmful prompt with what looks alike in both as the harmless one has it, earlier messages one by one."""
+    turns = harmful.turns
+    if len(turns) == len(harmless.turns):
+        contents = [respelled(one.content, other.content) for one, other in zip(turns, harmless.turns, strict=True)]
+        turns = tuple(turn._replace(content=content) for turn, content in zip(turns, contents, strict=True))
+    return Asked(respelled(harmful.request, harmless.request), turns)
+
+
+def _texts(asked: Asked) -> list[str]:
+    return [*(turn.content for turn in asked.turns), asked.request]
 
 
 def _align(
-    pair: PromptPair, harmless: Encoded | PairsError, harmful: Encoded | PairsError, tokenizer: PreTrainedTokenizerBase
+    pair: PromptPair, asked: Sequence[Asked], found: Sequence[Encoded | PairsError], setting: _Setting
 ) -> TokenPair | Refusal:
+    """What becomes of a pair. asked, found: its harmless prompt and its harmful one."""
+    tokenizer, (harmless, harmful) = setting.tokenizer, found
     for encoded in (harmless, harmful):
         if isinstance(encoded, PairsError):
             return Refusal(pair.id, str(encoded))
@@ -277,18 +327,20 @@ def _align(
         return Refusal(
             pair.id, "the prompts differ in nothing that can be seen: in blanks or in how characters are coded"
         )
+    if pair.aligned and (reason := _spelled_otherwise(asked[0], asked[1], x1, setting)):
+        return Refusal(pair.id, reason)
     shorter = min(len(x0), len(x1))
     first = next((i for i in range(shorter) if x0[i] != x1[i]), shorter)
     after = next((i for i in range(shorter - first) if x0[-1 - i] != x1[-1 - i]), shorter - first)
     edits = (len(x0) - first - after, len(x1) - first - after)
     post = min(harmless.post, harmful.post, after)
-    found = TokenPair(
+    aligned = TokenPair(
         pair.id, pair.id, pair.category, x0, x1, first, after, post, aligned=pair.aligned, notes=pair.notes
     )
     if not pair.aligned:
         unknown = any(tokenizer.unk_token_id in _of_text(encoded) for encoded in (harmless, harmful))
         return (
-            Refusal(pair.id, f"the tokenizer has only {tokenizer.unk_token!r} for a word of it") if unknown else found
+            Refusal(pair.id, f"the tokenizer has only {tokenizer.unk_token!r} for a word of it") if unknown else aligned
         )
     if tokenizer.unk_token_id in (*x0[first : len(x0) - after], *x1[first : len(x1) - after]):
         return Refusal(
@@ -298,7 +350,7 @@ def _align(
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens differ by more than {MAX_EDIT_DIFFERENCE}")
     if edits[0] != edits[1] and after == 0:
         return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens reach the last token: nothing to align by")
-    return found
+    return aligned
 
 
 def _of_text(encoded: Encoded) -> list[int]:

@@ -206,6 +206,17 @@ def test_unknown_models(call: Run, tmp_path: Path, model: str, command: str, mon
     assert tree(tmp_path) == before
 
 
+def test_one_pair_is_one_pair(call: Run, tmp_path: Path, model: str) -> None:
+    """It said "1 pairs", "1 prompts" and so on."""
+    write_pairs(tmp_path / "one.jsonl", records()[:1])
+    assert "1 pair: 1 usable" in call("pairs", "check", "one.jsonl", "--model", model).out
+    assert call("pairs", "convert", "one.jsonl", "new.jsonl").out == "1 pair: new.jsonl\n"
+    for name, text in (("bad.txt", "how do i steal the car"), ("good.txt", "how do i wash the car")):
+        (tmp_path / name).write_text(text, "utf-8")
+    listed = call("pairs", "check", "bad.txt", "--harmless", "good.txt", "--model", model).out
+    assert "harmful: 1 prompt of bad.txt" in listed
+
+
 def test_pairs_are_checked_shown_and_converted(call: Run, tmp_path: Path, model: str) -> None:
     file = study(tmp_path, model, '[prompt]\nprefill = "sure here"\n')
     shown = call("pairs", "check", file, "--show", "steal-car")

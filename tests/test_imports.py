@@ -16,7 +16,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
     ("dequantise", "engine", "engine.copies", "engine.heap", "engine.program"),
-    ("errors", "forms", "loading", "meter", "paths", "toml"),
+    ("errors", "forms", "loading", "meter", "paths", "toml", "unseen"),
     (
         "engine.deadline",
         "planted",

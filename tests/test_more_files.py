@@ -15,6 +15,7 @@ from remote_mediation.errors import PairsError
 from remote_mediation.lists import matched, read_list
 from remote_mediation.pairs import load_pairs
 from remote_mediation.placebo import components
+from remote_mediation.prompts import Turn
 from remote_mediation.records import read_records
 from remote_mediation.texts import load_texts
 
@@ -233,3 +234,124 @@ def test_repeats_of_a_list_are_known_whatever_their_capitals_and_blanks(tmp_path
     harmless = read_list(written(tmp_path, "good.json", json.dumps(["mend it", "bake a CAKE"])))
     with pytest.raises(PairsError, match="both hold 'Bake a cake'; take it out of one"):
         matched(harmful, harmless)
+
+
+# --- lists and objects inside a text ----------------------------------------------------------------------------------
+
+
+SAID = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "bake a rude cake"}]
+
+
+def cells(folder: Path, harmful: str) -> str:
+    held = io.StringIO()
+    pd.DataFrame({"harmful": [harmful], "harmless": ["bake a kind cake"], "category": ['["a"]']}).to_csv(
+        held, index=False
+    )
+    return written(folder, "pairs.csv", held.getvalue())
+
+
+@pytest.mark.parametrize("packed", [json.dumps(SAID), str(SAID), json.dumps({"messages": SAID}, indent=1)])
+def test_a_conversation_in_a_cell_is_read(tmp_path: Path, packed: str) -> None:
+    """A table has no lists: pandas writes them as Python does, other programs as JSON. Both were the prompt's text."""
+    (pair,) = load_pairs(cells(tmp_path, packed))
+    assert (pair.harmful, pair.before("harmful")) == ("bake a rude cake", (Turn("system", "be brief"),))
+    assert pair.category == '["a"]'
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"harmful": packed, "harmless": "bake a kind cake"}), "utf-8")
+    assert load_pairs(str(tmp_path / "pairs.jsonl"))[0].turns == pair.turns
+
+
+@pytest.mark.parametrize(
+    ("packed", "what"),
+    [
+        ('["bake a rude cake"]', r"message 1 is 'bake a rude cake'; write an object with role and content"),
+        ('[{"from": "human", "value": "hello"}]', r"message 1 is {'from': .*; write an object with role"),
+        ('{"text": "bake a rude cake"}', "'harmful' is a list or an object, .*; write the text that is in it"),
+        ("[{'content': 'a', 'role': 'user'}\n {'content': 'b', 'role': 'user'}]", "'harmful' is a list or an object"),
+    ],
+)
+def test_other_lists_and_objects_in_a_cell_are_refused(tmp_path: Path, packed: str, what: str) -> None:
+    with pytest.raises(PairsError, match=what):
+        load_pairs(cells(tmp_path, packed))
+
+
+@pytest.mark.parametrize("text", ["[INST] bake [/INST]", "[1] bake a cake", "{name}, bake a cake", "[", "[red] cake"])
+def test_texts_that_begin_with_a_bracket_are_texts(tmp_path: Path, text: str) -> None:
+    assert load_pairs(cells(tmp_path, text))[0].harmful == text
+
+
+def test_a_list_holds_texts_and_no_conversations(tmp_path: Path) -> None:
+    """And JSON lines in a file of lines, whose name ends in .txt."""
+    for name, content in (
+        ("list.csv", pd.DataFrame({"prompt": [json.dumps(SAID)]}).to_csv(index=False)),
+        ("list.txt", '{"goal": "bake a rude cake"}\n'),
+    ):
+        with pytest.raises(PairsError, match=r"record 1: 'prompt' is a list or an object, .*; write the text"):
+            read_list(written(tmp_path, name, content))
+
+
+def test_a_response_that_is_a_list_is_refused(tmp_path: Path) -> None:
+    record = {"harmful": "a rude cake", "harmless": "a kind cake", "harmful_response": '["Sure"]'}
+    with pytest.raises(PairsError, match="'harmful_response' is a list or an object"):
+        load_pairs(written(tmp_path, "pairs.json", json.dumps([record])))
+
+
+# --- JSON over several lines ------------------------------------------------------------------------------------------
+
+
+PAIR = {"id": "a", "harmful": "bake a rude\r\ncake", "harmless": "bake a kind\r\ncake"}
+OTHER = {"id": "b", "harmful": "knit a rude hat", "harmless": "knit a kind hat"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(PAIR, indent=2),
+        json.dumps(PAIR, indent=2) + "\n" + json.dumps(OTHER, indent="\t") + "\n",
+        json.dumps(PAIR).replace(", ", ",\n ") + "\n\n",
+        json.dumps(PAIR) + json.dumps(OTHER),
+        json.dumps(PAIR) + "\n" + json.dumps(OTHER, indent=1),
+    ],
+    ids=["one", "as jq writes them", "brace and key in a line", "no line break between", "both ways"],
+)
+def test_objects_of_several_lines_are_read(tmp_path: Path, text: str) -> None:
+    """Such a file was said not to be JSON in its first line."""
+    first, *more = load_pairs(written(tmp_path, "pairs.json", text))
+    assert (first.id, first.harmful, first.harmless) == ("a", "bake a rude\ncake", "bake a kind\ncake")
+    assert [pair.id for pair in more] == (["b"] if "knit" in text else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('{\n "harmful": "a",\n "harmless" "b"\n}', r"line 3 is not JSON \(Expecting ':' delimiter\)"),
+        ('{\n "harmful": "a",\n "harmful": "b"\n}', "has the key 'harmful' twice"),
+        ('{\n "harmful": Infinity\n}', "has the number Infinity"),
+        (json.dumps(OTHER) + "\n" + json.dumps(PAIR)[:-9], r"line 2 is not JSON \(Unterminated string"),
+        (json.dumps(OTHER) + "\n" + json.dumps(PAIR, indent=1)[:-1], r"line 5 is not JSON|line 6 is not JSON"),
+        (json.dumps(OTHER) + "\n" + json.dumps(PAIR) + ",\n", r"line 2 is not JSON \(Extra data\)"),
+        ("{\n" * 100_000, "cannot be read as JSON: RecursionError|line 2 is not JSON"),
+    ],
+)
+def test_where_json_of_several_lines_breaks_off_is_told(tmp_path: Path, text: str, what: str) -> None:
+    with pytest.raises(PairsError, match=what) as raised:
+        load_pairs(written(tmp_path, "pairs.json", text))
+    assert "\n" not in str(raised.value)
+
+
+# --- placebos ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "placebo",
+    ["Bake a KIND cake", " bake a  kind cake\n", "bake a ki\u00adnd cake", "BAKE A RUDE CAKE", "bake a rude\u00a0cake"],
+)
+def test_a_placebo_that_looks_like_a_prompt_of_its_pair_is_refused(tmp_path: Path, placebo: str) -> None:
+    """Its effect was what capitals and blanks do: next to nothing, so that any harm was \"about harm\"."""
+    record = {"id": "a", "harmful": "bake a rude cake", "harmless": "bake a kind cake", "placebo": placebo}
+    with pytest.raises(PairsError, match="'a' repeats a prompt as its placebo, whatever its capitals and blanks; give"):
+        load_pairs(written(tmp_path, "pairs.json", json.dumps([record])))
+
+
+def test_capitals_may_be_the_edit(tmp_path: Path) -> None:
+    record = {"harmful": "BAKE A CAKE", "harmless": "bake a cake", "placebo": "bake a hat"}
+    assert load_pairs(written(tmp_path, "pairs.json", json.dumps([record])))[0].placebo == "bake a hat"

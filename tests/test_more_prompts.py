@@ -13,6 +13,7 @@ from remote_mediation.errors import PairsError
 from remote_mediation.models import load_tokenizer
 from remote_mediation.pairs import PromptPair, load_pairs
 from remote_mediation.prompts import PromptForm, Turn, encode_prompt, render
+from remote_mediation.shown import described, thoughts
 from remote_mediation.tokens import tokenise
 
 PAIR = ("bake a rude cake", "bake a kind cake")
@@ -194,3 +195,86 @@ def test_marks_that_are_spelled_by_letters_are_refused(tmp_path: Path, setting: 
         (tmp_path / name).write_text(json.dumps(said), "utf-8")
     found = reason(*PAIR, load_tokenizer(str(tmp_path)))
     assert found.startswith("the tokenizer spells the template's '<|im_start|>' by other tokens than 2, its own; mend")
+
+
+# --- what the model says before it answers ----------------------------------------------------------------------------
+
+
+HARMONY = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}"
+    "{% if m['role'] == 'assistant' %}<|channel|>final{% endif %}<|message|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+FINAL = "<|channel|>final<|message|>"
+ANSWERS = CHATML.replace("m['content']", "('<response>' + m['content'] if m['role'] == 'assistant' else m['content'])")
+THINKS = CHATML.replace(
+    "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}"
+)
+
+
+def harmony() -> Any:
+    """A tokenizer with gpt-oss' marks and a template that puts them where its own does."""
+    tokenizer = byte_level(HARMONY)
+    marks = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    return tokenizer
+
+
+@pytest.mark.parametrize("form", [{}, {"prefill": "Sure"}, {"think": "after"}, {"think": "before"}])
+def test_an_answer_that_goes_into_a_channel_is_not_read_before_it(form: dict[str, Any]) -> None:
+    """gpt-oss: all openings were read where the model says `<|channel|>`, each with a probability of about nothing."""
+    found = reason(*PAIR, harmony(), PromptForm(**form))
+    assert "does not open the answer: it writes '<|channel|>final<|message|>' before one that is given" in found
+    assert found.endswith("begin [prompt] prefill with '<|channel|>final<|message|>'")
+
+
+@pytest.mark.parametrize("prefill", [FINAL, FINAL + "Sure", "<|channel|>analysis<|message|>"])
+def test_the_study_says_into_which_channel(prefill: str) -> None:
+    tokenizer, form = harmony(), PromptForm(prefill=prefill)
+    (pair,) = tokenise([PromptPair("p", *PAIR, "", "")], tokenizer, form).pairs
+    assert spelled(tokenizer, pair.x1[-pair.post :]) == "<|end|><|start|>assistant" + prefill
+    channel = tokenizer.convert_tokens_to_ids("<|channel|>")
+    assert channel in pair.x0[-pair.post :]
+
+
+def test_other_marks_before_an_answer_are_said_too() -> None:
+    """Command R7B's `<|START_RESPONSE|>`, and Hunyuan's `<answer>`."""
+    assert "it writes '<response>' before one that is given" in reason(*PAIR, byte_level(ANSWERS))
+
+
+def test_a_template_whose_answers_have_thoughts_is_used_and_told() -> None:
+    """Qwen3 and GLM 4.5: the model says `<think>` first, unless the study says otherwise."""
+    tokenizer, pairs = byte_level(THINKS), [PromptPair("p", *PAIR, "", "")]
+    assert tokenise(pairs, tokenizer).refusals == ()
+    assert described(pairs, tokenizer, PromptForm())["think"] == "first"
+    (line,) = thoughts(pairs, tokenizer, PromptForm())
+    assert line.startswith("the template has a think block before answers")
+    for form in (PromptForm(think="after"), PromptForm(think="before"), PromptForm(prefill="Sure")):
+        assert thoughts(pairs, tokenizer, form) == []
+        assert "think" not in described(pairs, tokenizer, form)
+    assert thoughts(pairs, byte_level(), PromptForm()) == thoughts(pairs, byte_level(None), PromptForm()) == []
+    assert thoughts(pairs, byte_level(CHATML + "<think>\n"), PromptForm())[0].startswith("the template opens a think")
+
+
+@pytest.mark.parametrize(
+    ("template", "after", "before"),
+    [
+        (CHATML + "{# <seed:think> #}", "<seed:think>\n\n</seed:think>\n\n", ""),
+        (CHATML + "<thought>\n", "<thought>\n\n</thought>\n\n", ""),
+        (CHATML + "</think>", "</think>", ""),
+        (CHATML, "<think>\n\n</think>\n\n", ""),
+    ],
+    ids=["Seed-OSS", "EXAONE Deep", "DeepSeek V3.1", "no tags"],
+)
+def test_thoughts_are_closed_in_the_template_s_tags(template: str, after: str, before: str) -> None:
+    """Whatever a model calls them, `think = "after"` gave it `<think>`."""
+    start = "<|im_start|>user\nbake<|im_end|>\n<|im_start|>assistant\n"
+    assert render("bake", byte_level(template), PromptForm(think="after")).text == start + after
+    assert render("bake", byte_level(template), PromptForm(think="before")).text == start + before
+
+
+@pytest.mark.parametrize("mark", ["[THINK]", "<|channel>thought", "<|START_THINKING|>"])
+def test_thoughts_that_are_marked_in_another_way_are_said(mark: str) -> None:
+    """Magistral's, Gemma 4's and Command A's."""
+    template = CHATML + "{# " + mark + " #}"
+    assert "marks thoughts otherwise than by tags" in reason(*PAIR, byte_level(template), PromptForm(think="after"))

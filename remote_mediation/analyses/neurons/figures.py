@@ -20,6 +20,7 @@ from remote_mediation.show.figures import (
     title,
     unit_of,
 )
+from remote_mediation.show.tables import count
 from remote_mediation.stats import Estimate
 from remote_mediation.summary import UNITS
 
@@ -83,7 +84,7 @@ def gate_figure(curve: pd.DataFrame, sets: pd.DataFrame, carry: float, unit: str
     figure = Figure((WIDTH, 4.3), DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
     gates = sets[sets["set"] == "gates"].iloc[0]
-    figure.suptitle(f"The gate set: {gates['size']} neurons of layer {gates['layer']}", fontsize=11)
+    figure.suptitle(f"The gate set: {count(gates['size'], 'neuron')} of layer {gates['layer']}", fontsize=11)
     _curve(left, curve, carry, int(gates["size"]))
     _controls(right, sets)
     left.set_title("The strongest neurons together, NIE", fontsize=10, loc="left")
