@@ -296,7 +296,7 @@ def check(
     from remote_mediation.models import load_tokenizer
     from remote_mediation.pairs import find_pair
     from remote_mediation.show.tables import count
-    from remote_mediation.shown import balanced, counts, printable, shown, thoughts
+    from remote_mediation.shown import balanced, counts, printable, shown, warnings
     from remote_mediation.texts import described_lists, load_texts
     from remote_mediation.tokens import tokenise
 
@@ -314,7 +314,7 @@ def check(
     refused = [f"refused {printable(one.id)}: {one.reason}" for one in prepared.refusals[:_MOST_LINES]]
     if max(map(len, prepared)) > _MOST_LINES:
         refused.append(f"of usable and of refused pairs the first {_MOST_LINES:,} are shown; --show ID shows any")
-    notes = [*described_lists(config), *thoughts(texts, tokenizer, form), *balanced(texts, tokenizer)]
+    notes = [*described_lists(config), *warnings(texts, tokenizer, form), *balanced(texts, tokenizer)]
     equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
     told = f"{len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"
     data = {"usable": list(map(counts, prepared.pairs)), "refused": prepared.refusals, "notes": notes}

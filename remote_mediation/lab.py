@@ -337,8 +337,10 @@ class Lab:
 
     def _ended(self, answers: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """Answers up to the token that ends them."""
-        info = self.study.info
-        ends = set(self.noted("special-tokens", lambda tokenizer: ends_of_answers(info.name, info.revision, tokenizer)))
+        info, form = self.study.info, self.study.config.prompt.form()
+        ends = set(
+            self.noted("special-tokens", lambda tokenizer: ends_of_answers(info.name, info.revision, tokenizer, form))
+        )
         return [tuple(takewhile(lambda token: token not in ends, answer)) for answer in answers]
 
     def tokenised(self, name: str, texts: Callable[[], Sequence[PromptPair]]) -> Prepared:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from remote_mediation.errors import ModelError, SiteError, innermost
 from remote_mediation.fetch import located
+from remote_mediation.prompts import PLAIN, PromptForm, end_of_turn
 from remote_mediation.sites import Family, ModelInfo, family_of
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Files of a model that may say which tokens end an answer.
 _DECLARING = ("generation_config.json", "config.json")
+# Files of a processor that may have the chat template which the tokenizer lacks.
+_PROCESSORS = ("chat_template.json", "processor_config.json")
 # Settings that say for how long a sequence a model was made.
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 # How a file begins that stands for one which git has not fetched.
@@ -112,31 +115,52 @@ def load_tokenizer(name: str, revision: str = "") -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, name, revision)
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, name, revision)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _template_of_processor(name, revision)
+    return tokenizer
 
 
-def ends_of_answers(name: str, revision: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's special ones, and what the model's files at hand declare.
+def _template_of_processor(name: str, revision: str) -> Any:
+    """The chat template that stands in the files of a processor, as some models that take images have it, or none."""
+    for file in _PROCESSORS:
+        path = _at_hand(name, revision, file)
+        try:
+            found = json.loads(path.read_text("utf-8")).get("chat_template") if path else None
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"cannot read {path}: {innermost(error)}; mend it or take it away") from error
+        if found:
+            return found
+    return None
+
+
+def ends_of_answers(
+    name: str, revision: str, tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN
+) -> list[int]:
+    """Tokens that end an answer: the tokenizer's special ones, what the model's files at hand declare, the template's.
 
     No hub is asked: `load_info` has brought the files here, where the model comes from one.
     """
     marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     declared = {end for file in _DECLARING for end in _declared_ends(name, revision, file)}
-    return sorted({*tokenizer.all_special_ids, *marked, *declared})
+    turn = end_of_turn(tokenizer, form)
+    return sorted({*tokenizer.all_special_ids, *marked, *declared, *(() if turn is None else (turn,))})
 
 
 def _declared_ends(name: str, revision: str, file: str) -> list[int]:
-    """`eos_token_id` of a configuration file; none where there is no such file."""
+    """`eos_token_id` of a configuration file, of its language model too; none where there is no such file."""
     path = _at_hand(name, revision, file)
     if path is None:
         return []
     try:
-        declared = json.loads(path.read_text("utf-8")).get("eos_token_id")
+        whole = json.loads(path.read_text("utf-8"))
+        parts = (whole, whole.get("text_config") or {})
+        declared = [part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None]
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"cannot read {path}: {innermost(error)}; mend it or take it away") from error
-    ends = [] if declared is None else declared if isinstance(declared, list) else [declared]
+    ends = [end for one in declared for end in (one if isinstance(one, list) else [one])]
     if not all(type(end) is int for end in ends):
-        raise ModelError(f"{path} has eos_token_id {declared!r}, which is no list of token ids; mend it")
+        raise ModelError(f"{path} has eos_token_id {declared[0]!r}, which is no list of token ids; mend it")
     return ends
 
 

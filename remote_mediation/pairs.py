@@ -31,6 +31,7 @@ _TRACES = {
     "\N{REPLACEMENT CHARACTER}": "which stands for a character that was lost where the text was decoded",
     "_x000[9AD]_": "as Excel's files write a line end or a tab",
     r"\A=\".*\"\Z": "a formula of Excel",
+    r"&(?:quot|apos|amp|nbsp|#0?39|#x27);": "as web pages write a character",
     "â€.?|[ÃÂ][\u0080-\u00bf]": "UTF-8 that was read as Windows-1252 or Latin-1",
 }
 # How a conversation begins in a text; as numpy prints it, it is neither JSON nor Python.
@@ -39,6 +40,8 @@ _PACKED = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _RESPONSES = ("harmful_response", "harmless_response")
 _OPTIONAL = (*_LABELS, "placebo", *_RESPONSES)
+# Columns that look as if they were given to the model.
+_UNREAD = ("system", "system_prompt", "messages", "conversation", "conversations")
 _XSTEST = ("id", "prompt", "type", "label", "focus", "note")
 # XSTest blocks whose unsafe contrasts have ids in the same order as their safe prompts.
 _XSTEST_CONTRASTS = {
@@ -234,8 +237,13 @@ def _pair(record: Any, name: str, number: int) -> PromptPair:
             found = str(written[key]).strip() or "empty"
             raise PairsError(f"{where}: {key!r} is {found}; give a prompt")
     notes = tuple((key, text_of(value, key, where, anything=True)) for key, value in fields.items())
-    for key, _ in notes:
+    for key, text in notes:
         _check_spelling(key, where)
+        if key in _UNREAD and text:
+            raise PairsError(
+                f"{where} has a column {key!r}, which is given to no model: write messages in place of the prompts, or "
+                "set [prompt] system; else call it something else"
+            )
     texts: dict[str, str] = {**dict.fromkeys(("id", "category", "template"), ""), **known}
     return replace(PromptPair(**texts), notes=notes, aligned=aligned, turns=turns)  # type: ignore[arg-type]
 

@@ -126,7 +126,7 @@ def surroundings(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -
         if token.special or _CONTROL.fullmatch(token.content)
     )
     around = None
-    if _has_template(tokenizer, form):
+    if has_template(tokenizer, form):
         with contextlib.suppress(PairsError):  # said of each text
             around = _frame(_MARKER, tokenizer, form, ())
     return Surroundings(control, tuple(_marks(tokenizer, form)), around)
@@ -251,7 +251,7 @@ def render(
         PairsError: the template fails, does not print the text once and whole, prints other things around it, leaves
             out a message before it, or does not open the answer.
     """
-    if not _has_template(tokenizer, form):
+    if not has_template(tokenizer, form):
         if form.system or turns or form.think or form.arguments:
             raise PairsError("without a chat template there are no messages but one; give [prompt] a template")
         return Rendered(request + form.prefill, 0, len(request), templated=False)
@@ -320,10 +320,6 @@ def refuse_control(
             raise PairsError(
                 f"the text holds the {kind} {found[0]!r}; take it out, or set [prompt] control_tokens to 'allow'"
             )
-
-
-def _has_template(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> bool:
-    return form.template != NO_TEMPLATE and bool(form.template or getattr(tokenizer, "chat_template", None))
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:
@@ -477,7 +473,7 @@ def thinks_first(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -
 
     So have Qwen3's and GLM 4.5's: behind the prompt the model says `<think>`, and whatever it answers comes later.
     """
-    if form.think or form.prefill or not _has_template(tokenizer, form):
+    if form.think or form.prefill or not has_template(tokenizer, form):
         return False
     try:
         prompt = _template(_MARKER, tokenizer, form, ())
@@ -485,6 +481,24 @@ def thinks_first(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -
         return False
     asked = [*_messages(form, ()), Turn("user", _MARKER)]
     return bool(_THINKS.fullmatch(_unopened(prompt, asked, tokenizer, form).strip()))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> int | None:
+    """The control token that a template writes behind an answer, which a model has learnt to end with; None: none."""
+    if not has_template(tokenizer, form):
+        return None
+    asked = [*_messages(form, ()), Turn("user", _MARKER), Turn("assistant", _ANSWER)]
+    try:
+        behind = _written(asked, tokenizer, form, opened=False).partition(_ANSWER)[2].lstrip()
+    except PairsError:
+        return None  # it takes no answers
+    found = [token for token in surroundings(tokenizer, form).control if behind.startswith(token.content)]
+    return max(found, key=lambda token: len(token.content)).id if found else None
+
+
+def has_template(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> bool:
+    """Whether anything stands around a user's text."""
+    return form.template != NO_TEMPLATE and bool(form.template or getattr(tokenizer, "chat_template", None))
 
 
 def _around(text: str, marker: str) -> tuple[str, str]:
@@ -575,7 +589,7 @@ def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, form: Pro
     try:
         found = tokenizer(
             list(texts),
-            add_special_tokens=not _has_template(tokenizer, form),
+            add_special_tokens=not has_template(tokenizer, form),
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
         )

@@ -39,7 +39,7 @@ from remote_mediation.show.tables import (
     percent,
 )
 from remote_mediation.show.words import in_groups
-from remote_mediation.shown import THOUGHTS
+from remote_mediation.shown import BARE, THOUGHTS
 from remote_mediation.stats import Estimate
 from remote_mediation.store import Store
 from remote_mediation.summary import SUMMARY_COLUMNS, Identity
@@ -292,9 +292,8 @@ def _loaded(config: StudyConfig, served: Mapping[str, str]) -> list[tuple[str, s
 def _prompts(config: StudyConfig, recorded: Mapping[str, Any]) -> str:
     """What stands around the user's text, and what of it is to be read with care."""
     settings = config.prompt
-    parts = [
-        {"": "the model's own template, if any", "none": "the bare text"}.get(settings.template, settings.template)
-    ]
+    own = f"**{BARE}**" if recorded.get("bare") else "the model's own template, if any"
+    parts = [{"": own, "none": "the bare text"}.get(settings.template, settings.template)]
     parts += [f"{name} = {value!r}" for name, value in settings.template_arguments.items()]
     parts += [f"{name} {literal(text)}" for name in ("system", "prefill") if (text := getattr(settings, name))]
     if settings.think:

@@ -15,11 +15,13 @@ from remote_mediation.pairs import PromptPair, folded
 from remote_mediation.placebo import ALIKE, balance
 from remote_mediation.prompts import (
     DATE,
+    NO_TEMPLATE,
     PLAIN,
     Encoded,
     PromptForm,
     Turn,
     encode_prompt,
+    has_template,
     in_think_block,
     render,
     template_reads_date,
@@ -31,6 +33,7 @@ from remote_mediation.tokens import TokenPair, tokenise
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BARE = "the tokenizer has no chat template: the model is given the bare text"
 THOUGHTS = {
     "open": 'the template opens a think block: a thought is read, no answer; set [prompt] think = "after"',
     "first": "the template has a think block before answers: a model that thinks first is read before its answer; set "
@@ -72,8 +75,8 @@ def counts(pair: TokenPair) -> dict[str, str | int]:
 def described(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> dict[str, Any]:
     """What a run records of its prompts.
 
-    `rendered` is a hash of all of them; where they matter come `date`, `think` (a key of `THOUGHTS`) and `repeats`
-    (pairs with the same two prompts as another).
+    `rendered` is a hash of all of them; where they matter come `date`, `think` (a key of `THOUGHTS`), `bare` (the
+    tokenizer has no template) and `repeats` (pairs with the same two prompts as another).
     """
     texts = [text for pair in pairs for text in _rendered(pair, tokenizer, form)]
     found: dict[str, Any] = {"rendered": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]}
@@ -81,6 +84,8 @@ def described(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, f
         found["date"] = DATE.date().isoformat()
     if thought := _thought(texts, tokenizer, form):
         found["think"] = thought
+    if _bare(tokenizer, form):
+        found["bare"] = True
     if repeats := len(pairs) - len({(folded(pair.harmful), folded(pair.harmless)) for pair in pairs}):
         found["repeats"] = repeats
     return found
@@ -100,15 +105,19 @@ def balanced(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) ->
     return lines
 
 
-def thoughts(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:
-    """A line that says that thoughts are read in place of answers; none where answers are."""
+def warnings(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:
+    """Lines that say where a model is asked otherwise than it was trained to be: without a template, in a thought."""
     thought = _thought([text for pair in pairs[:1] for text in _rendered(pair, tokenizer, form)], tokenizer, form)
-    return [THOUGHTS[thought]] if thought else []
+    return [*([BARE] if _bare(tokenizer, form) else []), *([THOUGHTS[thought]] if thought else [])]
 
 
 def printable(text: str) -> str:
     """A text in one line, without what a terminal would act on."""
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+def _bare(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> bool:
+    return not has_template(tokenizer, form) and form.template != NO_TEMPLATE
 
 
 def _thought(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> str:

@@ -16,10 +16,14 @@ from remote_mediation.engine.local import LocalBackend
 from remote_mediation.errors import ModelError
 from remote_mediation.lab import Lab
 from remote_mediation.models import ends_of_answers
+from remote_mediation.prompts import PromptForm
 from remote_mediation.store import Store
 from remote_mediation.study import Study
 
 PROMPTS = [(5, 7, 9, 11), (8, 12, 20), (9, 14, 15, 16, 17)]
+CHAT = (
+    "{% for m in messages %}<user> {{ m['content'] }}<end>{% endfor %}{% if add_generation_prompt %}<user>{% endif %}"
+)
 Subjects = Callable[[str], Subject]
 
 
@@ -92,6 +96,34 @@ def test_ends_in_the_configuration_end_answers(subject: Subjects, tmp_path: Path
     configuration = json.loads((tmp_path / "config.json").read_text("utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**configuration, "eos_token_id": [2, 30]}), "utf-8")
     assert 30 in ends_of_answers(str(tmp_path), "", backend.tokenizer)
+
+
+def test_ends_in_the_configuration_of_the_language_model_end_answers(subject: Subjects, tmp_path: Path) -> None:
+    """Of a model that takes images too `config.json` may have them in its `text_config` alone; answers ran on."""
+    backend = with_generation_config(subject("llama"), tmp_path, {})
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": [2, 30]}}), "utf-8")
+    assert 30 in ends_of_answers(str(tmp_path), "", backend.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (CHAT.replace("<end>", "<|turn|>"), True),
+        (CHAT.replace("<end>", "\n<|turn|>\n"), True),
+        (CHAT, False),
+        ("{{ raise_exception('no') }}", False),
+        (None, False),
+    ],
+)
+def test_what_a_template_writes_behind_an_answer_ends_it(template: str | None, ends: bool) -> None:
+    """Fine-tuned models whose files name another end go on behind the mark of a turn's, which is not special there."""
+    tokenizer = words_tokenizer()
+    tokenizer.add_tokens(["<|turn|>"])
+    tokenizer.chat_template = template
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert (turn in ends_of_answers("no-model", "", tokenizer)) is ends
+    assert (turn in ends_of_answers("no-model", "", tokenizer, PromptForm(template="none"))) is False
 
 
 @pytest.mark.parametrize("name", ["tiny", "no/such-model", "../nowhere", "a b"])

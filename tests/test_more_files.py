@@ -48,6 +48,8 @@ def zipped(text: str) -> bytes:
         ("donâ€™t bake a rude cake", "UTF-8 that was read as"),
         ("bake a rude cafÃ©", "UTF-8 that was read as"),
         ("bake a rude\u00c2\u00a0cake", "UTF-8 that was read as"),
+        ("don&#39;t bake a rude cake", "as web pages write a character"),
+        ("bake a &quot;rude&quot; cake &amp; tart", "as web pages write a character"),
     ],
 )
 def test_texts_that_were_changed_on_their_way_are_refused(tmp_path: Path, text: str, what: str) -> None:
@@ -59,7 +61,9 @@ def test_texts_that_were_changed_on_their_way_are_refused(tmp_path: Path, text: 
         read_list(written(tmp_path, "list.json", json.dumps([{"goal": text}])))
 
 
-@pytest.mark.parametrize("text", ["say É, Ã or â", "mede-se NÃO, 5 €", "bake = mix", "_x0_ is a name"])
+@pytest.mark.parametrize(
+    "text", ["say É, Ã or â", "bake & mix; R&D", "mede-se NÃO, 5 €", "bake = mix", "_x0_ is a name"]
+)
 def test_texts_that_only_look_so_are_read(tmp_path: Path, text: str) -> None:
     record = {"harmful": text, "harmless": "bake a kind cake", "source": "cafÃ©"}
     (pair,) = load_pairs(written(tmp_path, "pairs.json", json.dumps([record])))
@@ -355,3 +359,17 @@ def test_a_placebo_that_looks_like_a_prompt_of_its_pair_is_refused(tmp_path: Pat
 def test_capitals_may_be_the_edit(tmp_path: Path) -> None:
     record = {"harmful": "BAKE A CAKE", "harmless": "bake a cake", "placebo": "bake a hat"}
     assert load_pairs(written(tmp_path, "pairs.json", json.dumps([record])))[0].placebo == "bake a hat"
+
+
+# --- columns that look as if they were read ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["system", "System_Prompt", "messages", "conversations"])
+def test_columns_that_look_as_if_a_model_were_given_them_are_refused(tmp_path: Path, column: str) -> None:
+    """A file's system messages were kept as notes, and the study ran without them."""
+    record: dict[str, Any] = {"harmful": "a rude cake", "harmless": "a kind cake", column: "be brief"}
+    with pytest.raises(
+        PairsError, match=f"has a column '{column.lower()}', which is given to no model: write messages"
+    ):
+        load_pairs(written(tmp_path, "pairs.json", json.dumps([record])))
+    assert load_pairs(written(tmp_path, "none.json", json.dumps([{**record, column: None}])))

@@ -9,11 +9,11 @@ import pytest
 import tokenizers
 from test_rendering import CHATML, byte_level, only, reason, spelled
 
-from remote_mediation.errors import PairsError
+from remote_mediation.errors import ModelError, PairsError
 from remote_mediation.models import load_tokenizer
 from remote_mediation.pairs import PromptPair, load_pairs
 from remote_mediation.prompts import PromptForm, Turn, encode_prompt, render
-from remote_mediation.shown import described, thoughts
+from remote_mediation.shown import BARE, described, warnings
 from remote_mediation.tokens import tokenise
 
 PAIR = ("bake a rude cake", "bake a kind cake")
@@ -247,13 +247,13 @@ def test_a_template_whose_answers_have_thoughts_is_used_and_told() -> None:
     tokenizer, pairs = byte_level(THINKS), [PromptPair("p", *PAIR, "", "")]
     assert tokenise(pairs, tokenizer).refusals == ()
     assert described(pairs, tokenizer, PromptForm())["think"] == "first"
-    (line,) = thoughts(pairs, tokenizer, PromptForm())
+    (line,) = warnings(pairs, tokenizer, PromptForm())
     assert line.startswith("the template has a think block before answers")
     for form in (PromptForm(think="after"), PromptForm(think="before"), PromptForm(prefill="Sure")):
-        assert thoughts(pairs, tokenizer, form) == []
+        assert warnings(pairs, tokenizer, form) == []
         assert "think" not in described(pairs, tokenizer, form)
-    assert thoughts(pairs, byte_level(), PromptForm()) == thoughts(pairs, byte_level(None), PromptForm()) == []
-    assert thoughts(pairs, byte_level(CHATML + "<think>\n"), PromptForm())[0].startswith("the template opens a think")
+    assert warnings(pairs, byte_level(), PromptForm()) == []
+    assert warnings(pairs, byte_level(CHATML + "<think>\n"), PromptForm())[0].startswith("the template opens a think")
 
 
 @pytest.mark.parametrize(
@@ -278,3 +278,50 @@ def test_thoughts_that_are_marked_in_another_way_are_said(mark: str) -> None:
     """Magistral's, Gemma 4's and Command A's."""
     template = CHATML + "{# " + mark + " #}"
     assert "marks thoughts otherwise than by tags" in reason(*PAIR, byte_level(template), PromptForm(think="after"))
+
+
+def test_a_tokenizer_without_a_template_is_told() -> None:
+    """Models whose template is code (DeepSeek V3.2) and base models: the bare text was given, and nothing said so."""
+    pairs = [PromptPair("p", *PAIR, "", "")]
+    assert warnings(pairs, byte_level(None), PromptForm()) == [BARE]
+    assert described(pairs, byte_level(None), PromptForm())["bare"] is True
+    assert warnings(pairs, byte_level(None), PromptForm(template="none")) == []
+    assert "bare" not in described(pairs, byte_level(), PromptForm())
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+def test_a_template_among_a_processor_s_files_is_used(tmp_path: Path, name: str) -> None:
+    """Models that take images may have it there alone: their prompts were bare texts."""
+    byte_level(None).save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).chat_template is None
+    (tmp_path / name).write_text(json.dumps({"chat_template": CHATML}), "utf-8")
+    assert render("bake", load_tokenizer(str(tmp_path))).text == render("bake", byte_level()).text
+    byte_level("{{ messages[0]['content'] }}!").save_pretrained(tmp_path)
+    assert render("bake", load_tokenizer(str(tmp_path))).text == "bake!"
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / name).write_text("[", "utf-8")
+    with pytest.raises(ModelError, match=r"cannot (read|load) .*; ") as raised:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}},
+        {
+            "padding": {
+                **{"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None},
+                **{"pad_id": 1, "pad_type_id": 0, "pad_token": "</s>"},
+            }
+        },
+    ],
+    ids=["truncation", "padding"],
+)
+def test_what_a_tokenizer_s_file_says_of_lengths_changes_no_prompt(tmp_path: Path, lengths: dict[str, Any]) -> None:
+    """Guards what held: Step 3.7's `tokenizer.json` cuts at 2048 tokens, others fill up to a length."""
+    byte_level().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **lengths}), "utf-8")
+    found = encode_prompt("bake a rude cake at home", load_tokenizer(str(tmp_path)))
+    assert found.ids == encode_prompt("bake a rude cake at home", byte_level()).ids
