@@ -296,7 +296,7 @@ def check(
     from remote_mediation.models import load_tokenizer
     from remote_mediation.pairs import find_pair
     from remote_mediation.show.tables import count
-    from remote_mediation.shown import balanced, counts, printable, shown, warnings
+    from remote_mediation.shown import balanced, counts, printable, refused_placebos, shown, warnings
     from remote_mediation.texts import described_lists, load_texts
     from remote_mediation.tokens import tokenise
 
@@ -315,6 +315,9 @@ def check(
     if max(map(len, prepared)) > _MOST_LINES:
         refused.append(f"of usable and of refused pairs the first {_MOST_LINES:,} are shown; --show ID shows any")
     notes = [*described_lists(config), *warnings(texts, tokenizer, form), *balanced(texts, tokenizer)]
+    usable_ids = {pair.id for pair in prepared.pairs}
+    placebos = refused_placebos([text for text in texts if text.id in usable_ids], tokenizer, form)
+    notes += placebos[:_MOST_LINES]
     equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
     told = f"{len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"
     data = {"usable": list(map(counts, prepared.pairs)), "refused": prepared.refusals, "notes": notes}

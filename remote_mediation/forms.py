@@ -120,7 +120,7 @@ FORMS: Mapping[str, Form] = {
             "post": "tokens behind the user's text",
         },
         "refused": {"id": "of the pair", "reason": "why it cannot be run"},
-        "notes": "how lists were read, and whether placebos are like harmful prompts",
+        "notes": "how lists were read, what to take care of, and whether placebos are like harmful prompts",
     },
     "pairs check --show": {"lines": "the pair as the model gets it"},
     "pairs convert": {"pairs": "how many", "file": "that was written"},

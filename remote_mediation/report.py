@@ -42,6 +42,7 @@ from remote_mediation.show.words import in_groups
 from remote_mediation.shown import BARE, THOUGHTS
 from remote_mediation.stats import Estimate
 from remote_mediation.store import Store
+from remote_mediation.study import PLACEBOS
 from remote_mediation.summary import SUMMARY_COLUMNS, Identity
 from remote_mediation.tokens import Refusal, TokenPair
 
@@ -167,7 +168,7 @@ def _report(result: Result, parts: Sequence[Section], store: Store, texts: Seque
         **({"## Claims": _verdict_table(verdicts).markdown()} if verdicts else {}),
         **{f"## In a picture: {part.title.lower()}": f"{part.drawn()}\n\n{part.lead}" for part in parts if part.lead},
         "## What was measured": paragraphs(
-            _setting_table(result, record).markdown(), _left_out(study.refusals, store.failures())
+            _setting_table(result, record).markdown(), _left_out(_refusals(study, store), store.failures())
         ),
         **({"## Example pairs": examples} if examples else {}),
         **{f"## {section.title}": section.markdown() for section in parts if not section.appendix},
@@ -313,6 +314,12 @@ def _prompts(config: StudyConfig, recorded: Mapping[str, Any]) -> str:
 
 def _split_size(pairs: pd.DataFrame) -> str:
     return f"{count(len(pairs), 'pair')} in {count(pairs['cluster'].nunique(), 'cluster')}"
+
+
+def _refusals(study: Study, store: Store) -> list[Refusal]:
+    """Pairs that were refused, then those of harmless prompts and their placebos."""
+    placebos = store.prepared(PLACEBOS)
+    return [*study.refusals, *(placebos.refusals if placebos else ())]
 
 
 def _left_out(refusals: Sequence[Refusal], failures: Mapping[str, str]) -> str:

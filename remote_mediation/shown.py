@@ -105,6 +105,15 @@ def balanced(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase) ->
     return lines
 
 
+def refused_placebos(
+    pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN
+) -> list[str]:
+    """Lines that say which pairs will have no placebo, since theirs cannot be run, and why."""
+    placebos = [pair.of_placebo(pair.id) for pair in pairs if pair.placebo]
+    refused = tokenise(placebos, tokenizer, form).refusals
+    return [f"the placebo of {printable(one.id)} is refused: {one.reason}" for one in refused]
+
+
 def warnings(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:
     """Lines that say where a model is asked otherwise than it was trained to be: without a template, in a thought."""
     thought = _thought([text for pair in pairs[:1] for text in _rendered(pair, tokenizer, form)], tokenizer, form)

@@ -551,6 +551,20 @@ def test_pairs_check(call: Run, tmp_path: Path, model: str) -> None:
     assert "3 pairs: 2 usable (1 of equal length), 1 refused" in lines
 
 
+def test_a_placebo_that_cannot_be_run_is_told(call: Run, tmp_path: Path, model: str) -> None:
+    """Its pair had none in silence: neither the check nor the report said so."""
+    file = study(tmp_path, model, 'analyses = ["modules"]\n')
+    made = [{**record, "placebo": record["harmless"].replace(" a ", " the ")} for record in records(**ANSWERS)]
+    made[0]["placebo"] = "how do i please please please please please please paint a car at night"
+    write_pairs(tmp_path / "pairs.jsonl", made)
+    why = "edits of 1 and 7 tokens differ by more than 4"
+    checked = call("pairs", "check", file)
+    assert f"the placebo of {made[0]['id']} is refused: {why}" in " ".join(checked.out.split())
+    assert "6 pairs: 6 usable" in checked.out
+    assert call("run", file, "--out", "run").code == 0
+    assert f"| refused: {why} | 1 | {made[0]['id']}~placebo |" in (tmp_path / "run/report.md").read_text("utf-8")
+
+
 def test_judge_check(call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built_in = call("judge", "check")
     assert (built_in.code, built_in.err) == (0, "")

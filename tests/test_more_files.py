@@ -373,3 +373,21 @@ def test_columns_that_look_as_if_a_model_were_given_them_are_refused(tmp_path: P
     ):
         load_pairs(written(tmp_path, "pairs.json", json.dumps([record])))
     assert load_pairs(written(tmp_path, "none.json", json.dumps([{**record, column: None}])))
+
+
+@pytest.mark.parametrize(
+    ("whole", "what"),
+    [
+        ({"features": [], "rows": [{"row_idx": 0, "row": {"goal": "a cake"}}]}, "has the columns"),
+        ({"data": [{"goal": "a cake"}]}, "has the columns"),
+        ({"goal": {"0": "a cake", "1": "a hat"}}, "record 1: 'goal' is not text"),
+        ({"goal": ["a cake", "a hat"]}, "record 1: 'goal' is not text"),
+    ],
+    ids=["a hub's viewer", "wrapped", "pandas' columns", "columns"],
+)
+def test_files_that_wrap_their_records_are_refused_in_one_line(tmp_path: Path, whole: Any, what: str) -> None:
+    """Guards what held."""
+    for indent in (None, 1):
+        with pytest.raises(PairsError, match=what) as raised:
+            read_list(written(tmp_path, "list.json", json.dumps(whole, indent=indent)))
+        assert "\n" not in str(raised.value)
