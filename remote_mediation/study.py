@@ -154,11 +154,12 @@ def _known(config: StudyConfig, backend: Backend, begun: dict[str, Any], folder:
         StoreError: it is not what it was when the run was begun.
     """
     files = unchanged_files(config, begun, folder)
+    prompts = described(chosen_texts(config), backend.tokenizer, config.prompt.form())
     known = {
         "texts": texts_digest(config),
         "content": backend.info.weights,
         "files": files,
-        "prompts": described(chosen_texts(config), backend.tokenizer, config.prompt.form()),
+        "prompts": prompts,
         "origin": begun.get("origin") or _origin(config, backend, files),
     }
     held, other = f"{folder} holds a run", "choose another --out"
@@ -166,7 +167,7 @@ def _known(config: StudyConfig, backend: Backend, begun: dict[str, Any], folder:
         raise StoreError(f"{held} on other pairs, {config.source} has changed; {other}")
     if changed := changes(begun.get("served", {}), backend.served):
         raise StoreError(f"{held} made by other means ({changed}); {other}")
-    if begun.get("prompts", known["prompts"])["rendered"] != known["prompts"]["rendered"]:
+    if begun.get("prompts", prompts)["rendered"] != prompts["rendered"]:
         raise StoreError(f"{held} whose prompts are rendered otherwise: the chat template has changed since; {other}")
     return {**known, "served": dict(backend.served)} if backend.served else known
 
