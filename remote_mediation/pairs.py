@@ -313,7 +313,7 @@ def text_of(value: Any, key: str, where: str, *, anything: bool = False) -> str:
     if not isinstance(value, str):
         raise PairsError(f"{where}: {key!r} is not text but {value!r}; write it as a string")
     _check_characters(value, key, where)
-    if not anything:
+    if not anything and key not in _LABELS:  # which no model reads
         _check_traces(value, key, where)
     return "" if value.strip() in _MISSING and not anything else value
 
