@@ -422,11 +422,15 @@ class Sparse:
         return max(int(SPARSE * self.neurons), 1)
 
 
+def _first(size: int) -> str:
+    return "first neuron" if size == 1 else f"first {size} neurons"
+
+
 def sparse_gate(bench: Bench, found: Sparse) -> Claim:
     """Claim 3."""
-    most = bench.measures(f"first {found.few} neurons (1%)", found.most)
+    most = bench.measures(f"{_first(found.few)} (1%)", found.most)
     band = bench.measures(LATE_MLPS, found.band)
-    chosen = bench.measures(f"first {found.size} neurons", found.chosen) if found.chosen else ()
+    chosen = bench.measures(_first(found.size), found.chosen) if found.size and found.chosen else ()
     ruling = bench.too_shallow or _sparse(bench, found, chosen, most)
     return bench.claim(3, ruling, chosen or most, (*(most if chosen else ()), *band))
 
