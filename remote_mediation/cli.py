@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from remote_mediation.errors import InputError, MediationError
+from remote_mediation.errors import InputError, MediationError, PairsError
+from remote_mediation.screen import Screen, json_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from remote_mediation.config import StudyConfig
     from remote_mediation.report import PairText
     from remote_mediation.result import Result
+    from remote_mediation.store import Store
     from remote_mediation.tokens import TokenPair
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ app.add_typer(models_app, name="models")
 _MOST_LINES = 1000
 
 
-class Errors(Console):
+class Errors(Screen):
     """Standard error: a study does not end because nobody reads of its progress any more."""
 
     def on_broken_pipe(self) -> None:
@@ -55,7 +55,7 @@ class Errors(Console):
 
 # Flags that are no settings of a study.
 _NO_SETTINGS = ("study", "show_text", "settings", "as_json")
-console = Console()
+console = Screen()
 errors = Errors(stderr=True)
 
 StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY.toml]", help="Study file; flags override it.")]
@@ -680,7 +680,7 @@ def _write_report(command: str, store: Any, result: Any, show_text: bool, as_jso
     from remote_mediation.terminal import summary_data, terminal_summary
 
     parts = sections(result)
-    path = write_report(store, result, _texts(result) if show_text else (), parts=parts)
+    path = write_report(store, result, _texts(store, result) if show_text else (), parts=parts)
     _say(command, as_json, summary_data(result, path, parts), terminal_summary(result, path, parts))
 
 
@@ -689,20 +689,30 @@ def _say(command: str, as_json: bool, data: Any, *shown: RenderableType) -> None
     if as_json:
         from remote_mediation.forms import formed
 
-        typer.echo(json.dumps(formed(command, data), indent=2, ensure_ascii=False))
+        typer.echo(json_text(formed(command, data)))
         return
     for part in shown:
         whole = isinstance(part, str | Text)
         console.print(part, highlight=False, markup=False, soft_wrap=whole)
 
 
-def _texts(result: Result) -> list[PairText]:
-    """Prompts and answers of a study's pairs; the answers take the model's tokenizer, not its weights."""
+def _texts(store: Store, result: Result) -> list[PairText]:
+    """Prompts and answers of a study's pairs; the answers take the model's tokenizer, not its weights.
+
+    Raises:
+        PairsError: the pairs are no longer those that were measured.
+    """
     from remote_mediation.models import load_tokenizer
     from remote_mediation.report import PairText
+    from remote_mediation.study import texts_digest
     from remote_mediation.texts import load_texts
 
     study = result.study
+    now = texts_digest(study.config)
+    if store.record().get("texts", now) != now:
+        raise PairsError(
+            f"{study.config.source} has changed since it was measured; put it back, or leave out --show-text"
+        )
     texts = {text.id: text for text in load_texts(study.config)}
     tokenizer = load_tokenizer(study.info.name, study.info.revision)
     return [

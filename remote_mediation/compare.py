@@ -33,7 +33,7 @@ from remote_mediation.report import TOLERANCE
 from remote_mediation.show import figures
 from remote_mediation.show.printed import Printed, read_several
 from remote_mediation.show.section import Share, Verdict
-from remote_mediation.show.tables import NONE, Note, Table, bullets, count, estimate, paragraphs, percent
+from remote_mediation.show.tables import NONE, Note, Table, bullets, csv_text, count, estimate, paragraphs, percent
 from remote_mediation.store import Store
 
 HALF = 0.5
@@ -285,7 +285,7 @@ def write_comparison(runs: Sequence[Compared], folder: Path) -> Path:
     store = Store(folder)
     drawn = [one for one in runs if len(one.profile)]
     for name, table in comparison_data(runs).items():
-        store.write(f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        store.write(f"{name}.csv", csv_text(table))
     if drawn:
         store.write(_FIGURE, figures.png(comparison_figure(drawn)))
     named = shlex.join(["remote-mediation", "compare", *(str(one.run.folder) for one in runs), "--out", str(folder)])

@@ -17,6 +17,7 @@ from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 from remote_mediation.paths import resolved
 from remote_mediation.prompts import PromptForm
+from remote_mediation.screen import harmless
 
 Search = Literal["gradient", "windows", "all"]
 BasisKind = Literal["probe", "components", "learnt"]
@@ -26,6 +27,16 @@ _log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 # One or more items; what is named twice counts once.
 Distinct = Annotated[list[_Item], Field(min_length=1), AfterValidator(lambda items: list(dict.fromkeys(items)))]
+
+
+def _shown(name: str) -> str:
+    if harmless(name) != name or name.encode(errors="replace").decode() != name:
+        raise ValueError("it holds control characters, or bytes that are no UTF-8; rename it")
+    return name
+
+
+# Of a model or a file: it stands in reports, tables and terminals.
+Name = Annotated[str, AfterValidator(_shown)]
 
 
 class _Strict(BaseModel):
@@ -257,15 +268,15 @@ class StatisticsSettings(_Strict):
 class StudyConfig(_Strict):
     """One study, as a TOML study file or as flags describe it."""
 
-    model: str
+    model: Name
     """Hub id or local folder."""
-    revision: str = ""
+    revision: Name = ""
     """Hub revision; empty for the default one."""
-    pairs: str = BUILTIN
+    pairs: Name = BUILTIN
     """`builtin`, or a JSONL or CSV file."""
-    harmful: str | None = None
+    harmful: Name | None = None
     """A list of harmful prompts, such as AdvBench's, in place of `pairs`; goes with `harmless`."""
-    harmless: str | None = None
+    harmless: Name | None = None
     """A list of harmless prompts, at least as many; twice as many give placebos."""
     harmful_column: str = ""
     """The column of the prompts in `harmful`; found by its name by default."""

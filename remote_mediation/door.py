@@ -282,8 +282,7 @@ class OpenLab:
         config = self.config
         found = load_variants(config, self._note) if variants is None else variants
         result = run_study(config, self._backend, self._store, self._watch, found, self._more)
-        # int8 has no products in float32 to compare with; nf4 is compared with nf4.
-        if config.dtype != "float32" and config.load.quantization != "int8":
+        if config.dtype != "float32" or config.load.quantization:
             load = partial(load_backend, note=self._note)
             compare_with_float32(self._store, config, self._backend.info, load, self._watch, self._more)
         return result

@@ -36,6 +36,9 @@ def compare_with_float32(
 
     load: makes the local backend of settings.
     """
+    if why := _without_float32(config):
+        store.save_record({**store.record(), "deviation_from_float32": {"missing": why}})
+        return
     exact = config.model_copy(update={"dtype": "float32", "backend": "local"})
     if config.backend == "local":
         measure_precision(store, load(exact), watch, more)
@@ -51,6 +54,15 @@ def compare_with_float32(
         store.save_record({**store.record(), "deviation_from_float32": {"missing": missing}})
     else:
         measure_precision(store, reference, watch, more)
+
+
+def _without_float32(config: StudyConfig) -> str:
+    """Why a model whose weights are quantised is not compared; empty where it is: nf4 with nf4, by its products."""
+    if config.load.quantization == "int8":
+        return "weights in int8 are multiplied in int8, so that there are no products in float32"
+    if config.load.quantization and config.dtype == "float32":
+        return f"products are in float32; what weights in {config.load.quantization} change is not measured"
+    return ""
 
 
 def _lacking(config: StudyConfig, info: ModelInfo) -> str:

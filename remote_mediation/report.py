@@ -31,6 +31,7 @@ from remote_mediation.show.tables import (
     Table,
     bullets,
     count,
+    csv_text,
     estimate,
     literal,
     markdown_table,
@@ -113,7 +114,7 @@ def write_report(
     """
     target = Store(shared) if shared else store
     for name, table in csv_tables(result, notes=not shared).items():
-        target.write(name, table.to_csv(index=False, lineterminator="\n"))
+        target.write(name, csv_text(table))
     for name, content in result.files.items():
         target.write(name, content)
     parts = sections(result) if parts is None else parts

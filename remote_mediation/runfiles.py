@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,12 @@ FORM = 2
 
 Older versions began others: 1 has checksums alone, 0 neither.
 """
+# What `run.json` holds by name, where a reader takes it for something; all of it is only there in newer versions.
+_NONE = type(None)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("study", "model", "files", "served", "prompts", "versions", "host", _OTHERS), (dict,)),
+    **{"git": (dict, _NONE), "seconds": (int, float), "memory": (int, float, _NONE), "values": (int,), _FORM: (int,)},
+}
 
 
 class DamagedError(ValueError):
@@ -132,7 +139,22 @@ def read_record(content: bytes) -> Sealed:
         raise DamagedError("its own digest was taken out")
     if "study" not in found:
         raise DamagedError("it was not written by a run")
+    _check_kinds(rest)
     return Sealed(rest, rest.pop(_OTHERS, {}), rest.pop(_FORM, 0))
+
+
+def _check_kinds(record: Mapping[str, Any]) -> None:
+    """Let nothing of `run.json` be of another kind than whoever reads it takes it for.
+
+    Raises:
+        DamagedError: with the name of what is.
+    """
+    for name in _KINDS.keys() & record.keys():
+        value = record[name]
+        if type(value) not in _KINDS[name] or (isinstance(value, float) and not isfinite(value)):
+            raise DamagedError(f"its {name} is {repr(value)[:40]}, which no run writes")
+    if not all(isinstance(allowed, list) for allowed in record.get(_OTHERS, {}).values()):
+        raise DamagedError("its digests are no lists")
 
 
 def pairs_text(prepared: Prepared) -> str:

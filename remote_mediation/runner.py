@@ -153,7 +153,10 @@ class Runner:
             self.watch.advance(job.rows, job.flops)
 
     def _run(self, job: Job, backend: Backend, tries: int = MOST_TRIES) -> float:
-        """Run one job and keep its values; where rows fail, find out of which pairs. Returns the seconds it took."""
+        """Run one job and keep its values; where rows fail, find out of which pairs. Returns the seconds it took.
+
+        A pair is left out of the study for good, so it is not left out for what happened once: its job runs again.
+        """
         ticket = backend.submit(job)
         self._store.save_ticket(ticket, job)
         try:
@@ -169,10 +172,14 @@ class Runner:
             if job.task != "measure":
                 raise
             if len(job.pairs) == 1:
+                if tries == MOST_TRIES:
+                    return self._run(job, backend, tries - 1)
                 self._store.save_failure(job.pairs[0], str(error))
                 return 0.0
             return sum(self._run(one, backend) for one in self._apart(job))
         bad = not_finite(job, readout)
+        if bad and tries == MOST_TRIES:
+            return self._run(job, backend, tries - 1)
         if bad:
             self._keep_finite(job, readout, bad)
         else:

@@ -282,7 +282,7 @@ def _reread_study(store: Store) -> Study:
     config = store.config()
     try:
         info, outcome = ModelInfo.from_record(record["model"]), outcome_from(record["outcome"])
-    except (LookupError, TypeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise StoreError(f"{store.folder} holds a run of another version ({error}); run the study anew") from error
     return Study(config, info, outcome, *prepared, placebos.pairs)
 
@@ -300,7 +300,9 @@ def measure_precision(
     exact = Lab(replace(study, config=here), store, reference, watch)
     deviation = np.abs(found - exact.outcomes(rows))
     summary = {"outcomes": len(rows), "largest": float(np.nanmax(deviation)), "mean": float(np.nanmean(deviation))}
-    store.save_record({**record, "deviation_from_float32": {**summary, "unit": study.outcome.unit}})
+    quantization = study.config.load.quantization
+    held = {"weights": f"{quantization} in both"} if quantization else {}
+    store.save_record({**record, "deviation_from_float32": {**summary, "unit": study.outcome.unit, **held}})
 
 
 def prepare(

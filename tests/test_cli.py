@@ -25,6 +25,7 @@ from remote_mediation import cli, progress
 from remote_mediation.engine import budget
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.models import load_info
+from remote_mediation.show.printed import read_printed
 
 PYTHON = [sys.executable, "-m", "remote_mediation"]
 LOGITS = 'outcome = "logit_diff"\n[logit_diff]\nplus = ["sure", "yes"]\nminus = ["sorry", "no"]\n'
@@ -633,6 +634,47 @@ def test_another_precision_is_compared_with_float32(call: Run, tmp_path: Path, m
     assert "deviation_from_float32.largest" in (tmp_path / "low/report.md").read_text("utf-8")
     assert call("run", file, "--out", "full").code == 0
     assert "deviation_from_float32" not in (tmp_path / "full/run.json").read_text("utf-8")
+
+
+# --- texts that steer, or compute ------------------------------------------------------------------------------------
+
+
+def test_ids_steer_no_terminal_and_compute_in_no_table(call: Run, tmp_path: Path, model: str) -> None:
+    names = ["=1+1|x", "\x1b[2J\x9b31m", "@SUM(A1)", "a\u202eb", "+1+cmd", "-3"]
+    file = study(tmp_path, model)
+    write_pairs(
+        tmp_path / "pairs.jsonl",
+        [{**record, "id": name, "category": name} for record, name in zip(records(**ANSWERS), names, strict=True)],
+    )
+    for command in (
+        ("pairs", "check", file, "--json"),
+        ("run", file, "--out", "ru\x1b[2Jn", "--show-text"),
+        ("show", "ru\x1b[2Jn"),
+        ("report", "no\x1b[2J"),
+        ("models", "check", "no\x1b[2J"),
+        ("plan", file, "--model", "no\x1b[2J"),
+    ):
+        found = call(*command)
+        assert not set("\x1b\x9b\u202e") & set(found.out + found.err), command
+    assert {one["id"] for one in json.loads(call("pairs", "check", file, "--json").out)["usable"]} == set(names)
+    run = tmp_path / "ru\x1b[2Jn"
+    assert not set("\x1b\x9b\u202e") & set((run / "report.md").read_text("utf-8"))
+    cells = pd.read_csv(run / "effects.csv", dtype="str", keep_default_na=False)
+    assert set(cells["pair_id"]) == {"'=1+1|x", "\x1b[2J\x9b31m", "'@SUM(A1)", "a\u202eb", "'+1+cmd", "-3"}
+    assert set(read_printed(run).tables["effects.csv"]["pair_id"]) == set(names)
+
+
+def test_texts_that_are_no_longer_those_of_a_run_are_not_shown(call: Run, tmp_path: Path, model: str) -> None:
+    file = study(tmp_path, model)
+    assert call("run", file, "--out", "run").code == 0
+    assert call("report", "run", "--show-text").code == 0
+    for edit in (
+        lambda record: {**record, "id": "x" + record["id"]},
+        lambda record: {**record, "harmless": "how do i"},
+    ):
+        write_pairs(tmp_path / "pairs.jsonl", [edit(record) for record in records(**ANSWERS)])
+        refused(call("report", "run", "--show-text"), "pairs.jsonl has changed since it was measured", "put it back")
+        assert call("report", "run").code == 0
 
 
 # --- what is not loaded -----------------------------------------------------------------------------------------------

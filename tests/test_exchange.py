@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
+import itertools
 import json
 import platform
 import re
@@ -15,6 +17,7 @@ import ssl
 import subprocess
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -198,6 +201,23 @@ def flipped(value: torch.Tensor) -> torch.Tensor:
     return changed
 
 
+def deflated(result: bytes) -> bytes:
+    """A result whose numbers, many zeros, are packed once more: some hundred bytes that become 4 MB."""
+    values, packed_again = io.BytesIO(), io.BytesIO()
+    torch.save({"values": [torch.zeros(10**6), *unpacked(result)["values"]]}, values)
+    with zipfile.ZipFile(values) as old, zipfile.ZipFile(packed_again, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return packed_again.getvalue()
+
+
+def unzipped(result: bytes) -> bytes:
+    """A result as torch wrote it before it wrote archives."""
+    buffer = io.BytesIO()
+    torch.save(unpacked(result), buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
 PASSING: dict[str, Callable[[Answer], Answer | None]] = {
     "disconnected": lambda found: None,
     "empty": lambda found: answer(b""),
@@ -288,6 +308,8 @@ LOST: dict[str, tuple[str, Callable[[Answer], Answer | None]]] = {
     "values with a gradient": ("results", tensors(lambda found: [found[0].requires_grad_(), *found[1:]])),
     "a parameter": ("results", tensors(lambda found: [torch.nn.Parameter(found[0]), *found[1:]])),
     "complex values": ("results", tensors(lambda found: [found[0].to(torch.complex64), *found[1:]])),
+    "packed in its archive": ("results", lambda found: answer(zstandard.compress(deflated(found.body)))),
+    "no archive": ("results", lambda found: answer(zstandard.compress(unzipped(found.body)))),
     "packed twice": (
         "results",
         lambda found: answer(gzip.compress(gzip.compress(found.body)), Content_Encoding="gzip, gzip"),
@@ -543,6 +565,18 @@ def test_news_puts_the_deadline_off(client: Client, job: Job, monkeypatch: pytes
     assert sum("queued: place" in line for line in client.said) == 8
 
 
+def test_states_that_go_back_and_forth_are_no_news(client: Client, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module, "_DEADLINES", {"QUEUED": 0.3, "RUNNING": 0.3})
+    states = itertools.cycle(["QUEUED", "RUNNING"])
+
+    def turning(found: Answer) -> Answer:
+        return changed(status=next(states), description="wait", data=..., meta=...)(found)
+
+    client.small.fault = at("response", turning, times=60, after=0)
+    with pytest.raises(LostJobError, match=r"is given up$"):
+        client.measure(job)
+
+
 def test_a_queued_job_that_a_later_one_overtakes_is_sent_again(
     client: Client, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -575,6 +609,33 @@ def test_a_job_that_the_server_does_not_know_is_sent_again(
     assert found.jobs == whole.jobs + 1
 
 
+@pytest.mark.parametrize("ticket", ["../status", "a\x00b", "x" * 10**5, "", "job 1?key=2"])
+def test_a_ticket_that_is_no_name_is_no_job(client: Client, ticket: str) -> None:
+    """It comes from a file, which may have been edited; a study goes on without it."""
+    client.small.fault, asked = (lambda path, found: found), len(client.small.asked)
+    with pytest.raises(LostJobError, match=r"is the name of no job$") as caught:
+        client.backend.collect(ticket)
+    assert "\x00" not in str(caught.value)
+    assert len(client.small.asked) == asked
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        ("response", changed(status="ERROR", description="Ray is restarting")),
+        ("results", values(lambda found: [found[0] * torch.nan])),
+    ],
+    ids=["error", "NaN"],
+)
+def test_what_happens_to_a_pair_once_does_not_leave_it_out(
+    client: Client, whole: Run, tmp_path: Path, spoil: tuple[str, Callable[[Answer], Answer | None]]
+) -> None:
+    found = client.run(tmp_path / "run", at(*spoil))
+    pd.testing.assert_frame_equal(found.effects, whole.effects)
+    assert found.jobs == whole.jobs + 1
+    assert Store.open(tmp_path / "run").failures() == {}
+
+
 def test_a_failed_job_says_why(client: Client, tmp_path: Path) -> None:
     failed = changed(
         status="ERROR", description=f"Traceback (most recent call last):\n  at /a/b/c\nBoom: \x1b[2J {KEY}"
@@ -591,7 +652,9 @@ def test_a_failed_job_without_a_reason(client: Client, description: Any) -> None
         client.backend._wait(client.backend._send(client.backend._probe()))
 
 
-@pytest.mark.parametrize("meta", [None, [], {"runtime": "soon"}, {"runtime": -1}, {"runtime": 1e300}, {}])
+@pytest.mark.parametrize(
+    "meta", [None, [], {"runtime": "soon"}, {"runtime": -1}, {"runtime": 1e300}, {"runtime": 1e-300}, {}]
+)
 def test_odd_costs_of_a_job_count_as_none(client: Client, meta: Any) -> None:
     client.small.fault = always("response", changed(meta=meta))
     assert client.backend._wait(client.backend._send(client.backend._probe()))[1] == 0.0
@@ -633,6 +696,16 @@ def test_the_wait_that_is_asked_for(said: str, seconds: float) -> None:
 def test_a_wait_until_a_time_is_the_time_until_then() -> None:
     until = datetime.now(UTC) + timedelta(seconds=600)
     assert 500 < _asked_to_wait(format_datetime(until, usegmt=True)) <= 600
+
+
+def test_a_wait_is_told_by_the_servers_own_clock() -> None:
+    """A clock that is two days ahead asks for a minute all the same."""
+    then = datetime.now(UTC) + timedelta(days=2)
+    headers = {"date": format_datetime(then, usegmt=True)}
+    headers["retry-after"] = format_datetime(then + timedelta(seconds=60), usegmt=True)
+    assert exchange_module._wait(httpx.Response(503, headers=headers)) == 60
+    headers["date"] = "today"
+    assert exchange_module._wait(httpx.Response(503, headers=headers)) > 86400
 
 
 def _asked_to_wait(said: str) -> float:
@@ -704,10 +777,41 @@ def test_an_answer_without_an_end_is_not_read_to_it(client: Client, monkeypatch:
         download(f"{client.small.server.host}/results/job-0")
 
 
+def test_a_result_that_unpacks_itself_is_none() -> None:
+    result = packed({"values": [torch.zeros(2, 2)]})
+    for spoilt in (deflated(result), zstandard.compress(deflated(result)), unzipped(result)):
+        with pytest.raises(LostJobError, match="cannot be read as tensors alone"):
+            tensors_of(spoilt, "t")
+    assert len(tensors_of(result, "t")) == 1
+
+
 def test_a_result_that_says_to_be_huge_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_module, "MOST_RESULT", 100)
     with pytest.raises(LostJobError, match="cannot be read as tensors alone"):
         tensors_of(packed({"values": [torch.zeros(1000)]}), "t")
+
+
+@pytest.mark.parametrize("name", ["X-Proxy: caf\xe9", "Server: \xff\xfe"])
+@pytest.mark.parametrize("status", [200, 503])
+def test_headers_beyond_ascii(name: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    body = f"HTTP/1.1 {status} OK\r\n{name}\r\nRetry-After: 7\r\nContent-Length: 2\r\n\r\n{{}}"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            taken, _ = listening.accept()
+            with taken:
+                taken.recv(2**16)
+                taken.sendall(body.encode("latin-1"))
+
+        threading.Thread(target=serve, daemon=True).start()
+        server = Server(f"http://127.0.0.1:{listening.getsockname()[1]}", KEY)
+        if status == 200:
+            assert exchange(server, "GET", "/status", httpx.Timeout(5.0)) == {}
+            return
+        with pytest.raises(TransportError, match="is up but not ready") as caught:
+            exchange(server, "GET", "/status", httpx.Timeout(5.0))
+        assert caught.value.wait == 7
 
 
 # --- what stands between ---------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ ORDER = (
         "prompts",
         "provenance",
         "records",
+        "screen",
         "show",
         "show.embed",
         "show.serve",

@@ -147,10 +147,13 @@ def test_an_odd_status_stops_no_study(serve: Callable[..., Server], content: Any
 
 def test_what_a_server_says_cannot_steer_a_terminal(serve: Callable[..., Server]) -> None:
     deployments = {"a": {"repo_id": "org/\x1b[2J\x07hot", "task": "\x9b31m"}}
-    serve({**WORKING, "/whoami": (200, {"email": "me\x1b]0;"}), "/status": (200, {"deployments": deployments})})
+    told = {"/whoami": {"email": "me\x1b]0;"}, "/status": {"deployments": deployments}}
+    told["/env"] = {"python_version": f"\x1b[2J\x9b3.11{KEY}"}
+    serve({**WORKING, **{path: (200, content) for path, content in told.items()}})
     for command in (["status"], ["doctor"]):
         said = CliRunner().invoke(app, command).output
         assert not any(letter in said for letter in "\x1b\x07\x9b")
+        assert KEY not in said
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import records, write_pairs
+from fakes import INFO, records, write_pairs
 from nnsight.modeling import huggingface
 from oracle import Subject
 from small_ndif import SmallNdif
@@ -17,6 +17,8 @@ from remote_mediation import open_lab, open_run
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.remote import NdifBackend
+from remote_mediation.reference import compare_with_float32
+from remote_mediation.store import Store
 
 Measure = Callable[[str, Path, Path], dict[str, Any]]
 
@@ -88,3 +90,22 @@ def test_other_weights_are_no_reference(measure: Measure, low: LocalBackend) -> 
     other.model._module.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1
     other.model._module.save_pretrained(low.info.name)
     assert measure("ndif", "other") == {"missing": "the weights on this machine are others than the server's"}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "why"),
+    [
+        ("int8", "float16", "weights in int8 are multiplied in int8, so that there are no products in float32"),
+        ("nf4", "float32", "products are in float32; what weights in nf4 change is not measured"),
+    ],
+)
+def test_why_quantised_weights_are_not_compared(tmp_path: Path, quantization: str, dtype: str, why: str) -> None:
+    study = StudyConfig(model="org/tiny", dtype=dtype, load={"quantization": quantization})
+    store = Store.create(tmp_path / "run", study.identity())
+    store.save_record({"study": study.identity()})
+
+    def load(settings: StudyConfig) -> Any:
+        raise AssertionError("a second model is loaded")
+
+    compare_with_float32(store, study, INFO, load)
+    assert store.record()["deviation_from_float32"] == {"missing": why}

@@ -23,6 +23,7 @@ from remote_mediation.cli import app
 from remote_mediation.engine.jobs import Context, Job, Readout
 from remote_mediation.engine.rows import Row, Scale, Write
 from remote_mediation.errors import StoreError
+from remote_mediation.runfiles import _digest_of
 from remote_mediation.store import Store
 from remote_mediation.tokens import Prepared, Refusal
 
@@ -512,6 +513,30 @@ def test_the_copy_stands_in_for_a_spoilt_record(full: Path, caplog: pytest.LogCa
         Store.create(full, {"model": "m", "seed": 1})
     store.save_record(store.record())
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, value) for name in ("seconds", "memory", "values") for value in ("x", [], float("nan"), True)],
+        *[(name, value) for name in ("model", "files", "served", "prompts", "study") for value in (None, "x", [], 5)],
+        *[
+            ("git", "x"),
+            ("git", 5),
+            ("seconds", None),
+            ("digests", []),
+            ("digests", {"pairs.jsonl": "x"}),
+            ("form", "2"),
+        ],
+    ],
+)
+def test_what_no_run_writes_is_refused_though_its_digest_is_right(full: Path, name: str, value: Any) -> None:
+    for file in ("run.json", ".run.json.copy"):
+        record = json.loads((full / file).read_text("utf-8")) | {name: value}
+        del record["digest"]
+        (full / file).write_text(json.dumps({**record, "digest": _digest_of(record)}), "utf-8")
+    with pytest.raises(StoreError, match=rf"^cannot use .*run\.json: its {name} (is|are) .*; put it back as it was"):
+        Store.open(full)
 
 
 def test_the_copy_stands_in_for_a_record_that_is_gone(full: Path) -> None:

@@ -37,6 +37,8 @@ _PATH = re.compile(r"(?<![\w:/.])~?(?:/[^\s/'\",:;()]+){2,}/?")
 _LONGEST_MESSAGE = 300
 # How an answer may be packed. Any other way, or two at once, unpacks some kB to GB before they can be counted.
 _PACKINGS = ("", "identity", "gzip", "deflate")
+# Headers that say how a body was sent.
+_OF_THE_BODY = (b"content-encoding", b"content-length", b"transfer-encoding")
 # What is asked of a server, and of caches on the way to it.
 _ASKED = {"accept-encoding": "gzip, deflate", "cache-control": "no-cache"}
 
@@ -231,10 +233,9 @@ def _received(response: httpx.Response, most: int, whence: str) -> bytes:
     return bytes(body)
 
 
-def _plain_headers(headers: httpx.Headers) -> dict[str, str]:
-    """Headers of a body that is decoded already."""
-    left = {name: value for name, value in headers.items() if name != "content-encoding"}
-    return {name: value for name, value in left.items() if name not in ("content-length", "transfer-encoding")}
+def _plain_headers(headers: httpx.Headers) -> list[tuple[bytes, bytes]]:
+    """Headers of a body that is decoded already, as bytes: not all that is sent is ASCII."""
+    return [(name, value) for name, value in headers.raw if name.lower() not in _OF_THE_BODY]
 
 
 def _object(server: Server, path: str, response: httpx.Response) -> dict[str, Any]:
@@ -290,8 +291,15 @@ def _wait(response: httpx.Response) -> float:
     said = response.headers.get("retry-after", "").strip()
     if said.isascii() and said.isdigit():
         return float(said)
+    until = _moment(said)
+    now = _moment(response.headers.get("date", "")) or datetime.now(UTC)  # its clock, and where it has none ours
+    return max(0.0, (until - now).total_seconds()) if until else 0.0
+
+
+def _moment(said: str) -> datetime | None:
+    """A time as HTTP writes it, which is UTC; None where it is none."""
     try:
-        then = parsedate_to_datetime(said)
-        return max(0.0, (then - datetime.now(UTC if then.tzinfo else None)).total_seconds())
+        found = parsedate_to_datetime(said)
     except (ValueError, TypeError, LookupError, OverflowError):
-        return 0.0
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ _PAUSES = (0.5, 20.0)
 _LONGEST_WAIT = 3600.0
 _SEND_TIMEOUT = httpx.Timeout(10.0, write=60.0, read=300.0)
 _POLL_TIMEOUT = httpx.Timeout(10.0, read=30.0)
+# No job takes less: a forward run alone does not.
+_LEAST_S = 1e-4
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,199}")
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
@@ -171,6 +174,8 @@ class NdifBackend:
         A job in which the model's process ended is lost, to be sent again once the model is back. When that happens to
         one job again and again, although the model comes back each time, the job is to blame and has failed.
         """
+        if not _ID.fullmatch(ticket):  # it comes from a file of the run folder, where it stands as text
+            raise LostJobError(f"{plain(ticket, self._server.key)!r} is the name of no job")
         try:
             values, made, seconds = self._waited(ticket)
         except _CrashError as error:
@@ -269,7 +274,8 @@ class NdifBackend:
 
     def _wait(self, ticket: str) -> tuple[list[torch.Tensor], float]:
         """A job's tensors and the seconds it took on the server."""
-        state, said, heard, pause, later = "", "", time.monotonic(), 0.05, ""
+        state, heard, pause, later = "", time.monotonic(), 0.05, ""
+        said, known = "", set[str]()  # of the job last, and at any time: what goes back and forth is no news
         while True:
             news = self._retry(partial(self._ask_of, ticket))
             if news.state == "COMPLETED":
@@ -278,8 +284,11 @@ class NdifBackend:
                 self.traffic.seconds += news.seconds
                 return tensors_of(content, ticket), news.seconds
             if news.line != said:
-                said, heard, later = news.line, time.monotonic(), ""
+                said = news.line
                 self._notify(said)
+            if news.line not in known:
+                heard, later = time.monotonic(), ""
+                known.add(news.line)
             state = news.state or state
             silence = time.monotonic() - heard
             self._check_deadline(ticket, state, said, silence)
@@ -419,6 +428,7 @@ def tensors_of(content: bytes, ticket: str) -> list[torch.Tensor]:
             if zstandard.frame_content_size(content) > MOST_RESULT:
                 raise ValueError("larger than any result")
             content = zstandard.ZstdDecompressor().decompress(content)
+        _refuse_packed(content)
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever foreign bytes make torch raise
         raise LostJobError(f"the result of job {ticket} cannot be read as tensors alone") from error
@@ -426,6 +436,17 @@ def tensors_of(content: bytes, ticket: str) -> list[torch.Tensor]:
     if not isinstance(values, list) or not all(map(_is_table, values)):
         raise LostJobError(f"the result of job {ticket} is no list of tensors that hold their numbers")
     return values
+
+
+def _refuse_packed(content: bytes) -> None:
+    """torch stores its numbers as they are: what would become more than it is was packed by somebody else.
+
+    Raises:
+        ValueError, BadZipFile: it was, or it is no archive of torch's.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > len(content):
+            raise ValueError("larger than it is")
 
 
 def _is_table(value: Any) -> bool:
@@ -446,6 +467,6 @@ def _is_address(result: Any) -> bool:
 
 
 def _seconds(meta: Any) -> float:
-    """Time that a job took on the server, as it says; 0 where it does not."""
+    """Time that a job took on the server, as it says; 0 where it does not, or says what cannot be."""
     runtime = meta.get("runtime") if isinstance(meta, dict) else None
-    return float(runtime) if isinstance(runtime, (int, float)) and 0 <= runtime < 1e9 else 0.0
+    return float(runtime) if isinstance(runtime, (int, float)) and _LEAST_S <= runtime < 1e9 else 0.0

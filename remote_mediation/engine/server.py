@@ -174,7 +174,7 @@ def check_versions(server: Server) -> list[Finding]:
         return [Finding("versions", True, f"not compared: {error}")]
     packages = remote.get("packages")
     known = packages if isinstance(packages, dict) else {}
-    theirs = {"python": str(remote.get("python_version") or "").split(" ")[0]}
+    theirs = {"python": plain(str(remote.get("python_version") or ""), server.key).split(" ")[0]}
     theirs |= {name: plain(str(known.get(name) or ""), server.key) for name in _SHARED}
     ours = {"python": platform.python_version(), **{name: metadata.version(name) for name in _SHARED}}
     return [_compared(name, ours[name], theirs[name]) for name in ours]

@@ -15,6 +15,7 @@ import pandas as pd
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.errors import SettingsError, StoreError
+from remote_mediation.show.tables import csv_table
 from remote_mediation.stats import Estimate
 from remote_mediation.store import Store
 from remote_mediation.summary import Identity, identities_of, total_effect
@@ -150,13 +151,12 @@ def visible(text: str) -> str:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    """Only an empty cell is a missing value: a pair may be called NA.
+    """A table of a run folder.
 
     Raises:
         StoreError: it is no table.
     """
     try:
-        names = dict.fromkeys(_NAMES, "str")
-        return pd.read_csv(path, dtype=names, keep_default_na=False, na_values=[""])
+        return csv_table(path, _NAMES)
     except (OSError, ValueError) as error:
         raise StoreError(f"cannot read {path}: {error}; write it anew with `remote-mediation report`") from error

@@ -10,18 +10,24 @@ import html
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from remote_mediation.screen import harmless
 from remote_mediation.stats import Interval
 
 _MOST_PLAIN = 1e9  # from here on powers of ten are easier to read
 _MOST_DECIMALS, _OF_PERCENT = 5, 2  # what is smaller is 0 to a reader
 NONE = "-"
+# How a text begins that a spreadsheet computes, but for numbers and dashes, and with apostrophes before it.
+_FORMULA = re.compile(r"'*(?:[=@\t\r]|[+-](?!(?:[\d.]+(?:[eE][+-]?\d+)?)?$))")
+_MARKED = re.compile(r"'" + _FORMULA.pattern)
 STYLES = {
     **{"supported": "green", "not supported": "red", "undecided": "yellow", "not tested": "dim"},
     **{"holds": "green", "violated": "bold red", "not judged": "yellow", "not checked": "dim"},
@@ -75,9 +81,27 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
 
 
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV, in which no text begins as a formula of a spreadsheet does: an apostrophe stands before it."""
+    return str(table.map(_no_formula).to_csv(index=False, lineterminator="\n"))
+
+
+def csv_table(path: Path, names: Iterable[str] = ()) -> pd.DataFrame:
+    """The table that `csv_text` wrote. names: columns whose values are text, also where they look like numbers.
+
+    Only an empty cell is a missing value: a pair may be called NA. Raises: OSError, ValueError.
+    """
+    found = pd.read_csv(path, dtype=dict.fromkeys(names, "str"), keep_default_na=False, na_values=[""])
+    return found.map(lambda cell: cell[1:] if isinstance(cell, str) and _MARKED.match(cell) else cell)
+
+
+def _no_formula(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
+
+
 def literal(text: str) -> str:
-    """Text that Markdown shows as it is: no markup, links, images or HTML."""
-    return re.sub(r"([\\`*_\[\]()#|~!<>:])", r"\\\1", html.escape(text, quote=False))
+    """Text that Markdown shows as it is: no markup, links, images or HTML, and nothing that steers a terminal."""
+    return re.sub(r"([\\`*_\[\]()#|~!<>:])", r"\\\1", html.escape(harmless(text), quote=False))
 
 
 def paragraphs(*parts: str) -> str:
