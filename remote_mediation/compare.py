@@ -33,7 +33,7 @@ from remote_mediation.report import TOLERANCE
 from remote_mediation.show import figures
 from remote_mediation.show.printed import Printed, read_several
 from remote_mediation.show.section import Share, Verdict
-from remote_mediation.show.tables import NONE, Note, Table, bullets, csv_text, count, estimate, paragraphs, percent
+from remote_mediation.show.tables import NONE, Note, Table, bullets, count, csv_text, estimate, paragraphs, percent
 from remote_mediation.store import Store
 
 HALF = 0.5
