@@ -17,6 +17,7 @@ from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 from remote_mediation.paths import resolved
 from remote_mediation.prompts import PromptForm
+from remote_mediation.sites import HeadComponent
 
 Search = Literal["gradient", "windows", "all"]
 BasisKind = Literal["probe", "components", "learnt"]
@@ -147,6 +148,14 @@ class PositionSettings(_Strict):
     heads: Distinct[str] = ["last"]
     experts: Distinct[str] = ["last"]
     neurons: Distinct[str] = ["last"]
+
+
+class HeadSettings(_Strict):
+    """`[heads]`: which heads are mapped."""
+
+    components: Distinct[HeadComponent] = ["attention_heads"]
+    """What each query head adds, `attention_heads`; or the keys and values that several of them share, `key_heads` and
+    `value_heads`, which act on the tokens behind theirs: swap them where the prompts differ (`positions.heads`)."""
 
 
 class NeuronSettings(_Strict):
@@ -299,6 +308,7 @@ class StudyConfig(_Strict):
     response_logprob: ResponseSettings = ResponseSettings()
     logit_diff: LogitSettings = LogitSettings()
     positions: PositionSettings = PositionSettings()
+    heads: HeadSettings = HeadSettings()
     neurons: NeuronSettings = NeuronSettings()
     intervene: InterveneSettings = InterveneSettings()
     attacks: AttackSettings = AttackSettings()
