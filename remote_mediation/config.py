@@ -18,6 +18,7 @@ from remote_mediation.pairs import BUILTIN
 from remote_mediation.paths import resolved
 from remote_mediation.prompts import PromptForm
 from remote_mediation.screen import harmless
+from remote_mediation.sites import HeadComponent
 
 Search = Literal["gradient", "windows", "all"]
 BasisKind = Literal["probe", "components", "learnt"]
@@ -158,6 +159,14 @@ class PositionSettings(_Strict):
     heads: Distinct[str] = ["last"]
     experts: Distinct[str] = ["last"]
     neurons: Distinct[str] = ["last"]
+
+
+class HeadSettings(_Strict):
+    """`[heads]`: which heads are mapped."""
+
+    components: Distinct[HeadComponent] = ["attention_heads"]
+    """What each query head adds, `attention_heads`; or the keys and values that several of them share, `key_heads` and
+    `value_heads`, which act on the tokens behind theirs: swap them where the prompts differ (`positions.heads`)."""
 
 
 class NeuronSettings(_Strict):
@@ -310,6 +319,7 @@ class StudyConfig(_Strict):
     response_logprob: ResponseSettings = ResponseSettings()
     logit_diff: LogitSettings = LogitSettings()
     positions: PositionSettings = PositionSettings()
+    heads: HeadSettings = HeadSettings()
     neurons: NeuronSettings = NeuronSettings()
     intervene: InterveneSettings = InterveneSettings()
     attacks: AttackSettings = AttackSettings()

@@ -261,7 +261,8 @@ class OpenLab:
     def site(self, site: Site) -> Any:
         """The nnsight envoy at which a site's tensor passes: its `output`, or `input` (`sites.Hook`).
 
-        Of a mixture the module of all its experts, or of the shared one.
+        Of a mixture the module of all its experts, or of the shared one; of keys and values, where one module gives
+        them with the queries, that one.
 
         Raises:
             SiteError: the model has no such site.

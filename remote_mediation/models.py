@@ -219,6 +219,7 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
         d_ff=d_ff,
         heads=heads,
         kv_heads=_key_value_heads(text, family),
+        kv_copies=_copies(text, family),
         d_head=getattr(text, family.d_head, None) or d_model // heads,
         vocab=text.vocab_size,
         gated=family.gated,
@@ -307,6 +308,12 @@ def _key_value_heads(config: PreTrainedConfig, family: Family) -> int:
     if getattr(config, "multi_query", False):
         return 1
     return getattr(config, family.kv_heads, None) or int(config.num_attention_heads)
+
+
+def _copies(config: PreTrainedConfig, family: Family) -> int:
+    """How often the cache holds each key/value head (transformers, `FalconAttention._split_heads`)."""
+    repeated = getattr(config, "new_decoder_architecture", False)
+    return int(config.num_attention_heads) // int(getattr(config, family.kv_heads)) if repeated else 1
 
 
 def fingerprint(name: str) -> str:

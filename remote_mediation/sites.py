@@ -18,6 +18,8 @@ Component = Literal[
     "mlp_output",
     "mlp_neurons",
     "attention_heads",
+    "key_heads",
+    "value_heads",
     "router",
     "expert_output",
     "shared_expert_output",
@@ -25,6 +27,8 @@ Component = Literal[
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 # The order in which a block computes them, which is the order in which nnsight lets a trace read them.
 FORWARD_ORDER: tuple[Component, ...] = (
+    "key_heads",
+    "value_heads",
     "attention_heads",
     "attention_output",
     "mlp_neurons",
@@ -36,6 +40,11 @@ FORWARD_ORDER: tuple[Component, ...] = (
 )
 # Parts of a mixture of experts; a unit of the first two is one routed expert.
 MIXTURE_COMPONENTS: tuple[Component, ...] = ("router", "expert_output", "shared_expert_output")
+HeadComponent = Literal["attention_heads", "key_heads", "value_heads"]
+# What only softmax attention has; a unit is one head, `d_head` wide.
+HEAD_COMPONENTS: tuple[HeadComponent, ...] = get_args(HeadComponent)
+# Heads that several query heads share; there are as many as `ModelInfo.shared_heads` says.
+SHARED_HEADS: tuple[Component, ...] = ("key_heads", "value_heads")
 
 
 _ALIBI = (
@@ -53,6 +62,19 @@ class Hook(NamedTuple):
     path: str
     side: Literal["input", "output"] = "output"
     item: int | None = None
+
+
+class Columns(NamedTuple):
+    """What a component has of a tensor that holds others too: some neighbouring columns of each of its equal groups."""
+
+    groups: int
+    """The tensor's columns are so many groups."""
+    stride: int
+    """Columns of a group."""
+    first: int
+    """The component's first one in a group."""
+    width: int
+    """How many it has in a group."""
 
 
 class Refusal(NamedTuple):
@@ -103,6 +125,15 @@ class Family:
     """Input of the down-projection, `d_ff` wide; None for a mixture of experts, which has no such tensor."""
     attention_heads: Hook
     """Input of the attention's output projection, heads side by side."""
+    key_heads: Hook | None = None
+    """Where keys pass, key/value heads side by side: before they are turned by their position, and before a norm of
+    each head; after a norm that spans them all, so that a head that is swapped leaves the others as they are. None
+    where no module gives the keys of its own tokens alone."""
+    value_heads: Hook | None = None
+    """Where values pass, in the same way."""
+    projection: Literal["apart", "joined", "grouped"] = "apart"
+    """How the two stand in what their modules give: alone; behind the queries, values last; or after the query heads
+    of each key/value head its key, then its value."""
     embeddings: tuple[str, ...] = ("embed_tokens",)
     """Modules beside the list of layers whose outputs add up to what enters the first one, but for a factor."""
     layer_item: int | None = None
@@ -182,6 +213,8 @@ _LLAMA = Family(
     mlp_output=Hook("mlp"),
     mlp_neurons=Hook("mlp.down_proj", "input"),
     attention_heads=Hook("self_attn.o_proj", "input"),
+    key_heads=Hook("self_attn.k_proj"),
+    value_heads=Hook("self_attn.v_proj"),
 )
 _UNGATED_LLAMA = replace(_LLAMA, gated=False)
 _POST_NORM = replace(  # what reaches the stream has passed a norm of its own
@@ -189,9 +222,12 @@ _POST_NORM = replace(  # what reaches the stream has passed a norm of its own
     attention_output=Hook("post_attention_layernorm"),
     mlp_output=Hook("post_feedforward_layernorm"),
 )
+_POST_NORM_KEYS = replace(_POST_NORM, key_heads=Hook("self_attn.k_norm"))  # one norm for the keys of all heads
 _MIXTRAL = replace(_LLAMA, mlp_neurons=None, mixture=Mixture("num_local_experts", "intermediate_size"))
 _DEEPSEEK = replace(
     _MIXTRAL,
+    key_heads=None,  # every pass makes keys and values anew, of all tokens before too, from one vector per token
+    value_heads=None,
     d_head="v_head_dim",
     mixture=Mixture(
         "n_routed_experts",
@@ -218,6 +254,8 @@ _LFM2 = Family(
     mlp_output=Hook("feed_forward"),
     mlp_neurons=Hook("feed_forward.w2", "input"),
     attention_heads=Hook("self_attn.out_proj", "input"),
+    key_heads=Hook("self_attn.k_proj"),
+    value_heads=Hook("self_attn.v_proj"),
     mixer=Hook("conv"),
     refused=(Refusal("conv_bias", True, _BIASED),),
 )
@@ -228,7 +266,13 @@ FAMILIES: dict[str, Family] = {
     "ministral3": replace(_LLAMA, windows="all"),
     "qwen2": replace(_LLAMA, windows="listed"),
     "qwen3": replace(_LLAMA, windows="listed"),
-    "phi3": replace(_LLAMA, windows="all"),
+    "phi3": replace(
+        _LLAMA,
+        key_heads=Hook("self_attn.qkv_proj"),
+        value_heads=Hook("self_attn.qkv_proj"),
+        projection="joined",
+        windows="all",
+    ),
     "gemma": _LLAMA,
     "gemma2": replace(_POST_NORM, windows="listed"),
     "gemma3_text": replace(_POST_NORM, windows="listed"),
@@ -236,8 +280,8 @@ FAMILIES: dict[str, Family] = {
     "mistral3": replace(_LLAMA, blocks="model.language_model.layers", tower="text_config", windows="all", causal=False),
     "smollm3": replace(_LLAMA, windows="listed"),
     "olmo": _LLAMA,
-    "olmo2": _POST_NORM,
-    "olmo3": replace(_POST_NORM, windows="listed"),
+    "olmo2": _POST_NORM_KEYS,
+    "olmo3": replace(_POST_NORM_KEYS, windows="listed"),
     "seed_oss": _LLAMA,
     "helium": _LLAMA,
     "ernie4_5": _LLAMA,
@@ -268,6 +312,9 @@ FAMILIES: dict[str, Family] = {
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.c_proj", "input"),
         attention_heads=Hook("attn.c_proj", "input"),
+        key_heads=Hook("attn.c_attn"),
+        value_heads=Hook("attn.c_attn"),
+        projection="joined",
         gated=False,
         d_ff="n_inner",
     ),
@@ -278,6 +325,8 @@ FAMILIES: dict[str, Family] = {
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.fc_out", "input"),
         attention_heads=Hook("attn.out_proj", "input"),
+        key_heads=Hook("attn.k_proj"),
+        value_heads=Hook("attn.v_proj"),
         layer_item=0,
         gated=False,
         d_ff="n_inner",
@@ -289,6 +338,9 @@ FAMILIES: dict[str, Family] = {
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.dense_4h_to_h", "input"),
         attention_heads=Hook("attention.dense", "input"),
+        key_heads=Hook("attention.query_key_value"),
+        value_heads=Hook("attention.query_key_value"),
+        projection="grouped",
         gated=False,
     ),
     "falcon": Family(
@@ -298,6 +350,9 @@ FAMILIES: dict[str, Family] = {
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.dense_4h_to_h", "input"),
         attention_heads=Hook("self_attention.dense", "input"),
+        key_heads=Hook("self_attention.query_key_value"),
+        value_heads=Hook("self_attention.query_key_value"),
+        projection="grouped",
         layer_item=0,
         gated=False,
         d_ff="ffn_hidden_size",
@@ -320,7 +375,11 @@ FAMILIES: dict[str, Family] = {
     "mixtral": replace(_MIXTRAL, windows="all"),
     "phimoe": replace(_MIXTRAL, windows="all"),
     "gpt_oss": replace(_MIXTRAL, windows="listed", mlp_output=Hook("mlp", "output", 0)),
-    "olmoe": replace(_MIXTRAL, mixture=Mixture("num_experts", "intermediate_size")),
+    "olmoe": replace(
+        _MIXTRAL,
+        key_heads=Hook("self_attn.k_norm"),
+        mixture=Mixture("num_experts", "intermediate_size"),
+    ),
     "qwen2_moe": replace(_QWEN_MOE, windows="listed"),
     "qwen3_moe": replace(
         _MIXTRAL,
@@ -395,6 +454,11 @@ def _lacking(component: Component, family: str) -> str:
             f"a layer of a mixture of experts ({family}) has no one MLP whose neurons could be named; study "
             "layer_output, attention_output, mlp_output, attention_heads or expert_output"
         )
+    if component in SHARED_HEADS:
+        return (
+            f"attention of {family} makes the keys and values of all tokens anew in every pass, from one vector per "
+            "token, so that no module gives those of some tokens alone; study attention_heads"
+        )
     if FAMILIES[family].mixture is None:
         return f"{family} is no mixture of experts"
     return f"the layers of {family} have no expert that always runs"
@@ -419,7 +483,7 @@ class ModelInfo:
     heads: int
     """Number of attention (query) heads per layer."""
     kv_heads: int
-    """Number of key/value heads per layer."""
+    """Number of key/value heads per layer, as the cache holds them."""
     d_head: int
     """Width of one head."""
     vocab: int
@@ -448,6 +512,13 @@ class ModelInfo:
     """Layers of a mixture that have experts; the others have one MLP."""
     recurrent: tuple[int, ...] = ()
     """Layers without softmax attention, such as convolutions or linear attention."""
+    kv_copies: int = 1
+    """How often the cache holds each key/value head: once but where attention repeats them before it keeps them."""
+
+    @property
+    def shared_heads(self) -> int:
+        """Key/value heads per layer that differ: units of `key_heads` and `value_heads`."""
+        return self.kv_heads // self.kv_copies
 
     @property
     def unfolded(self) -> bool:
@@ -458,7 +529,7 @@ class ModelInfo:
         """Layers that have a component."""
         if component in MIXTURE_COMPONENTS:
             return self.routed
-        lacking = self.recurrent if component == "attention_heads" else ()
+        lacking = self.recurrent if component in HEAD_COMPONENTS else ()
         return tuple(layer for layer in range(self.layers) if layer not in lacking)
 
     @classmethod
@@ -476,6 +547,7 @@ class ModelInfo:
         if not self.has(component):
             raise SiteError(f"{self.name} has no {component}: {_lacking(component, self.family)}")
         counts: dict[Component, int] = {"mlp_neurons": self.d_ff, "attention_heads": self.heads}
+        counts |= dict.fromkeys(SHARED_HEADS, self.shared_heads)
         counts |= {"router": self.experts, "expert_output": self.experts, "shared_expert_output": 1}
         return counts.get(component, self.d_model)
 
@@ -487,7 +559,16 @@ class ModelInfo:
         """Numbers that a component has at one token, all units together."""
         if component in ("expert_output", "shared_expert_output"):
             return self.d_model
-        return self.width(component) * (self.d_head if component == "attention_heads" else 1)
+        return self.width(component) * (self.d_head if component in HEAD_COMPONENTS else 1)
+
+    def columns_within(self, component: Component) -> Columns | None:
+        """Where keys or values stand in what one module gives with the queries; None for what stands alone."""
+        projection = family_of(self.family).projection
+        if component not in SHARED_HEADS or projection == "apart":
+            return None
+        groups = self.shared_heads if projection == "grouped" else 1
+        queries, width = (heads * self.d_head // groups for heads in (self.heads, self.shared_heads))
+        return Columns(groups, queries + 2 * width, queries + width * (component == "value_heads"), width)
 
     def vector_width(self, component: Component, units: tuple[int, ...]) -> int:
         """Numbers that units of a component (all if none are named) have at one token; experts add up to one vector."""
@@ -497,7 +578,7 @@ class ModelInfo:
 
     def columns(self, component: Component, units: tuple[int, ...]) -> tuple[int, ...]:
         """Tensor columns of units: a head is `d_head` columns, every other unit is one; an expert is its number."""
-        if component != "attention_heads":
+        if component not in HEAD_COMPONENTS:
             self.width(component)  # refuses a component that the family lacks
             return units
         return tuple(head * self.d_head + column for head in units for column in range(self.d_head))
@@ -523,11 +604,11 @@ def refuse_absent(site: Site, info: ModelInfo) -> None:
     Raises:
         SiteError: with the layers that have it.
     """
-    if site.component not in ("attention_heads", *MIXTURE_COMPONENTS):
+    if site.component not in (*HEAD_COMPONENTS, *MIXTURE_COMPONENTS):
         return
     there = info.layers_with(site.component)
     if site.layer not in there and 0 <= site.layer < info.layers:
-        why = "no softmax attention" if site.component == "attention_heads" else "one MLP"
+        why = "no softmax attention" if site.component in HEAD_COMPONENTS else "one MLP"
         raise SiteError(
             f"layer {site.layer} of {info.name} has no {site.component}: it has {why}; layers that have it are "
             f"{', '.join(map(str, there))}"

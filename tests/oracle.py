@@ -55,6 +55,12 @@ def _modules(blocks: str, attention: str, mlp: str, neurons: str | None, heads: 
     return {component: f"{blocks}.{{}}.{name}".rstrip(".") for component, name in names.items()}
 
 
+def _keys_and_values(blocks: str, attention: str, keys: str, values: str) -> dict[str, str]:
+    """Modules whose outputs hold keys and values."""
+    names = {"key_heads": keys, "value_heads": values}
+    return {component: f"{blocks}.{{}}.{attention}.{name}" for component, name in names.items()}
+
+
 _LLAMA = _modules("model.layers", "self_attn", "mlp", "mlp.down_proj", "self_attn.o_proj")
 _NORMED = _modules(
     "model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "mlp.down_proj", "self_attn.o_proj"
@@ -84,11 +90,28 @@ MODULES: dict[str, dict[str, str]] = {
     "gpt_neox": _modules("gpt_neox.layers", "attention", "mlp", "mlp.dense_4h_to_h", "attention.dense"),
     "falcon": _modules("transformer.h", "self_attention", "mlp", "mlp.dense_4h_to_h", "self_attention.dense"),
 }
+_APART = _keys_and_values("model.layers", "self_attn", "k_proj", "v_proj")
+_NORMED_KEYS = _keys_and_values("model.layers", "self_attn", "k_norm", "v_proj")
+_KEYS_AND_VALUES: dict[str, dict[str, str]] = {
+    **dict.fromkeys(MODULES.keys() - {"deepseek_v2", "deepseek_v3"}, _APART),
+    **dict.fromkeys(("olmo2", "olmo3", "olmoe"), _NORMED_KEYS),
+    **dict.fromkeys(
+        ("gemma3", "mistral3"), _keys_and_values("model.language_model.layers", "self_attn", "k_proj", "v_proj")
+    ),
+    "phi3": _keys_and_values("model.layers", "self_attn", "qkv_proj", "qkv_proj"),
+    "gpt2": _keys_and_values("transformer.h", "attn", "c_attn", "c_attn"),
+    "gptj": _keys_and_values("transformer.h", "attn", "k_proj", "v_proj"),
+    "gpt_neox": _keys_and_values("gpt_neox.layers", "attention", "query_key_value", "query_key_value"),
+    "falcon": _keys_and_values("transformer.h", "self_attention", "query_key_value", "query_key_value"),
+}
+for _family, _paths in _KEYS_AND_VALUES.items():
+    MODULES[_family] = {**MODULES[_family], **_paths}
 # What mixes tokens in layers of hybrids that have no softmax attention.
 MIXERS = dict.fromkeys(("lfm2", "lfm2_moe"), "conv")
 MIXERS |= dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), "linear_attn")
 # These two are what goes into the named module; the other components are what comes out of it.
 INPUTS = ("mlp_neurons", "attention_heads")
+INPUTS_OF_ATTENTION = ("queries", "key_heads", "value_heads")
 
 
 class Token(NamedTuple):
@@ -133,6 +156,29 @@ def module_path(model: PreTrainedModel, name: str, layer: int) -> str:
     if family not in MIXERS or model.config.layer_types[layer] == "full_attention" or "self_attn" not in path:
         return path
     return path.replace("self_attn", MIXERS[family]) if name == "attention_output" else ""
+
+
+def columns_of(model: PreTrainedModel, name: str, layer: int, width: int) -> list[int]:
+    """Where keys or values stand in what a projection of so many columns gives with the queries; none where alone.
+
+    Numbers of columns are parted as the transformers class parts what the projection gives.
+    """
+    config, numbers, which = model.config, torch.arange(width), INPUTS_OF_ATTENTION.index(name)
+    match config.model_type:
+        case "gpt2":
+            found = numbers.chunk(3)[which]
+        case "phi3":
+            heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+            head = config.hidden_size // config.num_attention_heads
+            found = numbers.split([count * head for count in heads])[which]
+        case "gpt_neox":
+            found = numbers.view(config.num_attention_heads, -1).chunk(3, -1)[which]
+        case "falcon":
+            attention = model.transformer.h[layer].self_attention
+            found = attention._split_heads(numbers[None, None])[which].unique()  # repeated in newer blocks
+        case _:
+            return []
+    return found.flatten().tolist()
 
 
 class Oracle:
@@ -219,6 +265,17 @@ class Oracle:
 
             def change(tensor: Tensor) -> Tensor:
                 return inner(tensor * self._multiplier) / self._multiplier
+
+        if name in INPUTS_OF_ATTENTION:
+            alone = change
+
+            def change(tensor: Tensor) -> Tensor:
+                columns = columns_of(self._model, name, layer, tensor.shape[-1])
+                if not columns:
+                    return alone(tensor)
+                tensor = tensor.clone()
+                tensor[..., columns] = alone(tensor[..., columns])
+                return tensor
 
         if name in INPUTS:
             return module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
@@ -379,6 +436,7 @@ def _random_write(pair: TokenPair, base: int, info: ModelInfo, rng: np.random.Ge
     components: list[Component] = [name for name in COMPONENTS if name in MODULES[info.family]]
     component = components[rng.integers(len(components))]
     widths = {"mlp_neurons": info.d_ff, "attention_heads": info.heads * info.d_head}
+    widths |= dict.fromkeys(("key_heads", "value_heads"), info.shared_heads * info.d_head)
     width = widths.get(component, info.d_model)
     lengths = [len(prompt) + pair.fed for prompt in pair.prompts]
     places = _random_subset(lengths[base], int(rng.integers(1, 6)), rng)

@@ -58,6 +58,13 @@ def test_heads() -> None:
     assert sites("heads") == [Site("attention_heads", layer, "last", (head,)) for layer in range(6) for head in (0, 1)]
 
 
+def test_key_and_value_heads() -> None:
+    heads = {"components": ["value_heads", "key_heads"]}
+    assert sites("heads", heads=heads, positions={"heads": ["edit"]}) == [
+        Site(component, layer, "edit", (0,)) for component in ("value_heads", "key_heads") for layer in range(6)
+    ]
+
+
 def test_tokens() -> None:
     assert sites("tokens") == [
         Site("layer_output", layer, token)
@@ -101,6 +108,7 @@ def test_neurons_of_layers_that_are_not_there(layer: int, message: str) -> None:
         (Site("mlp_output", 6, "all"), r"layer 6 is out of range"),
         (Site("mlp_neurons", 0, "all", (12,)), r"unit 12 of mlp_neurons is out of range: tiny has 0 to 11"),
         (Site("attention_heads", 0, "all", (0, 2)), r"unit 2 of attention_heads is out of range: tiny has 0 to 1"),
+        (Site("key_heads", 0, "all", (1,)), r"unit 1 of key_heads is out of range: tiny has 0 to 0"),
         (Site("layer_output", 0, "all", (8,)), r"unit 8 of layer_output is out of range: tiny has 0 to 7"),
     ],
 )

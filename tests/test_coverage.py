@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from oracle import Subject
@@ -21,11 +22,18 @@ def test_every_family_has_a_line() -> None:
     assert set(lines) == {*FAMILIES, *NOT_COVERED}
     assert lines["llama"].components == {
         "layer_output": "model.layers[i]",
+        "key_heads": "output of self_attn.k_proj",
+        "value_heads": "output of self_attn.v_proj",
         "attention_heads": "input of self_attn.o_proj",
         "attention_output": "output of self_attn",
         "mlp_neurons": "input of mlp.down_proj",
         "mlp_output": "output of mlp",
     }
+    assert lines["olmo2"].components["key_heads"] == "output of self_attn.k_norm"
+    assert lines["phi3"].components["value_heads"] == "its columns of the output of self_attn.qkv_proj"
+    for name in ("key_heads", "value_heads"):
+        assert lines["deepseek_v3"].components[name] == "none: attention makes them anew in every pass, of all tokens"
+    assert lines["qwen3_next"].components["key_heads"].endswith("k_proj; none in layers without softmax attention")
     assert lines["granite"].components["mlp_output"] == "output of mlp x residual_multiplier"
     assert lines["mixtral"].components["mlp_neurons"] == "none: a mixture of experts"
     assert lines["mixtral"].components["router"] == "weights that enter mlp.experts, 0 for experts not chosen"
@@ -64,12 +72,20 @@ def test_weights_that_run_for_a_token_in_a_mixture() -> None:
         ({"mlp_output": Hook("feed_forward")}, "layer 0 has no feed_forward, where mlp_output is read"),
         (
             {"mlp_neurons": Hook("self_attn.q_proj", "input")},
-            "self_attn.q_proj of layer 0 is (48, 32), and mlp_neurons",
+            "self_attn.q_proj of layer 0 is (48, 32), and should be 40 wide for mlp_neurons",
+        ),
+        (
+            {"key_heads": Hook("self_attn.q_proj")},
+            "self_attn.q_proj of layer 0 is (48, 32), and should be 24 wide for key_heads",
+        ),
+        (
+            {"projection": "joined"},
+            "self_attn.k_proj of layer 0 is (24, 32), and should be 96 wide for key_heads",
         ),
     ],
 )
 def test_a_row_that_names_what_is_not_there(
-    subject: Subjects, monkeypatch: pytest.MonkeyPatch, change: dict[str, Hook], reason: str
+    subject: Subjects, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], reason: str
 ) -> None:
     monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], **change))
     found = check_model(subject("llama").info.name)

@@ -17,11 +17,21 @@ from transformers import AutoConfig, PreTrainedModel
 
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.program import module_at
-from remote_mediation.engine.rows import Constant, Row, Write, swap
+from remote_mediation.engine.rows import Constant, Row, Source, Write, swap
 from remote_mediation.errors import SiteError
 from remote_mediation.models import info_of, load_info
 from remote_mediation.outcomes import Outcome
-from remote_mediation.sites import FAMILIES, NOT_COVERED, Component, Hook, Site, check_site
+from remote_mediation.sites import (
+    FAMILIES,
+    HEAD_COMPONENTS,
+    NOT_COVERED,
+    SHARED_HEADS,
+    Component,
+    Hook,
+    ModelInfo,
+    Site,
+    check_site,
+)
 from remote_mediation.tokens import SPANS, TokenPair
 
 Subjects = Callable[[str], Subject]
@@ -52,6 +62,10 @@ UNITS: tuple[tuple[Component, tuple[int, ...]], ...] = (
     ("mlp_neurons", (0, 3, 5, 6, 17, 30, 39)),
     ("attention_heads", (1,)),
     ("attention_heads", (0, 3)),
+    ("key_heads", ()),
+    ("key_heads", (1,)),
+    ("value_heads", ()),
+    ("value_heads", (1,)),
 )
 POSITIONS = (*SPANS, "edit[-1]", "after_edit[0]", "post_instruction[-1]")
 # Positions that hold the token where the answer is read; elsewhere the last layer's values reach no answer.
@@ -61,7 +75,10 @@ READ = ("last", "all", "post_instruction", "post_instruction[-1]")
 def grid(pair: TokenPair, subject: Subject) -> list[Row]:
     """Every choice of units at every position, in both directions; the layer changes from site to site."""
     rows = []
-    units_here = [(name, units) for name, units in UNITS if name in FAMILIES[subject.info.family].hooks]
+    there = FAMILIES[subject.info.family].hooks
+    units_here = [
+        (name, units) for name, units in UNITS if name in there and max((0, *units)) < subject.info.width(name)
+    ]
     for number, ((component, units), position) in enumerate(product(units_here, POSITIONS)):
         below = subject.info.layers - (position not in READ)
         layers = [layer for layer in subject.info.layers_with(component) if layer < below]
@@ -114,6 +131,8 @@ def test_a_hook_moved_by_one_module_is_noticed(subject: Subjects, family: str, m
     }
     if row.mlp_neurons is not None:
         moved["mlp_neurons"] = Hook(wide_module(block, row.mlp_neurons, model.info.d_ff))
+    if row.key_heads is not None and row.projection == "apart":
+        moved |= {"key_heads": row.value_heads, "value_heads": row.key_heads}
     # Constants: a whole vector exchanged before the activation function is the same as exchanged after it, and a
     # vector scaled before a post-norm leaves it as it was.
     for component, hook in moved.items():
@@ -128,6 +147,45 @@ def test_a_hook_moved_by_one_module_is_noticed(subject: Subjects, family: str, m
         largest = np.abs(right.effects).max()
         assert right.deviation < TOLERANCE * largest
         assert wrong.deviation > 100 * TOLERANCE * largest
+
+
+@pytest.mark.parametrize(
+    "family", [*(name for name, row in FAMILIES.items() if row.projection != "apart"), "falcon_new"]
+)
+@pytest.mark.parametrize("component", SHARED_HEADS)
+def test_columns_moved_within_a_projection_are_noticed(
+    subject: Subjects, family: str, component: Component, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pair = subject(family), token_pair("pair", edits=(2, 4))
+    rows = [swap(pair, Site(component, 1, "all"), base, model.info) for base in (0, 1)]
+    right, columns = model.compare([pair], rows, LOGIT_DIFF), ModelInfo.columns_within
+    other = {"key_heads": "value_heads", "value_heads": "key_heads"}
+    monkeypatch.setattr(ModelInfo, "columns_within", lambda info, name: columns(info, other[name]))
+    wrong = model.compare([pair], rows, LOGIT_DIFF)
+    largest = np.abs(right.effects).max()
+    assert right.deviation < TOLERANCE * largest
+    assert wrong.deviation > 100 * TOLERANCE * largest
+
+
+@pytest.mark.parametrize("family", ["olmo2", "olmo3", "olmoe"])
+def test_a_key_head_under_a_norm_of_all_heads_leaves_the_others_as_they_are(subject: Subjects, family: str) -> None:
+    """A head's keys as attention gets them: those of head 0, by its query heads, do not change with those of head 1."""
+    model, pair = subject(family), token_pair("pair")
+    found = []
+    for value in (0.0, 100.0):
+        constant = Constant((value,) * model.info.d_head)
+        columns = model.info.columns("key_heads", (1,))
+        write = Write("key_heads", 0, pair.places("all")[0], columns, constant)
+        found.append(Row("pair", 0, (write, hold_others(pair, model))))
+    first, second = model.measure([pair], found, LOGIT_DIFF)
+    assert first == second
+
+
+def hold_others(pair: TokenPair, model: Subject) -> Write:
+    """The query heads of key head 1 as they are in the base run."""
+    group = range(model.info.heads // 2, model.info.heads)
+    columns, places = model.info.columns("attention_heads", tuple(group)), pair.places("all")[0]
+    return Write("attention_heads", 0, places, columns, Source(0, places))
 
 
 def wide_module(block: nn.Module, hook: Hook, width: int) -> str:
@@ -166,6 +224,8 @@ def test_info_is_the_shape_of_the_weights(subject: Subjects, name: str) -> None:
     assert info.layers == len(blocks)
     assert (info.vocab, info.d_model) == tuple(head.shape)
     assert info.heads * info.d_head == seen["attention_heads"].shape[-1]
+    if "key_heads" in seen and FAMILIES[info.family].projection == "apart":
+        assert info.shared_heads * info.d_head == seen["key_heads"].shape[-1] == seen["value_heads"].shape[-1]
     if not name.startswith("deepseek"):  # keeps one compressed vector in place of keys and values
         assert (info.kv_heads, info.d_head) == (keys.shape[1], keys.shape[3])
     if name not in MIXTURES:
@@ -200,6 +260,16 @@ def test_a_mixture_has_no_neurons_and_says_so(subject: Subjects, name: str) -> N
             ask()
 
 
+@pytest.mark.parametrize("component", SHARED_HEADS)
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_keys_and_values_made_of_one_vector_are_no_heads(subject: Subjects, name: str, component: Component) -> None:
+    info, pair = subject(name).info, token_pair("pair")
+    site = Site(component, 1, "last", (0,))
+    for ask in (lambda: check_site(site, info), lambda: swap(pair, site, 0, info)):
+        with pytest.raises(SiteError, match=f"has no {component}: attention of {name} makes the keys and values"):
+            ask()
+
+
 def missing_share(seen: dict[str, Tensor], multiplier: float) -> float:
     """How far a block's output is from its input and contributions, relative to the output's largest entry."""
     added = (seen["attention_output"] + seen["mlp_output"]) * multiplier
@@ -222,7 +292,8 @@ def seen_in(model: PreTrainedModel, block: nn.Module) -> dict[str, Tensor]:
     hooks: dict[str, Hook] = {**family.hooks, "layer_input": Hook("", "input")}
     if family.mixer is not None and not hasattr(block, "self_attn"):
         hooks["attention_output"] = family.mixer
-        del hooks["attention_heads"]
+        for name in HEAD_COMPONENTS:
+            del hooks[name]
     handles = [watch(name, hook) for name, hook in hooks.items()]
     with torch.no_grad():
         model(input_ids=torch.tensor([[7, 8, 9, 10, 11, 12, 13, 14]]), use_cache=False)

@@ -205,6 +205,17 @@ def test_heads_are_ordered_as_numbers_with_a_row_per_position() -> None:
     assert np.asarray(axes[2].images[0].get_array()).tolist() == [[float(head) for head in range(11)]]
 
 
+def test_kinds_of_heads_have_rows_of_their_own() -> None:
+    rows = [
+        site("heads", component, 0, "edit", unit=(head, head + 1), mean=float(head))
+        for component, heads in (("attention_heads", 4), ("value_heads", 2))
+        for head in range(heads)
+    ]
+    axes = panels(maps.heads_figure(table(rows), 0.05))
+    assert [np.asarray(axis.images[0].get_array()).shape for axis in axes] == [(1, 4), (1, 4), (1, 2), (1, 2)]
+    assert "edit, value heads" in axes[2].get_title(loc="left")
+
+
 def unit_figure() -> Axes:
     values = {5: (0.4, 0.3), 6: (0.2, 0.02), 7: (0.0, 0.0)}
     sites = pd.DataFrame(

@@ -19,6 +19,7 @@ from remote_mediation.engine.rows import swap
 from remote_mediation.engine.unfold import sequences, tokens_run, unfolding
 from remote_mediation.errors import SiteError
 from remote_mediation.models import info_of
+from remote_mediation.sites import HEAD_COMPONENTS, Site, check_site
 from remote_mediation.tokens import TokenPair, trie
 
 Subjects = Callable[[str], Subject]
@@ -87,7 +88,10 @@ def test_layers_are_read_from_the_configuration() -> None:
     config = AutoConfig.for_model("lfm2", num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"])
     info = info_of(config, "some/lfm2")
     assert info.recurrent == (0, 2)
-    assert info.layers_with("attention_heads") == (1,)
+    for component in HEAD_COMPONENTS:
+        assert info.layers_with(component) == (1,)
+        with pytest.raises(SiteError, match=f"layer 0 of some/lfm2 has no {component}: it has no softmax attention"):
+            check_site(Site(component, 0, "last", (0,)), info)
     assert info.layers_with("attention_output") == (0, 1, 2)
     with pytest.raises(SiteError, match="conv_bias = True and cannot be studied: its convolutions carry"):
         info_of(AutoConfig.for_model("lfm2", conv_bias=True), "some/lfm2")
@@ -102,11 +106,14 @@ def test_whole_analyses(subject: Subjects, tmp_path: Path) -> None:
         refusal={"compliant": ["sure", "yes"], "refusing": ["sorry", "no"]},
         statistics={"resamples": 100},
         analyses=["modules", "heads", "rivals"],
+        heads={"components": ["attention_heads", "value_heads"]},
     )
     planned, counting = estimate(config), Counting(model.backend)
     with rm.open_lab(config, out=tmp_path / "run", backend=counting) as lab:
         effects = lab.run().effects
     layers = {name: set(part["layer"]) for name, part in effects.groupby("analysis")}
     assert layers["heads"] == {0, 2}
+    units = effects[effects["analysis"] == "heads"].groupby("component")["unit_start"].max()
+    assert units.to_dict() == {"attention_heads": 3, "value_heads": 1}
     assert layers["modules"] == {0, 1, 2}
     assert counting.flops <= planned.flops

@@ -24,7 +24,7 @@ from remote_mediation.engine.rows import Row, direct_row, swap, swap_all
 from remote_mediation.errors import SiteError
 from remote_mediation.lab import Lab, Study
 from remote_mediation.outcomes import Outcome
-from remote_mediation.sites import FAMILIES, Component, Site
+from remote_mediation.sites import FAMILIES, SHARED_HEADS, Component, Site
 from remote_mediation.store import Store
 from remote_mediation.tokens import TokenPair
 
@@ -137,6 +137,9 @@ def test_joint_of_all_contributions_is_the_whole_effect(subject: Subjects, name:
         [Site("layer_output", 1, "all"), Site("attention_output", 1, "edit")],
         [Site("attention_heads", 1, "last", (1,)), Site("attention_heads", 1, "last")],
         [Site("mlp_output", 1, "all"), Site("mlp_output", 1, "all")],
+        [Site("layer_output", 1, "all"), Site("key_heads", 1, "edit")],
+        [Site("value_heads", 1, "edit"), Site("attention_heads", 1, "all")],
+        [Site("value_heads", 1, "edit"), Site("value_heads", 1, "edit", (1,))],
     ],
 )
 def test_a_covered_site_is_refused_by_name(subject: Subjects, sites: list[Site]) -> None:
@@ -145,3 +148,15 @@ def test_a_covered_site_is_refused_by_name(subject: Subjects, sites: list[Site])
         swap_all(pair, sites, 0, subject("llama").info)
     apart = [Site("layer_output", 1, "edit"), Site("attention_output", 1, "last")]
     assert len(swap_all(pair, apart, 0, subject("llama").info).writes) == 2
+
+
+def test_keys_and_values_reach_the_tokens_behind_theirs(subject: Subjects) -> None:
+    """Attention's own output at their tokens does not cover them."""
+    model, pair = subject("llama"), token_pair("pair")
+    for component in SHARED_HEADS:
+        sites = [Site("attention_output", 1, "edit"), Site(component, 1, "edit")]
+        rows = [swap_all(pair, sites, side, model.info) for side in (0, 1)]
+        rows += [swap(pair, sites[0], side, model.info) for side in (0, 1)]
+        measured = model.compare([pair], rows, LOGIT_DIFF)
+        assert measured.deviation < TOLERANCE
+        assert np.abs(measured.effects[:2] - measured.effects[2:]).min() > 10 * TOLERANCE

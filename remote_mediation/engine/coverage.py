@@ -12,13 +12,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remote_mediation.errors import ModelError, SiteError
 from remote_mediation.models import class_of, info_of, load_configuration
-from remote_mediation.sites import FAMILIES, NOT_COVERED, Component, Family, Hook, Mixture, ModelInfo
+from remote_mediation.sites import (
+    FAMILIES,
+    HEAD_COMPONENTS,
+    NOT_COVERED,
+    SHARED_HEADS,
+    Component,
+    Family,
+    Hook,
+    Mixture,
+    ModelInfo,
+)
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-_CHECKED: tuple[Component, ...] = ("mlp_neurons", "attention_heads")
+_CHECKED: tuple[Component, ...] = ("mlp_neurons", *HEAD_COMPONENTS)
 
 
 class FamilyLine(NamedTuple):
@@ -87,9 +97,14 @@ def described(family: Family) -> dict[str, str]:
             continue
         scaled = name in ("attention_output", "mlp_output") and family.multiplier
         lines[name] = f"{hook.side} of {hook.path}" + (f" x {family.multiplier}" if scaled else "")
+        if name in SHARED_HEADS and family.projection != "apart":
+            lines[name] = f"its columns of the {lines[name]}"
     if family.mixer is not None:
         lines["attention_output"] += f"; {family.mixer.side} of {family.mixer.path} in layers without softmax attention"
-        lines["attention_heads"] += "; none in layers without softmax attention"
+        for name in HEAD_COMPONENTS:
+            lines[name] += "; none in layers without softmax attention"
+    for name in SHARED_HEADS:
+        lines.setdefault(name, "none: attention makes them anew in every pass, of all tokens")
     if family.mixture is not None:
         lines["mlp_neurons"] = "none: a mixture of experts"
         lines |= _described_parts(family.mixture)
@@ -156,11 +171,17 @@ def _faults(model: nn.Module, family: Family, info: ModelInfo) -> Iterator[str]:
             module = _module(block, hook)
             if module is None:
                 yield f"layer {layer} has no {hook.path}, where {component} is read"
-            elif component in _CHECKED and info.tensor_width(component) not in module.weight.shape:
-                width, shape = info.tensor_width(component), tuple(module.weight.shape)
-                yield f"{hook.path} of layer {layer} is {shape}, and {component} should be {width} wide"
+            elif component in _CHECKED and _width(info, component) not in module.weight.shape:
+                width, shape = _width(info, component), tuple(module.weight.shape)
+                yield f"{hook.path} of layer {layer} is {shape}, and should be {width} wide for {component}"
         if family.mixture is not None:
             yield from _mixture_faults(block, family.mixture, info, layer)
+
+
+def _width(info: ModelInfo, component: Component) -> int:
+    """How wide the tensor should be at which a component passes, with what else passes there."""
+    within = info.columns_within(component)
+    return within.groups * within.stride if within else info.tensor_width(component)
 
 
 def _hooks_at(family: Family, info: ModelInfo, layer: int) -> dict[Component, Hook]:

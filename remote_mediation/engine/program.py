@@ -405,7 +405,15 @@ def module_tensor(spec: dict[str, Any], block: Any, name: str) -> torch.Tensor:
     module = module_at(block, path)
     value: Any = module.input if side == "input" else module.output
     tensor: torch.Tensor = value if index is None or alone(value) else value[index]
+    if name in spec["columns"]:
+        tensor = columns_within(spec, name, tensor).flatten(-2)
     return fold(spec, tensor)
+
+
+def columns_within(spec: dict[str, Any], name: str, whole: torch.Tensor) -> torch.Tensor:
+    """What a component has of a tensor that holds others too: `[..., group, column]`, a view."""
+    groups, stride, first, width = spec["columns"][name]
+    return whole.view(*whole.shape[:-1], groups, stride)[..., first : first + width]
 
 
 def hook_of(spec: dict[str, Any], block: Any, name: str) -> tuple[str, str, int | None]:
@@ -423,6 +431,11 @@ def replace_tensor(spec: dict[str, Any], block: Any, name: str, value: torch.Ten
         return
     path, side, index = hook_of(spec, block, name)
     module, value = module_at(block, path), unfold(spec, value)
+    if name in spec["columns"]:
+        whole = module.output.clone()
+        part = columns_within(spec, name, whole)
+        part.copy_(value.reshape(part.shape))
+        value = whole
     if side == "input":
         module.input = value
     elif index is None or alone(module.output):

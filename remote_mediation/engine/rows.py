@@ -15,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from remote_mediation.errors import SiteError
-from remote_mediation.sites import MIXTURE_COMPONENTS, Component, ModelInfo, Site, refuse_absent
+from remote_mediation.sites import (
+    HEAD_COMPONENTS,
+    MIXTURE_COMPONENTS,
+    SHARED_HEADS,
+    Component,
+    ModelInfo,
+    Site,
+    refuse_absent,
+)
 from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
@@ -204,10 +212,12 @@ def held(pair: TokenPair, site: Site, base: int, side: int, info: ModelInfo) -> 
     return Write(site.component, site.layer, places[base], columns, value)
 
 
-# What stands in a component's tensor and is lost when the component itself is overwritten.
+# What stands in a component's tensor and is lost when the component itself is overwritten. Keys and values reach the
+# tokens behind theirs as well.
 _INSIDE: dict[Component, tuple[Component, ...]] = {
-    "layer_output": ("attention_heads", "attention_output", "mlp_neurons", "mlp_output", *MIXTURE_COMPONENTS),
-    "attention_output": ("attention_heads",),
+    "layer_output": (*HEAD_COMPONENTS, "attention_output", "mlp_neurons", "mlp_output", *MIXTURE_COMPONENTS),
+    "attention_output": HEAD_COMPONENTS,
+    "attention_heads": SHARED_HEADS,
     "mlp_output": ("mlp_neurons", *MIXTURE_COMPONENTS),
     "expert_output": ("router",),
 }
@@ -219,7 +229,9 @@ def _refuse_covered(pair: TokenPair, sites: Sequence[Site]) -> None:
         around = [name for name, inside in _INSIDE.items() if site.component in inside]
         for component in [*around, *([] if _is_whole(site) else [site.component])]:
             cover = whole.get((component, site.layer))
-            if cover and set(pair.places(site.position).x0) <= set(pair.places(cover.position).x0):
+            spread = site.component in SHARED_HEADS and component != site.component
+            reached = _to_the_end(pair, site) if spread else pair.places(site.position).x0
+            if cover and set(reached) <= set(pair.places(cover.position).x0):
                 raise SiteError(f"{site} is wholly covered by {cover} of the same set; leave one of them out")
     for one, other in combinations([site for site in sites if site.component == "expert_output"], 2):
         shared = set(one.units) & set(other.units)
@@ -228,6 +240,11 @@ def _refuse_covered(pair: TokenPair, sites: Sequence[Site]) -> None:
     if len(set(sites)) < len(sites):
         twice = next(site for site in sites if list(sites).count(site) > 1)
         raise SiteError(f"{twice} is in one set twice; name it once")
+
+
+def _to_the_end(pair: TokenPair, site: Site) -> range:
+    """Tokens of x0 from a site's first one on."""
+    return range(pair.places(site.position).x0[0], len(pair.x0) + pair.fed)
 
 
 def _meet(pair: TokenPair, one: Site, other: Site) -> bool:

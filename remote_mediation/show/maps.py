@@ -16,6 +16,7 @@ from remote_mediation.effects import SITE_COLUMNS
 from remote_mediation.show.figures import QUESTIONS
 from remote_mediation.show.printed import Printed, Tokens
 from remote_mediation.show.sites import NOUNS
+from remote_mediation.sites import HEAD_COMPONENTS
 from remote_mediation.summary import CHECKS, UNITS
 from remote_mediation.tokens import SPANS
 
@@ -139,7 +140,7 @@ def _units(component: str, start: Any, stop: Any) -> str:
     first, after = _bounds(start, stop)
     if first < 0:
         return ""
-    noun = {"attention_heads": "head", "expert_output": "expert"}.get(component, "neurons")
+    noun = NOUNS[component] if component in (*HEAD_COMPONENTS, "expert_output") else "neurons"
     return f"{noun} {first}" if after == first + 1 else f"{noun} {first} to {after - 1}"
 
 

@@ -21,6 +21,8 @@ NOUNS = {
     "mlp_output": "MLP",
     "mlp_neurons": "neuron",
     "attention_heads": "head",
+    "key_heads": "key head",
+    "value_heads": "value head",
     "router": "routing",
     "expert_output": "expert",
     "shared_expert_output": "shared expert",

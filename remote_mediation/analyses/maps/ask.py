@@ -30,11 +30,17 @@ def token_sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[S
 
 
 def head_sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[Site]:
-    """Every attention head's own contribution, before the output projection mixes them."""
-    there = info.layers_with("attention_heads")
-    layers = [(position, layer) for position in _there(config.positions.heads, pair) for layer in there]
+    """Every attention head's own contribution, before the output projection mixes them, or key or value head.
+
+    Raises:
+        SiteError: the model has no such heads.
+    """
     return [
-        Site("attention_heads", layer, position, (head,)) for position, layer in layers for head in range(info.heads)
+        Site(component, layer, position, (head,))
+        for component in config.heads.components
+        for position in _there(config.positions.heads, pair)
+        for layer in info.layers_with(component)
+        for head in range(info.width(component))
     ]
 
 

@@ -21,13 +21,19 @@ from remote_mediation.show.figures import (
     title,
 )
 from remote_mediation.show.section import Section
-from remote_mediation.show.sites import site_section
+from remote_mediation.show.sites import NOUNS, site_section
 from remote_mediation.show.tables import NONE, Note, Table, count
+from remote_mediation.sites import Component
 from remote_mediation.stats import Estimate
 from remote_mediation.summary import BOTH
 from remote_mediation.tokens import SPANS
 
 _MODULES = {"mlp_output": "MLP", "attention_output": "attention"}
+_HEADS: dict[Component, str] = {
+    "attention_heads": "the output of one attention head",
+    "key_heads": "the keys that one key head gives to attention",
+    "value_heads": "the values that one value head gives to attention",
+}
 PASSED = (0.1, 0.5, 0.9)
 """Shares of TE whose passage is told."""
 _PASSAGES = {
@@ -124,9 +130,10 @@ def tokens(result: Result) -> list[Section]:
 
 
 def heads(result: Result) -> list[Section]:
-    """Attention heads."""
-    alpha = result.study.config.statistics.alpha
-    return _map(result, "heads", "Heads", "the output of one attention head", lambda sites: heads_figure(sites, alpha))
+    """Attention heads, and key and value heads where they were asked for."""
+    config = result.study.config
+    swapped = "; ".join(_HEADS[component] for component in config.heads.components)
+    return _map(result, "heads", "Heads", swapped, lambda sites: heads_figure(sites, config.statistics.alpha))
 
 
 def _map(
@@ -195,17 +202,18 @@ def tokens_figure(sites: pd.DataFrame, alpha: float) -> Figure:
 
 
 def heads_figure(sites: pd.DataFrame, alpha: float) -> Figure:
-    """Attention heads by layer, a row per position."""
+    """Heads by layer, a row per kind and position."""
     part = estimates_of(sites, "heads")
-    return _unit_maps(part.assign(name="head " + part["unit_start"]), "Single attention heads", "head", alpha)
-
-
-def _unit_maps(part: pd.DataFrame, text: str, x_label: str, alpha: float) -> Figure:
-    facets = {str(position): facet for position, facet in part.groupby("position", sort=False)}
+    part = part.assign(name=part["component"].map(NOUNS) + " " + part["unit_start"])
+    several = part["component"].nunique() > 1
+    facets = {
+        f"{position}, {NOUNS[component]}s" if several else position: facet
+        for (component, position), facet in part.groupby(["component", "position"], sort=False)
+    }
     figure, axes = heat_maps(facets, "unit_start", int, alpha)
     for axis in axes[-1]:
-        axis.set_xlabel(x_label)
-    title(figure, text, part, "mean")
+        axis.set_xlabel("head")
+    title(figure, "Single attention heads", part, "mean")
     return figure
 
 
