@@ -35,7 +35,7 @@ from remote_mediation.planted.cases import CASES, Bed, Case, _as_word, build
 from remote_mediation.planted.selfcheck import written
 from remote_mediation.report import write_report
 from remote_mediation.result import Result
-from remote_mediation.sites import Component, Site
+from remote_mediation.sites import SHARED_HEADS, Component, Site
 from remote_mediation.store import Store
 from remote_mediation.study import prepared_lab, reread, run_study
 from remote_mediation.tokens import TokenPair
@@ -193,6 +193,23 @@ def all_rows(model: Subject, pair: TokenPair, asked: Sequence[Way]) -> list[Row]
     return [
         path_row(pair, sender_row(pair, way.heads, base, info), way.receivers, info) for base in (0, 1) for way in asked
     ]
+
+
+@pytest.mark.parametrize("position", ["all", "last"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_paths_by_way_of_keys_and_of_values(subject: Subjects, name: str, position: str) -> None:
+    """What later heads receive by their keys alone, their values alone, and by both, of one head or of all."""
+    model, pairs = subject(name), [fed("equal"), fed("unequal", edits=(3, 2))]
+    sender, sets = (head(0, 1, position), head(0, 3, position)), [SHARED_HEADS, SHARED_HEADS[:1], SHARED_HEADS[1:]]
+    asked = [
+        Way(sender, tuple(Site(component, 2, position, units) for component in components))
+        for units in ((), (1,))
+        for components in sets
+    ]
+    rows = [row for pair in pairs for row in all_rows(model, pair, asked)]
+    measured = model.compare(pairs, rows, REFUSAL, PathOracle)
+    assert measured.deviation < TOLERANCE
+    assert measured.felt() > 0.7
 
 
 @pytest.mark.slow
