@@ -125,11 +125,11 @@ class Family:
     """Input of the down-projection, `d_ff` wide; None for a mixture of experts, which has no such tensor."""
     attention_heads: Hook
     """Input of the attention's output projection, heads side by side."""
-    key_heads: Hook | None = None
+    key_heads: Hook | None
     """Where keys pass, key/value heads side by side: before they are turned by their position, and before a norm of
     each head; after a norm that spans them all, so that a head that is swapped leaves the others as they are. None
     where no module gives the keys of its own tokens alone."""
-    value_heads: Hook | None = None
+    value_heads: Hook | None
     """Where values pass, in the same way."""
     projection: Literal["apart", "joined", "grouped"] = "apart"
     """How the two stand in what their modules give: alone; behind the queries, values last; or after the query heads
@@ -442,7 +442,7 @@ def family_of(model_type: str) -> Family:
         raise SiteError(
             f"model family {model_type!r} is not in the table (known: {', '.join(sorted(FAMILIES))}); add a row "
             f"FAMILIES[{model_type!r}] = Family(blocks=..., attention_output=..., mlp_output=..., mlp_neurons=..., "
-            "attention_heads=...) to remote_mediation/sites.py"
+            "attention_heads=..., key_heads=..., value_heads=...) to remote_mediation/sites.py"
         )
     return FAMILIES[model_type]
 

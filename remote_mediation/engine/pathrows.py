@@ -18,7 +18,8 @@ from remote_mediation.sites import Component, ModelInfo, Site, refuse_absent
 from remote_mediation.tokens import TokenPair
 
 RECEIVERS: tuple[Component, ...] = ("key_heads", "value_heads", "attention_heads", "mlp_neurons", "mlp_output")
-"""What heads can act by way of: of later heads all that these read, or their keys or their values alone. What attention adds is not among them, as it holds the heads that are changed."""
+"""What heads can act by way of: of later heads all that these read, or their keys or their values alone. What
+attention adds is not among them, as it holds the heads that are changed."""
 POSITIONS = ("last", "all")
 """They reach to the end of the sequence, so that behind their tokens there are none to which a change could spread."""
 
