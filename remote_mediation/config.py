@@ -165,8 +165,8 @@ class HeadSettings(_Strict):
     """`[heads]`: which heads are mapped."""
 
     components: Distinct[HeadComponent] = ["attention_heads"]
-    """What each query head adds, `attention_heads`; or the keys and values that several of them share, `key_heads` and
-    `value_heads`, which act on the tokens behind theirs: swap them where the prompts differ (`positions.heads`)."""
+    """What each head gives, `attention_heads`; its query, `query_heads`; or the keys and values that several of them
+    share, `key_heads` and `value_heads`, which act on later tokens: swap them where prompts differ."""
 
 
 class NeuronSettings(_Strict):

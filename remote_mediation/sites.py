@@ -18,6 +18,7 @@ Component = Literal[
     "mlp_output",
     "mlp_neurons",
     "attention_heads",
+    "query_heads",
     "key_heads",
     "value_heads",
     "router",
@@ -27,6 +28,7 @@ Component = Literal[
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 # The order in which a block computes them, which is the order in which nnsight lets a trace read them.
 FORWARD_ORDER: tuple[Component, ...] = (
+    "query_heads",
     "key_heads",
     "value_heads",
     "attention_heads",
@@ -40,9 +42,11 @@ FORWARD_ORDER: tuple[Component, ...] = (
 )
 # Parts of a mixture of experts; a unit of the first two is one routed expert.
 MIXTURE_COMPONENTS: tuple[Component, ...] = ("router", "expert_output", "shared_expert_output")
-HeadComponent = Literal["attention_heads", "key_heads", "value_heads"]
+HeadComponent = Literal["attention_heads", "query_heads", "key_heads", "value_heads"]
 # What only softmax attention has; a unit is one head, `d_head` wide.
 HEAD_COMPONENTS: tuple[HeadComponent, ...] = get_args(HeadComponent)
+# What attention makes of the stream.
+PROJECTED_HEADS: tuple[Component, ...] = ("query_heads", "key_heads", "value_heads")
 # Heads that several query heads share; there are as many as `ModelInfo.shared_heads` says.
 SHARED_HEADS: tuple[Component, ...] = ("key_heads", "value_heads")
 
@@ -125,15 +129,18 @@ class Family:
     """Input of the down-projection, `d_ff` wide; None for a mixture of experts, which has no such tensor."""
     attention_heads: Hook
     """Input of the attention's output projection, heads side by side."""
+    query_heads: Hook | None
+    """Where queries pass, heads side by side: before they are turned by their position, and before a norm of each head;
+    after a norm that spans them all, so that a head that is swapped leaves the others as they are. None where a query
+    is not as wide as what its head gives."""
     key_heads: Hook | None
-    """Where keys pass, key/value heads side by side: before they are turned by their position, and before a norm of
-    each head; after a norm that spans them all, so that a head that is swapped leaves the others as they are. None
-    where no module gives the keys of its own tokens alone."""
+    """Where keys pass, key/value heads side by side, in the same way. None where no module gives the keys of its own
+    tokens alone."""
     value_heads: Hook | None
     """Where values pass, in the same way."""
-    projection: Literal["apart", "joined", "grouped"] = "apart"
-    """How the two stand in what their modules give: alone; behind the queries, values last; or after the query heads
-    of each key/value head its key, then its value."""
+    projection: Literal["apart", "joined", "grouped", "gated"] = "apart"
+    """How the three stand in what their modules give: alone; all queries, keys, then values; the queries of each
+    key/value head, its key, then its value; or alone but for a gate behind the query of each head."""
     embeddings: tuple[str, ...] = ("embed_tokens",)
     """Modules beside the list of layers whose outputs add up to what enters the first one, but for a factor."""
     layer_item: int | None = None
@@ -213,6 +220,7 @@ _LLAMA = Family(
     mlp_output=Hook("mlp"),
     mlp_neurons=Hook("mlp.down_proj", "input"),
     attention_heads=Hook("self_attn.o_proj", "input"),
+    query_heads=Hook("self_attn.q_proj"),
     key_heads=Hook("self_attn.k_proj"),
     value_heads=Hook("self_attn.v_proj"),
 )
@@ -222,10 +230,15 @@ _POST_NORM = replace(  # what reaches the stream has passed a norm of its own
     attention_output=Hook("post_attention_layernorm"),
     mlp_output=Hook("post_feedforward_layernorm"),
 )
-_POST_NORM_KEYS = replace(_POST_NORM, key_heads=Hook("self_attn.k_norm"))  # one norm for the keys of all heads
+_POST_NORM_KEYS = replace(  # one norm for the queries of all heads, and one for the keys
+    _POST_NORM,
+    query_heads=Hook("self_attn.q_norm"),
+    key_heads=Hook("self_attn.k_norm"),
+)
 _MIXTRAL = replace(_LLAMA, mlp_neurons=None, mixture=Mixture("num_local_experts", "intermediate_size"))
 _DEEPSEEK = replace(
     _MIXTRAL,
+    query_heads=None,  # wider than what a head gives
     key_heads=None,  # every pass makes keys and values anew, of all tokens before too, from one vector per token
     value_heads=None,
     d_head="v_head_dim",
@@ -246,14 +259,17 @@ _QWEN_EXPERTS = Mixture(
     dense_listed=True,
 )
 _QWEN_MOE = replace(_MIXTRAL, mixture=_QWEN_EXPERTS)
-_QWEN_3_5 = replace(_LLAMA, mixer=Hook("linear_attn"))
-_QWEN_3_5_MOE = replace(_QWEN_MOE, mixer=Hook("linear_attn"), mixture=_QWEN_EXPERTS._replace(dense_listed=False))
+_QWEN_3_5 = replace(_LLAMA, projection="gated", mixer=Hook("linear_attn"))
+_QWEN_3_5_MOE = replace(
+    _QWEN_MOE, projection="gated", mixer=Hook("linear_attn"), mixture=_QWEN_EXPERTS._replace(dense_listed=False)
+)
 _LFM2 = Family(
     blocks="model.layers",
     attention_output=Hook("self_attn", "output", 0),
     mlp_output=Hook("feed_forward"),
     mlp_neurons=Hook("feed_forward.w2", "input"),
     attention_heads=Hook("self_attn.out_proj", "input"),
+    query_heads=Hook("self_attn.q_proj"),
     key_heads=Hook("self_attn.k_proj"),
     value_heads=Hook("self_attn.v_proj"),
     mixer=Hook("conv"),
@@ -268,6 +284,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": replace(_LLAMA, windows="listed"),
     "phi3": replace(
         _LLAMA,
+        query_heads=Hook("self_attn.qkv_proj"),
         key_heads=Hook("self_attn.qkv_proj"),
         value_heads=Hook("self_attn.qkv_proj"),
         projection="joined",
@@ -312,6 +329,7 @@ FAMILIES: dict[str, Family] = {
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.c_proj", "input"),
         attention_heads=Hook("attn.c_proj", "input"),
+        query_heads=Hook("attn.c_attn"),
         key_heads=Hook("attn.c_attn"),
         value_heads=Hook("attn.c_attn"),
         projection="joined",
@@ -325,6 +343,7 @@ FAMILIES: dict[str, Family] = {
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.fc_out", "input"),
         attention_heads=Hook("attn.out_proj", "input"),
+        query_heads=Hook("attn.q_proj"),
         key_heads=Hook("attn.k_proj"),
         value_heads=Hook("attn.v_proj"),
         layer_item=0,
@@ -338,6 +357,7 @@ FAMILIES: dict[str, Family] = {
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.dense_4h_to_h", "input"),
         attention_heads=Hook("attention.dense", "input"),
+        query_heads=Hook("attention.query_key_value"),
         key_heads=Hook("attention.query_key_value"),
         value_heads=Hook("attention.query_key_value"),
         projection="grouped",
@@ -350,6 +370,7 @@ FAMILIES: dict[str, Family] = {
         mlp_output=Hook("mlp"),
         mlp_neurons=Hook("mlp.dense_4h_to_h", "input"),
         attention_heads=Hook("self_attention.dense", "input"),
+        query_heads=Hook("self_attention.query_key_value"),
         key_heads=Hook("self_attention.query_key_value"),
         value_heads=Hook("self_attention.query_key_value"),
         projection="grouped",
@@ -377,6 +398,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": replace(_MIXTRAL, windows="listed", mlp_output=Hook("mlp", "output", 0)),
     "olmoe": replace(
         _MIXTRAL,
+        query_heads=Hook("self_attn.q_norm"),
         key_heads=Hook("self_attn.k_norm"),
         mixture=Mixture("num_experts", "intermediate_size"),
     ),
@@ -386,7 +408,7 @@ FAMILIES: dict[str, Family] = {
         windows="all",
         mixture=Mixture("num_experts", "moe_intermediate_size", dense_listed=True),
     ),
-    "qwen3_next": replace(_QWEN_MOE, mixer=Hook("linear_attn")),
+    "qwen3_next": replace(_QWEN_MOE, projection="gated", mixer=Hook("linear_attn")),
     "qwen3_5_moe_text": _QWEN_3_5_MOE,
     "qwen3_5_moe": replace(_QWEN_3_5_MOE, tower="text_config"),
     "granitemoe": replace(
@@ -442,7 +464,7 @@ def family_of(model_type: str) -> Family:
         raise SiteError(
             f"model family {model_type!r} is not in the table (known: {', '.join(sorted(FAMILIES))}); add a row "
             f"FAMILIES[{model_type!r}] = Family(blocks=..., attention_output=..., mlp_output=..., mlp_neurons=..., "
-            "attention_heads=..., key_heads=..., value_heads=...) to remote_mediation/sites.py"
+            "attention_heads=..., query_heads=..., key_heads=..., value_heads=...) to remote_mediation/sites.py"
         )
     return FAMILIES[model_type]
 
@@ -454,6 +476,8 @@ def _lacking(component: Component, family: str) -> str:
             f"a layer of a mixture of experts ({family}) has no one MLP whose neurons could be named; study "
             "layer_output, attention_output, mlp_output, attention_heads or expert_output"
         )
+    if component == "query_heads":
+        return f"a query of {family} is wider than what its head gives; study attention_heads"
     if component in SHARED_HEADS:
         return (
             f"attention of {family} makes the keys and values of all tokens anew in every pass, from one vector per "
@@ -546,7 +570,8 @@ class ModelInfo:
         """
         if not self.has(component):
             raise SiteError(f"{self.name} has no {component}: {_lacking(component, self.family)}")
-        counts: dict[Component, int] = {"mlp_neurons": self.d_ff, "attention_heads": self.heads}
+        counts: dict[Component, int] = {"mlp_neurons": self.d_ff}
+        counts |= dict.fromkeys(("attention_heads", "query_heads"), self.heads)
         counts |= dict.fromkeys(SHARED_HEADS, self.shared_heads)
         counts |= {"router": self.experts, "expert_output": self.experts, "shared_expert_output": 1}
         return counts.get(component, self.d_model)
@@ -562,13 +587,16 @@ class ModelInfo:
         return self.width(component) * (self.d_head if component in HEAD_COMPONENTS else 1)
 
     def columns_within(self, component: Component) -> Columns | None:
-        """Where keys or values stand in what one module gives with the queries; None for what stands alone."""
+        """Where queries, keys or values stand in what one module gives with others; None for what stands alone."""
         projection = family_of(self.family).projection
-        if component not in SHARED_HEADS or projection == "apart":
+        if component == "query_heads" and projection == "gated":
+            return Columns(self.heads, 2 * self.d_head, 0, self.d_head)
+        if component not in PROJECTED_HEADS or projection not in ("joined", "grouped"):
             return None
         groups = self.shared_heads if projection == "grouped" else 1
-        queries, width = (heads * self.d_head // groups for heads in (self.heads, self.shared_heads))
-        return Columns(groups, queries + 2 * width, queries + width * (component == "value_heads"), width)
+        queries, keys = (heads * self.d_head // groups for heads in (self.heads, self.shared_heads))
+        first = {"query_heads": 0, "key_heads": queries, "value_heads": queries + keys}[component]
+        return Columns(groups, queries + 2 * keys, first, queries if component == "query_heads" else keys)
 
     def vector_width(self, component: Component, units: tuple[int, ...]) -> int:
         """Numbers that units of a component (all if none are named) have at one token; experts add up to one vector."""
@@ -578,8 +606,8 @@ class ModelInfo:
 
     def columns(self, component: Component, units: tuple[int, ...]) -> tuple[int, ...]:
         """Tensor columns of units: a head is `d_head` columns, every other unit is one; an expert is its number."""
+        self.width(component)  # refuses a component that the family lacks
         if component not in HEAD_COMPONENTS:
-            self.width(component)  # refuses a component that the family lacks
             return units
         return tuple(head * self.d_head + column for head in units for column in range(self.d_head))
 

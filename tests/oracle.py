@@ -55,9 +55,9 @@ def _modules(blocks: str, attention: str, mlp: str, neurons: str | None, heads: 
     return {component: f"{blocks}.{{}}.{name}".rstrip(".") for component, name in names.items()}
 
 
-def _keys_and_values(blocks: str, attention: str, keys: str, values: str) -> dict[str, str]:
-    """Modules whose outputs hold keys and values."""
-    names = {"key_heads": keys, "value_heads": values}
+def _projected(blocks: str, attention: str, queries: str, keys: str, values: str) -> dict[str, str]:
+    """Modules whose outputs hold queries, keys and values."""
+    names = {"query_heads": queries, "key_heads": keys, "value_heads": values}
     return {component: f"{blocks}.{{}}.{attention}.{name}" for component, name in names.items()}
 
 
@@ -90,28 +90,28 @@ MODULES: dict[str, dict[str, str]] = {
     "gpt_neox": _modules("gpt_neox.layers", "attention", "mlp", "mlp.dense_4h_to_h", "attention.dense"),
     "falcon": _modules("transformer.h", "self_attention", "mlp", "mlp.dense_4h_to_h", "self_attention.dense"),
 }
-_APART = _keys_and_values("model.layers", "self_attn", "k_proj", "v_proj")
-_NORMED_KEYS = _keys_and_values("model.layers", "self_attn", "k_norm", "v_proj")
-_KEYS_AND_VALUES: dict[str, dict[str, str]] = {
+_APART = _projected("model.layers", "self_attn", "q_proj", "k_proj", "v_proj")
+_NORMED_APART = _projected("model.layers", "self_attn", "q_norm", "k_norm", "v_proj")
+_PROJECTED: dict[str, dict[str, str]] = {
     **dict.fromkeys(MODULES.keys() - {"deepseek_v2", "deepseek_v3"}, _APART),
-    **dict.fromkeys(("olmo2", "olmo3", "olmoe"), _NORMED_KEYS),
+    **dict.fromkeys(("olmo2", "olmo3", "olmoe"), _NORMED_APART),
     **dict.fromkeys(
-        ("gemma3", "mistral3"), _keys_and_values("model.language_model.layers", "self_attn", "k_proj", "v_proj")
+        ("gemma3", "mistral3"), _projected("model.language_model.layers", "self_attn", "q_proj", "k_proj", "v_proj")
     ),
-    "phi3": _keys_and_values("model.layers", "self_attn", "qkv_proj", "qkv_proj"),
-    "gpt2": _keys_and_values("transformer.h", "attn", "c_attn", "c_attn"),
-    "gptj": _keys_and_values("transformer.h", "attn", "k_proj", "v_proj"),
-    "gpt_neox": _keys_and_values("gpt_neox.layers", "attention", "query_key_value", "query_key_value"),
-    "falcon": _keys_and_values("transformer.h", "self_attention", "query_key_value", "query_key_value"),
+    "phi3": _projected("model.layers", "self_attn", "qkv_proj", "qkv_proj", "qkv_proj"),
+    "gpt2": _projected("transformer.h", "attn", "c_attn", "c_attn", "c_attn"),
+    "gptj": _projected("transformer.h", "attn", "q_proj", "k_proj", "v_proj"),
+    "gpt_neox": _projected("gpt_neox.layers", "attention", "query_key_value", "query_key_value", "query_key_value"),
+    "falcon": _projected("transformer.h", "self_attention", "query_key_value", "query_key_value", "query_key_value"),
 }
-for _family, _paths in _KEYS_AND_VALUES.items():
+for _family, _paths in _PROJECTED.items():
     MODULES[_family] = {**MODULES[_family], **_paths}
 # What mixes tokens in layers of hybrids that have no softmax attention.
 MIXERS = dict.fromkeys(("lfm2", "lfm2_moe"), "conv")
 MIXERS |= dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), "linear_attn")
 # These two are what goes into the named module; the other components are what comes out of it.
 INPUTS = ("mlp_neurons", "attention_heads")
-INPUTS_OF_ATTENTION = ("queries", "key_heads", "value_heads")
+INPUTS_OF_ATTENTION = ("query_heads", "key_heads", "value_heads")
 
 
 class Token(NamedTuple):
@@ -159,7 +159,7 @@ def module_path(model: PreTrainedModel, name: str, layer: int) -> str:
 
 
 def columns_of(model: PreTrainedModel, name: str, layer: int, width: int) -> list[int]:
-    """Where keys or values stand in what a projection of so many columns gives with the queries; none where alone.
+    """Where queries, keys or values stand in what a projection of so many columns gives; none where they are alone.
 
     Numbers of columns are parted as the transformers class parts what the projection gives.
     """
@@ -175,7 +175,10 @@ def columns_of(model: PreTrainedModel, name: str, layer: int, width: int) -> lis
             found = numbers.view(config.num_attention_heads, -1).chunk(3, -1)[which]
         case "falcon":
             attention = model.transformer.h[layer].self_attention
-            found = attention._split_heads(numbers[None, None])[which].unique()  # repeated in newer blocks
+            found = attention._split_heads(numbers[None, None])[which]
+            found = found.unique() if which else found  # repeated in newer blocks
+        case "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" if name == "query_heads":
+            found = numbers.view(config.num_attention_heads, -1).chunk(2, -1)[0]
         case _:
             return []
     return found.flatten().tolist()
@@ -436,6 +439,7 @@ def _random_write(pair: TokenPair, base: int, info: ModelInfo, rng: np.random.Ge
     components: list[Component] = [name for name in COMPONENTS if name in MODULES[info.family]]
     component = components[rng.integers(len(components))]
     widths = {"mlp_neurons": info.d_ff, "attention_heads": info.heads * info.d_head}
+    widths |= {"query_heads": widths["attention_heads"]}
     widths |= dict.fromkeys(("key_heads", "value_heads"), info.shared_heads * info.d_head)
     width = widths.get(component, info.d_model)
     lengths = [len(prompt) + pair.fed for prompt in pair.prompts]

@@ -22,6 +22,7 @@ def test_every_family_has_a_line() -> None:
     assert set(lines) == {*FAMILIES, *NOT_COVERED}
     assert lines["llama"].components == {
         "layer_output": "model.layers[i]",
+        "query_heads": "output of self_attn.q_proj",
         "key_heads": "output of self_attn.k_proj",
         "value_heads": "output of self_attn.v_proj",
         "attention_heads": "input of self_attn.o_proj",
@@ -31,6 +32,8 @@ def test_every_family_has_a_line() -> None:
     }
     assert lines["olmo2"].components["key_heads"] == "output of self_attn.k_norm"
     assert lines["phi3"].components["value_heads"] == "its columns of the output of self_attn.qkv_proj"
+    assert lines["deepseek_v2"].components["query_heads"] == "none: wider than what a head gives"
+    assert lines["qwen3_next"].components["query_heads"].startswith("its columns of the output of self_attn.q_proj;")
     for name in ("key_heads", "value_heads"):
         assert lines["deepseek_v3"].components[name] == "none: attention makes them anew in every pass, of all tokens"
     assert lines["qwen3_next"].components["key_heads"].endswith("k_proj; none in layers without softmax attention")
@@ -80,7 +83,7 @@ def test_weights_that_run_for_a_token_in_a_mixture() -> None:
         ),
         (
             {"projection": "joined"},
-            "self_attn.k_proj of layer 0 is (24, 32), and should be 96 wide for key_heads",
+            "self_attn.q_proj of layer 0 is (48, 32), and should be 96 wide for query_heads",
         ),
     ],
 )

@@ -25,7 +25,8 @@ from remote_mediation.sites import (
     FAMILIES,
     HEAD_COMPONENTS,
     NOT_COVERED,
-    SHARED_HEADS,
+    PROJECTED_HEADS,
+    Columns,
     Component,
     Hook,
     ModelInfo,
@@ -62,6 +63,8 @@ UNITS: tuple[tuple[Component, tuple[int, ...]], ...] = (
     ("mlp_neurons", (0, 3, 5, 6, 17, 30, 39)),
     ("attention_heads", (1,)),
     ("attention_heads", (0, 3)),
+    ("query_heads", ()),
+    ("query_heads", (1,)),
     ("key_heads", ()),
     ("key_heads", (1,)),
     ("value_heads", ()),
@@ -131,8 +134,10 @@ def test_a_hook_moved_by_one_module_is_noticed(subject: Subjects, family: str, m
     }
     if row.mlp_neurons is not None:
         moved["mlp_neurons"] = Hook(wide_module(block, row.mlp_neurons, model.info.d_ff))
-    if row.key_heads is not None and row.projection == "apart":
+    if row.key_heads is not None and row.projection in ("apart", "gated"):
         moved |= {"key_heads": row.value_heads, "value_heads": row.key_heads}
+    if row.query_heads is not None and row.projection == "apart":
+        moved["query_heads"] = row.attention_heads
     # Constants: a whole vector exchanged before the activation function is the same as exchanged after it, and a
     # vector scaled before a post-norm leaves it as it was.
     for component, hook in moved.items():
@@ -149,18 +154,28 @@ def test_a_hook_moved_by_one_module_is_noticed(subject: Subjects, family: str, m
         assert wrong.deviation > 100 * TOLERANCE * largest
 
 
-@pytest.mark.parametrize(
-    "family", [*(name for name, row in FAMILIES.items() if row.projection != "apart"), "falcon_new"]
-)
-@pytest.mark.parametrize("component", SHARED_HEADS)
+def beside_others() -> list[tuple[str, Component]]:
+    """Families and what shares the output of a module in them."""
+    parts = {"apart": (), "joined": PROJECTED_HEADS, "grouped": PROJECTED_HEADS, "gated": PROJECTED_HEADS[:1]}
+    families = {name: row.projection for name, row in FAMILIES.items()} | {"falcon_new": FAMILIES["falcon"].projection}
+    return [(name, component) for name, projection in families.items() for component in parts[projection]]
+
+
+@pytest.mark.parametrize(("family", "component"), beside_others())
 def test_columns_moved_within_a_projection_are_noticed(
     subject: Subjects, family: str, component: Component, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, pair = subject(family), token_pair("pair", edits=(2, 4))
-    rows = [swap(pair, Site(component, 1, "all"), base, model.info) for base in (0, 1)]
-    right, columns = model.compare([pair], rows, LOGIT_DIFF), ModelInfo.columns_within
-    other = {"key_heads": "value_heads", "value_heads": "key_heads"}
-    monkeypatch.setattr(ModelInfo, "columns_within", lambda info, name: columns(info, other[name]))
+    layer, columns = model.info.layers_with(component)[0], ModelInfo.columns_within
+    rows = [swap(pair, Site(component, layer, "all"), base, model.info) for base in (0, 1)]
+    right = model.compare([pair], rows, LOGIT_DIFF)
+
+    def by_a_head(info: ModelInfo, name: Component) -> Columns | None:
+        found = columns(info, name)
+        shift = -info.d_head if name == "value_heads" else info.d_head
+        return found._replace(first=found.first + shift) if found else None
+
+    monkeypatch.setattr(ModelInfo, "columns_within", by_a_head)
     wrong = model.compare([pair], rows, LOGIT_DIFF)
     largest = np.abs(right.effects).max()
     assert right.deviation < TOLERANCE * largest
@@ -226,6 +241,7 @@ def test_info_is_the_shape_of_the_weights(subject: Subjects, name: str) -> None:
     assert info.heads * info.d_head == seen["attention_heads"].shape[-1]
     if "key_heads" in seen and FAMILIES[info.family].projection == "apart":
         assert info.shared_heads * info.d_head == seen["key_heads"].shape[-1] == seen["value_heads"].shape[-1]
+        assert info.heads * info.d_head == seen["query_heads"].shape[-1]
     if not name.startswith("deepseek"):  # keeps one compressed vector in place of keys and values
         assert (info.kv_heads, info.d_head) == (keys.shape[1], keys.shape[3])
     if name not in MIXTURES:
@@ -260,13 +276,13 @@ def test_a_mixture_has_no_neurons_and_says_so(subject: Subjects, name: str) -> N
             ask()
 
 
-@pytest.mark.parametrize("component", SHARED_HEADS)
+@pytest.mark.parametrize("component", PROJECTED_HEADS)
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
-def test_keys_and_values_made_of_one_vector_are_no_heads(subject: Subjects, name: str, component: Component) -> None:
+def test_what_latent_attention_reads_is_no_head(subject: Subjects, name: str, component: Component) -> None:
     info, pair = subject(name).info, token_pair("pair")
     site = Site(component, 1, "last", (0,))
     for ask in (lambda: check_site(site, info), lambda: swap(pair, site, 0, info)):
-        with pytest.raises(SiteError, match=f"has no {component}: attention of {name} makes the keys and values"):
+        with pytest.raises(SiteError, match=f"has no {component}: (attention|a query) of {name} (makes|is wider)"):
             ask()
 
 

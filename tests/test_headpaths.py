@@ -35,7 +35,7 @@ from remote_mediation.planted.cases import CASES, Bed, Case, _as_word, build
 from remote_mediation.planted.selfcheck import written
 from remote_mediation.report import write_report
 from remote_mediation.result import Result
-from remote_mediation.sites import SHARED_HEADS, Component, Site
+from remote_mediation.sites import PROJECTED_HEADS, Component, Site
 from remote_mediation.store import Store
 from remote_mediation.study import prepared_lab, reread, run_study
 from remote_mediation.tokens import TokenPair
@@ -197,10 +197,10 @@ def all_rows(model: Subject, pair: TokenPair, asked: Sequence[Way]) -> list[Row]
 
 @pytest.mark.parametrize("position", ["all", "last"])
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-def test_paths_by_way_of_keys_and_of_values(subject: Subjects, name: str, position: str) -> None:
-    """What later heads receive by their keys alone, their values alone, and by both, of one head or of all."""
+def test_paths_by_way_of_queries_keys_and_values(subject: Subjects, name: str, position: str) -> None:
+    """What later heads receive by one of the three alone, and by all of them, of one head or of all."""
     model, pairs = subject(name), [fed("equal"), fed("unequal", edits=(3, 2))]
-    sender, sets = (head(0, 1, position), head(0, 3, position)), [SHARED_HEADS, SHARED_HEADS[:1], SHARED_HEADS[1:]]
+    sender, sets = (head(0, 1, position), head(0, 3, position)), [PROJECTED_HEADS, *((one,) for one in PROJECTED_HEADS)]
     asked = [
         Way(sender, tuple(Site(component, 2, position, units) for component in components))
         for units in ((), (1,))

@@ -93,9 +93,8 @@ def test_scaled_and_constant_mediators(subject: Subjects, name: str, columns: st
 
 def width_of(component: Component, info: ModelInfo) -> int:
     shared = dict.fromkeys(("key_heads", "value_heads"), info.shared_heads * info.d_head)
-    return {"mlp_neurons": info.d_ff, "attention_heads": info.heads * info.d_head, **shared}.get(
-        component, info.d_model
-    )
+    own = dict.fromkeys(("attention_heads", "query_heads"), info.heads * info.d_head)
+    return {"mlp_neurons": info.d_ff, **own, **shared}.get(component, info.d_model)
 
 
 def test_writes_to_one_tensor_are_made_in_the_order_of_the_row(subject: Subjects) -> None:

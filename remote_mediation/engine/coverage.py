@@ -16,6 +16,7 @@ from remote_mediation.sites import (
     FAMILIES,
     HEAD_COMPONENTS,
     NOT_COVERED,
+    PROJECTED_HEADS,
     SHARED_HEADS,
     Component,
     Family,
@@ -97,12 +98,14 @@ def described(family: Family) -> dict[str, str]:
             continue
         scaled = name in ("attention_output", "mlp_output") and family.multiplier
         lines[name] = f"{hook.side} of {hook.path}" + (f" x {family.multiplier}" if scaled else "")
-        if name in SHARED_HEADS and family.projection != "apart":
+        joined = PROJECTED_HEADS if family.projection in ("joined", "grouped") else PROJECTED_HEADS[:1]
+        if name in joined and family.projection != "apart":
             lines[name] = f"its columns of the {lines[name]}"
     if family.mixer is not None:
         lines["attention_output"] += f"; {family.mixer.side} of {family.mixer.path} in layers without softmax attention"
         for name in HEAD_COMPONENTS:
             lines[name] += "; none in layers without softmax attention"
+    lines.setdefault("query_heads", "none: wider than what a head gives")
     for name in SHARED_HEADS:
         lines.setdefault(name, "none: attention makes them anew in every pass, of all tokens")
     if family.mixture is not None:

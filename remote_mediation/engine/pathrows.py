@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from remote_mediation.engine.rows import Reached, Row, Write, held
 from remote_mediation.errors import SiteError
-from remote_mediation.sites import Component, ModelInfo, Site, refuse_absent
+from remote_mediation.sites import PROJECTED_HEADS, Component, ModelInfo, Site, refuse_absent
 from remote_mediation.tokens import TokenPair
 
-RECEIVERS: tuple[Component, ...] = ("key_heads", "value_heads", "attention_heads", "mlp_neurons", "mlp_output")
-"""What heads can act by way of: of later heads all that these read, or their keys or their values alone. What
+RECEIVERS: tuple[Component, ...] = (*PROJECTED_HEADS, "attention_heads", "mlp_neurons", "mlp_output")
+"""What heads can act by way of: of later heads all that these read, or their queries, keys or values alone. What
 attention adds is not among them, as it holds the heads that are changed."""
 POSITIONS = ("last", "all")
 """They reach to the end of the sequence, so that behind their tokens there are none to which a change could spread."""

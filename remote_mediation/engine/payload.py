@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from remote_mediation.engine.budget import Setting, captured
 from remote_mediation.engine.rows import Constant, Given, Projected, Reached, Row, Scale, Source, Value
 from remote_mediation.engine.unfold import unfolding
-from remote_mediation.sites import FORWARD_ORDER, SHARED_HEADS, Component, ModelInfo, family_of
+from remote_mediation.sites import FORWARD_ORDER, PROJECTED_HEADS, Component, ModelInfo, family_of
 from remote_mediation.tokens import TokenPair, trie
 
 # Stack and place in it of each pair's prompts, by pair and side.
@@ -56,7 +56,7 @@ def model_spec(setting: Setting) -> dict[str, Any]:
         "vocab": setting.info.vocab,
         "layers": setting.info.layers,
         "components": {component: tuple(hook) for component, hook in family.hooks.items()},
-        "columns": {name: tuple(where) for name in SHARED_HEADS if (where := setting.info.columns_within(name))},
+        "columns": {name: tuple(where) for name in PROJECTED_HEADS if (where := setting.info.columns_within(name))},
         "mixture": _mixture_payload(setting.info),
         "mixer": tuple(family.mixer or ()),
         "lacking": _lacking(setting.info),

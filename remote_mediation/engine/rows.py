@@ -18,6 +18,7 @@ from remote_mediation.errors import SiteError
 from remote_mediation.sites import (
     HEAD_COMPONENTS,
     MIXTURE_COMPONENTS,
+    PROJECTED_HEADS,
     SHARED_HEADS,
     Component,
     ModelInfo,
@@ -217,7 +218,7 @@ def held(pair: TokenPair, site: Site, base: int, side: int, info: ModelInfo) -> 
 _INSIDE: dict[Component, tuple[Component, ...]] = {
     "layer_output": (*HEAD_COMPONENTS, "attention_output", "mlp_neurons", "mlp_output", *MIXTURE_COMPONENTS),
     "attention_output": HEAD_COMPONENTS,
-    "attention_heads": SHARED_HEADS,
+    "attention_heads": PROJECTED_HEADS,
     "mlp_output": ("mlp_neurons", *MIXTURE_COMPONENTS),
     "expert_output": ("router",),
 }

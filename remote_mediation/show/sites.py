@@ -21,6 +21,7 @@ NOUNS = {
     "mlp_output": "MLP",
     "mlp_neurons": "neuron",
     "attention_heads": "head",
+    "query_heads": "query head",
     "key_heads": "key head",
     "value_heads": "value head",
     "router": "routing",

@@ -30,7 +30,7 @@ def token_sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[S
 
 
 def head_sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[Site]:
-    """Every attention head's own contribution, before the output projection mixes them, or key or value head.
+    """Every attention head's own contribution, before the output projection mixes them; or its query, key or value.
 
     Raises:
         SiteError: the model has no such heads.

@@ -31,6 +31,7 @@ from remote_mediation.tokens import SPANS
 _MODULES = {"mlp_output": "MLP", "attention_output": "attention"}
 _HEADS: dict[Component, str] = {
     "attention_heads": "the output of one attention head",
+    "query_heads": "the queries that one head puts to attention",
     "key_heads": "the keys that one key head gives to attention",
     "value_heads": "the values that one value head gives to attention",
 }
@@ -130,7 +131,7 @@ def tokens(result: Result) -> list[Section]:
 
 
 def heads(result: Result) -> list[Section]:
-    """Attention heads, and key and value heads where they were asked for."""
+    """Attention heads, and queries, keys and values where they were asked for."""
     config = result.study.config
     swapped = "; ".join(_HEADS[component] for component in config.heads.components)
     return _map(result, "heads", "Heads", swapped, lambda sites: heads_figure(sites, config.statistics.alpha))
