@@ -170,6 +170,7 @@ def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
         ({"refusal": {"openings": "builtin"}}, False),
         ({"response_logprob": {"tokens": 3}}, False),
         ({"positions": {"heads": ["all"]}}, True),
+        ({"heads": {"components": ["key_heads"]}}, True),
         ({"neurons": {"search": ["all"]}}, True),
         ({"intervene": {"tokens": 3}}, True),
         ({"attacks": {"checkpoints": ["other"]}}, True),
