@@ -20,6 +20,7 @@ from remote_mediation.prompts import PromptForm
 from remote_mediation.screen import harmless
 
 Search = Literal["gradient", "windows", "all"]
+Screen = Literal["atp", "relp", "ig"]
 BasisKind = Literal["probe", "components", "learnt"]
 # Settings that had another name, by that name.
 RENAMED = {"granularity": "analyses"}
@@ -165,6 +166,9 @@ class NeuronSettings(_Strict):
 
     search: Distinct[Search] = ["gradient"]
     """Ways to search, the first that the backend allows (see `analyses.neurons`)."""
+    screen: Screen = "atp"
+    """What `gradient` and the claims' sparse set rank by: attribution patching, relevance patching (RelP) or integrated
+    gradients, which take several passes for every layer."""
     exact: int = Field(default=64, ge=1)
     """`gradient`: so many neurons, those of the first ranks, are measured, and as many random others."""
     max_windows: int = Field(default=16, ge=1)

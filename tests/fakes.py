@@ -219,7 +219,8 @@ class AdditiveBackend(CannedBackend):
     def _values(self, context: Context) -> list[np.ndarray]:
         if context.task == "screen":
             seen = sum(self.weights[pair] for pair in context.pairs) * self._seen
-            return [np.stack([seen, np.abs(seen)] * 2).astype(np.float32).ravel()]
+            variants = [seen, np.abs(seen)] if context.payload["cuts"] > 1 else [seen]
+            return [np.stack(variants * 2).astype(np.float32).ravel()]
         return [np.array([self._y(row), 0.0], np.float32) for row in context.rows]
 
     def _y(self, row: Row) -> float:

@@ -252,6 +252,27 @@ def test_gradients_rank_and_exact_rows_confirm(searched: Search) -> None:
     assert profile.loc[4, "fewest"] == 2
 
 
+@pytest.mark.parametrize("screen", ["atp", "relp", "ig"])
+def test_every_screen_ranks_and_is_held_against_what_was_measured(searched: Search, screen: str) -> None:
+    found = searched(GATES, "gradient", screen=screen)
+    assert set(GATES) < found.units()
+    sent = [context.payload for job in found.backend.collected if job.task == "screen" for context in job.contexts]
+    assert [("relp" in one, "line" in one) for one in sent] == [(screen == "relp", screen == "ig")]
+    agreed = found.tables["screen.csv"].set_index("quantity")
+    assert agreed[["component", "screen"]].drop_duplicates().to_numpy().tolist() == [["mlp_neurons", screen]]
+    assert agreed["first"].tolist() == agreed["random"].tolist() == [8, 8]
+    assert agreed["spearman_first"].tolist() == pytest.approx([1.0, 1.0])
+    assert agreed["spearman_random"].isna().all()  # none of the others does anything
+    assert agreed["recall"].tolist() == [1.0, 1.0]
+
+
+def test_a_screen_that_misses_mediators_is_told(searched: Search) -> None:
+    found = searched(GATES, "gradient", d_ff=12 * 4, unseen={(4, 6): 1.0, (4, 45): 1.0}, exact=144)
+    agreed = found.tables["screen.csv"].set_index("quantity").loc["nie"]
+    assert agreed["recall"] == pytest.approx(1 / 3)  # one of three is among the first
+    assert np.isnan(agreed["spearman_random"])  # the estimates of the others are all 0
+
+
 def test_what_gradients_do_not_see_is_estimated_from_a_sample(searched: Search) -> None:
     found = searched(GATES, "gradient", d_ff=12 * 4, unseen={(4, 6): 1.0, (4, 45): 1.0}, exact=144)
     last = found.search.iloc[-1]

@@ -1,5 +1,7 @@
 """Tasks that are not rows, against plain PyTorch: hooks, autograd and a decoding loop written out by hand."""
 
+import contextlib
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -27,7 +29,8 @@ from remote_mediation.config import StudyConfig
 from remote_mediation.engine import program
 from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.jobs import Context
-from remote_mediation.engine.rows import Constant, Scale
+from remote_mediation.engine.payload import model_spec
+from remote_mediation.engine.rows import Constant, Row, Scale, swap
 from remote_mediation.engine.tasks import (
     Held,
     Kind,
@@ -39,9 +42,10 @@ from remote_mediation.engine.tasks import (
     read_task,
     screen_tasks,
 )
+from remote_mediation.errors import SiteError
 from remote_mediation.lab import Lab, Study
 from remote_mediation.outcomes import Outcome
-from remote_mediation.sites import FAMILIES
+from remote_mediation.sites import FAMILIES, Component, Site
 from remote_mediation.store import Store
 from remote_mediation.tokens import TokenPair
 
@@ -264,6 +268,148 @@ def test_screening_is_the_gradient_times_the_change(model: Subject, outcome: Out
     assert np.abs(scores[0, 0] - scores[1, 0]).max() > 100 * TOLERANCE
     (alone,) = run(model, screen_tasks([pair], "mlp_neurons", "last", setting(model, outcome)), outcome)
     np.testing.assert_allclose(alone.reshape(2, layers, -1), scores[:, 0], rtol=1e-4, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("part", ["mlp_neurons", "mlp_output", "attention_output", "layer_output"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2"])
+def test_relevance_patching_is_the_gradient_of_a_linear_model(subject: Subjects, name: str, part: Component) -> None:
+    model, pair = subject(name), token_pair("pair", edits=(2, 3))
+    (found,) = run(model, screen_tasks([pair], part, "last", setting(model), "relp"))
+    (plain,) = run(model, screen_tasks([pair], part, "last", setting(model)))
+    sides = [linear_model(model, prompt) for prompt in pair.prompts]
+    for base, scores in enumerate(found.reshape(2, model.info.layers, -1)):
+        parts = sides[base].parts[part]
+        gradients = torch.autograd.grad(difference(sides[base].logits), parts)
+        for layer, gradient in enumerate(gradients):
+            change = sides[1].parts[part][layer][-1] - sides[0].parts[part][layer][-1]
+            expected = (change * gradient[-1]).detach()
+            np.testing.assert_allclose(scores[layer], expected, rtol=1e-3, atol=TOLERANCE)
+    assert np.abs(found - plain).max() > 100 * TOLERANCE
+
+
+def difference(logits: torch.Tensor) -> torch.Tensor:
+    """Y at the last token, of logits `[token, vocab]`."""
+    return logits[-1, list(LOGIT_DIFF.plus)].mean() - logits[-1, list(LOGIT_DIFF.minus)].mean()
+
+
+class Linear(NamedTuple):
+    """A prompt's pass through a model that was made linear."""
+
+    logits: torch.Tensor
+    parts: dict[str, list[torch.Tensor]]
+    """By component and layer `[token, width]`, in the graph of the logits."""
+
+
+def linear_model(model: Subject, prompt: tuple[int, ...]) -> Linear:
+    """RelP's rules written out for three families, with the attention patterns of a plain run."""
+    plain, config, ids = model.plain, model.plain.config, torch.tensor([prompt])
+    gpt2, gemma = config.model_type == "gpt2", config.model_type == "gemma"
+    with torch.no_grad():
+        run_plainly = plain(input_ids=ids, output_attentions=True)
+    parts: dict[str, list[torch.Tensor]] = {
+        name: [] for name in ("mlp_neurons", "mlp_output", "attention_output", "layer_output")
+    }
+
+    def normed(norm: torch.nn.Module, stream: torch.Tensor) -> torch.Tensor:
+        if gpt2:
+            deviation = (stream.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt().detach()
+            return (stream - stream.mean(-1, keepdim=True)) / deviation * norm.weight + norm.bias
+        eps = norm.eps if gemma else norm.variance_epsilon
+        size = (stream.square().mean(-1, keepdim=True) + eps).sqrt().detach()
+        return stream / size * (1 + norm.weight if gemma else norm.weight)
+
+    def attended(layer: int, values: torch.Tensor) -> torch.Tensor:
+        pattern = run_plainly.attentions[layer][0]
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = values.reshape(len(prompt), -1, width).transpose(0, 1)
+        heads = heads.repeat_interleave(len(pattern) // len(heads), 0)
+        return (pattern @ heads).transpose(0, 1).flatten(1)
+
+    def hidden(mlp: torch.nn.Module, value: torch.Tensor) -> torch.Tensor:
+        if gpt2:
+            before = mlp.c_fc(value)
+            return before * (mlp.act(before) / before).detach()
+        before, up = mlp.gate_proj(value), mlp.up_proj(value)
+        gate = before * (mlp.act_fn(before) / before).detach()
+        return (gate.detach() * up + gate * up.detach()) / 2
+
+    body = plain.transformer if gpt2 else plain.model
+    stream = body.wte(ids)[0] + body.wpe.weight[: len(prompt)] if gpt2 else body.embed_tokens(ids)[0]
+    stream = stream.detach().requires_grad_()
+    for layer, block in enumerate(body.h if gpt2 else body.layers):
+        before, after = (block.ln_1, block.ln_2) if gpt2 else (block.input_layernorm, block.post_attention_layernorm)
+        value, attention = normed(before, stream), block.attn if gpt2 else block.self_attn
+        values = attention.c_attn(value)[:, -config.n_embd :] if gpt2 else attention.v_proj(value)
+        added = (attention.c_proj if gpt2 else attention.o_proj)(attended(layer, values))
+        stream = stream + added
+        neurons = hidden(block.mlp, normed(after, stream))
+        out = (block.mlp.c_proj if gpt2 else block.mlp.down_proj)(neurons)
+        stream = stream + out
+        for name, one in zip(parts, (neurons, out, added, stream), strict=True):
+            parts[name].append(one)
+    found = plain.lm_head(normed(body.ln_f if gpt2 else body.norm, stream))
+    torch.testing.assert_close(found, run_plainly.logits[0], rtol=0, atol=TOLERANCE)
+    return Linear(found, parts)
+
+
+DENSE = [name for name, family in FAMILIES.items() if family.mixer is None and family.mixture is None]
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_relevance_patching_leaves_no_family_anything_that_is_not_linear(subject: Subjects, name: str) -> None:
+    """A linear model without biases is its slope times its input: what goes into the first block, here."""
+    model = subject(name)
+    plain, spec = copy.deepcopy(model.plain), model_spec(setting(model))
+    for parameter_name, parameter in plain.named_parameters():
+        if parameter_name.endswith("bias"):
+            parameter.data.zero_()
+    blocks = plain.get_submodule(spec["blocks"])
+    entering: list[torch.Tensor] = []
+
+    def enter(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        entering.append(args[0].detach().requires_grad_())
+        return (entering[-1], *args[1:])
+
+    blocks[0].register_forward_pre_hook(enter)
+    kept = []
+    for manner in (program.linearised(blocks, spec, model.info.gated), contextlib.nullcontext()):
+        with manner:
+            stream = plain.base_model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False).last_hidden_state
+        value = (stream[0, -1] * torch.linspace(1, 2, stream.shape[-1])).sum()
+        (slope,) = torch.autograd.grad(value, entering[-1])
+        kept.append(float(((slope * entering[-1]).sum() / value).detach()))
+    assert kept[0] == pytest.approx(1, abs=1e-3)
+    assert abs(kept[1] - 1) > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2_window", "gpt2", "granite"])
+def test_integrated_gradients_add_up_to_the_exact_effect(subject: Subjects, name: str) -> None:
+    """Of the last layer's output that is TE; of every other site what swapping it whole does."""
+    model, pair = subject(name), token_pair("pair", edits=(2, 3))
+    for component in ("layer_output", "mlp_output"):
+        sites = [Site(component, layer, "last") for layer in range(model.info.layers)]
+        rows = [
+            Row(pair.id, 0),
+            Row(pair.id, 1),
+            *(swap(pair, site, side, model.info) for side in (0, 1) for site in sites),
+        ]
+        y0, y1, *swapped = model.measure([pair], rows, LOGIT_DIFF)
+        nie, tie = np.array(swapped).reshape(2, -1) * [[1], [-1]] + [[-y0], [y1]]
+        errors = []
+        for steps in (1, 8, 64):
+            tasks = screen_tasks([pair], component, "last", setting(model), "ig", steps=steps)
+            found = run(model, tasks)[0].reshape(2, model.info.layers, -1).sum(-1)
+            errors.append(np.abs(found - [nie, tie]).max())
+        assert errors[0] > errors[1] > errors[2]
+        assert errors[2] < 1e-3 * abs(y1 - y0)
+        if component == "layer_output":
+            np.testing.assert_allclose(found[:, -1], y1 - y0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "mixtral"])
+def test_relevance_patching_is_refused_where_it_has_no_rule(subject: Subjects, name: str) -> None:
+    with pytest.raises(SiteError, match=r"relevance patching has no rule for the .*; screen by atp or ig"):
+        screen_tasks([token_pair("pair")], "mlp_output", "last", setting(subject(name)), "relp")
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "gptj"])

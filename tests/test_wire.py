@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,12 +16,13 @@ from nnsight.ndif import pull_env
 from nnsight.schema.request import RequestModel
 from oracle import Subject, token_pair
 
+from remote_mediation.config import Screen
 from remote_mediation.engine import program
 from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.jobs import Job
 from remote_mediation.engine.rows import Row, swap, swap_all
 from remote_mediation.engine.samples import Manner, bare, plan_samples
-from remote_mediation.engine.tasks import Ablated, Added, generate_task, plan_tasks
+from remote_mediation.engine.tasks import Ablated, Added, generate_task, plan_tasks, screen_tasks
 from remote_mediation.outcomes import ResponseOutcome
 from remote_mediation.sites import Site
 from remote_mediation.subspaces import Basis, Subspace
@@ -114,9 +115,23 @@ def _steered(subject: Subject) -> Job:
     return next(plan_tasks(tasks, setting, Budget(lambda: 1e18, 1e9)))
 
 
+def _screened(subject: Subject) -> Job:
+    setting = Setting(subject.info, "float32", ResponseOutcome())
+    pair = token_pair("wire", answers=(3, 2))
+    tasks = [screen for way in get_args(Screen) for screen in screen_tasks([pair], "mlp_neurons", "last", setting, way)]
+    return next(plan_tasks(tasks, setting, Budget(lambda: 1e18, 1e9)))
+
+
 JOBS = pytest.mark.parametrize(
     ("name", "job_of"),
-    [("llama", _job), ("llama", _samples), ("llama", _steered), ("qwen2_moe", _experts), ("lfm2", _hybrid)],
+    [
+        ("llama", _job),
+        ("llama", _samples),
+        ("llama", _steered),
+        ("llama", _screened),
+        ("qwen2_moe", _experts),
+        ("lfm2", _hybrid),
+    ],
 )
 
 
@@ -165,7 +180,7 @@ def test_without_registering_the_package_would_be_named(
 
 def test_a_payload_is_small(subject: Callable[[str], Subject], by_value: None) -> None:
     blob = _blob(subject("llama"), _job(subject("llama")))
-    assert len(blob) < 72_000  # the program's source is most of it
+    assert len(blob) < 80_000  # the program's source is most of it
 
 
 @pytest.mark.slow

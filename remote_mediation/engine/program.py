@@ -23,12 +23,15 @@ source to the server, where `remote_mediation` is not installed. What the payloa
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
 import nnsight
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, GenerationConfig
 
 
@@ -369,8 +372,8 @@ def write(
             new = target[value][where]
         elif kind == "scale":
             new = target[row][where] * value
-        else:
-            new = torch.tensor(value) / factor
+        else:  # numbers, or a tensor that a gradient is asked for
+            new = torch.as_tensor(value) / factor
         target[row][where] = new.to(target.device, target.dtype)
     replace_tensor(spec, block, name, target)
 
@@ -718,12 +721,15 @@ def working_device(module: Any) -> torch.device:
 
 
 def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
-    """First-order estimates of NIE, then TIE, of every unit of one component, summed over pairs.
+    """Estimates of NIE, then TIE, of every unit of one component, summed over pairs.
 
-    Attribution patching (AtP) is the change of the activation times the gradient of Y; GradDrop, a second variant where
-    `cuts` asks for it, averages its size over backward passes in which one layer at a time passes on nothing but the
-    residual stream (Kramar et al. 2024, arXiv 2403.00745, sections 3.1 and 3.2). `[1, (base, variant, layer, unit)]`,
-    in the unit of Y.
+    Each is the change of the activation times a gradient of Y. `[1, (base, variant, layer, unit)]`, in the unit of Y.
+
+    - Attribution patching (AtP): the gradient of the base run. GradDrop, a second variant where `cuts` asks for it,
+      averages its size over backward passes in which one layer at a time passes on nothing but the residual stream
+      (Kramar et al. 2024, arXiv 2403.00745, sections 3.1 and 3.2).
+    - Relevance patching, where there is `relp`: the same of a base run that is `linearised`.
+    - Integrated gradients, where there is a `line`: the gradient averaged on the way to the other prompt's value.
     """
     if sandboxed(model):
         raise RuntimeError("this server runs blocks in a sandbox and gives no gradients")
@@ -741,13 +747,18 @@ def attributions(model: Any, spec: dict[str, Any], pair: dict[str, Any], context
         [layer[0][grid(places, (), layer.device)].float() for layer in base["captured"][name]]
         for base, places in zip(bases, pair["places"], strict=True)
     ]
+    change = [one - zero for zero, one in zip(*held, strict=True)]
     scores = []
     for side in (0, 1):
-        places, change = pair["places"][side], [one - zero for zero, one in zip(*held, strict=True)]
+        if "line" in context:
+            scores.append(integrated(model, spec, pair, side, context, bases, held))
+            continue
+        places = pair["places"][side]
         products = []  # of the change and the gradient, `[layer, unit]` each: as it is, then with a layer cut off
         for first in range(0, context["cuts"], context["rows"]):
             cuts = range(first, min(first + context["rows"], context["cuts"]))
-            gradients = gradients_of(model, spec, pair, side, name, bases[side]["keyvalues"], cuts)
+            with manner_of(model, spec, context):
+                gradients = gradients_of(model, spec, pair, side, name, bases[side]["keyvalues"], cuts)
             by_layer = []
             for layer, gradient in enumerate(gradients):
                 where, _ = grid(places, (), gradient.device)
@@ -758,6 +769,53 @@ def attributions(model: Any, spec: dict[str, Any], pair: dict[str, Any], context
         if len(by_cut) > 1:
             scores.append(by_cut[1:].abs().sum(0) / (spec["layers"] - 1))
     return torch.stack(scores)
+
+
+def integrated(
+    model: Any,
+    spec: dict[str, Any],
+    pair: dict[str, Any],
+    side: int,
+    context: dict[str, Any],
+    bases: list[dict[str, Any]],
+    held: list[list[torch.Tensor]],
+) -> torch.Tensor:
+    """Integrated gradients `[layer, unit]` (Sundararajan et al. 2017, arXiv 1703.01365), layer by layer.
+
+    The component of one layer goes on a straight line from its own to the other prompt's value, while the rest of the
+    model answers to it; so over all units they add up to the effect of swapping the component of that layer alone.
+    line: points on the way, in [0, 1], and the weights of the mean over them. held: values `[place, width]` of both
+    sides, by layer.
+    """
+    points, weights = (torch.tensor(one)[:, None, None] for one in context["line"])
+    at_once, found = max(1, context["rows"] // len(points)), []
+    for low in range(0, spec["layers"], at_once):
+        ways = []  # of a few layers, `[point, place, width]`
+        for zero, one in zip(*(values[low : low + at_once] for values in held), strict=True):
+            own, other = (zero, one) if side == 0 else (one, zero)
+            ways.append((own + points.to(own) * (other - own)).requires_grad_())
+        with torch.enable_grad():
+            batch = on_lines(pair, side, context["component"], low, spec["layers"], ways)
+            answers = batch_run(model, spec, pair["stacks"][side], batch, bases)
+            gradients = torch.autograd.grad(outcomes_of(answers, pair).sum(), ways)
+        for layer, gradient in enumerate(gradients, low):
+            change, mean = held[1][layer] - held[0][layer], (weights.to(gradient) * gradient).sum(0)
+            found.append((change * mean).sum(0).cpu())
+    return torch.stack(found)
+
+
+def on_lines(
+    pair: dict[str, Any], side: int, component: str, low: int, layers: int, ways: list[torch.Tensor]
+) -> dict[str, Any]:
+    """A batch of rows of one prompt: of each layer from `low` on, its component at points `[point, place, width]`."""
+    places, writes = pair["places"][side], {}
+    joining: list[tuple[int, ...]] = [()] * (layers - low)
+    for number, points in enumerate(ways):
+        rows = range(number * len(points), (number + 1) * len(points))
+        values = zip(rows, points, strict=True)
+        joining[number] = (0,) * len(points)
+        writes[low + number] = ((component, tuple((row, places, (), "constant", value) for row, value in values)),)
+    return {"stack": side, "start": pair["start"], "low": low, "joining": tuple(joining), "writes": writes}
 
 
 def gradients_of(
@@ -791,6 +849,85 @@ def gradients_of(
         values = answer_values(model, spec, stack, rows)
         found = torch.autograd.grad(outcomes_of(values, pair).sum(), live)
     return [gradient.float() / spec["factors"].get(component, 1.0) for gradient in found]
+
+
+def manner_of(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> Any:
+    """How a screening's gradients flow: as they are, or `linearised`."""
+    if "relp" not in context:
+        return contextlib.nullcontext()
+    return linearised(module_at(model, spec["blocks"])._module, spec, context["relp"])
+
+
+@contextlib.contextmanager
+def linearised(blocks: Any, spec: dict[str, Any], gated: bool) -> Iterator[None]:
+    """Let gradients flow through a model of which values are those of the model and all but products is linear.
+
+    The rules of relevance patching (RelP, Jafari et al. 2025, arXiv 2508.21258, table 1): a norm's denominator and
+    attention's pattern are constants (`Frozen`), an activation is its value over its input times its input, and the
+    two factors of a gated product get half of its relevance each. blocks: the decoder layers, as torch has them.
+    gated: whether MLPs have such a product.
+    """
+    hooks = []
+    for block in blocks:
+        modules = [one for one in block.modules() if type(one).__module__ in ACTIVATIONS]
+        hooks += [one.register_forward_hook(by_ratio) for one in modules]
+        if gated:
+            hooks.append(block.get_submodule(spec["components"]["mlp_neurons"][0]).register_forward_pre_hook(halved))
+    try:
+        with Frozen():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# Where the classes of activation functions stand that transformers' `ACT2FN` names.
+ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
+
+
+def by_ratio(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    """An activation function's output, as the constant output / input times its input."""
+    value = inputs[0]
+    with torch.no_grad():
+        away = torch.where(value == 0, torch.finfo(value.dtype).eps, value)  # at 0 the ratio is the slope
+        ratio = type(module).forward(module, away) / away  # the module's own call is one that a trace counts
+    return value * ratio
+
+
+def halved(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The same input of a module; half of the gradient flows on from it."""
+    value = inputs[0]
+    return (value.detach() + (value - value.detach()) / 2, *inputs[1:])
+
+
+class Frozen(TorchFunctionMode):
+    """While it is on, no gradient flows through the denominators of norms and the patterns of softmax attention."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """One call of a function of torch."""
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name == "scaled_dot_product_attention":
+            query, key, *others = args
+            return func(query.detach(), key.detach(), *others, **kwargs)
+        if name == "layer_norm":
+            return frozen_layer_norm(*args, **kwargs)
+        found = func(*args, **kwargs)
+        return found.detach() if name in ("rsqrt", "softmax") else found  # of an RMS norm, and of attention
+
+
+def frozen_layer_norm(
+    value: torch.Tensor,
+    shape: Any,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """`torch.nn.functional.layer_norm` over the last dimension, with a constant for the deviation it divides by."""
+    whole = value.float()
+    centred = whole - whole.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps).detach()
+    normed = normed if weight is None else normed * weight
+    return (normed if bias is None else normed + bias).to(value.dtype)
 
 
 def outcomes_of(values: torch.Tensor, pair: dict[str, Any]) -> torch.Tensor:

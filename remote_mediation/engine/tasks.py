@@ -10,18 +10,23 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from remote_mediation.config import Screen
 from remote_mediation.engine.budget import LOGIT_COPIES, Budget, Setting, base_flops, layer_flops
 from remote_mediation.engine.jobs import Context, Job
 from remote_mediation.engine.payload import Side, addressed, digest, model_spec, shifted, stack_payload
 from remote_mediation.engine.rows import Constant, Scale
 from remote_mediation.engine.unfold import tokens_run
 from remote_mediation.errors import SiteError
-from remote_mediation.sites import FORWARD_ORDER, Component, Site, family_of
+from remote_mediation.sites import FORWARD_ORDER, Component, ModelInfo, Site, family_of
 from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
 # Backward passes of a screening that share a batch; each keeps its whole graph in memory.
 _CUTS_TOGETHER = 16
+# Tokens of all rows of a batch of integrated gradients, whose graph is kept, too.
+_LINE_TOKENS = 256
 # Pairs whose estimates are summed where they arise.
 _PAIRS_TOGETHER = 16
 # Bytes of answer logits that the sets of a `direct` task may take at once.
@@ -96,27 +101,63 @@ def columns_task(component: Component, setting: Setting) -> Context:
 
 
 def screen_tasks(
-    pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting, dropping: bool = False
+    pairs: Sequence[TokenPair],
+    component: Component,
+    position: str,
+    setting: Setting,
+    screen: Screen = "atp",
+    *,
+    dropping: bool = False,
+    steps: int = 5,
 ) -> list[Context]:
     """Estimate NIE and TIE of every unit of a component at a position: `[base, variant, layer, unit]`, to be summed.
 
-    Variants: AtP, and where `dropping` GradDrop, which takes a backward pass more for every layer. One task for several
-    pairs: what comes back is as large as all units of the model.
+    One task for several pairs: what comes back is as large as all units of the model. dropping: GradDrop as a second
+    variant beside AtP, which takes a backward pass more for every layer. steps: points of the mean of `ig`.
+
+    Raises:
+        SiteError: the screen is not defined for the model.
     """
-    groups = [pairs[begin : begin + _PAIRS_TOGETHER] for begin in range(0, len(pairs), _PAIRS_TOGETHER)]
+    refuse_screen(screen, setting.info)
     cuts = 1 + setting.info.layers if dropping else 1
-    return [_screen_task(group, component, position, setting, cuts) for group in groups]
+    manner: dict[str, Any] = {"cuts": cuts, "rows": _CUTS_TOGETHER}
+    passes = cuts
+    if screen == "relp":
+        manner["relp"] = setting.info.gated
+    if screen == "ig":
+        points, weights = np.polynomial.legendre.leggauss(steps)
+        manner["line"] = tuple(((1 + points) / 2).tolist()), tuple((weights / 2).tolist())
+        longest = max((_length(pair, setting.info) - _start(pair, position, setting.info) for pair in pairs), default=1)
+        manner["rows"] = _LINE_TOKENS // longest
+        passes = steps * (1 + setting.info.layers) // 2  # a pass begins at the layer that it is of
+    groups = [pairs[begin : begin + _PAIRS_TOGETHER] for begin in range(0, len(pairs), _PAIRS_TOGETHER)]
+    return [_screen_task(group, component, position, setting, manner, passes) for group in groups]
+
+
+def refuse_screen(screen: Screen, info: ModelInfo) -> None:
+    """Refuse a way of screening that is not defined for a model.
+
+    Raises:
+        SiteError: relevance patching of a mixture of experts, or of layers without softmax attention.
+    """
+    if screen == "relp" and (info.experts or info.recurrent):
+        lacking = "routed experts" if info.experts else "layers without softmax attention"
+        raise SiteError(f"relevance patching has no rule for the {lacking} of {info.name}; screen by atp or ig")
 
 
 def _screen_task(
-    pairs: Sequence[TokenPair], component: Component, position: str, setting: Setting, cuts: int
+    pairs: Sequence[TokenPair],
+    component: Component,
+    position: str,
+    setting: Setting,
+    manner: dict[str, Any],
+    passes: int,
 ) -> Context:
-    """cuts: backward passes per prompt, the first of them through the whole model."""
+    """manner: how estimates are made. passes: backward passes per prompt through the whole model."""
     parts, tokens = [], 0
     for pair in pairs:
-        places, length = pair.places(position), max(tokens_run(pair, side, setting.info) for side in (0, 1))
-        start = min(min(places.x0), min(places.x1), *(len(prompt) - 1 for prompt in pair.prompts))
-        start = 0 if setting.info.unfolded else start
+        places, length = pair.places(position), _length(pair, setting.info)
+        start = _start(pair, position, setting.info)
         parts.append(
             {
                 "start": start,
@@ -125,9 +166,20 @@ def _screen_task(
                 **setting.outcome.payload(pair),
             }
         )
-        tokens += 2 * length + 6 * cuts * (length - start)
-    payload = {"component": component, "cuts": cuts, "rows": _CUTS_TOGETHER, "pairs": tuple(parts)}
+        tokens += 2 * length + 6 * passes * (length - start)
+    payload = {"component": component, **manner, "pairs": tuple(parts)}
     return task_context("screen", [pair.id for pair in pairs], payload, forward_flops(tokens, setting), setting)
+
+
+def _start(pair: TokenPair, position: str, info: ModelInfo) -> int:
+    """Token from which on a screening runs both prompts."""
+    places = pair.places(position)
+    return 0 if info.unfolded else min(min(places.x0), min(places.x1), *(len(prompt) - 1 for prompt in pair.prompts))
+
+
+def _length(pair: TokenPair, info: ModelInfo) -> int:
+    """Tokens of the longer one of a pair's packed prompts."""
+    return max(tokens_run(pair, side, info) for side in (0, 1))
 
 
 def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Setting) -> Context:

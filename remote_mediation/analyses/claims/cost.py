@@ -41,7 +41,7 @@ def _claims_of_place(
     late = _late_site(study, _widest(study))
     stream = [Site("layer_output", layer, "last") for layer in range(info.layers)]
     frozen = 1 + 1 + 2 + handed.RANDOM_SETS  # the early site alone, twice named; middle and late MLPs; others
-    screened = screen_tasks(discovery, "mlp_neurons", _widest(study), study.setting)
+    screened = screen_tasks(discovery, "mlp_neurons", _widest(study), study.setting, study.config.neurons.screen)
     return (
         of_bases(study, [*discovery, *both])
         .times(_WAVES)

@@ -247,12 +247,12 @@ def _likeness(chosen: Sequence[Unit], drawn: Sequence[Unit], changes: Floats) ->
 
 
 def _screen(discovery: Sample, position: str) -> list[Context]:
-    setting = discovery.lab.study.setting
-    return screen_tasks(discovery.pairs, "mlp_neurons", position, setting)
+    study = discovery.lab.study
+    return screen_tasks(discovery.pairs, "mlp_neurons", position, study.setting, study.config.neurons.screen)
 
 
 def _ranked(discovery: Sample, position: str, bench: Bench) -> list[Unit]:
-    """Late neurons by the larger of the screen's NIE and TIE in the direction of TE (attribution patching)."""
+    """Late neurons by the larger of the screen's NIE and TIE in the direction of TE."""
     study = discovery.lab.study
     late = thirds(study.info.layers).late
     found = discovery.lab.run(_screen(discovery, position))

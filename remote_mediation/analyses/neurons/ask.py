@@ -14,6 +14,7 @@ import pandas as pd
 from remote_mediation.analyses.neurons.gates import GateSet, measure_gates
 from remote_mediation.analyses.neurons.search import SEARCH_COLUMNS, layers_of, search
 from remote_mediation.config import StatisticsSettings, StudyConfig
+from remote_mediation.engine.tasks import refuse_screen
 from remote_mediation.lab import Lab
 from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import ModelInfo, Site, check_site
@@ -44,8 +45,10 @@ def sites(config: StudyConfig, info: ModelInfo, pair: TokenPair) -> list[Site]:
     """All neurons of every layer to search, together.
 
     Raises:
-        SiteError: a layer out of range.
+        SiteError: a layer out of range, or a screen that is not defined for the model.
     """
+    if "gradient" in config.neurons.search:
+        refuse_screen(config.neurons.screen, info)
     whole = [
         Site("mlp_neurons", layer, position, tuple(range(info.d_ff)))
         for position in config.positions.neurons
@@ -67,6 +70,7 @@ def analyse(lab: Lab, before: Findings) -> Finding:
         "search.csv": pd.DataFrame(found.steps, columns=list(SEARCH_COLUMNS)),
         "sparsity.csv": found.profiles,
         "mediators.csv": mediators(lab.effects, total, lambda: lab.rng("mediators"), by),
+        **({} if found.screen is None else {"screen.csv": found.screen}),
         **gates.tables,
     }
     return Finding(tables, {"gate neurons": (gates.found.gates,)} if gates.found else {}, gates.found)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from remote_mediation.analyses.neurons.search import BRANCHES
-from remote_mediation.engine.tasks import screen_tasks
+from remote_mediation.analyses.neurons.search import BRANCHES, search_tasks, variants
 from remote_mediation.lab import Study
 from remote_mediation.later import Later, of_bases, of_rows, of_tasks, pairs_of
 from remote_mediation.sites import Site
@@ -25,8 +24,8 @@ def cost(study: Study) -> Later:
         return found
     position = study.config.positions.neurons[0]
     pairs = [pair for pair in pairs_of(study, "discovery") if pair.places(position).x0]
-    tasks = screen_tasks(pairs, "mlp_neurons", position, study.setting, dropping=True)
-    return found.plus(of_tasks(tasks, 4 * study.info.layers * study.info.d_ff))
+    values = 2 * variants(study.config) * study.info.layers * study.info.d_ff
+    return found.plus(of_tasks(search_tasks(study, pairs, position), values))
 
 
 def gate_rows(study: Study, split: str) -> Later:

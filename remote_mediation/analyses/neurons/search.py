@@ -1,7 +1,8 @@
 """How single neurons are found; each way ends in exact measurements on the discovery split.
 
-- `gradient`: attribution patching ranks all neurons in a few passes (`program.screen`), the first ones are measured.
-  What it may have missed is estimated from a random sample of the others.
+- `gradient`: a screen, by default attribution patching, ranks all neurons in a few passes (`program.screen`), the first
+  ones are measured. What it may have missed is estimated from a random sample of the others, and how far its estimates
+  agree with what was measured is told (`agreement`).
 - `windows`: whole layers are split into ever smaller windows, only where an interval leaves room for a mediator. Rows
   grow with the number of mediators and the logarithm of the width. Neurons that cancel within a window are missed.
 - `all`: every neuron is measured.
@@ -16,10 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from remote_mediation.config import StudyConfig
+from remote_mediation.analyses.neurons.agreement import SCREEN_COLUMNS, agreement
+from remote_mediation.config import Screen, StudyConfig
+from remote_mediation.engine.jobs import Context
 from remote_mediation.engine.tasks import screen_tasks
 from remote_mediation.errors import JobError, SiteError
-from remote_mediation.lab import Floats, Lab
+from remote_mediation.lab import Floats, Lab, Study
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import estimate_means, sparsity, wilson
 from remote_mediation.summary import UNITS
@@ -46,7 +49,12 @@ SPARSITY_COLUMNS: dict[str, str] = {
     "fewest": "fewest neurons whose NIE adds up to 80% of all positive ones",
     "of": "neurons of the layer",
     "negative_share": "share of the profile that works the other way",
-    "by": "measured, or estimated by attribution patching",
+    "by": "measured, or the screen that estimated it",
+}
+SCREEN_NAMES: dict[Screen, str] = {
+    "atp": "attribution patching",
+    "relp": "relevance patching",
+    "ig": "integrated gradients",
 }
 
 
@@ -59,6 +67,8 @@ class Found(NamedTuple):
     """Rows of `SEARCH_COLUMNS`."""
     profiles: pd.DataFrame
     """Rows of `SPARSITY_COLUMNS`."""
+    screen: pd.DataFrame | None = None
+    """Rows of `SCREEN_COLUMNS`, where a screen ranked."""
 
 
 def search(lab: Lab) -> Found:
@@ -81,7 +91,7 @@ def search(lab: Lab) -> Found:
 
 
 def _by_gradient(lab: Lab) -> Found:
-    """Rank by attribution, measure the first `exact` and a sample of the others."""
+    """Rank by a screen, measure the first `exact` and a sample of the others."""
     study, settings, position = lab.study, lab.study.config.neurons, position_of(lab)
     layers = layers_of(study.config, study.info)
     scores = _screened(lab, position)
@@ -91,15 +101,24 @@ def _by_gradient(lab: Lab) -> Found:
     measured = lab.measure_sites(UNITS, [_unit(position, *one) for one in first])
     checked = lab.measure_sites(SAMPLE, [_unit(position, *one) for one in sample], "discovery")
     strong = strengths(measured)
+    reached = int((strong >= _least(lab, measured)).sum())
+    missed = _missed(lab, checked, len(sample), len(rest))
     steps = [
         _step("screened by gradients", study.info.d_ff * len(layers), lab, len(first)),
-        _step("measured, first ranks", len(first), lab, int((strong >= _least(lab, measured)).sum()), "all"),
-        _missed(lab, checked, len(sample), len(rest)),
+        _step("measured, first ranks", len(first), lab, reached, "all"),
+        missed,
     ]
     exact = dict.fromkeys((int(layer), int(unit)) for layer, unit, _ in strong[strong > 0].index)
     ranked = _by_layer([*exact, *(one for one in order if one not in exact)])
-    profiles = [_profile(layer, scores.nie[layer], "attribution patching") for layer in layers]
-    return Found(ranked, steps, pd.DataFrame(profiles, columns=list(SPARSITY_COLUMNS)))
+    nie = direction_of(lab.effects) * scores.means[0]
+    profiles = [_profile(layer, nie[layer], SCREEN_NAMES[settings.screen]) for layer in layers]
+    agreed = agreement(settings.screen, scores.means, (measured, checked), reached, missed["missed"])
+    return Found(
+        ranked,
+        steps,
+        pd.DataFrame(profiles, columns=list(SPARSITY_COLUMNS)),
+        pd.DataFrame(agreed, columns=list(SCREEN_COLUMNS)),
+    )
 
 
 def _ranked(scores: Floats) -> list[tuple[int, int]]:
@@ -121,24 +140,39 @@ def _missed(lab: Lab, checked: pd.DataFrame, sample: int, rest: int) -> dict[str
 
 
 class _Scores(NamedTuple):
-    """Attribution scores `[layer, unit]`."""
+    """A screen's scores."""
 
     rank: Floats
-    """By which neurons are ranked: the smaller of NIE and TIE, GradDrop's size; -inf in layers not searched."""
-    nie: Floats
-    """AtP's estimate of NIE in TE's direction."""
+    """`[layer, unit]`, by which neurons are ranked: the smaller size of NIE and TIE; -inf in layers not searched."""
+    means: Floats
+    """`[quantity, layer, unit]`: estimates of NIE and TIE, means over the discovery pairs."""
 
 
 def _screened(lab: Lab, position: str) -> _Scores:
     study = lab.study
     pairs = pairs_at(lab, "discovery")
-    found = lab.run(screen_tasks(pairs, "mlp_neurons", position, study.setting, dropping=True))
-    shape = (-1, 2, 2, study.info.layers, study.info.d_ff)
+    found = lab.run(search_tasks(study, pairs, position))
+    shape = (-1, 2, variants(study.config), study.info.layers, study.info.d_ff)
     mean = np.array(found, dtype=np.float64).reshape(shape).sum(0) / max(len(pairs), 1)
-    rank = mean[:, 1].min(0)
+    rank = np.abs(mean[:, -1]).min(0)
     unsearched = sorted(set(range(study.info.layers)) - set(layers_of(study.config, study.info)))
     rank[unsearched] = -np.inf
-    return _Scores(rank, direction_of(lab.effects) * mean[0, 0])
+    return _Scores(rank, mean[:, 0])
+
+
+def search_tasks(study: Study, pairs: Sequence[TokenPair], position: str) -> list[Context]:
+    """What screens all neurons: of every `[base, variant, layer, unit]`, by the last variant of which they are ranked.
+
+    Raises:
+        SiteError: the study's screen is not defined for the model.
+    """
+    dropping = variants(study.config) > 1
+    return screen_tasks(pairs, "mlp_neurons", position, study.setting, study.config.neurons.screen, dropping=dropping)
+
+
+def variants(config: StudyConfig) -> int:
+    """Estimates of each effect: attribution patching has a second one, GradDrop."""
+    return 2 if config.neurons.screen == "atp" else 1
 
 
 def _by_windows(lab: Lab) -> Found:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from remote_mediation.analyses.neurons.figures import gate_figure, units_figure, whole_mlps_figure
 from remote_mediation.analyses.neurons.gates import random_sets_reaching
-from remote_mediation.analyses.neurons.search import LAYERS, of_whole_mlps, strengths
+from remote_mediation.analyses.neurons.search import LAYERS, SCREEN_NAMES, of_whole_mlps, strengths
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section
 from remote_mediation.show.sites import site_section
@@ -57,7 +57,7 @@ def _gates(result: Result) -> Section:
     if absent or "search.csv" not in result.tables:
         return Section(name, title, did, absent or UNMEASURED)
     search = result.tables["search.csv"]
-    tables: tuple[Table, ...] = (_search_table(search),)
+    tables: tuple[Table, ...] = (_search_table(search), *_screen_tables(result))
     cut = _cut_short(search)
     sets = result.tables.get("gates.csv")
     if sets is None or sets.empty:
@@ -85,6 +85,27 @@ def _search_table(search: pd.DataFrame) -> Table:
     why = "from the mediators in a random sample of the others; the most by its 95% Wilson interval" if sampled else ""
     header = ("step of the search", "neurons or windows", "pairs", "may mediate", "followed", missed)
     return Table(header, rows, tuple(notes_on(missed, [why])))
+
+
+def _screen_tables(result: Result) -> tuple[Table, ...]:
+    """How well the estimates that ranked the neurons agree with what was measured."""
+    table = result.tables.get("screen.csv")
+    if table is None or table.empty:
+        return ()
+    rows = [
+        (
+            f"{SCREEN_NAMES[row.screen]}, {row.component}",
+            row.quantity.upper(),
+            f"{number(row.spearman_first)} ({row.first})",
+            f"{number(row.spearman_random)} ({row.random})",
+            percent(row.recall),
+        )
+        for row in table.itertuples()
+    ]
+    first, random = "rank correlation, first ranks (of)", "random others (of)"
+    header = ("screen against exact effects", "effect", first, random, "recall of mediators, estimate")
+    why = "mediators among the first ranks, of these and what the random sample lets expect among all others"
+    return (Table(header, rows, tuple(notes_on(header[-1], [why]))),)
 
 
 def _cut_short(search: pd.DataFrame) -> str:
@@ -198,7 +219,8 @@ def _sparsity_tables(result: Result, gated: int) -> tuple[Table, ...]:
         for row in shown.itertuples()
     ]
     estimated = any(row[-1] != "measured" for row in rows)
-    why = "a first-order estimate by gradients, not measured: it ranks neurons, and may misjudge their sizes"
+    order = "an" if (table["by"] == SCREEN_NAMES["ig"]).any() else "a first-order"
+    why = f"{order} estimate by gradients, not measured: it ranks neurons, and may misjudge their sizes"
     header = ("strongest layers", "Gini", "fewest neurons for 80% of NIE", "works the other way", "single neurons' NIE")
     return (Table(header, rows, tuple(notes_on(header[-1], [why] if estimated else []))),)
 
