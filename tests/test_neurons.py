@@ -13,7 +13,7 @@ import pytest
 from fakes import INFO, AdditiveBackend, token_pair
 
 from remote_mediation.analyses import chosen
-from remote_mediation.analyses.neurons.ask import analyse
+from remote_mediation.analyses.neurons.ask import analyse, sites
 from remote_mediation.analyses.neurons.search import SAMPLE, strengths
 from remote_mediation.config import StudyConfig
 from remote_mediation.errors import SiteError
@@ -264,6 +264,14 @@ def test_every_screen_ranks_and_is_held_against_what_was_measured(searched: Sear
     assert agreed["spearman_first"].tolist() == pytest.approx([1.0, 1.0])
     assert agreed["spearman_random"].isna().all()  # none of the others does anything
     assert agreed["recall"].tolist() == [1.0, 1.0]
+
+
+def test_a_screen_without_a_rule_for_the_model_is_refused_at_once() -> None:
+    info, pair = replace(INFO, recurrent=(0,)), token_pair("p0")
+    config = StudyConfig(model="tiny", analyses=["neurons"], neurons={"screen": "relp"})
+    with pytest.raises(SiteError, match="no rule for the layers without softmax attention"):
+        sites(config, info, pair)
+    assert sites(config.model_copy(update={"neurons": config.neurons.model_copy(update={"screen": "ig"})}), info, pair)
 
 
 def test_a_screen_that_misses_mediators_is_told(searched: Search) -> None:

@@ -347,6 +347,17 @@ def test_how_the_search_went_is_told() -> None:
     assert "cut short by the study's limit: 3 leads" in text("Gate neurons", result(tables(search=short)))
 
 
+def test_how_far_the_screen_agreed_is_told() -> None:
+    assert "screen against exact effects" not in text("Gate neurons", result(tables()))
+    row = {"component": "mlp_neurons", "screen": "relp", "first": 8, "random": 8, "recall": 0.75}
+    agreed = [
+        {**row, "quantity": "nie", "spearman_first": 0.5, "spearman_random": 0.25},
+        {**row, "quantity": "tie", "spearman_first": 0.75, "spearman_random": NaN},
+    ]
+    found = rows(text("Gate neurons", result(tables(screen=table("screen.csv", *agreed)))))
+    assert found["relevance patching, mlp_neurons"] == ["TIE", "0.75 (8)", "- (8)", "75%"]
+
+
 def test_sparsity_says_what_is_estimated() -> None:
     found = text("Gate neurons", result(tables()))
     assert rows(found)["5"] == ["0.75", "1 of 16", "10%", "attribution patching"]

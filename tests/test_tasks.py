@@ -372,8 +372,10 @@ def test_relevance_patching_leaves_no_family_anything_that_is_not_linear(subject
 
     blocks[0].register_forward_pre_hook(enter)
     kept = []
-    for manner in (program.linearised(blocks, spec, model.info.gated), contextlib.nullcontext()):
-        with manner:
+    for linear in (True, False):
+        with contextlib.ExitStack() as manner:
+            if linear:
+                program.linearise(manner, blocks, spec, model.info.gated)
             stream = plain.base_model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False).last_hidden_state
         value = (stream[0, -1] * torch.linspace(1, 2, stream.shape[-1])).sum()
         (slope,) = torch.autograd.grad(value, entering[-1])

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -728,7 +727,7 @@ def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.T
     - Attribution patching (AtP): the gradient of the base run. GradDrop, a second variant where `cuts` asks for it,
       averages its size over backward passes in which one layer at a time passes on nothing but the residual stream
       (Kramar et al. 2024, arXiv 2403.00745, sections 3.1 and 3.2).
-    - Relevance patching, where there is `relp`: the same of a base run that is `linearised`.
+    - Relevance patching, where there is `relp`: the gradient of a base run through a linear model (`linearise`).
     - Integrated gradients, where there is a `line`: the gradient averaged on the way to the other prompt's value.
     """
     if sandboxed(model):
@@ -757,7 +756,9 @@ def attributions(model: Any, spec: dict[str, Any], pair: dict[str, Any], context
         products = []  # of the change and the gradient, `[layer, unit]` each: as it is, then with a layer cut off
         for first in range(0, context["cuts"], context["rows"]):
             cuts = range(first, min(first + context["rows"], context["cuts"]))
-            with manner_of(model, spec, context):
+            with contextlib.ExitStack() as manner:
+                if "relp" in context:
+                    linearise(manner, module_at(model, spec["blocks"])._module, spec, context["relp"])
                 gradients = gradients_of(model, spec, pair, side, name, bases[side]["keyvalues"], cuts)
             by_layer = []
             for layer, gradient in enumerate(gradients):
@@ -851,53 +852,22 @@ def gradients_of(
     return [gradient.float() / spec["factors"].get(component, 1.0) for gradient in found]
 
 
-def manner_of(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> Any:
-    """How a screening's gradients flow: as they are, or `linearised`."""
-    if "relp" not in context:
-        return contextlib.nullcontext()
-    return linearised(module_at(model, spec["blocks"])._module, spec, context["relp"])
-
-
-@contextlib.contextmanager
-def linearised(blocks: Any, spec: dict[str, Any], gated: bool) -> Iterator[None]:
-    """Let gradients flow through a model of which values are those of the model and all but products is linear.
+def linearise(manner: contextlib.ExitStack, blocks: Any, spec: dict[str, Any], gated: bool) -> None:
+    """Until `manner` ends, let gradients flow as through a linear model, while values are the model's own.
 
     The rules of relevance patching (RelP, Jafari et al. 2025, arXiv 2508.21258, table 1): a norm's denominator and
     attention's pattern are constants (`Frozen`), an activation is its value over its input times its input, and the
-    two factors of a gated product get half of its relevance each. blocks: the decoder layers, as torch has them.
-    gated: whether MLPs have such a product.
+    two factors of a gated product get half of its relevance each. blocks: the decoder layers, as torch has them. gated:
+    whether their MLPs have such a product.
     """
-    hooks = []
     for block in blocks:
-        modules = [one for one in block.modules() if type(one).__module__ in ACTIVATIONS]
-        hooks += [one.register_forward_hook(by_ratio) for one in modules]
+        for module in block.modules():
+            if type(module).__module__ in ACTIVATIONS:
+                manner.enter_context(module.register_forward_hook(by_ratio))
         if gated:
-            hooks.append(block.get_submodule(spec["components"]["mlp_neurons"][0]).register_forward_pre_hook(halved))
-    try:
-        with Frozen():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-# Where the classes of activation functions stand that transformers' `ACT2FN` names.
-ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
-
-
-def by_ratio(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    """An activation function's output, as the constant output / input times its input."""
-    value = inputs[0]
-    with torch.no_grad():
-        away = torch.where(value == 0, torch.finfo(value.dtype).eps, value)  # at 0 the ratio is the slope
-        ratio = type(module).forward(module, away) / away  # the module's own call is one that a trace counts
-    return value * ratio
-
-
-def halved(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The same input of a module; half of the gradient flows on from it."""
-    value = inputs[0]
-    return (value.detach() + (value - value.detach()) / 2, *inputs[1:])
+            product = block.get_submodule(spec["components"]["mlp_neurons"][0])
+            manner.enter_context(product.register_forward_pre_hook(halved))
+    manner.enter_context(Frozen())
 
 
 class Frozen(TorchFunctionMode):
@@ -915,6 +885,26 @@ class Frozen(TorchFunctionMode):
         return found.detach() if name in ("rsqrt", "softmax") else found  # of an RMS norm, and of attention
 
 
+# Where the classes of activation functions stand that transformers' `ACT2FN` names.
+ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
+
+
+def by_ratio(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    """An activation function's output, as the constant output / input times its input."""
+    value = inputs[0]
+    with torch.no_grad():
+        away = torch.where(value == 0, torch.finfo(value.dtype).eps, value)  # at 0 the ratio is the slope
+        ratio = type(module).forward(module, away) / away  # the module's own call is one that a trace counts
+    found: torch.Tensor = value * ratio
+    return found
+
+
+def halved(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The same input of a module; half of the gradient flows on from it."""
+    value = inputs[0]
+    return (value.detach() + (value - value.detach()) / 2, *inputs[1:])
+
+
 def frozen_layer_norm(
     value: torch.Tensor,
     shape: Any,
@@ -927,7 +917,8 @@ def frozen_layer_norm(
     centred = whole - whole.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps).detach()
     normed = normed if weight is None else normed * weight
-    return (normed if bias is None else normed + bias).to(value.dtype)
+    normed = normed if bias is None else normed + bias
+    return normed.to(value.dtype)
 
 
 def outcomes_of(values: torch.Tensor, pair: dict[str, Any]) -> torch.Tensor:

@@ -149,7 +149,7 @@ def closed_form(backend: LocalBackend, pair: TokenPair, outcome: Outcome) -> np.
 def screen(backend: LocalBackend, pair: TokenPair, setting: Setting) -> tuple[np.ndarray, float]:
     """Scores `[side, variant, layer, unit]`, and the seconds they took."""
     start = time.perf_counter()
-    (job,) = plan_tasks(screen_tasks([pair], "mlp_neurons", "last", setting), setting, BUDGET)
+    (job,) = plan_tasks(screen_tasks([pair], "mlp_neurons", "last", setting, dropping=True), setting, BUDGET)
     (values,) = backend.collect(backend.submit(job)).values
     shape = (2, len(VARIANTS), setting.info.layers, setting.info.d_ff)
     return values.reshape(shape), time.perf_counter() - start

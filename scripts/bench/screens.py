@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -36,7 +37,8 @@ from remote_mediation.tokens import TokenPair, tokenise
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct")
 MODULES: tuple[Component, ...] = ("mlp_output", "attention_output", "layer_output")
 SCREENS: tuple[Screen, ...] = get_args(Screen)
-NAMES: dict[Screen, str] = {"atp": "AtP", "relp": "RelP", "ig": "IG"}
+WHOLE = "relp_whole"
+NAMES = {"atp": "AtP", "relp": "RelP", "ig": "IG", WHOLE: "RelP, products not halved"}
 PAIRS = 6
 RANDOM, FIRST, TOP = 256, 64, 32
 """Neurons of a pair that are drawn at random, or measured as a screen's first; exact ones that should be among them."""
@@ -97,7 +99,9 @@ def agreement(name: str, case: Case) -> list[dict[str, object]]:
     """One row for each component and screen."""
     rows = []
     for component in (*MODULES, "mlp_neurons"):
-        scores = {screen: screened(case, component, screen) for screen in SCREENS}
+        scores: dict[str, Floats] = {screen: screened(case, component, screen) for screen in SCREENS}
+        if component in MODULES:
+            scores[WHOLE] = screened(ungated(case), component, "relp")
         found = of_neurons(case, scores) if component == "mlp_neurons" else of_modules(case, component, scores)
         for screen, row in found.items():
             rows.append({"model": name, "component": component, "screen": screen, **row})
@@ -116,6 +120,11 @@ def screened(case: Case, component: Component, screen: Screen) -> Floats:
     return np.array(found, dtype=np.float64).reshape(len(tasks), 2, case.setting.info.layers, -1)
 
 
+def ungated(case: Case) -> Case:
+    """The same model, taken for one whose MLPs have no product."""
+    return case._replace(setting=case.setting._replace(info=replace(case.setting.info, gated=False)))
+
+
 def effects(case: Case, pair: TokenPair, sites: Sequence[Site]) -> Floats:
     """Exact NIE, then TIE, of sites: `[direction, site]`."""
     setting = case.setting
@@ -129,7 +138,7 @@ def effects(case: Case, pair: TokenPair, sites: Sequence[Site]) -> Floats:
     return np.stack([found[0] - y0, y1 - found[1]])
 
 
-def of_modules(case: Case, component: Component, scores: dict[Screen, Floats]) -> dict[Screen, dict[str, float]]:
+def of_modules(case: Case, component: Component, scores: dict[str, Floats]) -> dict[str, dict[str, float]]:
     """Agreement over all layers, pairs and directions; recall within each pair and direction."""
     sites = [Site(component, layer, "last") for layer in range(case.setting.info.layers)]
     exact = np.stack([effects(case, pair, sites) for pair in case.pairs])
@@ -143,12 +152,12 @@ def of_modules(case: Case, component: Component, scores: dict[Screen, Floats]) -
     return found
 
 
-def of_neurons(case: Case, scores: dict[Screen, Floats]) -> dict[Screen, dict[str, float]]:
+def of_neurons(case: Case, scores: dict[str, Floats]) -> dict[str, dict[str, float]]:
     """Agreement over the random sample; recall of the strongest of all that was measured, in each screen's first."""
     rng, layers, width = np.random.default_rng(0), case.setting.info.layers, case.setting.info.d_ff
     flat = {screen: score.reshape(len(case.pairs), 2, -1) for screen, score in scores.items()}
     exact, estimates = [], {screen: [] for screen in scores}
-    recalls: dict[Screen, list[float]] = {screen: [] for screen in scores}
+    recalls: dict[str, list[float]] = {screen: [] for screen in scores}
     for number, pair in enumerate(case.pairs):
         drawn = rng.choice(layers * width, RANDOM, replace=False)
         firsts = {(screen, side): first(flat[screen][number, side], FIRST) for screen in scores for side in (0, 1)}
@@ -233,7 +242,8 @@ def _head(pairs: int) -> list[str]:
         f"5 points. Each is compared with exact effects on {pairs} built-in pairs, which is few: at `last`, NIE and",
         f"TIE, in float32; Y is the logit of '{PLUS}' minus that of '{MINUS}'.",
         "",
-        "Modules: the sum over the units of each layer's module. Recall: of the strongest "
+        "Modules: the sum over the units of each layer's module, which for IG is the effect itself but for the error",
+        "of 5 points: its figures there are a check and no finding. Recall: of the strongest "
         f"{TOP_MODULES:.0%} of the layers by size,",
         "those among as many by the estimate, the mean over pairs and directions. Neurons: correlations over "
         f"{RANDOM} of each pair,",

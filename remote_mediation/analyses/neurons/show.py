@@ -219,8 +219,8 @@ def _sparsity_tables(result: Result, gated: int) -> tuple[Table, ...]:
         for row in shown.itertuples()
     ]
     estimated = any(row[-1] != "measured" for row in rows)
-    order = "an" if (table["by"] == SCREEN_NAMES["ig"]).any() else "a first-order"
-    why = f"{order} estimate by gradients, not measured: it ranks neurons, and may misjudge their sizes"
+    article = "an" if (table["by"] == SCREEN_NAMES["ig"]).any() else "a first-order"
+    why = f"{article} estimate by gradients, not measured: it ranks neurons, and may misjudge their sizes"
     header = ("strongest layers", "Gini", "fewest neurons for 80% of NIE", "works the other way", "single neurons' NIE")
     return (Table(header, rows, tuple(notes_on(header[-1], [why] if estimated else []))),)
 
