@@ -16,6 +16,8 @@ from remote_mediation.engine import program
 
 SOURCE = Path(program.__file__).read_text("utf-8")
 ALLOWED_IMPORTS = {"__future__", "importlib", "sys", "typing", "nnsight", "torch", "transformers"}
+# Made where the source runs, of one of torch's: none of its objects is sent.
+ALLOWED_CLASSES = {"Frozen"}
 TRACES = {"trace", "session", "generate"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -39,7 +41,7 @@ def traps(source: str) -> list[str]:
     tree = ast.parse(source)
     found: list[str] = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and node.name not in ALLOWED_CLASSES:
             found.append(f"class {node.name}")
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "super":
             found.append("super()")

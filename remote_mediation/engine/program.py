@@ -23,7 +23,6 @@ source to the server, where `remote_mediation` is not installed. What the payloa
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from importlib import metadata
 from typing import Any
@@ -740,7 +739,7 @@ def screen(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.T
     - Attribution patching (AtP): the gradient of the base run. GradDrop, a second variant where `cuts` asks for it,
       averages its size over backward passes in which one layer at a time passes on nothing but the residual stream
       (Kramar et al. 2024, arXiv 2403.00745, sections 3.1 and 3.2).
-    - Relevance patching, where there is `relp`: the gradient of a base run through a linear model (`linearise`).
+    - Relevance patching, where there is `relp`: the gradient of a base run through a linear model (`relevance`).
     - Integrated gradients, where there is a `line`: the gradient averaged on the way to the other prompt's value.
     """
     if sandboxed(model):
@@ -769,10 +768,8 @@ def attributions(model: Any, spec: dict[str, Any], pair: dict[str, Any], context
         products = []  # of the change and the gradient, `[layer, unit]` each: as it is, then with a layer cut off
         for first in range(0, context["cuts"], context["rows"]):
             cuts = range(first, min(first + context["rows"], context["cuts"]))
-            with contextlib.ExitStack() as manner:
-                if "relp" in context:
-                    linearise(manner, module_at(model, spec["blocks"])._module, spec, context["relp"])
-                gradients = gradients_of(model, spec, pair, side, name, bases[side]["keyvalues"], cuts)
+            asked = (model, spec, pair, side, name, bases[side]["keyvalues"], cuts)
+            gradients = relevance(context["relp"], *asked) if "relp" in context else gradients_of(*asked)
             by_layer = []
             for layer, gradient in enumerate(gradients):
                 where, _ = grid(places, (), gradient.device)
@@ -865,22 +862,33 @@ def gradients_of(
     return [gradient.float() / spec["factors"].get(component, 1.0) for gradient in found]
 
 
-def linearise(manner: contextlib.ExitStack, blocks: Any, spec: dict[str, Any], gated: bool) -> None:
-    """Until `manner` ends, let gradients flow as through a linear model, while values are the model's own.
+def relevance(gated: bool, model: Any, spec: dict[str, Any], *asked: Any) -> Any:
+    """`gradients_of`, as through a linear model, while values are the model's own.
 
     The rules of relevance patching (RelP, Jafari et al. 2025, arXiv 2508.21258, table 1): a norm's denominator and
     attention's pattern are constants (`Frozen`), an activation is its value over its input times its input, and the
-    two factors of a gated product get half of its relevance each. blocks: the decoder layers, as torch has them. gated:
-    whether their MLPs have such a product.
+    two factors of a gated product get half of its relevance each. gated: whether MLPs have such a product.
     """
+    hooks = linear_hooks(module_at(model, spec["blocks"])._module, spec, gated)
+    try:
+        with Frozen():
+            return gradients_of(model, spec, *asked)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def linear_hooks(blocks: Any, spec: dict[str, Any], gated: bool) -> list[Any]:
+    """Hooks on activations and on what gated products are projected by. blocks: as torch has them."""
+    hooks = []
     for block in blocks:
         for module in block.modules():
             if type(module).__module__ in ACTIVATIONS:
-                manner.enter_context(module.register_forward_hook(by_ratio))
+                hooks.append(module.register_forward_hook(by_ratio))
         if gated:
             product = block.get_submodule(spec["components"]["mlp_neurons"][0])
-            manner.enter_context(product.register_forward_pre_hook(halved))
-    manner.enter_context(Frozen())
+            hooks.append(product.register_forward_pre_hook(halved))
+    return hooks
 
 
 class Frozen(TorchFunctionMode):

@@ -229,7 +229,7 @@ def timed(run: Callable[[], object]) -> Seconds:
 
 def as_markdown(quality: pd.DataFrame, speed: pd.DataFrame, pairs: int, others: float) -> str:
     """The page."""
-    return "\n".join([*_head(pairs), *_agreement_table(quality), *_time_table(speed, others), ""])
+    return "\n".join([*_head(pairs), *_agreement_table(quality), *_finding(quality), *_time_table(speed, others), ""])
 
 
 def _head(pairs: int) -> list[str]:
@@ -265,6 +265,20 @@ def _agreement_table(quality: pd.DataFrame) -> list[str]:
     return lines
 
 
+def _finding(quality: pd.DataFrame) -> list[str]:
+    """What the table says of the published figures, and of the default."""
+    told = []
+    for model, rows in quality.groupby("model", sort=False):
+        of = rows.set_index(["component", "screen"])["pearson"]
+        relp, whole, atp = (of["mlp_output", screen] for screen in ("relp", WHOLE, "atp"))
+        told.append(f"{short(str(model))} RelP {relp:.3f} ({whole:.3f} where products are not halved), AtP {atp:.3f}")
+    return [
+        "",
+        "Published for MLP outputs of GPT-2 small, which has no gated product: RelP .992, AtP .195 (Pearson; arXiv",
+        f"2508.21258). Here: {'; '.join(told)}. The default, `neurons.screen`, is AtP.",
+    ]
+
+
 def _time_table(speed: pd.DataFrame, others: float) -> list[str]:
     lines = [
         "",
@@ -272,7 +286,8 @@ def _time_table(speed: pd.DataFrame, others: float) -> list[str]:
         "",
         "All neurons of one pair, both directions, against transformers' own forward and backward pass over its two "
         f"prompts; the quickest of {REPEATS}",
-        f"in turn. Other processes used {others:.1f} cores meanwhile. Goals: AtP 2, RelP 3.",
+        f"in turn. Torch threads: {torch.get_num_threads()}; other processes used {others:.1f} cores "
+        "meanwhile, so go by the processor's time. Goals: AtP 2, RelP 3.",
         "",
         "| model | screen | seconds | times one pass | by processor time |",
         "| --- | --- | ---: | ---: | ---: |",
