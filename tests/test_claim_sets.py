@@ -180,9 +180,20 @@ def test_what_decides_is_drawn_with_the_placebo_hollow_and_grey_and_the_bar_of_t
     assert [text.get_text() for text in axis.get_yticklabels()] == ["1. W, NIE", "1. W, TIE"]  # `A` decides nothing
     assert drawn["harm"].get_xdata() == pytest.approx([0.9, 0.9])
     assert drawn["placebo"].get_xdata() == pytest.approx([0.1, 0.1])  # of harm's TE
-    assert drawn["has to lie above"].get_xdata() == pytest.approx([2 / 3, 2 / 3])
+    assert drawn["harm has to lie above"].get_xdata() == pytest.approx([2 / 3, 2 / 3])
+    assert not len(drawn["harm has to lie below"].get_xdata())
     assert drawn["placebo"].get_markerfacecolor() == "white"
     assert drawn["harm"].get_markerfacecolor() == drawn["harm"].get_color() != drawn["placebo"].get_color()
+
+
+def test_what_is_read_and_must_not_act_yet_is_drawn_with_its_own_bar() -> None:
+    _, sets = _tables()
+    sets = sets.assign(number=4)
+    axis = claims_figure(sets).axes[0]
+    drawn = {line.get_label(): line for line in axis.lines}
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["4. W, NIE", "4. W, TIE", "4. A, NIE"]
+    assert drawn["harm has to lie above"].get_xdata() == pytest.approx([0, 0])
+    assert drawn["harm has to lie below"].get_xdata() == pytest.approx([0.05])
 
 
 def test_choices_are_shown() -> None:

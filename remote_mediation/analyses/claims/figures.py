@@ -13,21 +13,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from remote_mediation.analyses.claims.specification import RANDOM
-from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, HANDED, MOST
+from remote_mediation.analyses.claims.verdicts import ACTS, DIRECTIONS, HALF, HANDED, MOST
 from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend, share_axis
 
 SIGNS = {"positive": "#0072B2", "unclear": "0.8", "negative": "#D55E00"}
 """Colours of what an interval says, as elsewhere for effects with TE and against it."""
 _SPLITS = ("discovery", "heldout", "all", RANDOM)
-_ASKED = {1: MOST, 2: 0.0, 3: HALF, 4: 0.0, 5: HANDED}
-"""What the numbers of a claim have to lie above for it to be supported."""
+_ABOVE = {1: MOST, 2: 0.0, 3: HALF, 4: 0.0, 5: HANDED}
+"""What the numbers that decide a claim have to lie above for it to be supported."""
+_STILL = {4: ACTS}
+"""What others of its numbers have to lie below: what is read must not act yet."""
 _SIDES = {"harm": ("harm", COLOURS[0], "o", -0.16), "placebo": ("common", "0.45", "D", 0.16)}
 """Column, colour, marker and place in its row of each side; a placebo's own TE is often 0, and shares of it unknown."""
 
 
 def claims_figure(sets: pd.DataFrame) -> Figure:
-    """What decides each claim, harm beside placebo, and the bar that it has to clear. sets: `ask.SET_COLUMNS`."""
-    deciding = sets[sets["decides"] & sets["harm"].notna()].reset_index(drop=True)
+    """What decides each claim, harm beside placebo, and where it has to lie. sets: `ask.SET_COLUMNS`."""
+    still = ~sets["decides"] & sets["number"].isin(list(_STILL))
+    deciding = sets[(sets["decides"] | still) & sets["harm"].notna()].reset_index(drop=True)
     figure = Figure((WIDTH, 1.5 + 0.36 * len(deciding)), DPI, layout="constrained")
     axis = figure.subplots()
     for side, (column, colour, marker, beside) in _SIDES.items():
@@ -35,8 +38,12 @@ def claims_figure(sets: pd.DataFrame) -> Figure:
         axis.hlines(rows, deciding[f"{column}_low"], deciding[f"{column}_high"], color=colour, linewidth=1.4)
         filled = colour if side == "harm" else "white"
         axis.plot(deciding[column], rows, marker, color=colour, markerfacecolor=filled, markersize=5, label=side)
-    bars = deciding["number"].map(_ASKED)
-    axis.plot(bars, deciding.index, "|", color="black", markersize=16, markeredgewidth=1.6, label="has to lie above")
+    for part, bars, arrow, asked in (
+        (deciding[deciding["decides"]], _ABOVE, ">", "above"),
+        (deciding[~deciding["decides"]], _STILL, "<", "below"),
+    ):
+        at = part["number"].map(bars)
+        axis.plot(at, part.index, arrow, color="black", markersize=6, label=f"harm has to lie {asked}")
     axis.set_yticks(deciding.index, [_label(row) for row in deciding.itertuples()], fontsize=9)
     axis.set_ylim(len(deciding) - 0.5, -0.5)
     share_axis(axis, "share of the TE of harm; of claim 4 the gain in accuracy")
