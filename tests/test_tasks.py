@@ -373,13 +373,14 @@ def test_relevance_patching_leaves_no_family_anything_that_is_not_linear(subject
     blocks[0].register_forward_pre_hook(enter)
     kept = []
     for linear in (True, False):
-        with contextlib.ExitStack() as manner:
-            if linear:
-                program.linearise(manner, blocks, spec, model.info.gated)
+        hooks = program.linear_hooks(blocks, spec, model.info.gated) if linear else []
+        with program.Frozen() if linear else contextlib.nullcontext():
             stream = plain.base_model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False).last_hidden_state
         value = (stream[0, -1] * torch.linspace(1, 2, stream.shape[-1])).sum()
         (slope,) = torch.autograd.grad(value, entering[-1])
         kept.append(float(((slope * entering[-1]).sum() / value).detach()))
+        for hook in hooks:
+            hook.remove()
     assert kept[0] == pytest.approx(1, abs=1e-3)
     assert abs(kept[1] - 1) > 0.01
 

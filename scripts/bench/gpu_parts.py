@@ -249,7 +249,8 @@ def _tell_speed(bench: Bench, workload: str, timed: _Timed, rows: list[Row], pai
     flops = sum(job.flops for job in measured.jobs)
     tokens = sum(len(pair.prompts[row.base]) + pair.fed - row.start for row in rows)
     bench.tell(workload, "rows", len(rows))
-    bench.tell(workload, "batches", sum(len(part.payload["batches"]) for job in measured.jobs for part in job.parts))
+    contexts = [context for job in measured.jobs for context in job.contexts]
+    bench.tell(workload, "batches", sum(len(context.payload["batches"]) for context in contexts))
     bench.tell(workload, "s", timed.seconds)
     bench.tell(workload, "rows/s", len(rows) / timed.seconds)
     bench.tell(workload, "tokens/s", tokens / timed.seconds)
