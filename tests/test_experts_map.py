@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import SUBJECTS, make_subject
 from fakes import Counting, records, write_pairs
 from mixture_oracle import MixtureOracle
 from oracle import Subject, token_pair
@@ -108,6 +109,26 @@ def test_a_model_without_experts_is_refused_by_name(subject: Subjects, tmp_path:
         pytest.raises(SiteError, match="has no expert_output: llama is no mixture of experts"),
     ):
         lab.run()
+
+
+def test_all_claims_but_that_of_neurons_are_put_to_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, shape = SUBJECTS["qwen2_moe_chat"]
+    monkeypatch.setitem(SUBJECTS, "qwen2_moe_chat", (family, {**shape, "num_hidden_layers": 6}))
+    (tmp_path / "model").mkdir()
+    model = make_subject("qwen2_moe_chat", tmp_path / "model")
+    config = study(tmp_path, model).model_copy(update={"analyses": ["claims", "rivals"]})
+    planned, counting = estimate(config), Counting(model.backend)
+    with rm.open_lab(config, out=tmp_path / "run", backend=counting) as lab:
+        result = lab.run()
+        report = lab.report().read_text("utf-8")
+    why = "a mixture of experts has no MLP whose neurons could be named"
+    claims = result.tables["claims.csv"].set_index("number")
+    assert list(claims.index[claims["why"] == why]) == [3]
+    assert claims.loc[3, "said"] == "not tested"
+    assert set(result.tables["sets.csv"]["number"]) == {1, 2, 4, 5}
+    assert why in report
+    assert "gate_sets.csv" not in result.tables
+    assert counting.flops <= planned.flops
 
 
 def test_the_routing_table_has_those_whose_routing_changes_most() -> None:

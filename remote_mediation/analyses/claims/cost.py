@@ -37,25 +37,37 @@ def _claims_of_place(
 ) -> Later:
     """both: held-out pairs and their placebos."""
     info = study.info
-    sizes = len(sparse.grid(len(thirds(info.layers).late) * info.d_ff))
     late = _late_site(study, _widest(study))
     stream = [Site("layer_output", layer, "last") for layer in range(info.layers)]
     frozen = 1 + 1 + 2 + handed.RANDOM_SETS  # the early site alone, twice named; middle and late MLPs; others
-    screened = screen_tasks(discovery, "mlp_neurons", _widest(study), study.setting, study.config.neurons.screen)
-    return (
+    found = (
         of_bases(study, [*discovery, *both])
         .times(_WAVES)
         .plus(
             *(of_rows(study, pairs, site) for pairs in (discovery, both) for site in stream),
-            of_rows(study, discovery, late).times(1 + sizes),
             of_rows(study, both, late).times(3),
+            of_rows(study, both, handed.early_site(info.layers)).times(frozen),
+            of_readings(study, [*discovery, *both], (1 + info.layers) * info.d_model).times(2),
+        )
+    )
+    return found if not info.has("mlp_neurons") else found.plus(_gate(study, discovery, heldout))
+
+
+def _gate(study: Study, discovery: Sequence[TokenPair], heldout: Sequence[TokenPair]) -> Later:
+    """What claim 3 measures beside late MLPs and their first neurons on the held-out pairs."""
+    info = study.info
+    sizes = len(sparse.grid(len(thirds(info.layers).late) * info.d_ff))
+    late = _late_site(study, _widest(study))
+    screened = screen_tasks(discovery, "mlp_neurons", _widest(study), study.setting, study.config.neurons.screen)
+    return (
+        of_rows(study, discovery, late)
+        .times(1 + sizes)
+        .plus(
             of_rows(study, heldout, late).times(sizes + sum(RANDOM_SETS)),
             of_rows(study, heldout, Site("mlp_output", 0, "last")).times(sizes),
-            of_rows(study, both, handed.early_site(info.layers)).times(frozen),
             of_tasks(screened, 2 * info.layers * info.d_ff),
             of_tasks([columns_task("mlp_neurons", study.setting)], info.layers * info.d_ff),
             of_readings(study, discovery, info.layers * info.d_ff),
-            of_readings(study, [*discovery, *both], (1 + info.layers) * info.d_model).times(2),
         )
     )
 

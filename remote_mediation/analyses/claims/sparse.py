@@ -52,6 +52,7 @@ GATE_SET_COLUMNS: dict[str, str] = {
     "neurons": "the set as layer.unit, first by rank; empty above 1% of the late third's neurons",
     "reason": "why a number is missing, or why to read it with care",
 }
+NO_NEURONS = "a mixture of experts has no MLP whose neurons could be named"
 PARTS = (0.0001, 0.001, SPARSE, 0.05)
 """Sizes that are measured beside the powers of two, as parts of the late third's neurons."""
 Unit = tuple[int, int]
@@ -70,6 +71,8 @@ class Gated(NamedTuple):
 
 def measure_gate(discovery: Sample, heldout: Sample) -> Gated:
     """Claim 3."""
+    if not discovery.lab.study.info.has("mlp_neurons"):
+        return Gated(verdicts.untested(3, NO_NEURONS), {}, {})
     position = "all" if _has_all(discovery) and _has_all(heldout) else "last"
     lab = discovery.lab
     problem = failing(lab, "claims-screen", lambda: lab.run(_screen(discovery, position)))

@@ -15,7 +15,7 @@ from remote_mediation.engine.learning import Lesson, learn_task, learnt_numbers
 from remote_mediation.engine.tasks import columns_task
 from remote_mediation.lab import Study, placebo_id
 from remote_mediation.later import Later, of_bases, of_readings, of_rows, of_tasks, pairs_of
-from remote_mediation.sites import Site, family_of, thirds
+from remote_mediation.sites import Site, thirds
 from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
 
@@ -85,7 +85,7 @@ def sets(study: Study) -> Later:
         of_rows(study, heldout, lowest).times(sum(RANDOM_SETS)),
         of_readings(study, discovery, info.layers * info.heads * info.d_head),
     )
-    if family_of(info.family).mlp_neurons is None:
+    if not info.has("mlp_neurons"):
         return found
     return found.plus(
         of_rows(study, both, lowest).times(len(PARTS)),

@@ -13,7 +13,7 @@ import numpy as np
 
 from remote_mediation.analyses.claims.beside import Drawn, direction_of, random_beside
 from remote_mediation.analyses.claims.samples import Sample, activations
-from remote_mediation.analyses.claims.sparse import Unit, column_norms, grouped
+from remote_mediation.analyses.claims.sparse import NO_NEURONS, Unit, column_norms, grouped
 from remote_mediation.analyses.claims.sparse import matched as matched_neurons
 from remote_mediation.analyses.claims.verdicts import HALF
 from remote_mediation.analyses.rivals import rulings
@@ -28,7 +28,7 @@ from remote_mediation.analyses.rivals.rulings import (
 from remote_mediation.analyses.rivals.samples import few_pairs, swapped_at
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.result import Finding, Findings
-from remote_mediation.sites import Component, Site, band, family_of, thirds
+from remote_mediation.sites import Component, Site, band, thirds
 
 PARTS = (0.0001, 0.001, 0.01, 0.05)
 """Sets of neurons, as parts of those of all layers; the second decides."""
@@ -85,9 +85,8 @@ def analyse(lab: Lab, before: Findings) -> Finding:
 def across_layers(discovery: Sample, heldout: Sample, position: str) -> Tested:
     """The first neurons of all layers by the size of their mean difference at the last prompt token."""
     lab, info = discovery.lab, discovery.lab.study.info
-    if family_of(info.family).mlp_neurons is None:
-        why = "a mixture of experts has no MLP whose neurons could be named"
-        return Tested(rulings.untested(NEURONS, why))
+    if not info.has("mlp_neurons"):
+        return Tested(rulings.untested(NEURONS, NO_NEURONS))
     at_last, at_position = changes(discovery, "mlp_neurons", ["last", position])
     ranked = ranked_neurons(np.abs(at_last.mean(axis=0)))
     sizes = np.abs(at_position).mean(axis=0) * column_norms(lab)
