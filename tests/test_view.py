@@ -300,7 +300,7 @@ def test_pairs_beyond_what_a_page_can_hold_are_counted(
     page = read(write_page([make()]))
     assert page.map("layers")["pair"].max() == 2
     assert page.choice("layers")["labels"][0] == "mean over 6 pairs"
-    assert "4 pairs more are in effects.csv" in page.text
+    assert "4 pairs more in effects.csv" in page.text
 
 
 def test_tokens_leave_out_what_is_fed_behind_the_prompt() -> None:

@@ -173,7 +173,7 @@ def _read(drawn: SiteMap) -> str:
     if "harmful" in drawn.rows:
         text += " Choose a pair to see its tokens below the map."
     if drawn.left_out:
-        text += f" {count(drawn.left_out, 'pair')} more are in effects.csv."
+        text += f" {count(drawn.left_out, 'pair')} more in effects.csv."
     return paragraph(text, "note")
 
 

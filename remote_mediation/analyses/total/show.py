@@ -58,7 +58,7 @@ def openings_table(table: pd.DataFrame) -> Table:
             for one in part.loc[order[:_MOST_OPENINGS]].itertuples()
         ]
     left = len(table) - len(rows)
-    notes = (Note("opening", f"{left} more are in `openings.csv`"),) if left else ()
+    notes = (Note("opening", f"{left} more in `openings.csv`"),) if left else ()
     return Table(("side", "opening", "after harmful prompts", "after harmless prompts"), rows, notes)
 
 
