@@ -79,9 +79,17 @@ def test_neurons_of_a_layer_are_one_site() -> None:
 
 def test_the_readable_layer_is_the_best_that_does_not_act() -> None:
     accuracies = np.array([0.7, 0.9, 0.9, 1.0])
-    assert understanding.choose(accuracies, np.array([0.0, 0.0, 0.0, 0.5])) == 1
-    assert understanding.choose(accuracies, np.array([0.0, 0.1, 0.0, 0.5])) == 2
-    assert understanding.choose(accuracies, np.array([0.5, 0.5, 0.5, 0.5])) == 3
+
+    def chosen(*shares: tuple[float, float]) -> int:
+        return understanding.choose(accuracies, [Interval(20, 10, value, -high, high, "") for value, high in shares])
+
+    silent, maybe, acts = (0.0, 0.01), (0.04, 0.06), (0.5, 0.6)
+    assert chosen(silent, silent, silent, acts) == 1
+    assert chosen(silent, acts, silent, acts) == 2
+    assert chosen(silent, maybe, maybe, acts) == 0
+    assert chosen(maybe, acts, maybe, acts) == 2
+    assert chosen(acts, acts, acts, acts) == 3
+    assert chosen(*[(np.nan, np.nan)] * 4) == 3
 
 
 def test_a_component_is_read_by_a_probe_that_has_not_seen_it() -> None:
