@@ -138,7 +138,7 @@ def _compared(share: float, spread: float = 0.0) -> Compared:
 )
 def test_choices_are_counted(share: float, spread: float, says: str) -> None:
     of = _compared(share, spread)
-    table = specification({"heldout": of, "all": of}, np.random.default_rng(0), 199)
+    table = specification({"heldout": of, "all": of}, lambda: np.random.default_rng(0), 199)
     assert list(table) == list(SPECIFICATION_COLUMNS)
     assert set(table["pairs"]) == {"heldout", "all", RANDOM}
     assert len(table) == 6
@@ -154,12 +154,17 @@ def _interval(value: float) -> Interval:
     return Interval(20, 10, value, value - 0.1, value + 0.1, "")
 
 
+_NO_PAIRS = Both(np.array([]), np.array([]))
+
+
 def _tables() -> tuple[pd.DataFrame, pd.DataFrame]:
     deciding = tuple(
-        Measure("W", name, "TE", _interval(0.9), _interval(0.2), 0.9, 0.2, _interval(0.7), _interval(0.1))
+        Measure("W", name, "TE", _interval(0.9), _interval(0.2), 0.9, 0.2, _interval(0.7), _interval(0.1), _NO_PAIRS)
         for name in ("nie", "tie")
     )
-    beside = (Measure("A", "nie", "TE", _interval(0.5), _interval(0.4), 0.5, 0.4, _interval(0.1), _interval(0)),)
+    beside = (
+        Measure("A", "nie", "TE", _interval(0.5), _interval(0.4), 0.5, 0.4, _interval(0.1), _interval(0), _NO_PAIRS),
+    )
     claim = Claim(1, "it is late", "", "supported", False, "because", deciding, beside)
     claims = pd.DataFrame([ask._claim_row(claim)])[list(ask.CLAIM_COLUMNS)]
     return claims, pd.DataFrame(ask._set_rows([claim]))[list(ask.SET_COLUMNS)]
@@ -187,11 +192,15 @@ def test_what_decides_is_drawn_with_the_placebo_hollow_and_grey_and_the_bar_of_t
     drawn = {line.get_label(): line for line in axis.lines}
     assert [text.get_text() for text in axis.get_yticklabels()] == ["1. W, NIE", "1. W, TIE"]  # `A` decides nothing
     assert drawn["harm"].get_xdata() == pytest.approx([0.9, 0.9])
-    assert drawn["placebo"].get_xdata() == pytest.approx([0.1, 0.1])  # of harm's TE
+    assert drawn["placebo's effect, over the TE of harm"].get_xdata() == pytest.approx([0.1, 0.1])  # of harm's TE
     assert drawn["harm has to lie above"].get_xdata() == pytest.approx([2 / 3, 2 / 3])
     assert not len(drawn["harm has to lie below"].get_xdata())
-    assert drawn["placebo"].get_markerfacecolor() == "white"
-    assert drawn["harm"].get_markerfacecolor() == drawn["harm"].get_color() != drawn["placebo"].get_color()
+    assert drawn["placebo's effect, over the TE of harm"].get_markerfacecolor() == "white"
+    assert (
+        drawn["harm"].get_markerfacecolor()
+        == drawn["harm"].get_color()
+        != drawn["placebo's effect, over the TE of harm"].get_color()
+    )
 
 
 def test_what_is_read_and_must_not_act_yet_is_drawn_with_its_own_bar() -> None:
@@ -206,7 +215,7 @@ def test_what_is_read_and_must_not_act_yet_is_drawn_with_its_own_bar() -> None:
 
 def test_choices_are_shown() -> None:
     of = _compared(0.5)
-    found = specification({"discovery": of, "heldout": of, "all": of}, np.random.default_rng(0), 199)
+    found = specification({"discovery": of, "heldout": of, "all": of}, lambda: np.random.default_rng(0), 199)
     table = show.specification_table(found)
     assert len(table.rows) == 8
     assert table.rows[3][-3:] == (str(2 * DIVISIONS), "0", "0")
