@@ -223,8 +223,10 @@ def agreement(runs: Sequence[Compared]) -> str:
     for name, verdicts in tested.items():
         supported = sum(verdict.supported for verdict in verdicts)
         taken = Counter(verdict.control for verdict in verdicts if verdict.control)
-        controls = ", ".join(f"{control} in {count}" for control, count in taken.items())
-        named = f"{name} ({controls})" if controls else name
+        undecided = sum(verdict.said.endswith("undecided") for verdict in verdicts)
+        more = [f"undecided in {undecided}"] if undecided else []
+        more += [f"{control} in {count}" for control, count in taken.items()]
+        named = f"{name} ({', '.join(more)})" if more else name
         groups.setdefault((supported / len(verdicts), len(verdicts)), []).append(named)
     said = "; ".join(
         f"in {round(part * many)} of {many}: {', '.join(names)}"
@@ -238,8 +240,8 @@ def agreement(runs: Sequence[Compared]) -> str:
         for verdict in one.verdicts
         if verdict.supported and not verdict.general
     ]
-    more = f"More for harm than for another edit of the same words: {', '.join(specific) or 'none of them'}."
-    return f"**Supported, of the runs that tested it, {said}.** {more}"
+    harm = f"More for harm than for another edit of the same words: {', '.join(specific) or 'none of them'}."
+    return f"**Supported, of the runs that tested it, {said}.** {harm}"
 
 
 def comparison_figure(runs: Sequence[Compared]) -> Figure:

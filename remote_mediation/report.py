@@ -62,8 +62,9 @@ _SIGNS = {
 _EMPTY = {"model.revision": "the default one", "model.window": "none"}
 """What an empty value says in the table of provenance, where it is not that something is unknown."""
 _IN_GENERAL = (
-    "its share of TE is not shown to be larger for harm than for placebos: the difference of the slopes β is not clear "
-    "of 0. It carries changes of the outcome, whatever the edit that made them"
+    "it is not shown to carry more of TE for harm than for placebos: the difference of the slopes β (of effect on TE, "
+    "over pairs) is not clear of 0. Nor is the opposite shown: where placebos hardly move the outcome, their slope "
+    "says little"
 )
 _EXAMPLES = 3
 """Pairs that are shown."""
@@ -263,17 +264,24 @@ def _setting_table(result: Result, record: Mapping[str, Any]) -> Table:
     shape = f"{count(info.layers, 'layer')}, {info.d_ff} MLP neurons and {count(info.heads, 'head')} per layer"
     rows = [
         ("model", f"{info.name}, revision {info.revision or 'default'}, {config.dtype}; {shape}"),
+        *([("weights", str(record["weights"]))] if record.get("weights") else []),
         *_loaded(config, record.get("served", {})),
         ("pairs", f"{config.source}: {_split_size(used)}, of {len(study.pairs)} that can be run"),
         ("prompts", _prompts(config, record.get("prompts", {}))),
         ("discovery split", _split_size(used[used["split"] == "discovery"])),
-        ("held-out split", _split_size(used[used["split"] == "heldout"])),
+        ("held-out split", f"{_split_size(used[used['split'] == 'heldout'])}{_heldout(result)}"),
         ("refused", count(len(study.refusals), "pair")),
         ("outcome", f"{study.outcome.name}, in {study.outcome.unit}: {study.outcome.meaning}"),
         ("seed", f"{config.seed}, of the split, the bootstrap and the sign flips ({by.resamples} resamples)"),
         ("thresholds", f"q ≤ {by.alpha:g}; a neuron mediates from {by.min_share:.0%} of TE by NIE and by TIE"),
     ]
     return Table(("what", "value"), rows)
+
+
+def _heldout(result: Result) -> str:
+    """The total effect that shares of held-out effects are taken of."""
+    total = result.summary.heldout
+    return f"; TE there, which shares are of: {estimate(total)} {result.study.outcome.unit}" if total.sign else ""
 
 
 def _loaded(config: StudyConfig, served: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -79,9 +79,17 @@ def test_neurons_of_a_layer_are_one_site() -> None:
 
 def test_the_readable_layer_is_the_best_that_does_not_act() -> None:
     accuracies = np.array([0.7, 0.9, 0.9, 1.0])
-    assert understanding.choose(accuracies, np.array([0.0, 0.0, 0.0, 0.5])) == 1
-    assert understanding.choose(accuracies, np.array([0.0, 0.1, 0.0, 0.5])) == 2
-    assert understanding.choose(accuracies, np.array([0.5, 0.5, 0.5, 0.5])) == 3
+
+    def chosen(*shares: tuple[float, float]) -> int:
+        return understanding.choose(accuracies, [Interval(20, 10, value, -high, high, "") for value, high in shares])
+
+    silent, maybe, acts = (0.0, 0.01), (0.04, 0.06), (0.5, 0.6)
+    assert chosen(silent, silent, silent, acts) == 1
+    assert chosen(silent, acts, silent, acts) == 2
+    assert chosen(silent, maybe, maybe, acts) == 0
+    assert chosen(maybe, acts, maybe, acts) == 2
+    assert chosen(acts, acts, acts, acts) == 3
+    assert chosen(*[(np.nan, np.nan)] * 4) == 3
 
 
 def test_a_component_is_read_by_a_probe_that_has_not_seen_it() -> None:
@@ -130,7 +138,7 @@ def _compared(share: float, spread: float = 0.0) -> Compared:
 )
 def test_choices_are_counted(share: float, spread: float, says: str) -> None:
     of = _compared(share, spread)
-    table = specification({"heldout": of, "all": of}, np.random.default_rng(0), 199)
+    table = specification({"heldout": of, "all": of}, lambda: np.random.default_rng(0), 199)
     assert list(table) == list(SPECIFICATION_COLUMNS)
     assert set(table["pairs"]) == {"heldout", "all", RANDOM}
     assert len(table) == 6
@@ -146,12 +154,17 @@ def _interval(value: float) -> Interval:
     return Interval(20, 10, value, value - 0.1, value + 0.1, "")
 
 
+_NO_PAIRS = Both(np.array([]), np.array([]))
+
+
 def _tables() -> tuple[pd.DataFrame, pd.DataFrame]:
     deciding = tuple(
-        Measure("W", name, "TE", _interval(0.9), _interval(0.2), 0.9, 0.2, _interval(0.7), _interval(0.1))
+        Measure("W", name, "TE", _interval(0.9), _interval(0.2), 0.9, 0.2, _interval(0.7), _interval(0.1), _NO_PAIRS)
         for name in ("nie", "tie")
     )
-    beside = (Measure("A", "nie", "TE", _interval(0.5), _interval(0.4), 0.5, 0.4, _interval(0.1), _interval(0)),)
+    beside = (
+        Measure("A", "nie", "TE", _interval(0.5), _interval(0.4), 0.5, 0.4, _interval(0.1), _interval(0), _NO_PAIRS),
+    )
     claim = Claim(1, "it is late", "", "supported", False, "because", deciding, beside)
     claims = pd.DataFrame([ask._claim_row(claim)])[list(ask.CLAIM_COLUMNS)]
     return claims, pd.DataFrame(ask._set_rows([claim]))[list(ask.SET_COLUMNS)]
@@ -179,11 +192,15 @@ def test_what_decides_is_drawn_with_the_placebo_hollow_and_grey_and_the_bar_of_t
     drawn = {line.get_label(): line for line in axis.lines}
     assert [text.get_text() for text in axis.get_yticklabels()] == ["1. W, NIE", "1. W, TIE"]  # `A` decides nothing
     assert drawn["harm"].get_xdata() == pytest.approx([0.9, 0.9])
-    assert drawn["placebo"].get_xdata() == pytest.approx([0.1, 0.1])  # of harm's TE
+    assert drawn["placebo's effect, over the TE of harm"].get_xdata() == pytest.approx([0.1, 0.1])  # of harm's TE
     assert drawn["harm has to lie above"].get_xdata() == pytest.approx([2 / 3, 2 / 3])
     assert not len(drawn["harm has to lie below"].get_xdata())
-    assert drawn["placebo"].get_markerfacecolor() == "white"
-    assert drawn["harm"].get_markerfacecolor() == drawn["harm"].get_color() != drawn["placebo"].get_color()
+    assert drawn["placebo's effect, over the TE of harm"].get_markerfacecolor() == "white"
+    assert (
+        drawn["harm"].get_markerfacecolor()
+        == drawn["harm"].get_color()
+        != drawn["placebo's effect, over the TE of harm"].get_color()
+    )
 
 
 def test_what_is_read_and_must_not_act_yet_is_drawn_with_its_own_bar() -> None:
@@ -198,7 +215,7 @@ def test_what_is_read_and_must_not_act_yet_is_drawn_with_its_own_bar() -> None:
 
 def test_choices_are_shown() -> None:
     of = _compared(0.5)
-    found = specification({"discovery": of, "heldout": of, "all": of}, np.random.default_rng(0), 199)
+    found = specification({"discovery": of, "heldout": of, "all": of}, lambda: np.random.default_rng(0), 199)
     table = show.specification_table(found)
     assert len(table.rows) == 8
     assert table.rows[3][-3:] == (str(2 * DIVISIONS), "0", "0")

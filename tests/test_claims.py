@@ -116,7 +116,7 @@ def test_late(nie: float, tie: float, verdict: str) -> None:
 )
 def test_when_it_arrives_is_added(arrived: float, when: str) -> None:
     found = _late(0.9, 0.9, arrived)
-    assert found.why.partition("; it ")[2] == when
+    assert found.why.partition(": it ")[2] == when
     assert [one.harm.value for one in found.measures[2:]] == pytest.approx([1 - arrived] * 2, abs=0.01)
 
 
@@ -257,7 +257,9 @@ def test_redundancy_and_overshoot_are_notes() -> None:
     assert "redundant: INT is -40%" in _sparse(10, (1.0, 0.6), (1.0, 0.6)).why
     assert "overshoots" in _sparse(10, (1.2, 1.1), (1.2, 1.1)).why
     assert "overshoots" not in _sparse(10, (1.0, 1.0), (1.0, 1.0)).why
-    assert _sparse(10, (0.9, 0.8), (0.9, 0.8)).why.endswith("0 of 200 random sets of 0.90 times its size do as much")
+    assert _sparse(10, (0.9, 0.8), (0.9, 0.8)).why.endswith(
+        "0 of 200 random sets, whose change is 0.90 times as large, do as much"
+    )
 
 
 def test_unmatched_random_sets_are_noted() -> None:

@@ -102,7 +102,7 @@ def test_the_shares_are_those_that_were_written(planted: Studied) -> None:
     curve = planted.result.tables["gate_sets.csv"].set_index("size")
     assert curve.index[curve["chosen"]].item() <= 2 * len(gates)
     assert curve.loc[1, "nie"] < curve.loc[len(gates), "nie"]
-    handed = planted.measures(5).loc[("of it through the middle MLPs", "both"), "harm"]
+    handed = planted.measures(5).loc[("early effect through the middle MLPs", "both"), "harm"]
     assert handed == pytest.approx(0.55, abs=0.1)  # what the gate hears of relays; the movers give it the rest
 
 
@@ -124,6 +124,19 @@ def test_the_placebo_stands_beside_it(planted: Studied) -> None:
     assert chosen.startswith("first")
     assert abs(gate.loc[chosen]["beta_placebo"]).max() < 0.2  # another noun does not pass the gate
     assert planted.claims.loc[3, "said"] == "supported"
+
+
+def test_every_share_can_be_made_again_from_its_pairs(planted: Studied) -> None:
+    number = ["number", "measure", "direction"]
+    pairs = planted.result.tables["set_pairs.csv"].groupby(number, sort=False)
+    sets = planted.result.tables["sets.csv"].drop_duplicates(number).set_index(number)
+    assert set(pairs.groups) == set(sets.index)
+    assert (pairs["pair_id"].nunique() == sets["n"].reindex(pairs.groups)).all()
+    shares = pairs["harm"].mean() / pairs["te_harm"].mean()
+    gains = pairs["harm"].mean()
+    expected = sets["harm"].reindex(shares.index)
+    made = shares.where(sets["of"].reindex(shares.index) == "TE", gains)
+    assert made.to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-9)
 
 
 def test_the_tables_have_their_documented_columns(planted: Studied) -> None:

@@ -344,12 +344,12 @@ def streamed(edit: list[float], last: list[float]) -> pd.DataFrame:
 def test_the_passage_from_the_edit_to_the_answer_is_told_by_layer() -> None:
     sites = streamed([1.0, 0.95, 0.8, 0.3, 0.05, 0.02], [0.0, 0.12, 0.05, 0.4, 0.7, 1.0])
     assert maps.passage(sites, TOTAL) == (
-        "Of TE, by the residual stream's mean NIE: 10%, 50%, 90% have left the changed words after layer 2, 3, 4; "
-        "10%, 50%, 90% have arrived where the answer is read after layer 3, 4, 5."
+        "Half of TE has left the changed words after layer 3 (10% after 2, 90% after 4), and half has arrived where "
+        "the answer is read after layer 4 (10% after 3, 90% after 5), by the mean NIE of the residual stream."
     )
     stuck = streamed([1.0] * LAYERS, [0.2] * LAYERS)
-    assert "have left the changed words after layer none, none, none" in maps.passage(stuck, TOTAL)
-    assert "answer is read after layer 0, none, none" in maps.passage(stuck, TOTAL)
+    assert "has left the changed words after layer none (10% after none, 90% after none)" in maps.passage(stuck, TOTAL)
+    assert "answer is read after layer none (10% after 0, 90% after none)" in maps.passage(stuck, TOTAL)
 
 
 def test_without_a_total_effect_nothing_passes() -> None:

@@ -12,7 +12,10 @@ import pytest
 from oracle import Subject
 
 from remote_mediation.analyses import chosen
+from remote_mediation.analyses.claims import verdicts
+from remote_mediation.analyses.claims.beside import RANDOM_SETS
 from remote_mediation.config import StudyConfig, load_config
+from remote_mediation.intervals import STUDENTISED_FROM
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -47,6 +50,29 @@ def test_every_study_beside_a_report_is_accepted() -> None:
     assert len(studies) >= 4
     for study in studies:
         chosen(load_config(study, {}).analyses)
+
+
+def test_the_method_s_page_has_the_rules_numbers() -> None:
+    page = (ROOT / "reports/guide/method.md").read_text("utf-8")
+    row = {line[2]: line for line in page.splitlines() if line.startswith("| ") and line[2].isdigit()}
+    assert (verdicts.MOST, verdicts.LEAST) == (2 / 3, 1 / 3)
+    assert "above 2/3 | both below 1/3" in row["1"]
+    for number, shares in {
+        "3": (verdicts.CARRIED, verdicts.HALF, verdicts.SPARSE),
+        "4": (verdicts.ACTS, verdicts.READABLE),
+        "5": (verdicts.HANDED,),
+    }.items():
+        assert all(f"{share:.0%}" in row[number] for share in shares)
+    assert f"at most {verdicts.MOST_REACHING} of {sum(RANDOM_SETS)} random sets" in row["3"]
+    for said in (
+        f"with fewer than {verdicts.FEWEST_LAYERS} layers",
+        f"takes {verdicts.FEWEST_AGAINST} held-out components",
+        f"below {verdicts.MATCHED:g} times the set's",
+        f"read at {verdicts.GIVEN_AWAY:.0%}",
+        f"not above {verdicts.HALF:.0%} of TE",
+        f"over components from {STUDENTISED_FROM} on",
+    ):
+        assert said in " ".join(page.split())
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -566,7 +566,7 @@ def test_every_section_begins_with_what_it_found(store: Store) -> None:
 def test_figures_say_in_words_what_they_show(store: Store) -> None:
     report = written(store, result(effects([*layers(), *modules()])))
     texts = dict(re.findall(r"!\[([^]]*)\]\(figures/([^)]*)\)", report)[i][::-1] for i in range(2))
-    assert texts["layers.png"].startswith("Layers: Of TE, by the residual stream's mean NIE: 10%, 50%, 90% have left")
+    assert texts["layers.png"].startswith("Layers: Half of TE has left the changed words after layer 2")
     assert texts["modules.png"].startswith("Modules: Strongest on the discovery pairs: MLP, layer 3 at 'all'.")
     assert not [text for text in texts.values() if set(text) & set("[]*`\n")]
 

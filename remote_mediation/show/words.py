@@ -28,6 +28,18 @@ def share_of(row: Any, name: str) -> str:
     return interval(value, low, high, percent)
 
 
+def of_what(row: Any, name: str) -> str:
+    """The same of a row that says of what: a share of TE, or a gain of accuracy, which is a difference of such."""
+    if row["of"] == "TE":
+        return share_of(row, name)
+    return _points(*(row[column] for column in (name, f"{name}_low", f"{name}_high")))
+
+
+def _points(value: float, low: float, high: float) -> str:
+    found = interval(100 * value, 100 * low, 100 * high)
+    return found if found == NONE else f"{found} points"
+
+
 def shares_from(sets: pd.DataFrame) -> tuple[Share, ...]:
     """Numbers behind a verdict, from rows with the columns of `sets.csv` or `rival_sets.csv`."""
     return tuple(_share(row) for _, row in sets.iterrows())
@@ -79,8 +91,10 @@ def told(shares: Sequence[Share], side: Literal["harm", "placebo"]) -> str:
 def _with_slope(one: Share, side: str) -> str:
     harm = side == "harm"
     found, slope = (one.harm, one.beta_harm) if harm else (one.placebo, one.beta_placebo)
+    if one.of != "TE":
+        return _points(found.value, found.low, found.high)
     parts = [] if np.isnan(found.value) else [estimate(found, percent)]
-    if one.of == "TE" and not np.isnan(slope):
+    if not np.isnan(slope):
         parts.append(f"β {rounded(slope)}")
     return ", ".join(parts) or NONE
 

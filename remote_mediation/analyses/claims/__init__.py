@@ -12,6 +12,7 @@ CLAIMS = Analysis(
     columns={
         "claims.csv": ask.CLAIM_COLUMNS,
         "sets.csv": ask.SET_COLUMNS,
+        "set_pairs.csv": ask.PAIR_COLUMNS,
         "specification.csv": SPECIFICATION_COLUMNS,
         "gate_sets.csv": GATE_SET_COLUMNS,
         "readable.csv": READABLE_COLUMNS,

@@ -7,7 +7,7 @@ readable) is chosen on the discovery pairs. Sets are swapped together (`Lab.join
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -57,6 +57,17 @@ SET_COLUMNS: dict[str, str] = {
     "clusters": "components of pairs",
     "reason": "why a number is missing, or why to read it with care",
 }
+PAIR_COLUMNS: dict[str, str] = {
+    "number": "the claim that it is a number of",
+    "measure": "what was measured",
+    "direction": "nie, tie, the mean of both, or neither",
+    "pair_id": "pair, of the held-out ones",
+    "cluster": "its component",
+    "harm": "effect, in the outcome's unit; of an accuracy its gain",
+    "placebo": "the same with the placebo in place of the harmful prompt; empty where the pair has none",
+    "te_harm": "total effect of the harmful prompt, in the outcome's unit",
+    "te_placebo": "that of the placebo",
+}
 _NO_EDIT = "no held-out pair has tokens of the edit on both sides"
 
 
@@ -71,7 +82,7 @@ class Tested(NamedTuple):
 
 
 def analyse(lab: Lab, before: Findings) -> Finding:
-    """`claims.csv`, `sets.csv` and `specification.csv`; `gate_sets.csv` and `readable.csv` where they were measured."""
+    """Verdicts, the numbers behind them, and the effects behind these; further tables where they were measured."""
     found = measure_claims(lab)
     tables = {
         "claims.csv": pd.DataFrame(map(_claim_row, found.claims), columns=list(CLAIM_COLUMNS)),
@@ -83,12 +94,15 @@ def analyse(lab: Lab, before: Findings) -> Finding:
 
 def measure_claims(lab: Lab) -> Tested:
     """All five claims."""
-    heldout, discovery, edits = (
-        Sample.of(lab, "heldout"),
-        Sample.of(lab, "discovery"),
-        Sample.of(lab, "heldout", "edit"),
-    )
-    layers = lab.study.info.layers
+    heldout, edits = Sample.of(lab, "heldout"), Sample.of(lab, "heldout", "edit")
+    found = _measured(Sample.of(lab, "discovery"), heldout, edits)
+    rows = [*_pair_rows(heldout, found.claims[:3]), *_pair_rows(edits, found.claims[3:])]
+    return found._replace(tables={**found.tables, "set_pairs.csv": pd.DataFrame(rows, columns=list(PAIR_COLUMNS))})
+
+
+def _measured(discovery: Sample, heldout: Sample, edits: Sample) -> Tested:
+    """edits: the held-out pairs that have the edit on both sides, on which claims 4 and 5 rest."""
+    lab, layers = heldout.lab, heldout.lab.study.info.layers
     deep = layers >= FEWEST_LAYERS
     if deep:
         lab.outcomes(_rows_ahead(heldout, edits))
@@ -201,7 +215,7 @@ def _specified(lab: Lab, direct: Mapping[str, Direct], samples: Mapping[str, Sam
     }
     return specification(
         {**by_split, "all": _joined(list(by_split.values()))},
-        lab.rng("specification"),
+        samples["heldout"].bench().rng,
         lab.study.config.statistics.resamples,
     )
 
@@ -239,3 +253,22 @@ def _set_rows(claims: Sequence[Claim]) -> list[dict[str, Any]]:
         for claim in claims
         for measure in claim.measures
     ]
+
+
+def _pair_rows(sample: Sample, claims: Sequence[Claim]) -> Iterator[dict[str, Any]]:
+    """A row for every pair and number; what is the same for several claims stands with each of them."""
+    harm, placebo = sample.bench().total
+    for claim in claims:
+        for measure in claim.measures:
+            for place, pair in enumerate(sample.pairs):
+                yield {
+                    "number": claim.number,
+                    "measure": measure.name,
+                    "direction": measure.direction,
+                    "pair_id": pair.id,
+                    "cluster": pair.cluster,
+                    "harm": measure.pairs.harm[place],
+                    "placebo": measure.pairs.placebo[place],
+                    "te_harm": harm[place],
+                    "te_placebo": placebo[place],
+                }

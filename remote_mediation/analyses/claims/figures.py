@@ -23,8 +23,15 @@ _ABOVE = {1: MOST, 2: 0.0, 3: HALF, 4: 0.0, 5: HANDED}
 """What the numbers that decide a claim have to lie above for it to be supported."""
 _STILL = {4: ACTS}
 """What others of its numbers have to lie below: what is read must not act yet."""
-_SIDES = {"harm": ("harm", COLOURS[0], "o", -0.16), "placebo": ("common", "0.45", "D", 0.16)}
-"""Column, colour, marker and place in its row of each side; a placebo's own TE is often 0, and shares of it unknown."""
+_SIDES = {
+    "harm": ("harm", "harm", COLOURS[0], "o", -0.16),
+    "placebo": ("placebo's effect, over the TE of harm", "common", "0.45", "D", 0.16),
+}
+"""Name, column, colour, marker and place in its row of each side.
+
+A placebo's own TE is often 0, and shares of it unknown: that its effect is small then is no sign that a mediator is
+specific to harm.
+"""
 
 
 def claims_figure(sets: pd.DataFrame) -> Figure:
@@ -33,11 +40,11 @@ def claims_figure(sets: pd.DataFrame) -> Figure:
     deciding = sets[(sets["decides"] | still) & sets["harm"].notna()].reset_index(drop=True)
     figure = Figure((WIDTH, 1.5 + 0.36 * len(deciding)), DPI, layout="constrained")
     axis = figure.subplots()
-    for side, (column, colour, marker, beside) in _SIDES.items():
+    for side, (name, column, colour, marker, beside) in _SIDES.items():
         rows = deciding.index + beside
         axis.hlines(rows, deciding[f"{column}_low"], deciding[f"{column}_high"], color=colour, linewidth=1.4)
         filled = colour if side == "harm" else "white"
-        axis.plot(deciding[column], rows, marker, color=colour, markerfacecolor=filled, markersize=5, label=side)
+        axis.plot(deciding[column], rows, marker, color=colour, markerfacecolor=filled, markersize=5, label=name)
     for part, bars, arrow, asked in (
         (deciding[deciding["decides"]], _ABOVE, ">", "above"),
         (deciding[~deciding["decides"]], _STILL, "<", "below"),

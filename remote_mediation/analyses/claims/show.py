@@ -13,7 +13,7 @@ from remote_mediation.analyses.claims.verdicts import DIRECTIONS, LATE_MLPS
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
 from remote_mediation.show.tables import Table, interval, notes_on, number, rounded
-from remote_mediation.show.words import UNMEASURED, decided, in_groups, pairs_notes, share_of
+from remote_mediation.show.words import UNMEASURED, decided, in_groups, of_what, pairs_notes, share_of
 
 CLAIMS = {
     1: "late layers",
@@ -60,8 +60,22 @@ def _curve(result: Result, sets: pd.DataFrame) -> list[Section]:
             f"discovery pairs; held out they carry {share_of(one, 'nie')} of TE by NIE and "
             f"{share_of(one, 'tie')} by TIE."
         )
+    finding += _overshoot(curve)
     bands = sets[(sets["number"] == 3) & (sets["measure"] == LATE_MLPS)]
     return [Section("gate-curve", "How few late neurons", did, finding, figure=curve_figure(curve, bands))]
+
+
+def _overshoot(curve: pd.DataFrame) -> str:
+    """That some of the late neurons do clearly more than all of them, where it is so."""
+    whole = curve.loc[curve["size"].idxmax()]
+    most = curve.loc[curve["nie"].idxmax()] if curve["nie"].notna().any() else whole
+    if not most["nie_low"] > whole["nie_high"]:
+        return ""
+    few, all_of_them = (share_of(one, "nie") for one in (most, whole))
+    return (
+        f" The first {100 * most['part']:.2g}% carry {few} of TE by NIE, all of them together {all_of_them}: the "
+        "others work against them."
+    )
 
 
 def _choices(result: Result) -> list[Section]:
@@ -129,11 +143,11 @@ def measures_table(sets: pd.DataFrame) -> Table:
         (
             str(row["number"]),
             _label(row),
-            *(share_of(row, side) for side in _SIDES),
+            *(of_what(row, side) for side in _SIDES),
             rounded(row["beta_harm"]),
             rounded(row["beta_placebo"]),
             interval(row["excess"], row["excess_low"], row["excess_high"]),
-            share_of(row, "common"),
+            of_what(row, "common"),
         )
         for _, row in sets.iterrows()
     ]

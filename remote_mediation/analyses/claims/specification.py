@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,16 +42,21 @@ class Compared(NamedTuple):
     clusters: npt.NDArray[np.str_]
 
 
-def specification(by_split: Mapping[str, Compared], rng: np.random.Generator, resamples: int) -> pd.DataFrame:
-    """`SPECIFICATION_COLUMNS`, for the splits and for random halves of all pairs."""
-    whole, seed = by_split["all"], int(rng.integers(2**63))
+def specification(
+    by_split: Mapping[str, Compared], fresh: Callable[[], np.random.Generator], resamples: int
+) -> pd.DataFrame:
+    """`SPECIFICATION_COLUMNS`, for the splits and for random halves of all pairs.
+
+    fresh: gives the draws of the claims' other statistics, so that the same share has the same interval everywhere.
+    """
+    whole = by_split["all"]
     choices = [(layers, direction) for layers in whole.differences for direction in DIRECTIONS]
-    often = _often(np.stack([_effect(whole, *choice) for choice in choices]), whole, seed, resamples)
+    often = _often(np.stack([_effect(whole, *choice) for choice in choices]), whole, fresh(), resamples)
     rows: list[dict[str, Any]] = []
     for choice, halves in zip(choices, often, strict=True):
         place = dict(zip(("layers", "direction"), choice, strict=True))
         for split, found in by_split.items():
-            rows.append({**place, "pairs": split, **_once(_effect(found, *choice), found, seed, resamples)})
+            rows.append({**place, "pairs": split, **_once(_effect(found, *choice), found, fresh(), resamples)})
         rows.append({**place, "pairs": RANDOM, **halves})
     return pd.DataFrame(rows, columns=list(SPECIFICATION_COLUMNS))
 
@@ -61,8 +66,8 @@ def _effect(of: Compared, layers: str, direction: Direction) -> Floats:
     return (difference.nie if direction == "nie" else difference.tie).harm
 
 
-def _once(effect: Floats, of: Compared, seed: int, resamples: int) -> dict[str, Any]:
-    found = share(effect, of.total, of.clusters, np.random.default_rng(seed), resamples)
+def _once(effect: Floats, of: Compared, rng: np.random.Generator, resamples: int) -> dict[str, Any]:
+    found = share(effect, of.total, of.clusters, rng, resamples)
     sign = 0 if np.isnan(found.low) else found.sign
     return {
         "components": found.n_clusters,
@@ -72,9 +77,8 @@ def _once(effect: Floats, of: Compared, seed: int, resamples: int) -> dict[str, 
     }
 
 
-def _often(effects: Floats, of: Compared, seed: int, resamples: int) -> list[dict[str, Any]]:
+def _often(effects: Floats, of: Compared, rng: np.random.Generator, resamples: int) -> list[dict[str, Any]]:
     """The same of effects `[choice, pair]` on halves of the components: they overlap, so this is no test."""
-    rng = np.random.default_rng(seed)
     splits = [split_clusters(of.clusters, rng) for _ in range(DIVISIONS)]
     halves = [
         _half(effects, of, split == name, rng, resamples) for split in splits for name in ("discovery", "heldout")

@@ -58,8 +58,8 @@ def measure_understanding(discovery: Sample, heldout: Sample) -> tuple[Claim, di
     lab = heldout.lab
     known, asked = _features(discovery), _features(heldout)
     left_out = leave_one_out(known.harm, known.clusters)
-    acting_before = lab.joint(stream(lab), discovery.pairs)
-    layer = choose(left_out[1:], acting_before.nie.mean(axis=1) / acting_before.te.mean())
+    found = lab.joint(stream(lab), discovery.pairs)
+    layer = choose(left_out[1:], [discovery.bench().share(nie, found.te) for nie in found.nie])
     harm = _read(known.harm, asked.harm)
     placebo = _spread(heldout, _read(known.placebo, asked.placebo))
     acting = heldout.effects(lab.joint, stream(lab))
@@ -80,13 +80,16 @@ def leave_one_out(features: Floats, clusters: npt.NDArray[np.str_]) -> Floats:
     return found
 
 
-def choose(accuracies: Floats, shares: Floats) -> int:
-    """The layer that is read best among those that do not act yet, the earliest of equals.
+def choose(accuracies: Floats, shares: Sequence[Interval]) -> int:
+    """The layer that is read best among those that clearly do not act yet, the earliest of equals.
 
-    accuracies, shares: `[layer]`, on discovery. Where all layers act, the best of all.
+    accuracies: `[layer]`. shares: NIE of the stream at `last` as share of TE, by layer. Both on discovery. One whose
+    interval holds the bar would hold it on the held-out pairs as well: such layers are allowed where none is clearly
+    silent, and all are where none is below the bar.
     """
-    silent = shares < ACTS
-    allowed = silent if silent.any() else np.ones_like(silent)
+    clearly = np.array([share.high < ACTS for share in shares])
+    perhaps = np.array([share.value < ACTS for share in shares])
+    allowed = next((some for some in (clearly, perhaps) if some.any()), np.ones_like(perhaps))
     return int(np.argmax(np.where(allowed, accuracies, -np.inf)))
 
 

@@ -124,6 +124,8 @@ class Measure:
     """`beta_harm` - `beta_placebo`, clusters resampled jointly."""
     common: Interval
     """What it does for the placebo, as share of the TE of harm: defined although the placebo's own TE is near 0."""
+    pairs: Both
+    """What all of this is estimated from, pair by pair: in the outcome's unit, or of an accuracy its gain."""
 
     @property
     def label(self) -> str:
@@ -252,6 +254,7 @@ class Bench:
                 self.resamples,
             ),
             common=self.share(effect.placebo, harm),
+            pairs=effect,
         )
 
     def measures(self, name: str, effect: Effect) -> tuple[Measure, Measure]:
@@ -327,10 +330,10 @@ def late(bench: Bench, decided: Effect, arrived: Effect, reads_edit: bool) -> Cl
 
 
 def _late(weight: Sequence[Measure], arriving: Sequence[Measure]) -> Ruling:
-    text = _text(weight)
+    text, there = _text(weight), _text(arriving)
     if _all_above(weight, MOST):
-        when = "; it arrives late" if _all_above(arriving, HALF) else ""
-        when = "; it arrives earlier and acts late" if _all_below(arriving, HALF) else when
+        when = f"; {there}: it arrives late" if _all_above(arriving, HALF) else ""
+        when = f"; {there}: it arrives earlier and acts late" if _all_below(arriving, HALF) else when
         return Ruling("supported", f"{text}: above 2/3{when}")
     if _all_below(weight, LEAST):
         return Ruling("not supported", f"{text}: below 1/3")
@@ -363,11 +366,11 @@ def _mlp_not_attention(whole: Sequence[Measure], parts: Sequence[Measure]) -> Ru
     if _all_above(whole, 0):
         if against:
             return Ruling("undecided", f"{text}, but it is below 0 for {_opposing(against)}")
-        return Ruling("supported", f"{text}, and below 0 for no layers")
+        return Ruling("supported", f"{text}, and below 0 for none of the sets of later layers")
     if _all_below(whole, 0):
         if speaking_for:
             return Ruling("undecided", f"{text}, but it is above 0 for {_opposing(speaking_for)}")
-        return Ruling("not supported", f"{text}, and above 0 for no layers")
+        return Ruling("not supported", f"{text}, and above 0 for none of the sets of later layers")
     return Ruling("undecided", f"{text}: not clear of 0")
 
 
@@ -391,7 +394,8 @@ class Beside(NamedTuple):
     @property
     def said(self) -> str:
         """The count in words."""
-        return f"{self.reached} of {self.drawn} random sets of {self.likeness:.2f} times its size do as much"
+        size = f"whose change is {self.likeness:.2f} times as large"
+        return f"{self.reached} of {self.drawn} random sets, {size}, do as much"
 
     @property
     def notes(self) -> list[str]:
@@ -491,7 +495,7 @@ def understood(bench: Bench, layer: int, harm: Read, placebo: Read, there: Both,
 
 def _gain(bench: Bench, layer: int, harm: Read, placebo: Read) -> Measure:
     """How much more of the prompts is read at a layer than from the embeddings."""
-    gains = [(read.layers[layer] - read.embedding).mean(axis=-1) for read in (harm, placebo)]
+    gains = Both(*((read.layers[layer] - read.embedding).mean(axis=-1) for read in (harm, placebo)))
     of_harm, of_placebo = map(bench.mean, gains)
     return Measure(
         f"accuracy after layer {layer} minus that of the embeddings",
@@ -501,8 +505,9 @@ def _gain(bench: Bench, layer: int, harm: Read, placebo: Read) -> Measure:
         placebo=of_placebo,
         beta_harm=of_harm.value,
         beta_placebo=of_placebo.value,
-        excess=bench.mean(gains[0] - gains[1]),
+        excess=bench.mean(gains.harm - gains.placebo),
         common=of_placebo,
+        pairs=gains,
     )
 
 
@@ -515,7 +520,10 @@ def _understood(bench: Bench, layer: int, harm: Read, gain: Measure, shares: Seq
             f"the words give it away: the embeddings alone are read at {words.value:.0%}",
         )
     acts = first_acting(shares)
-    text = f"{gain.name} is {ends(gain.harm, signed=True)}; NIE at last there is {ends(shares[layer])} of TE"
+    text = (
+        f"after layer {layer} {harm.layers[layer].mean():.0%} of prompts are read rightly, {words.value:.0%} from the "
+        f"embeddings: {points(gain.harm)}; NIE at last there is {ends(shares[layer])} of TE"
+    )
     if gain.harm.low > 0 and shares[layer].high < ACTS:
         return Ruling("supported", f"{text}; it acts from {_layer(acts)} on")
     accuracies = [rate(one.ravel(), twice) for one in harm.layers[:acts]]
@@ -553,7 +561,7 @@ def handed_on(bench: Bench, own: Effect, handed: Handed, middle_layers: int) -> 
     """
     alone = bench.measures("stream at the edit after the early third", own)
     through, late, others, more = (
-        bench.measure(f"of it through {name}", "both", effect)
+        bench.measure(f"early effect through {name}", "both", effect)
         for name, effect in (
             ("the middle MLPs", handed.middle),
             ("the late MLPs", handed.late),
@@ -599,14 +607,23 @@ def _direction(measure: Measure) -> str:
     return f"{measure.direction.upper()} " if measure.direction in DIRECTIONS else ""
 
 
-def ends(found: Interval, signed: bool = False) -> str:
+def ends(found: Interval) -> str:
     """A share with its interval, as percentages."""
+    return _with_ends(found, 1, "z.0%")  # what rounds to 0 has no minus
+
+
+def points(found: Interval) -> str:
+    """A difference of accuracies with its interval, in percentage points."""
+    return f"{_with_ends(found, 100, '+z.0f')} points"
+
+
+def _with_ends(found: Interval, factor: int, shown: str) -> str:
+    value, low, high = (f"{factor * one:{shown}}" for one in (found.value, found.low, found.high))
     if np.isnan(found.value):
         return f"unknown ({found.reason})"
     if np.isnan(found.low):
-        return f"{found.value:.0%} without an interval ({found.reason})"
-    shown = "+z.0%" if signed else "z.0%"  # what rounds to 0 has no minus
-    return f"{found.value:{shown}} [{found.low:{shown}}, {found.high:{shown}}]"
+        return f"{value} without an interval ({found.reason})"
+    return f"{value} [{low}, {high}]"
 
 
 def _in_unit(found: Interval) -> str:

@@ -38,8 +38,8 @@ _HEADS: dict[Component, str] = {
 PASSED = (0.1, 0.5, 0.9)
 """Shares of TE whose passage is told."""
 _PASSAGES = {
-    "edit": "have left the changed words",
-    "last": "have arrived where the answer is read",
+    "edit": "of TE has left the changed words",
+    "last": "has arrived where the answer is read",
 }
 _MOVES = {"edit": "left", "post_instruction": "arrived at", "last": "arrived at"}
 """What the effect does at a position as layers go by."""
@@ -62,7 +62,7 @@ def layers(result: Result) -> list[Section]:
 
 
 def passage(sites: pd.DataFrame, total: Estimate) -> str:
-    """From which layer on 10, 50 and 90% of TE have left `edit` and arrived at `last`, by mean NIE; empty without TE.
+    """After which layers 10, 50 and 90% of TE have left `edit` and arrived at `last`, by mean NIE; empty without TE.
 
     sites: `Summary.sites`.
     """
@@ -72,9 +72,9 @@ def passage(sites: pd.DataFrame, total: Estimate) -> str:
     for position, words in _PASSAGES.items():
         shares = _shares_by_layer(sites, total, position, "nie")
         if len(shares):
-            at = ", ".join("none" if layer is None else str(layer) for layer in passed(shares, position))
-            said.append(f"{', '.join(f'{share:.0%}' for share in PASSED)} {words} after layer {at}")
-    return f"Of TE, by the residual stream's mean NIE: {'; '.join(said)}." if said else ""
+            tenth, half, most = ("none" if layer is None else str(layer) for layer in passed(shares, position))
+            said.append(f"{words} after layer {half} (10% after {tenth}, 90% after {most})")
+    return f"Half {', and half '.join(said)}, by the mean NIE of the residual stream." if said else ""
 
 
 def passage_table(sites: pd.DataFrame, total: Estimate) -> Table:
