@@ -119,6 +119,7 @@ def _described_parts(mixture: Mixture) -> dict[str, str]:
     shared = mixture.shared_module + (f" x sigmoid of {mixture.shared_gate}" if mixture.shared_gate else "")
     return {
         "router": f"weights that enter {mixture.module}, 0 for experts not chosen",
+        "expert_neurons": f"one neuron of an expert of {mixture.module}, weighted, where a layer has experts",
         "expert_output": f"one expert of {mixture.module}, weighted, where a layer has experts",
         "shared_expert_output": shared or "none: no expert always runs",
     }
