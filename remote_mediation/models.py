@@ -231,6 +231,7 @@ def info_of(config: PreTrainedConfig, name: str, revision: str = "") -> ModelInf
         context=_context(text),
         experts=getattr(text, family.mixture.experts) if family.mixture else 0,
         chosen=text.num_experts_per_tok if family.mixture else 0,
+        expert_ff=getattr(text, family.mixture.width) if family.mixture else 0,
         routed=_routed_layers(text, family),
         recurrent=_recurrent_layers(text, family),
     )

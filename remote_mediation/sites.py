@@ -23,6 +23,7 @@ Component = Literal[
     "value_heads",
     "router",
     "expert_output",
+    "expert_neurons",
     "shared_expert_output",
 ]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
@@ -35,13 +36,15 @@ FORWARD_ORDER: tuple[Component, ...] = (
     "attention_output",
     "mlp_neurons",
     "router",
+    "expert_neurons",
     "expert_output",
     "shared_expert_output",
     "mlp_output",
     "layer_output",
 )
-# Parts of a mixture of experts; a unit of the first two is one routed expert.
-MIXTURE_COMPONENTS: tuple[Component, ...] = ("router", "expert_output", "shared_expert_output")
+# Parts of a mixture of experts; a unit of the first two is one routed expert, of the third one neuron of one of them,
+# whose number is that of the expert times the neurons of an expert, plus its own there.
+MIXTURE_COMPONENTS: tuple[Component, ...] = ("router", "expert_output", "expert_neurons", "shared_expert_output")
 HeadComponent = Literal["attention_heads", "query_heads", "key_heads", "value_heads"]
 # What only softmax attention has; a unit is one head, `d_head` wide.
 HEAD_COMPONENTS: tuple[HeadComponent, ...] = get_args(HeadComponent)
@@ -209,7 +212,7 @@ class Family:
         """What the family has, in forward order: the hooks' components and the parts of a mixture."""
         parts: set[Component] = set()
         if self.mixture is not None:
-            parts = {"router", "expert_output"}
+            parts = {"router", "expert_output", "expert_neurons"}
             parts |= {"shared_expert_output"} if self.mixture.shared_module else set()
         return tuple(component for component in FORWARD_ORDER if component in self.hooks or component in parts)
 
@@ -474,7 +477,7 @@ def _lacking(component: Component, family: str) -> str:
     if component == "mlp_neurons":
         return (
             f"a layer of a mixture of experts ({family}) has no one MLP whose neurons could be named; study "
-            "layer_output, attention_output, mlp_output, attention_heads or expert_output"
+            "layer_output, attention_output, mlp_output, attention_heads, expert_output or expert_neurons"
         )
     if component == "query_heads":
         return f"a query of {family} is wider than what its head gives; study attention_heads"
@@ -532,6 +535,8 @@ class ModelInfo:
     """Routed experts of a layer of a mixture; 0 for a model without."""
     chosen: int = 0
     """Experts that a token is routed to."""
+    expert_ff: int = 0
+    """Neurons of one routed expert."""
     routed: tuple[int, ...] = ()
     """Layers of a mixture that have experts; the others have one MLP."""
     recurrent: tuple[int, ...] = ()
@@ -563,7 +568,7 @@ class ModelInfo:
         return cls(**shape)
 
     def width(self, component: Component) -> int:
-        """Units of a component: heads, experts, the one shared expert, or the width of the others' vector.
+        """Units of a component: heads, experts, neurons of all experts, the one shared expert, or the others' width.
 
         Raises:
             SiteError: the family has no such component.
@@ -574,6 +579,7 @@ class ModelInfo:
         counts |= dict.fromkeys(("attention_heads", "query_heads"), self.heads)
         counts |= dict.fromkeys(SHARED_HEADS, self.shared_heads)
         counts |= {"router": self.experts, "expert_output": self.experts, "shared_expert_output": 1}
+        counts |= {"expert_neurons": self.experts * self.expert_ff}
         return counts.get(component, self.d_model)
 
     def has(self, component: Component) -> bool:

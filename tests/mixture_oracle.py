@@ -25,19 +25,28 @@ MLP["granitemoe"] = "model.layers.{}.block_sparse_moe"
 # The expert that always runs, and what weights it.
 SHARED = dict.fromkeys(("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"), ("shared_expert", "shared_expert_gate"))
 SHARED |= dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("shared_experts", ""))
-PARTS = ("router", "expert_output", "shared_expert_output")
+PARTS = ("router", "expert_output", "expert_neurons", "shared_expert_output")
+
+
+def neurons(module: nn.Module, number: int, hidden: Tensor, family: str) -> Tensor:
+    """What goes into one expert's down-projection `[token, neuron]`, of vectors `[token, width]`, by hand."""
+    if family == "gpt_oss":  # gate and up in turns, with biases, bounded (its paper, section 2.2)
+        both = hidden @ module.gate_up_proj[number] + module.gate_up_proj_bias[number]
+        gate, up = both[:, 0::2].clamp(max=7.0), both[:, 1::2].clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    gate, up = (hidden @ module.gate_up_proj[number].T).tensor_split(2, dim=1)
+    return gate * torch.sigmoid(gate) * up
+
+
+def down(module: nn.Module, number: int, family: str) -> Tensor:
+    """One expert's down-projection `[neuron, width]`."""
+    return module.down_proj[number] if family == "gpt_oss" else module.down_proj[number].T
 
 
 def expert(module: nn.Module, number: int, hidden: Tensor, family: str) -> Tensor:
     """One expert of vectors `[token, width]`, by hand."""
-    if family == "gpt_oss":  # gate and up in turns, with biases, bounded (its paper, section 2.2)
-        both = hidden @ module.gate_up_proj[number] + module.gate_up_proj_bias[number]
-        gate, up = both[:, 0::2].clamp(max=7.0), both[:, 1::2].clamp(-7.0, 7.0)
-        return (gate * torch.sigmoid(1.702 * gate) * (up + 1)) @ module.down_proj[number] + module.down_proj_bias[
-            number
-        ]
-    gate, up = (hidden @ module.gate_up_proj[number].T).tensor_split(2, dim=1)
-    return (gate * torch.sigmoid(gate) * up) @ module.down_proj[number].T
+    found = neurons(module, number, hidden, family) @ down(module, number, family)
+    return found + module.down_proj_bias[number] if family == "gpt_oss" else found
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ class Parts:
     """`[token, expert]`"""
     routed: Tensor
     """`[token, expert, width]` as it reaches the stream."""
+    active: Tensor
+    """`[token, neuron]`, expert by expert, weighted."""
     shared: Tensor
     """`[token, width]`; 0 where no expert always runs."""
 
@@ -55,6 +66,8 @@ class Parts:
         """What a write is about at one token."""
         if write.component == "router":
             return self.routing[token]
+        if write.component == "expert_neurons":
+            return self.active[token]
         if write.component == "shared_expert_output":
             return self.shared[token]
         return self.routed[token, list(write.columns) or slice(None)].sum(0)
@@ -89,6 +102,7 @@ class MixtureOracle(Oracle):
         routed = torch.stack(
             [routing[:, [number]] * expert(mlp.experts, number, hidden, family) for number in range(count)], 1
         )
+        active = [routing[:, [number]] * neurons(mlp.experts, number, hidden, family) for number in range(count)]
         shared = torch.zeros_like(hidden)
         if family in SHARED:
             name, gate = SHARED[family]
@@ -96,7 +110,7 @@ class MixtureOracle(Oracle):
             inner = hidden @ one.gate_proj.weight.T
             shared = (inner * torch.sigmoid(inner) * (hidden @ one.up_proj.weight.T)) @ one.down_proj.weight.T
             shared = shared * torch.sigmoid(hidden @ getattr(mlp, gate).weight.T) if gate else shared
-        return Parts(routing, routed * self._multiplier, shared * self._multiplier)
+        return Parts(routing, routed * self._multiplier, torch.cat(active, 1), shared * self._multiplier)
 
     def _record(self, side: int, answer: int) -> dict[tuple[str, int], Any]:
         """Beside what every oracle records, the `Parts` of each layer that has experts."""
@@ -151,7 +165,12 @@ class MixtureOracle(Oracle):
             parts = self._parts(write.layer, *args)
             for number, token in here:
                 own = parts.of(write, token)
-                differences[token] = self._new(write, number, own, list(range(len(own)))) - own
+                if write.component == "expert_neurons":
+                    columns = list(write.columns) or list(range(len(own)))
+                    change = self._new(write, number, own, columns) - own[columns]
+                    differences[token] = change @ self.columns(write.layer)[columns]
+                else:
+                    differences[token] = self._new(write, number, own, list(range(len(own)))) - own
 
         def add(_: nn.Module, __: Any, output: Any) -> Any:
             total = (output[0] if isinstance(output, tuple) else output).clone()
@@ -161,6 +180,12 @@ class MixtureOracle(Oracle):
 
         mlp = self._mlp(write.layer)
         return Handles(mlp.experts.register_forward_pre_hook(look), mlp.register_forward_hook(add))
+
+    def columns(self, layer: int) -> Tensor:
+        """`[neuron, width]`: what each neuron of all experts of a layer adds to the stream where its value is 1."""
+        experts, family = self._mlp(layer).experts, self._model.config.model_type
+        by_expert = [down(experts, number, family) for number in range(len(experts.down_proj))]
+        return torch.cat(by_expert) * self._multiplier
 
     def _new(self, write: Write, number: int, own: Tensor, columns: list[int]) -> Tensor:
         """What the written columns become at the write's place of that number."""

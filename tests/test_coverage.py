@@ -39,6 +39,7 @@ def test_every_family_has_a_line() -> None:
     assert lines["qwen3_next"].components["key_heads"].endswith("k_proj; none in layers without softmax attention")
     assert lines["granite"].components["mlp_output"] == "output of mlp x residual_multiplier"
     assert lines["mixtral"].components["mlp_neurons"] == "none: a mixture of experts"
+    assert lines["mixtral"].components["expert_neurons"].startswith("one neuron of an expert of mlp.experts, weighted")
     assert lines["mixtral"].components["router"] == "weights that enter mlp.experts, 0 for experts not chosen"
     assert lines["mixtral"].components["shared_expert_output"] == "none: no expert always runs"
     assert lines["lfm2"].components["attention_heads"] == (
@@ -102,6 +103,7 @@ def test_a_row_that_names_what_is_not_there(
         ({"module": "mlp.many"}, "layer 1 has no mlp.many, the configuration says otherwise"),
         ({"dense_first": ""}, "layer 0 has no mlp.experts, the configuration says otherwise"),
         ({"experts": "num_hidden_layers"}, "layer 1 has 4 experts, the configuration says 3"),
+        ({"width": "hidden_size"}, "experts of layer 1 have 24 neurons, the configuration says 32"),
         ({"shared_gate": "mlp.gates"}, "layer 1 has no mlp.gates, which shared_expert_output is made of"),
     ],
 )

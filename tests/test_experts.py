@@ -14,6 +14,7 @@ from test_families import MIXTURES, POSITIONS, READ
 from test_samples import PAIRS, sampled
 from test_tasks import run, setting
 
+from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.rows import Constant, Row, Scale, Write, swap, swap_all
 from remote_mediation.engine.samples import Manner
 from remote_mediation.engine.tasks import Reading, direct_task, read_task
@@ -33,8 +34,16 @@ UNITS: dict[Component, tuple[tuple[int, ...], ...]] = {
 
 
 def parts_of(model: Subject) -> dict[Component, tuple[tuple[int, ...], ...]]:
-    """The units of `UNITS` that a family has."""
-    return {name: units for name, units in UNITS.items() if name in FAMILIES[model.info.family].components}
+    """The units of `UNITS` that a family has, and single neurons, some of several experts, all of one, and all."""
+    here = {name: units for name, units in UNITS.items() if name in FAMILIES[model.info.family].components}
+    size = model.info.expert_ff
+    some = (0, 3, size - 1, 2 * size, 2 * size + 5, 4 * size - 1)
+    return {**here, "expert_neurons": ((), (2,), some, neurons_of(model, 1), neurons_of(model, 3)[2:-2])}
+
+
+def neurons_of(model: Subject, expert: int) -> tuple[int, ...]:
+    """All neurons of an expert."""
+    return tuple(range(expert * model.info.expert_ff, (expert + 1) * model.info.expert_ff))
 
 
 def grid(pair: TokenPair, model: Subject, component: Component) -> list[Row]:
@@ -64,6 +73,22 @@ def test_every_part_is_measured_as_by_hand(
 
 
 @pytest.mark.parametrize("family", MIXTURES)
+def test_effects_of_neurons_in_bfloat16_are_those_of_float32(subject: Subjects, family: str) -> None:
+    model, pair = subject(family), token_pair("pair", edits=(2, 4), answers=(4, 1))
+    low = Subject(LocalBackend.load(model.info.name, dtype="bfloat16"), model.plain, "bfloat16")
+    # Of the last layer: below it, rounding can send a token to another expert of a later layer.
+    sites = [
+        Site("expert_neurons", model.info.routed[-1], position, units)
+        for units in parts_of(model)["expert_neurons"]
+        for position in READ
+    ]
+    rows = [swap(pair, site, base, model.info) for site in sites for base in (0, 1)]
+    measured = low.compare([pair], [Row("pair", 0), Row("pair", 1), *rows], RESPONSE_LOGPROB, MixtureOracle)
+    effects = measured.engine[2:] - measured.engine[[row.base for row in rows]]
+    assert np.corrcoef(effects, measured.effects[2:])[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("family", MIXTURES)
 def test_a_part_moved_by_one_expert_or_one_layer_is_noticed(subject: Subjects, family: str) -> None:
     model, pair = subject(family), token_pair("pair", edits=(2, 4))
     first, second = model.info.routed[:2]
@@ -73,6 +98,10 @@ def test_a_part_moved_by_one_expert_or_one_layer_is_noticed(subject: Subjects, f
         for name in ("router", "expert_output")
         for number in range(4)
     ]
+    moves += [
+        tuple(Site("expert_neurons", first, "all", neurons_of(model, one)) for one in (number, (number + 1) % 4))
+        for number in range(4)
+    ]
     for right, moved in moves:
         rows, others = ([swap(pair, site, base, model.info) for base in (0, 1)] for site in (right, moved))
         measured = model.compare([pair], rows, LOGIT_DIFF, MixtureOracle)
@@ -80,6 +109,25 @@ def test_a_part_moved_by_one_expert_or_one_layer_is_noticed(subject: Subjects, f
         assert measured.deviation < TOLERANCE * max(largest, 1)
         wrong = np.abs(model.measure([pair], others, LOGIT_DIFF) - measured.oracle).max()
         assert wrong > 100 * TOLERANCE * largest, (right, moved)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_neuron_moved_by_one_is_noticed(subject: Subjects, family: str) -> None:
+    model, pair, layer = subject(family), token_pair("pair", edits=(2, 4)), subject(family).info.routed[0]
+    units = (0, 5, 2 * model.info.expert_ff + 1)
+    for right, moved in zip(units, (1, 4, 2 * model.info.expert_ff), strict=True):
+        rows, others = (
+            [
+                Row(pair.id, base, (Write("expert_neurons", layer, (4, 5), (unit,), Constant((5.0,))),))
+                for base in (0, 1)
+            ]
+            for unit in (right, moved)
+        )
+        measured = model.compare([pair], rows, LOGIT_DIFF, MixtureOracle)
+        largest = np.abs(measured.effects).max()
+        assert measured.deviation < TOLERANCE * max(largest, 1)
+        wrong = np.abs(model.measure([pair], others, LOGIT_DIFF) - measured.oracle).max()
+        assert wrong > 100 * TOLERANCE * largest
 
 
 @pytest.mark.parametrize("family", WITH_SHARED)
@@ -111,11 +159,13 @@ def test_other_values_and_several_parts_at_once(subject: Subjects, family: str) 
     model, rng = subject(family), np.random.default_rng(3)
     pairs = [token_pair("equal", answers=(3, 2)), token_pair("unequal", edits=(3, 1), answers=(3, 2))]
     first, last = model.info.routed[0], model.info.routed[-1]
-    basis = Basis.random(2, model.info.d_model, rng)
+    basis, some = Basis.random(2, model.info.d_model, rng), neurons_of(model, 1)[4:] + neurons_of(model, 3)
     vector, weights = (Constant(tuple(map(float, rng.normal(size=size)))) for size in (model.info.d_model, 4))
     single = [
         Write("expert_output", first, (5, 6), (1, 2), Scale(-2.0)),
         Write("expert_output", first, (7,), (0,), vector),
+        Write("expert_neurons", first, (5, 6), some, Scale(-3.0)),
+        Write("expert_neurons", first, (6, 7), some, Constant(tuple(map(float, rng.normal(size=len(some)))))),
         Write("router", first, (6, 7), (), weights),
         Write("router", first, (5, 7), (0, 3), Scale(0.0)),
     ]
@@ -125,6 +175,11 @@ def test_other_values_and_several_parts_at_once(subject: Subjects, family: str) 
         [Site("expert_output", first, "all", (0, 2)), Site("expert_output", first, "all", (3,))],
         [Site("expert_output", last, "all", (1,)), Site("mlp_output", first, "edit")],
         [Subspace("expert_output", first, "all", (0, 1), basis=basis)],
+        [Subspace("expert_neurons", first, "all", some, basis=Basis.random(3, len(some), rng))],
+        [Site("expert_neurons", layer, "all", some) for layer in model.info.routed],
+        [Site("router", first, "edit"), Site("expert_neurons", first, "all", some[:9])],
+        [Site("expert_neurons", first, "all", some), Site("expert_output", first, "last", (0, 2))],
+        [Site("expert_neurons", first, "all", some[:9]), Site("expert_neurons", first, "last", some[9:])],
     ]
     if "shared_expert_output" in parts_of(model):
         single += [Write("shared_expert_output", first, (5, 6), (), Scale(3.0))]
@@ -160,6 +215,32 @@ def test_experts_and_the_shared_one_add_up_to_the_mlp(subject: Subjects, family:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
+def test_neurons_of_an_expert_are_what_it_adds_but_for_a_bias(subject: Subjects, family: str) -> None:
+    """As read: weighted activations times the columns of the weights; gpt_oss adds a bias times the routing weight."""
+    model, ids = subject(family), (7, 8, 9, 10, 11, 12)
+    oracle, experts = MixtureOracle(model.plain, replace(token_pair("pair"), x0=ids)), 0
+    for place, layer in enumerate(model.info.routed, 3):
+        columns = oracle.columns(layer).detach().numpy()
+        whole = read_task("a", ids, [Reading("expert_neurons", layer, (place,))], setting(model))
+        kinds: tuple[Component, ...] = ("router", "expert_neurons", "expert_output")
+        for number in range(4):
+            units = neurons_of(model, number)
+            asked = [Reading(name, layer, (place,), units if "neurons" in name else (number,)) for name in kinds]
+            weight, active, added, everywhere = run(
+                model, [*(read_task("a", ids, [one], setting(model)) for one in asked), whole]
+            )
+            bias = 0.0
+            if family == "gpt_oss":
+                bias = mlp_of(model.plain, layer).experts.down_proj_bias[number].detach().numpy()
+            np.testing.assert_allclose(active @ columns[list(units)] + weight * bias, added, atol=1e-5)
+            np.testing.assert_array_equal(active, everywhere[list(units)])
+            by_hand = oracle._recorded[0, 0]["parts", layer].active[place, list(units)]
+            np.testing.assert_allclose(active, by_hand, atol=1e-5 * max(1.0, np.abs(active).max()))
+            experts += bool(active.any())
+    assert experts == model.info.chosen * len(model.info.routed)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
 def test_all_parts_together_are_the_mlp(subject: Subjects, family: str) -> None:
     model, pair = subject(family), token_pair("pair", edits=(2, 4))
     layer = model.info.routed[1]
@@ -180,11 +261,13 @@ def test_an_expert_that_neither_prompt_is_routed_to_does_nothing(subject: Subjec
     weights = [oracle._recorded[side, 0]["parts", layer].routing[last] for side in (0, 1)]
     chosen = {int(number) for one in weights for number in torch.nonzero(one)}
     for number in range(4):
-        rows = [swap(pair, Site("expert_output", layer, "last", (number,)), base, model.info) for base in (0, 1)]
-        found = model.measure([pair], [Row(pair.id, 0), Row(pair.id, 1), *rows], LOGIT_DIFF)
-        change = np.abs(found[2:] - found[:2]).max()
-        assert (change > 100 * TOLERANCE) == (number in chosen)
-        assert number in chosen or change < 1e-6
+        whole = Site("expert_output", layer, "last", (number,))
+        for site in (whole, Site("expert_neurons", layer, "last", neurons_of(model, number))):
+            rows = [swap(pair, site, base, model.info) for base in (0, 1)]
+            found = model.measure([pair], [Row(pair.id, 0), Row(pair.id, 1), *rows], LOGIT_DIFF)
+            change = np.abs(found[2:] - found[:2]).max()
+            assert (change > 100 * TOLERANCE) == (number in chosen)
+            assert number in chosen or change < 1e-6
 
 
 REFUSED: MappingProxyType[str, tuple[str, Site, str]] = MappingProxyType(
@@ -196,6 +279,8 @@ REFUSED: MappingProxyType[str, tuple[str, Site, str]] = MappingProxyType(
             Site("attention_heads", 1, "last", (0,)),
             "it has no softmax attention; layers that have it are 0, 2",
         ),
+        "dense family's neurons": ("llama", Site("expert_neurons", 1, "last", (0,)), "llama is no mixture of experts"),
+        "dense layer's neurons": ("deepseek_v3", Site("expert_neurons", 0, "last", (0,)), "it has one MLP"),
         "nothing shared": ("mixtral", Site("shared_expert_output", 1, "last"), "no expert that always runs"),
     }
 )
@@ -214,13 +299,32 @@ def test_sets_that_cannot_be_are_refused_by_name(subject: Subjects) -> None:
     model, pair = subject("qwen2_moe"), token_pair("pair")
     both = [Site("expert_output", 1, "all", (0, 1)), Site("expert_output", 1, "last", (1, 2))]
     covered = [Site("mlp_output", 1, "all"), Site("shared_expert_output", 1, "last")]
-    for sites, reason in ((both, "share expert 1"), (covered, "wholly covered")):
+    some = Site("expert_neurons", 1, "all", (3, 30, 50))  # of experts of 24 neurons
+    refused = [
+        (both, "share expert 1"),
+        ([Site("expert_output", 1, "last"), both[0]], "share expert 0"),
+        (covered, "wholly covered"),
+        ([some, Site("expert_output", 1, "last", (0, 2))], "share expert 0"),
+        ([some, Site("expert_neurons", 1, "last", (30, 31))], "share neuron 30"),
+        ([some, Site("expert_neurons", 1, "last")], "share neuron 3"),
+        ([some, Site("expert_neurons", 1, "all")], "wholly covered"),
+        ([some, Site("expert_output", 1, "all")], "wholly covered"),
+        ([some, Site("mlp_output", 1, "all")], "wholly covered"),
+        ([some, Site("layer_output", 1, "all")], "wholly covered"),
+    ]
+    for sites, reason in refused:
         with pytest.raises(SiteError, match=reason):
             swap_all(pair, sites, 0, model.info)
+    with pytest.raises(SiteError, match=r"unit 96 of expert_neurons is out of range: .* has 0 to 95"):
+        check_site(Site("expert_neurons", 1, "all", (96,)), model.info)
+    with pytest.raises(SiteError, match=r"not of Site.component='expert_neurons'"):
+        direct_task(pair, [[some]], setting(model))
     with pytest.raises(SiteError, match="direct effects are of attention_output and mlp_output"):
         direct_task(pair, [both[:1]], setting(model))
     apart = [Site("expert_output", 1, "all", (0, 1)), Site("expert_output", 1, "all", (2,))]
-    assert len(swap_all(pair, apart, 0, model.info).writes) == 2
+    apart += [Site("expert_neurons", 1, "all", (73, 90)), Site("expert_neurons", 1, "last", (72, 91))]
+    apart += [Site("expert_neurons", 2, "all", (3, 30, 50))]
+    assert len(swap_all(pair, apart, 0, model.info).writes) == 5
 
 
 def test_layers_with_experts_are_those_of_the_classes(subject: Subjects) -> None:
@@ -230,6 +334,7 @@ def test_layers_with_experts_are_those_of_the_classes(subject: Subjects) -> None
         there = [layer for layer in layers if hasattr(mlp_of(model.plain, layer), "experts")]
         assert list(model.info.routed) == there
         assert model.info.experts == len(mlp_of(model.plain, there[0]).experts.down_proj)
+        assert model.info.expert_ff in mlp_of(model.plain, there[0]).experts.down_proj.shape[1:]
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["at the prompt", "at every token"])
@@ -242,6 +347,8 @@ def test_sampled_answers_behind_all_parts_are_those_behind_the_mlp(subject: Subj
     parts += [
         Site("shared_expert_output", layer, "all") for layer in layers if "shared_expert_output" in parts_of(model)
     ]
+    neurons = [Site("expert_neurons", layer, "all", neurons_of(model, 1)) for layer in layers]
+    parts = [site for site in parts if site.units != (1,)] + neurons
     sets = [parts, [Site("mlp_output", layer, "all") for layer in layers], [Site("router", layers[0], "all")]]
     rows = [swap_all(pair, sites, base, model.info) for sites in sets for base in (0, 1)]
     rows += [Row(pair.id, 0), Row(pair.id, 1)]
@@ -255,6 +362,6 @@ def test_sampled_answers_behind_all_parts_are_those_behind_the_mlp(subject: Subj
 def test_sites_of_a_mixture_lie_at_its_modules() -> None:
     family = FAMILIES["qwen2_moe"]
     paths = {name: family.module(name) for name in family.components}
-    assert paths["router"] == paths["expert_output"] == "mlp.experts"
+    assert paths["router"] == paths["expert_output"] == paths["expert_neurons"] == "mlp.experts"
     assert paths["shared_expert_output"] == "mlp.shared_expert"
     assert (paths["mlp_output"], paths["layer_output"]) == ("mlp", "")

@@ -58,6 +58,9 @@ def test_a_run_has_every_expert_that_runs_and_the_others_do_nothing(
         result = lab.run()
         report = lab.report().read_text("utf-8")
         every = [rm.Site("expert_output", 1, "last", (number,)) for number in range(4)]
+        size = model.info.expert_ff
+        neurons = [tuple(range(number * size, (number + 1) * size)) for number in range(4)]
+        by_neurons = lab.effects([rm.Site("expert_neurons", 1, "last", units) for units in neurons])
         measured = lab.effects(every)
     effects = result.effects[result.effects["analysis"] == "experts"]
     single = effects[effects["component"] == "expert_output"]
@@ -70,6 +73,9 @@ def test_a_run_has_every_expert_that_runs_and_the_others_do_nothing(
     for name in ("nie", "tie"):
         np.testing.assert_allclose(both[name], both[f"{name}_map"].fillna(0), atol=1e-4)
     assert both["nie"].abs().max() > 0.01
+    assert set(by_neurons["unit_stop"]) == {size, 2 * size, 3 * size, 4 * size}
+    for name in ("nie", "tie"):
+        np.testing.assert_allclose(by_neurons[name], measured[name], atol=1e-4)
     routing = pd.read_csv(tmp_path / "run/experts.csv")
     assert list(routing.columns) == list(ask.EXPERT_COLUMNS)
     assert len(routing) == len(single[["layer", "unit_start"]].drop_duplicates())

@@ -123,6 +123,9 @@ def test_experts_on_the_disk(subject: Subjects) -> None:
     found, expected = (model.measure([pair], rows, LOGIT_DIFF) for model in (there, here))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.ptp(expected) > 0.1
+    neurons = swap(pair, Site("expert_neurons", 2, "all", (1,)), 0, here.info)
+    with pytest.raises(RuntimeError, match="the experts' weights are packed, or fetched only while they run"):
+        there.measure([pair], [neurons], LOGIT_DIFF)
 
 
 def test_a_limit_of_memory_sends_layers_to_the_disk(subject: Subjects) -> None:

@@ -94,6 +94,7 @@ def _experts(subject: Subject) -> Job:
     parts = [
         Site("router", 1, "all"),
         Site("expert_output", 2, "last", (1, 3)),
+        Site("expert_neurons", 2, "last", (1, 5, 30)),
         Site("shared_expert_output", 1, "edit"),
     ]
     rows = [swap(pair, site, side, subject.info) for site in parts for side in (0, 1)]

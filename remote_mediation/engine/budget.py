@@ -174,4 +174,4 @@ def captured(pairs: Iterable[TokenPair], rows: Iterable[Row], info: ModelInfo) -
 
 def kept_component(component: Component) -> Component:
     """Under which name a base run keeps a component: all experts are made of what they are given."""
-    return "expert_output" if component == "shared_expert_output" else component
+    return "expert_output" if component in ("expert_neurons", "shared_expert_output") else component

@@ -119,6 +119,7 @@ def _described_parts(mixture: Mixture) -> dict[str, str]:
     shared = mixture.shared_module + (f" x sigmoid of {mixture.shared_gate}" if mixture.shared_gate else "")
     return {
         "router": f"weights that enter {mixture.module}, 0 for experts not chosen",
+        "expert_neurons": f"one neuron of an expert of {mixture.module}, weighted, where a layer has experts",
         "expert_output": f"one expert of {mixture.module}, weighted, where a layer has experts",
         "shared_expert_output": shared or "none: no expert always runs",
     }
@@ -202,6 +203,9 @@ def _mixture_faults(block: nn.Module, mixture: Mixture, info: ModelInfo, layer: 
         return
     if len(experts.down_proj) != info.experts:
         yield f"layer {layer} has {len(experts.down_proj)} experts, the configuration says {info.experts}"
+    neurons = experts.down_proj.shape[1 if experts.is_transposed else 2]
+    if neurons != info.expert_ff:
+        yield f"experts of layer {layer} have {neurons} neurons, the configuration says {info.expert_ff}"
     for path in filter(None, (mixture.shared_module, mixture.shared_gate)):
         if _module(block, Hook(path)) is None:
             yield f"layer {layer} has no {path}, which shared_expert_output is made of"

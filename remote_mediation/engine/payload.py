@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from remote_mediation.engine.budget import Setting, captured
@@ -105,7 +106,7 @@ def cohort_payload(cohort: Cohort, stacks: Sequence[Sequence[Side]], setting: Se
     return {
         "stacks": tuple(stack_payload(stack, first, setting) for stack in stacks),
         "capture": tuple(component for component in FORWARD_ORDER if component in components),
-        "batches": tuple(_batch_payload(batch, places, first, setting.info.layers) for batch in cohort.batches),
+        "batches": tuple(_batch_payload(batch, places, first, setting.info) for batch in cohort.batches),
     }
 
 
@@ -152,16 +153,16 @@ def _trie_payload(side: Side, length: int) -> dict[str, Any]:
     }
 
 
-def _batch_payload(batch: Batch, places: _Places, first: int, layers: int) -> dict[str, Any]:
+def _batch_payload(batch: Batch, places: _Places, first: int, info: ModelInfo) -> dict[str, Any]:
     low = batch.rows[0].low
     numbers = {row: index for index, row in enumerate(batch.rows)}
-    joining: list[list[int]] = [[] for _ in range(low, layers)]
+    joining: list[list[int]] = [[] for _ in range(low, info.layers)]
     writes: dict[int, dict[str, list[Any]]] = {}
     for index, row in enumerate(batch.rows):
         joining[row.low - low].append(places[row.pair, row.base][1])
         for item in row.writes:
             value = _value_payload(item.value, row.pair, places, first, numbers)
-            component, columns = addressed(item.component, item.columns)
+            component, columns = addressed(item.component, item.columns, info)
             entry = (index, shifted(item.places, batch.start), columns, *value)
             writes.setdefault(item.layer, {}).setdefault(component, []).append(entry)
     return {
@@ -198,10 +199,18 @@ def _value_payload(value: Value, pair: str, places: _Places, first: int, numbers
             return "reached", numbers[row]
 
 
-def addressed(component: Component, columns: tuple[int, ...]) -> tuple[Component, tuple[int, ...] | range | str]:
-    """A component and its columns as the program names them: the shared expert is one of the experts."""
+def addressed(
+    component: Component, columns: tuple[int, ...], info: ModelInfo
+) -> tuple[Component, tuple[int, ...] | range | str | dict[int, Any]]:
+    """A component and its columns as the program names them: all parts of experts are some of the experts."""
     if component == "shared_expert_output":
         return "expert_output", "shared"
+    if component == "expert_neurons":
+        every = columns or range(info.width(component))
+        by_expert = groupby(every, key=lambda unit: unit // info.expert_ff)
+        return "expert_output", {
+            expert: brief(tuple(unit % info.expert_ff for unit in units)) for expert, units in by_expert
+        }
     return component, brief(columns)
 
 

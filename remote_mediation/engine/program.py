@@ -535,6 +535,64 @@ def shared_contribution(spec: dict[str, Any], block: Any, hidden: torch.Tensor) 
     return added
 
 
+def activations(spec: dict[str, Any], block: Any, given: list[torch.Tensor], neurons: dict[int, Any]) -> torch.Tensor:
+    """`[..., neuron]`: neurons by expert, each times the weight of its expert, which is 0 where that was not chosen.
+
+    The experts' class says how it holds its matrices, and makes neurons of what comes out of the first
+    (transformers, `use_experts_implementation`).
+    """
+    (hidden, routing), experts, found = given, experts_at_hand(spec, block), []
+    for number, places in neurons.items():
+        weight = routing[..., number, None]
+        if not weight.any():
+            found.append(hidden.new_zeros(*hidden.shape[:-1], len(places)))
+            continue
+        inner = hidden @ matrix(experts, "gate_up_proj", number)
+        inner = inner + experts.gate_up_proj_bias[number] if experts.has_bias else inner
+        where, _ = grid(places, (), hidden.device)
+        found.append(experts._apply_gate(inner)[..., where] * weight)
+    return torch.cat(found, -1)
+
+
+def matrix(experts: Any, name: str, number: int) -> torch.Tensor:
+    """One expert's weights `[input, output]`, a view."""
+    weights: torch.Tensor = getattr(experts, name)[number]
+    return weights if experts.is_transposed else weights.T
+
+
+def experts_at_hand(spec: dict[str, Any], block: Any) -> Any:
+    """The experts' own module, whose weights are numbers in memory."""
+    experts = experts_of(spec, block)._module
+    weights = getattr(experts, "down_proj", None)
+    if not isinstance(weights, torch.Tensor) or weights.is_meta or weights.dtype != getattr(torch, spec["dtype"]):
+        raise RuntimeError("the experts' weights are packed, or fetched only while they run: ask for expert_output")
+    return experts
+
+
+def part_of(spec: dict[str, Any], block: Any, given: list[torch.Tensor], part: Any) -> torch.Tensor:
+    """What is read or written of experts: the `contribution` of some, or the `activations` of neurons by expert."""
+    return activations(spec, block, given, part) if isinstance(part, dict) else contribution(spec, block, given, part)
+
+
+def factor_of(spec: dict[str, Any], part: Any) -> float:
+    """What a value of `part_of` is multiplied by on its way out: a contribution by the family's multiplier."""
+    factor: float = spec["factors"]["mlp_output"]
+    return 1.0 if isinstance(part, dict) else factor
+
+
+def added_by(spec: dict[str, Any], block: Any, value: torch.Tensor, part: Any) -> torch.Tensor:
+    """What a value of `part_of` adds to the MLP's sum, in float32: each neuron its column of weights so many times."""
+    if not isinstance(part, dict):
+        return value.float()
+    experts, total = experts_at_hand(spec, block), torch.zeros((), device=value.device)
+    by_expert = torch.split(value, [len(places) for places in part.values()], -1)
+    for (number, places), active in zip(part.items(), by_expert, strict=True):
+        if active.any():
+            where, _ = grid(places, (), value.device)
+            total = total + active.float() @ matrix(experts, "down_proj", number)[where].float()
+    return total
+
+
 def of_one_stack(writes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """Writes of a generation, whose prompts stand all together, as those of a batch, which say in which stack."""
     return [(*where, kind, (0, *value) if kind in ("source", "projected") else value) for *where, kind, value in writes]
@@ -547,21 +605,21 @@ def write_experts(
 
     sources: what `kept` holds of the layer for each stack. samples: sequences of a row, which get the same.
     """
-    inputs, factor = inputs_to_call(model, spec, block), spec["factors"]["mlp_output"]
-    target = module_tensor(spec, block, "mlp_output")
-    for row, places, experts, kind, value in writes:
+    inputs, target = inputs_to_call(model, spec, block), module_tensor(spec, block, "mlp_output")
+    for row, places, part, kind, value in writes:
         where = (slice(row * samples, (row + 1) * samples), *grid(places, (), target.device))
-        own = contribution(spec, block, [part[where] for part in inputs], experts)
+        own = part_of(spec, block, [one[where] for one in inputs], part)
         if kind in ("source", "projected"):
             stack, prompt, source_places, *subspace = value
-            taken = [part[prompt][grid(source_places, (), part.device)].to(own.device) for part in sources[stack]]
-            new = contribution(spec, block, taken, experts)
+            taken = [one[prompt][grid(source_places, (), one.device)].to(own.device) for one in sources[stack]]
+            new = part_of(spec, block, taken, part)
             new = projected(own, new, *subspace) if subspace else new
         elif kind == "scale":
             new = own * value
         else:
-            new = torch.tensor(value).to(own.device) / factor
-        target[where] = (target[where].float() + new.float() - own.float()).to(target.dtype)
+            new = torch.tensor(value).to(own.device) / factor_of(spec, part)
+        new, own = (added_by(spec, block, one, part) for one in (new, own))
+        target[where] = (target[where].float() + new - own).to(target.dtype)
     replace_tensor(spec, block, "mlp_output", target)
 
 
@@ -674,8 +732,8 @@ def read(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Ten
             for name, places, columns in reads:
                 if name == "expert_output":
                     inputs = inputs or inputs_to_call(model, spec, block)
-                    given = [part[0][grid(places, (), part.device)] for part in inputs]
-                    values = contribution(spec, block, given, columns) * spec["factors"]["mlp_output"]
+                    given = [one[0][grid(places, (), one.device)] for one in inputs]
+                    values = part_of(spec, block, given, columns) * factor_of(spec, columns)
                 else:
                     tensor = block.input if name == "layer_input" else tensor_of(spec, block, name)
                     values = tensor[0][grid(places, columns, tensor.device)]

@@ -165,7 +165,7 @@ def swap_all(pair: TokenPair, sites: Sequence[Site], base: int, info: ModelInfo)
         SiteError: a site is wholly covered by another one, so that swapping it changes nothing.
     """
     present = [site for site in sites if pair.places(site.position).x0]
-    _refuse_covered(pair, present)
+    _refuse_covered(pair, present, info)
     return Row(pair.id, base, tuple(held(pair, site, base, 1 - base, info) for site in present))
 
 
@@ -220,11 +220,13 @@ _INSIDE: dict[Component, tuple[Component, ...]] = {
     "attention_output": HEAD_COMPONENTS,
     "attention_heads": PROJECTED_HEADS,
     "mlp_output": ("mlp_neurons", *MIXTURE_COMPONENTS),
-    "expert_output": ("router",),
+    "expert_output": ("router", "expert_neurons"),
 }
+# What is written by what it changes of a sum, so that two of one set must have nothing in common.
+_SUMMED: tuple[Component, ...] = ("expert_output", "expert_neurons")
 
 
-def _refuse_covered(pair: TokenPair, sites: Sequence[Site]) -> None:
+def _refuse_covered(pair: TokenPair, sites: Sequence[Site], info: ModelInfo) -> None:
     whole = {(site.component, site.layer): site for site in sites if _is_whole(site)}
     for site in sites:
         around = [name for name, inside in _INSIDE.items() if site.component in inside]
@@ -234,13 +236,24 @@ def _refuse_covered(pair: TokenPair, sites: Sequence[Site]) -> None:
             reached = _to_the_end(pair, site) if spread else pair.places(site.position).x0
             if cover and set(reached) <= set(pair.places(cover.position).x0):
                 raise SiteError(f"{site} is wholly covered by {cover} of the same set; leave one of them out")
-    for one, other in combinations([site for site in sites if site.component == "expert_output"], 2):
-        shared = set(one.units) & set(other.units)
-        if shared and one.layer == other.layer and _meet(pair, one, other):
-            raise SiteError(f"{one} and {other} share expert {min(shared)}; name each expert once in a set")
+    for one, other in combinations([site for site in sites if site.component in _SUMMED], 2):
+        if one.layer == other.layer and _meet(pair, one, other) and (shared := _shared(one, other, info)):
+            raise SiteError(f"{one} and {other} share {shared}; name it once in a set")
     if len(set(sites)) < len(sites):
         twice = next(site for site in sites if list(sites).count(site) > 1)
         raise SiteError(f"{twice} is in one set twice; name it once")
+
+
+def _shared(one: Site, other: Site, info: ModelInfo) -> str:
+    """The first expert or, of two sites of neurons, neuron that is part of what both add; empty for none."""
+    units = [set(site.units or range(info.width(site.component))) for site in (one, other)]
+    if one.component == other.component == "expert_neurons":
+        return f"neuron {min(units[0] & units[1])}" if units[0] & units[1] else ""
+    owners = [
+        {unit // info.expert_ff for unit in own} if site.component == "expert_neurons" else own
+        for site, own in zip((one, other), units, strict=True)
+    ]
+    return f"expert {min(owners[0] & owners[1])}" if owners[0] & owners[1] else ""
 
 
 def _to_the_end(pair: TokenPair, site: Site) -> range:

@@ -129,7 +129,7 @@ def _context(
         "rows": tuple(prompts.index(members[row.pair].prompts[row.base]) for row in rows),
         "seeds": tuple(sample_seed(row.pair, seed) for row in rows),
         **manner._asdict(),
-        **_writes(rows, members, prompts, manner.held),
+        **_writes(rows, members, prompts, manner.held, setting.info),
     }
     keys = tuple(sample_key(row, members[row.pair], manner, seed, setting) for row in rows)
     flops = sum(sample_flops(len(members[row.pair].prompts[row.base]), manner, setting.info) for row in rows)
@@ -137,7 +137,11 @@ def _context(
 
 
 def _writes(
-    rows: Sequence[Row], members: Mapping[str, TokenPair], prompts: Sequence[tuple[int, ...]], held: bool
+    rows: Sequence[Row],
+    members: Mapping[str, TokenPair],
+    prompts: Sequence[tuple[int, ...]],
+    held: bool,
+    info: ModelInfo,
 ) -> dict[str, Any]:
     """The writes at the prompts' tokens, those at every new token, and what of plain runs they take."""
     width = max(map(len, prompts))
@@ -148,7 +152,7 @@ def _writes(
         both = members[row.pair].prompts
         for item in row.writes:
             pad = width - len(both[row.base])
-            component, columns = addressed(item.component, item.columns)
+            component, columns = addressed(item.component, item.columns, info)
             value = _value(item, both, prompts, width)
             entry = (number, shifted(item.places, -pad), columns, *value)
             first.setdefault(item.layer, {}).setdefault(component, []).append(entry)

@@ -81,16 +81,16 @@ def read_task(pair: str, ids: tuple[int, ...], readings: Sequence[Reading], sett
     """Read activations of one prompt; values come back in the order of layers, then of `_READ_ORDER`."""
     ordered = sorted(readings, key=lambda one: (one.layer, _READ_ORDER.index(one.component)))
     by_layer = {
-        layer: tuple(_reading_payload(one) for one in group)
+        layer: tuple(_reading_payload(one, setting.info) for one in group)
         for layer, group in groupby(ordered, key=lambda one: one.layer)
     }
     return task_context("read", (pair,), {"ids": ids, "reads": by_layer}, forward_flops(len(ids), setting), setting)
 
 
-def _reading_payload(one: Reading) -> tuple[Any, ...]:
+def _reading_payload(one: Reading, info: ModelInfo) -> tuple[Any, ...]:
     if one.component == "layer_input":
         return one.component, shifted(one.places, 0), shifted(one.columns, 0)
-    component, columns = addressed(one.component, one.columns)
+    component, columns = addressed(one.component, one.columns, info)
     return component, shifted(one.places, 0), columns
 
 

@@ -140,7 +140,7 @@ def _units(component: str, start: Any, stop: Any) -> str:
     first, after = _bounds(start, stop)
     if first < 0:
         return ""
-    noun = NOUNS[component] if component in (*HEAD_COMPONENTS, "expert_output") else "neurons"
+    noun = NOUNS[component] if component in (*HEAD_COMPONENTS, "expert_output", "expert_neurons") else "neurons"
     return f"{noun} {first}" if after == first + 1 else f"{noun} {first} to {after - 1}"
 
 

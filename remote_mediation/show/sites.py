@@ -26,6 +26,7 @@ NOUNS = {
     "value_heads": "value head",
     "router": "routing",
     "expert_output": "expert",
+    "expert_neurons": "expert neuron",
     "shared_expert_output": "shared expert",
 }
 CHOICE = (
