@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from remote_mediation.engine.pathrows import Way, path_row, sender_row, way_row
 from remote_mediation.engine.rows import Reached, Row, Source, Write
 from remote_mediation.engine.samples import Manner, bare, plan_samples
 from remote_mediation.errors import SiteError
-from remote_mediation.lab import Lab, Study
+from remote_mediation.lab import Lab, Study, placebo_id
 from remote_mediation.outcomes import Outcome
 from remote_mediation.planted.canvas import Planted, write_head
 from remote_mediation.planted.cases import CASES, Bed, Case, _as_word, build
@@ -138,10 +139,10 @@ def ways(position: str) -> list[Way]:
 
 
 def ways_on(position: str) -> list[Way]:
-    """By a query, a key or a value, and from there by one of the heads that share it, or by a later MLP."""
-    senders = (head(0, 1, position), head(0, 3, position))
-    read = [(Site(component, 1, position, (1,)),) for component in PROJECTED_HEADS]
-    return [Way(senders, one, on) for one in read for on in ((), (head(1, 2, position),), (mlp(2, position),))]
+    """By a query, a key or a value, and from there by the one head that asks it, or by one of two that share it."""
+    senders, on = (head(0, 1, position), head(0, 3, position)), (head(1, 2, position),)
+    numbers = zip(PROJECTED_HEADS, (2, 1, 1), strict=True)
+    return [Way(senders, (Site(component, 1, position, (number,)),), on) for component, number in numbers]
 
 
 @pytest.mark.parametrize("position", ["all", "last"])
@@ -640,6 +641,31 @@ def test_it_costs_no_more_than_planned(measured: Measured, study: StudyConfig, m
     assert 4 * backend.numbers <= planned.down
 
 
+def test_a_run_from_before_inputs_were_asked_for_is_read_as_it_was(
+    study: StudyConfig, subject: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.create(tmp_path / "run", study.identity())
+    with monkeypatch.context() as before:
+        before.setattr(ask, "by_input", lambda *_: {})
+        old = run_study(study, subject("llama_chat").backend, store)
+    again = reread(store)
+    for name in HEADPATHS.columns:
+        pd.testing.assert_frame_equal(again.tables[name], old.tables[name])
+    assert old.tables["two_step.csv"]["amplifiers"].str.contains("head ").any()
+
+
+def test_a_later_head_takes_a_row_for_each_input_and_one_for_each_that_is_shared(
+    study: StudyConfig, subject: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.create(tmp_path / "run", study.identity())
+    planned = prepared_lab(study, subject("llama_chat").backend, store).study
+    before = own_cost.cost(planned).rows
+    monkeypatch.setattr(own_cost, "MOST_AMPLIFIERS", ask.MOST_AMPLIFIERS + 1)
+    heldout = [name for name, split in planned.splits().items() if split == "heldout"]
+    both = len(heldout) + sum(pair.id in map(placebo_id, heldout) for pair in planned.placebos)
+    assert own_cost.cost(planned).rows - before == 2 * 2 * both * (1 + 1 + 2 + 2)
+
+
 def test_the_section_begins_with_what_was_found(measured: Measured) -> None:
     result = measured[0]
     te = replace(result.summary.total, value=3.0, low=2.0, high=4.0)
@@ -698,13 +724,46 @@ def test_planted_ways_are_found(name: str, tmp_path: Path) -> None:
 
 
 GATE, AMPLIFIER = Planted(5, (1,)), Planted(9, (2,))
+HEARD = {"moved": 1.0, "const": 0.5}
+"""What the first head says, from 0 to 1."""
 
 
-def two_heads(bed: Bed) -> None:
-    """One head brings the word to the tokens behind it, the noun's own among them; there a later one reads it."""
-    for place, hears, says in ((GATE, "word", "moved"), (AMPLIFIER, "moved", "answer")):
-        attention = bed.model.model.layers[place.layer].self_attn
-        write_head(attention, place, bed.stream, {hears: 1.0}, bed.stream.write(says))
+def two_heads(bed: Bed, by: str = "its values") -> None:
+    """One head brings the word to the tokens behind it, the noun's own among them; a later one hears it by one input.
+
+    By its values it reads what the noun has of it. By the other two it reads the noun itself: of its query hangs
+    whether it looks there, of its keys, whether there is something to look at.
+    """
+    layers = bed.model.model.layers
+    write_head(layers[GATE.layer].self_attn, GATE, bed.stream, {"word": 1.0}, bed.stream.write("moved"))
+    attention, read = layers[AMPLIFIER.layer].self_attn, partial(bed.stream.read, AMPLIFIER.layer)
+    hears = {"moved": 1.0} if by == "its values" else {"noun": 1.0}
+    write_head(attention, AMPLIFIER, bed.stream, hears, bed.stream.write("answer"))
+    slowest = 3 * attention.head_dim - 1
+    strength = attention.q_proj.weight[slowest].norm() / read({"const": 1.0}).norm()
+    if by == "its query":
+        attention.q_proj.weight[slowest] = strength * read(HEARD)
+    if by == "its keys":
+        attention.k_proj.weight[slowest] = read({"noun": 0.5, "moved": 1.0})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", inputs.INPUTS)
+def test_a_planted_head_hears_by_one_input(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sets, "fewest_heads", lambda *_: 2)  # the later one alone may carry all
+    plant = partial(two_heads, by=by)
+    specimen = build(Case("two-heads", "a head to a head", plant, _as_word, ("",) * 5), 0)
+    study = written(specimen, tmp_path, 0).model_copy(update={"analyses": ["rivals", "headpaths"]})
+    store = Store.create(tmp_path / "run", study.identity())
+    result = run_study(study, LocalBackend.load(study.model), store)
+    step, paths = result.tables["two_step.csv"].iloc[0], result.tables["head_paths.csv"].set_index(["sender", "path"])
+    assert (step["sender"], step["amplifiers"], step["said"]) == ("head 5.1", "head 9.2", "gate")
+    assert step["inputs"].startswith(f"head 9.2 by {by} (")
+    (section,) = show.sections(result)
+    assert f"Heard by input: head 9.2 by {by} (" in section.finding
+    for name in inputs.INPUTS:
+        part = paths.loc[("head 5.1", f"head 9.2, {name}")]
+        assert part["part_low"].min() > 0.8 if name == by else part["part_high"].abs().max() < 0.2
 
 
 @pytest.mark.slow
