@@ -20,7 +20,7 @@ from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Setting, batch_budget
 from remote_mediation.engine.jobs import Context
-from remote_mediation.engine.pathrows import Way, path_row, sender_row
+from remote_mediation.engine.pathrows import Way, sender_row, way_row
 from remote_mediation.engine.payload import digest
 from remote_mediation.engine.rows import Row, RowMaker, direct_row, swap_all, swaps
 from remote_mediation.engine.samples import Manner, bare, sample_key
@@ -263,7 +263,7 @@ class Lab:
             for side in sides
         }
         rows = [
-            path_row(pair, alone[way.heads, pair.id, side], way.receivers, info)
+            way_row(pair, alone[way.heads, pair.id, side], way, info)
             for side in sides
             for way in ways
             for pair in pairs

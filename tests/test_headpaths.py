@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,18 @@ from oracle import KINDS, LOGIT_DIFF, REFUSAL, TOLERANCE, Oracle, Subject, token
 from remote_mediation import cost
 from remote_mediation.analyses.claims.samples import Sample
 from remote_mediation.analyses.claims.verdicts import Bench, Both, Effect
-from remote_mediation.analyses.headpaths import HEADPATHS, ask, show
+from remote_mediation.analyses.headpaths import HEADPATHS, ask, inputs, show
 from remote_mediation.analyses.headpaths import cost as own_cost
 from remote_mediation.analyses.rivals import sets
 from remote_mediation.config import StudyConfig
 from remote_mediation.cost import estimate
 from remote_mediation.engine.budget import Budget, Setting
 from remote_mediation.engine.local import LocalBackend
-from remote_mediation.engine.pathrows import Way, path_row, sender_row
+from remote_mediation.engine.pathrows import Way, path_row, sender_row, way_row
 from remote_mediation.engine.rows import Reached, Row, Source, Write
 from remote_mediation.engine.samples import Manner, bare, plan_samples
 from remote_mediation.errors import SiteError
-from remote_mediation.lab import Lab, Study
+from remote_mediation.lab import Lab, Study, placebo_id
 from remote_mediation.outcomes import Outcome
 from remote_mediation.planted.canvas import Planted, write_head
 from remote_mediation.planted.cases import CASES, Bed, Case, _as_word, build
@@ -54,11 +55,14 @@ def mlp(layer: int, position: str = "all") -> Site:
 # --- against plain hooks, written out ---------------------------------------------------------------------------------
 
 MODULES = {
-    "llama": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.self_attn", "model.layers.{}.mlp"),
+    "llama": (
+        *("model.layers.{}.self_attn.o_proj", "model.layers.{}.self_attn", "model.layers.{}.mlp"),
+        *(f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkv"),
+    ),
     "gpt2": ("transformer.h.{}.attn.c_proj", "transformer.h.{}.attn", "transformer.h.{}.mlp"),
     "gpt_neox": ("gpt_neox.layers.{}.attention.dense", "gpt_neox.layers.{}.attention", "gpt_neox.layers.{}.mlp"),
 }
-KIND: tuple[Component, ...] = ("attention_heads", "attention_output", "mlp_output")
+KIND: tuple[Component, ...] = ("attention_heads", "attention_output", "mlp_output", *PROJECTED_HEADS)
 Values = dict[tuple[str, int], torch.Tensor]
 Change = Callable[[str, int, torch.Tensor], torch.Tensor]
 
@@ -83,7 +87,7 @@ def passed(model: Subject, name: str, ids: Sequence[int], change: Change = lambd
 
         return module.register_forward_hook(after)
 
-    hooks = [hooked(kind, layer, path) for kind, path in zip(KIND, MODULES[name], strict=True) for layer in range(3)]
+    hooks = [hooked(kind, layer, path) for kind, path in zip(KIND, MODULES[name], strict=False) for layer in range(3)]
     with torch.no_grad():
         logits = model.plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy()
     for hook in hooks:
@@ -101,7 +105,7 @@ def patched(model: Subject, name: str, pair: TokenPair, base: int, way: Way) -> 
 
     def only_heads(kind: str, layer: int, computed: torch.Tensor) -> torch.Tensor:
         mine = [site.units[0] for site in way.heads if site.layer == layer]
-        if layer < low or (kind == "attention_output" and mine):
+        if layer < low or kind in PROJECTED_HEADS or (kind == "attention_output" and mine):
             return computed
         held = own[kind, layer].clone()
         for number in mine if kind == "attention_heads" else ():
@@ -109,18 +113,21 @@ def patched(model: Subject, name: str, pair: TokenPair, base: int, way: Way) -> 
             held[at, columns] = other[kind, layer][at_other, columns]
         return computed if kind == "attention_heads" and not mine else held
 
-    straight, became = passed(model, name, pair.prompts[base], only_heads)
-    if not way.receivers:
-        return straight
+    def only(sites: Sequence[Site], became: Values) -> Change:
+        def changed(kind: str, layer: int, computed: torch.Tensor) -> torch.Tensor:
+            for site in sites:
+                if (site.component, site.layer) == (kind, layer):
+                    columns = slice(site.units[0] * width, (site.units[0] + 1) * width) if site.units else slice(None)
+                    computed[at, columns] = became[kind, layer][at, columns]
+            return computed
 
-    def only_receivers(kind: str, layer: int, computed: torch.Tensor) -> torch.Tensor:
-        for site in way.receivers:
-            if (site.component, site.layer) == (kind, layer):
-                columns = slice(site.units[0] * width, (site.units[0] + 1) * width) if site.units else slice(None)
-                computed[at, columns] = became[kind, layer][at, columns]
-        return computed
+        return changed
 
-    return passed(model, name, pair.prompts[base], only_receivers)[0]
+    y, became = passed(model, name, pair.prompts[base], only_heads)
+    for stop in (way.receivers, way.onward):
+        if stop:
+            y, became = passed(model, name, pair.prompts[base], only(stop, became))
+    return y
 
 
 def ways(position: str) -> list[Way]:
@@ -131,14 +138,20 @@ def ways(position: str) -> list[Way]:
     return [Way(heads, to) for heads in (one, two) for to in receivers]
 
 
+def ways_on(position: str) -> list[Way]:
+    """By a query, a key or a value, and from there by the one head that asks it, or by one of two that share it."""
+    senders, on = (head(0, 1, position), head(0, 3, position)), (head(1, 2, position),)
+    numbers = zip(PROJECTED_HEADS, (2, 1, 1), strict=True)
+    return [Way(senders, (Site(component, 1, position, (number,)),), on) for component, number in numbers]
+
+
 @pytest.mark.parametrize("position", ["all", "last"])
 @pytest.mark.parametrize("name", MODULES)
 def test_paths_are_those_of_plain_hooks(subject: Subjects, name: str, position: str) -> None:
     model, pair = subject(name), token_pair("pair", edits=(2, 2))
-    asked = [(way, base) for way in ways(position) for base in (0, 1)]
-    rows = [
-        path_row(pair, sender_row(pair, way.heads, base, model.info), way.receivers, model.info) for way, base in asked
-    ]
+    every = [*ways(position), *(ways_on(position) if name == "llama" else ())]
+    asked = [(way, base) for way in every for base in (0, 1)]
+    rows = [way_row(pair, sender_row(pair, way.heads, base, model.info), way, model.info) for way, base in asked]
     found = model.measure([pair], rows, LOGIT_DIFF)
     expected = np.array([patched(model, name, pair, base, way) for way, base in asked])
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
@@ -183,6 +196,16 @@ class PathOracle(Oracle):
         return became[token.index][columns]
 
 
+class Chained(PathOracle):
+    """The same, where such rows take values from others themselves."""
+
+    def _run(self, row: Row, component: str, layer: int, answer: int) -> None:
+        for write in row.writes:
+            if isinstance(write.value, Reached):
+                self._run(write.value.row, write.component, write.layer, answer)
+        super()._run(row, component, layer, answer)
+
+
 def fed(name: str, **lengths: Any) -> TokenPair:
     """A pair with the openings of `REFUSAL` behind its prompts."""
     return replace(token_pair(name, **lengths), openings=REFUSAL.openings)
@@ -190,9 +213,7 @@ def fed(name: str, **lengths: Any) -> TokenPair:
 
 def all_rows(model: Subject, pair: TokenPair, asked: Sequence[Way]) -> list[Row]:
     info = model.info
-    return [
-        path_row(pair, sender_row(pair, way.heads, base, info), way.receivers, info) for base in (0, 1) for way in asked
-    ]
+    return [way_row(pair, sender_row(pair, way.heads, base, info), way, info) for base in (0, 1) for way in asked]
 
 
 @pytest.mark.parametrize("position", ["all", "last"])
@@ -210,6 +231,28 @@ def test_paths_by_way_of_queries_keys_and_values(subject: Subjects, name: str, p
     measured = model.compare(pairs, rows, REFUSAL, PathOracle)
     assert measured.deviation < TOLERANCE
     assert measured.felt() > 0.7
+
+
+@pytest.mark.parametrize("position", ["all", "last"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_what_a_head_hears_by_each_input(subject: Subjects, name: str, position: str) -> None:
+    """Keys and values that two heads share are passed on by one of them alone; all three are all that it hears."""
+    model, pairs = subject(name), [fed("equal"), fed("unequal", edits=(3, 2))]
+    sender, later = (head(0, 1, position), head(0, 3, position)), head(2, 1, position)
+    by_input = list(inputs.ways_by_input(sender, later, model.info).values())
+    together = Way(sender, tuple(site for way in by_input for site in way.receivers), (later,))
+    rows = [row for pair in pairs for row in all_rows(model, pair, [*by_input, together])]
+    measured = model.compare(pairs, rows, REFUSAL, Chained)
+    assert measured.deviation < TOLERANCE
+    assert measured.felt() > 0.7
+
+    def values(way: Way) -> np.ndarray:
+        return model.measure(pairs, [row for pair in pairs for row in all_rows(model, pair, [way])], REFUSAL)
+
+    whole = values(Way(sender, (later,)))
+    np.testing.assert_allclose(values(together), whole, rtol=0, atol=TOLERANCE)
+    if name == "llama":  # else nothing would have to be left out
+        assert np.abs(values(together._replace(onward=())) - whole).max() > 10 * TOLERANCE
 
 
 @pytest.mark.slow
@@ -242,13 +285,6 @@ def test_a_chain_of_rows(subject: Subjects) -> None:
     second = Row(pair.id, 0, (through, *(write for write in first.writes if write.layer > 1)))
     third = path_row(pair, second, [mlp(2)], model.info)
     assert third.sources == (first, second)
-
-    class Chained(PathOracle):
-        def _run(self, row: Row, component: str, layer: int, answer: int) -> None:
-            for write in row.writes:
-                if isinstance(write.value, Reached):
-                    self._run(write.value.row, write.component, write.layer, answer)
-            super()._run(row, component, layer, answer)
 
     # One that writes at fewer tokens runs from where the row begins that it takes from.
     at_last = Row(pair.id, 0, (Write("mlp_output", 2, pair.places("last")[0], (), Reached(first)),))
@@ -423,6 +459,43 @@ def test_other_heads_send_by_the_same_amplifiers(lab: Lab) -> None:
         assert found[ask.AMPLIFIERS][number] == pytest.approx([passed_on.nie.mean(), passed_on.tie.mean()])
 
 
+def test_shared_keys_and_values_are_those_of_the_group(subject: Subjects) -> None:
+    """Two heads read each of them in one family, one in the other; a third makes them anew in every pass."""
+    senders, later = (head(0, 1),), head(2, 3)
+    shared = inputs.ways_by_input(senders, later, subject("llama").info)
+    assert list(shared) == ["its query", "its keys", "its values"]
+    query, keys, values = shared.values()
+    assert query == Way(senders, (Site("query_heads", 2, "all", (3,)),))
+    assert keys == Way(senders, (Site("key_heads", 2, "all", (1,)),), (later,))
+    assert values == Way(senders, (Site("value_heads", 2, "all", (1,)),), (later,))
+    assert inputs.not_apart(subject("llama").info) == ""
+    own = inputs.ways_by_input(senders, later, subject("gpt_neox").info)
+    assert [way.receivers[0].units for way in own.values()] == [(3,)] * 3
+    assert not any(way.onward for way in own.values())
+    latent = replace(subject("llama").info, family="deepseek_v3")
+    assert inputs.ways_by_input(senders, later, latent) == {}
+    assert "deepseek_v3 has no query_heads, key_heads, value_heads" in inputs.not_apart(latent)
+    assert "gate" in inputs.not_apart(subject("qwen3_5_text").info)
+
+
+def test_inputs_of_later_heads_are_ways_of_the_sender(lab: Lab) -> None:
+    heldout, sender, later = Sample.of(lab, "heldout"), ask.Sender("it", (head(0, 1),)), [head(1, 0), head(2, 3)]
+    found = ask.by_input(heldout, sender, later)
+    ways = {
+        "head 1.0, its query": Way(sender.heads, (Site("query_heads", 1, "all", (0,)),)),
+        "head 1.0, its keys": Way(sender.heads, (Site("key_heads", 1, "all", (0,)),), (head(1, 0),)),
+        "head 1.0, its values": Way(sender.heads, (Site("value_heads", 1, "all", (0,)),), (head(1, 0),)),
+        "head 2.3, its query": Way(sender.heads, (Site("query_heads", 2, "all", (3,)),)),
+        "head 2.3, its keys": Way(sender.heads, (Site("key_heads", 2, "all", (1,)),), (head(2, 3),)),
+        "head 2.3, its values": Way(sender.heads, (Site("value_heads", 2, "all", (1,)),), (head(2, 3),)),
+    }
+    assert list(found) == list(ways)
+    expected = lab.through(list(ways.values()), heldout.pairs)
+    np.testing.assert_allclose([effect.nie.harm for effect in found.values()], expected.nie, rtol=0, atol=1e-5)
+    np.testing.assert_allclose([effect.tie.harm for effect in found.values()], expected.tie, rtol=0, atol=1e-5)
+    assert ask.by_input(heldout, sender, []) == {}
+
+
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 PAIRS = 24
@@ -483,6 +556,32 @@ def test_a_gate_sends_most_through_its_amplifiers_as_few_others_do(given: dict[s
     assert "nan" not in ruling.why
 
 
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ({"its query": (0.9, 0.9), "its keys": (0.1, 0.1)}, "head 5.2 by its query (its query NIE 90% ["),
+        ({"its keys": (0.6, 0.8), "its values": (0.7, 0.6)}, "head 5.2 by its keys and its values ("),
+        ({"its query": (0.9, 0.5), "its keys": (0.4, 0.4)}, "head 5.2 by none of the three clearly ("),
+        ({}, ""),
+    ],
+)
+def test_a_head_hears_by_what_passes_on_most(shares: dict[str, Any], said: str, subject: Subjects) -> None:
+    """Of what goes by the head, which is 0.8 of the sender's own."""
+    one, info = found(through=(0.8, 0.8)), subject("llama").info
+    by_head = one.paths[ask.AMPLIFIERS].effect
+    ways = {
+        f"head 5.2, {name}": Effect(*(by_head.times(part)[side] for side, part in enumerate(parts)))
+        for name, parts in shares.items()
+    }
+    later = replace(one, received=one.received._replace(receivers=[head(5, 2)]))
+    named = {"head 5.2": by_head, **ways}
+    later = replace(later, paths=one.paths | {name: ask.Path(name, effect) for name, effect in named.items()})
+    assert ask.step_row(later, info)["inputs"].startswith(said)
+    assert ask.step_row(one, info)["inputs"] == ""  # its amplifier is an MLP
+    latent = replace(info, family="deepseek_v2")
+    assert "by which input a head hears is not told apart" in ask.step_row(later, latent)["inputs"]
+
+
 def test_tables_hold_the_numbers_of_every_way(subject: Subjects) -> None:
     one = found(others=(0.9, 0.1, 0.1))
     rows = pd.DataFrame(ask.path_rows(one), columns=list(ask.PATH_COLUMNS))
@@ -507,7 +606,6 @@ def study(tmp_path: Path, subject: Subjects, monkeypatch: pytest.MonkeyPatch) ->
     """Of twelve heads three are the fewest."""
     monkeypatch.setattr(sets, "FEW_HEADS", 0.25)
     monkeypatch.setattr(sets, "fewest_heads", lambda *_: 3)
-    monkeypatch.setattr(own_cost, "_FEW_HEADS", 0.25)
     return placebo_study(tmp_path, subject("llama_chat").info.name, analyses=["rivals", "headpaths"])
 
 
@@ -541,6 +639,31 @@ def test_it_costs_no_more_than_planned(measured: Measured, study: StudyConfig, m
     assert planned.rows <= backend.rows <= planned.rows + more
     assert backend.flops <= planned.flops
     assert 4 * backend.numbers <= planned.down
+
+
+def test_a_run_from_before_inputs_were_asked_for_is_read_as_it_was(
+    study: StudyConfig, subject: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.create(tmp_path / "run", study.identity())
+    with monkeypatch.context() as before:
+        before.setattr(ask, "by_input", lambda *_: {})
+        old = run_study(study, subject("llama_chat").backend, store)
+    again = reread(store)
+    for name in HEADPATHS.columns:
+        pd.testing.assert_frame_equal(again.tables[name], old.tables[name])
+    assert old.tables["two_step.csv"]["amplifiers"].str.contains("head ").any()
+
+
+def test_a_later_head_takes_a_row_for_each_input_and_one_for_each_that_is_shared(
+    study: StudyConfig, subject: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.create(tmp_path / "run", study.identity())
+    planned = prepared_lab(study, subject("llama_chat").backend, store).study
+    before = own_cost.cost(planned).rows
+    monkeypatch.setattr(own_cost, "MOST_AMPLIFIERS", ask.MOST_AMPLIFIERS + 1)
+    heldout = [name for name, split in planned.splits().items() if split == "heldout"]
+    both = len(heldout) + sum(pair.id in map(placebo_id, heldout) for pair in planned.placebos)
+    assert own_cost.cost(planned).rows - before == 2 * 2 * both * (1 + 1 + 2 + 2)
 
 
 def test_the_section_begins_with_what_was_found(measured: Measured) -> None:
@@ -601,13 +724,46 @@ def test_planted_ways_are_found(name: str, tmp_path: Path) -> None:
 
 
 GATE, AMPLIFIER = Planted(5, (1,)), Planted(9, (2,))
+HEARD = {"moved": 1.0, "const": 0.5}
+"""What the first head says, from 0 to 1."""
 
 
-def two_heads(bed: Bed) -> None:
-    """One head brings the word to the tokens behind it, the noun's own among them; there a later one reads it."""
-    for place, hears, says in ((GATE, "word", "moved"), (AMPLIFIER, "moved", "answer")):
-        attention = bed.model.model.layers[place.layer].self_attn
-        write_head(attention, place, bed.stream, {hears: 1.0}, bed.stream.write(says))
+def two_heads(bed: Bed, by: str = "its values") -> None:
+    """One head brings the word to the tokens behind it, the noun's own among them; a later one hears it by one input.
+
+    By its values it reads what the noun has of it. By the other two it reads the noun itself: of its query hangs
+    whether it looks there, of its keys, whether there is something to look at.
+    """
+    layers = bed.model.model.layers
+    write_head(layers[GATE.layer].self_attn, GATE, bed.stream, {"word": 1.0}, bed.stream.write("moved"))
+    attention, read = layers[AMPLIFIER.layer].self_attn, partial(bed.stream.read, AMPLIFIER.layer)
+    hears = {"moved": 1.0} if by == "its values" else {"noun": 1.0}
+    write_head(attention, AMPLIFIER, bed.stream, hears, bed.stream.write("answer"))
+    slowest = 3 * attention.head_dim - 1
+    strength = attention.q_proj.weight[slowest].norm() / read({"const": 1.0}).norm()
+    if by == "its query":
+        attention.q_proj.weight[slowest] = strength * read(HEARD)
+    if by == "its keys":
+        attention.k_proj.weight[slowest] = read({"noun": 0.5, "moved": 1.0})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", inputs.INPUTS)
+def test_a_planted_head_hears_by_one_input(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sets, "fewest_heads", lambda *_: 2)  # the later one alone may carry all
+    plant = partial(two_heads, by=by)
+    specimen = build(Case("two-heads", "a head to a head", plant, _as_word, ("",) * 5), 0)
+    study = written(specimen, tmp_path, 0).model_copy(update={"analyses": ["rivals", "headpaths"]})
+    store = Store.create(tmp_path / "run", study.identity())
+    result = run_study(study, LocalBackend.load(study.model), store)
+    step, paths = result.tables["two_step.csv"].iloc[0], result.tables["head_paths.csv"].set_index(["sender", "path"])
+    assert (step["sender"], step["amplifiers"], step["said"]) == ("head 5.1", "head 9.2", "gate")
+    assert step["inputs"].startswith(f"head 9.2 by {by} (")
+    (section,) = show.sections(result)
+    assert f"Heard by input: head 9.2 by {by} (" in section.finding
+    for name in inputs.INPUTS:
+        part = paths.loc[("head 5.1", f"head 9.2, {name}")]
+        assert part["part_low"].min() > 0.8 if name == by else part["part_high"].abs().max() < 0.2
 
 
 @pytest.mark.slow

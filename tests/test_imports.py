@@ -64,7 +64,7 @@ ORDER = (
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Analyses that others build on, from the ground up; every other one imports its own modules alone, and these.
-GROUND = ("analyses.neurons", "analyses.intervene", "analyses.claims")
+GROUND = ("analyses.neurons", "analyses.intervene", "analyses.claims", "analyses.rivals")
 # Who may import what is slow to load: as the module is loaded, or only inside functions.
 HEAVY = ("nnsight", "torch", "transformers")
 AT_ONCE = {

@@ -3,7 +3,8 @@
 In a first row heads are as on the other prompt, and all else that layers add from there on is held at what it is. In
 front of every later module the stream then differs by what these heads add and by nothing else, and the outcome is what
 they do straight to the answer. A second row is the base prompt but for receivers, which are what they became in the
-first one; whatever stands behind them runs as it will.
+first one; whatever stands behind them runs as it will. A third row takes from the second one what some later modules
+become there, and so leaves out all others that hear the receivers.
 Sources: Wang et al. 2022, arXiv 2211.00593; Goldowsky-Dill et al. 2023, arXiv 2304.05969.
 """
 
@@ -31,6 +32,9 @@ class Way(NamedTuple):
     """Sites of `attention_heads`, all at one position of `POSITIONS`."""
     receivers: tuple[Site, ...] = ()
     """Sites of `RECEIVERS`, at the heads' position; none for the way straight to the answer."""
+    onward: tuple[Site, ...] = ()
+    """The same, by which alone it goes on from receivers, such as one of several heads that share a key; none for all
+    ways on."""
 
 
 def sender_row(pair: TokenPair, heads: Sequence[Site], base: int, info: ModelInfo) -> Row:
@@ -54,10 +58,21 @@ def sender_row(pair: TokenPair, heads: Sequence[Site], base: int, info: ModelInf
     return Row(pair.id, base, tuple(writes))
 
 
+def way_row(pair: TokenPair, alone: Row, way: Way, info: ModelInfo) -> Row:
+    """The base prompt with what a way ends at as it becomes along it.
+
+    alone: of `sender_row`, with the way's heads.
+
+    Raises:
+        SiteError: as `path_row`.
+    """
+    return path_row(pair, path_row(pair, alone, way.receivers, info), way.onward, info)
+
+
 def path_row(pair: TokenPair, alone: Row, receivers: Sequence[Site], info: ModelInfo) -> Row:
     """The base prompt with receivers as they become where heads alone are changed; without receivers `alone` itself.
 
-    alone: of `sender_row`.
+    alone: of `sender_row`, or of this function for a further step.
 
     Raises:
         SiteError: sites that are no receivers, at other tokens than the heads, or below their layers.

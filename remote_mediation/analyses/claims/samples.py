@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from remote_mediation.lab import Floats, Indirect, Lab, placebo_id
 from remote_mediation.sites import Component, Site
 from remote_mediation.tokens import TokenPair
 
-Ask = Callable[[Sequence[Sequence[Site]], Sequence[TokenPair]], Indirect]
+_Asked = TypeVar("_Asked")
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,11 @@ class Sample:
             comparable=self.lab.study.outcome.same_on_placebo or not self.lab.placebos(self.pairs),
         )
 
-    def effects(self, ask: Ask, sets: Sequence[Sequence[Site]]) -> list[Effect]:
-        """Effects of sets, by `Lab.joint` or `Lab.direct`."""
-        found = ask(sets, (*self.pairs, *self.placebos))
+    def effects(
+        self, ask: Callable[[Sequence[_Asked], Sequence[TokenPair]], Indirect], asked: Sequence[_Asked]
+    ) -> list[Effect]:
+        """Effects of sets by `Lab.joint` or `Lab.direct`, of ways by `Lab.through`."""
+        found = ask(asked, (*self.pairs, *self.placebos))
         return [Effect(self._both(nie), self._both(tie)) for nie, tie in zip(found.nie, found.tie, strict=True)]
 
     def rows(self, sets: Sequence[Sequence[Site]]) -> list[Row]:

@@ -3,12 +3,14 @@
 *Gate and amplifiers* (arXiv 2604.04385: a head in the middle writes little to the answer itself, and later modules
 carry on what it wrote) is a test in two steps. On discovery pairs every later MLP and head is tried as the one receiver
 of what heads add (`engine.pathrows`); those that pass on enough are the amplifiers. On held-out pairs they receive it
-together, beside other heads of the same layers that send through the same amplifiers.
+together, beside other heads of the same layers that send through the same amplifiers. Of amplifiers that are heads, one
+more step tells by which input they hear it (`inputs`).
 Receivers that stand behind one another share ways: parts of an effect are no parts of a whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,9 +21,10 @@ import pandas as pd
 from remote_mediation.analyses.claims.beside import direction_of
 from remote_mediation.analyses.claims.samples import Sample
 from remote_mediation.analyses.claims.verdicts import DIRECTIONS, FEWEST_AGAINST, HALF, Bench, Effect, ends
+from remote_mediation.analyses.headpaths.inputs import INPUTS, heard_by, not_apart, ways_by_input
 from remote_mediation.engine.pathrows import Way
 from remote_mediation.intervals import Interval
-from remote_mediation.lab import Floats, Indirect, Lab
+from remote_mediation.lab import Floats, Indirect, Lab, UnmeasuredError
 from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import spread
@@ -33,10 +36,12 @@ STEP_COLUMNS: dict[str, str] = {
     "amplifiers": "later MLPs and heads that pass on enough of its effect on discovery pairs, the strongest first",
     "said": "gate, no gate or undecided, on the held-out pairs",
     "why": "the numbers behind that",
+    "inputs": "by which input amplifiers that are heads hear it; empty where none is or it was not measured",
 }
 PATH_COLUMNS: dict[str, str] = {
     "sender": "heads that are changed together",
-    "path": "by way of what: all ways, the answer (nothing between), later modules or heads, the amplifiers",
+    "path": "by way of what: all ways, the answer (nothing between), later modules or heads, the amplifiers, one of "
+    "these, an input of one that is a head",
     "direction": "nie or tie",
     "part": "effect by this way / effect of the sender, held-out pairs; ways overlap and do not add up",
     "part_low": "lower end of its 95% interval (Fieller)",
@@ -103,6 +108,11 @@ class Received(NamedTuple):
         ranked = sorted(enough, key=lambda at: -self.parts[at, 2])
         return [self.receivers[at] for at in ranked[:MOST_AMPLIFIERS]]
 
+    @property
+    def heads(self) -> list[Site]:
+        """Amplifiers that are heads."""
+        return [site for site in self.amplifiers if site.component == "attention_heads"]
+
 
 class Path(NamedTuple):
     """One way of a sender's effect, on the held-out pairs."""
@@ -123,9 +133,9 @@ class Tested:
     """By name; all ways are the first."""
     bench: Bench
 
-    def parts(self, name: str) -> list[Interval]:
-        """NIE and TIE by one way, of the sender's own."""
-        both = zip(self.paths[name].effect, self.paths[WHOLE].effect, strict=True)
+    def parts(self, name: str, of: str = WHOLE) -> list[Interval]:
+        """NIE and TIE by one way, of those by another: of the sender's own."""
+        both = zip(self.paths[name].effect, self.paths[of].effect, strict=True)
         return [self.bench.share(way.harm, own.harm) for way, own in both]
 
     def reached(self, name: str) -> list[int]:
@@ -226,16 +236,31 @@ def tested(heldout: Sample, sender: Sender, found: Received) -> Tested:
     mlps, heads = later(sender, lab.study.info)
     sets = {MLPS: mlps, HEADS: heads, AMPLIFIERS: amplifiers} | {label(site): [site] for site in amplifiers}
     sets = {ANSWER: [], **{name: sites for name, sites in sets.items() if sites}}
-
-    def through(receivers: Sequence[Sequence[Site]], pairs: Sequence[TokenPair]) -> Indirect:
-        return lab.through([Way(sender.heads, tuple(sites)) for sites in receivers], pairs)
-
     (whole,) = heldout.effects(lab.joint, [sender.heads])
-    effects = heldout.effects(through, list(sets.values()))
+    effects = heldout.effects(lab.through, [Way(sender.heads, tuple(sites)) for sites in sets.values()])
     beside = others_by_way(heldout, sender, amplifiers) if amplifiers else {}
-    every = zip([WHOLE, *sets], [whole, *effects], strict=True)
-    paths = {name: Path(name, effect, beside.get(name)) for name, effect in every}
+    every = dict(zip([WHOLE, *sets], [whole, *effects], strict=True)) | by_input(heldout, sender, found.heads)
+    paths = {name: Path(name, effect, beside.get(name)) for name, effect in every.items()}
     return Tested(sender, found, paths, heldout.bench())
+
+
+def by_input(heldout: Sample, sender: Sender, heads: Sequence[Site]) -> dict[str, Effect]:
+    """Effects by way of each input of later heads; none in a report that is rebuilt of a run from before this step."""
+    lab = heldout.lab
+    ways = {
+        input_of(head, name): way
+        for head in heads
+        for name, way in ways_by_input(sender.heads, head, lab.study.info).items()
+    }
+    unfinished = () if lab.can_measure else (UnmeasuredError,)
+    with contextlib.suppress(*unfinished):
+        return dict(zip(ways, heldout.effects(lab.through, list(ways.values())), strict=True)) if ways else {}
+    return {}
+
+
+def input_of(head: Site, name: str) -> str:
+    """The name of a way by one input of a later head."""
+    return f"{label(head)}, {name}"
 
 
 def others_by_way(heldout: Sample, sender: Sender, amplifiers: Sequence[Site]) -> dict[str, Floats]:
@@ -306,6 +331,17 @@ def _beside_others(found: Tested, text: str) -> Ruling:
     return Ruling("gate" if reached <= RARE * len(others) else "undecided", text)
 
 
+def inputs_in_words(found: Tested, info: ModelInfo) -> str:
+    """By which input each amplifier that is a head hears of the sender, on the held-out pairs."""
+    said = []
+    for head in found.received.heads:
+        ways = {name: input_of(head, name) for name in INPUTS if input_of(head, name) in found.paths}
+        if ways:
+            said.append(heard_by(label(head), {name: found.parts(way, label(head)) for name, way in ways.items()}))
+    apart = not_apart(info) if found.received.heads else ""
+    return "; ".join(filter(None, (*said, apart)))
+
+
 def _in_words(shares: Sequence[Interval]) -> str:
     return ", ".join(f"{way.upper()} {ends(share)}" for way, share in zip(DIRECTIONS, shares, strict=True))
 
@@ -330,6 +366,7 @@ def step_row(found: Tested, info: ModelInfo) -> dict[str, Any]:
         "heads": " ".join(f"{site.layer}.{site.units[0]}" for site in heads),
         "amplifiers": ", ".join(map(label, found.received.amplifiers)),
         **ruled(found)._asdict(),
+        "inputs": inputs_in_words(found, info),
     }
 
 

@@ -29,7 +29,10 @@ def sections(result: Result) -> list[Section]:
         f"2211.00593). Those that pass on {ENOUGH:.0%} of the effect on a few discovery pairs are amplifiers. After "
         f"arXiv 2604.04385, by a rule of ours, heads are a gate where amplifiers pass on clearly more than {HALF:.0%} "
         f"of what they do on held-out pairs, in both directions, and at most {RARE:.0%} of sets of other heads of "
-        "their layers do as much by the same amplifiers."
+        "their layers do as much by the same amplifiers. Of an amplifier that is a head, its query, its keys and its "
+        "values then took apart what they became; keys and values that it shares with other heads passed it on by this "
+        "head alone. It hears by those that pass on clearly more than half of what goes by the head, in both "
+        "directions; being multiplied, the three do not add up."
     )
     steps = result.tables.get("two_step.csv")
     if steps is None:
@@ -47,7 +50,8 @@ def sections(result: Result) -> list[Section]:
 def _said(step: dict[str, str]) -> str:
     """What was said of one sender."""
     by = f" Amplifiers: {step['amplifiers']}." if step["amplifiers"] else " No later MLP or head is an amplifier."
-    return f"{_named(step)}: {step['said']} ({step['why']}).{by}"
+    inputs = f" Heard by input: {step['inputs']}." if step["inputs"] else ""
+    return f"{_named(step)}: {step['said']} ({step['why']}).{by}{inputs}"
 
 
 def _named(step: dict[str, str]) -> str:

@@ -20,6 +20,10 @@ def few_pairs(pairs: Sequence[TokenPair], most: int = FEW_PAIRS) -> list[TokenPa
 
 
 def swapped_at(samples: Sequence[Sample]) -> str:
-    """`all` where every pair and placebo can be aligned, else `last`."""
-    every = [pair for sample in samples for pair in (*sample.pairs, *sample.placebos)]
-    return "all" if all(all(pair.places("all")) for pair in every) else "last"
+    """Where the pairs and placebos of samples are swapped."""
+    return position_of([pair for sample in samples for pair in (*sample.pairs, *sample.placebos)])
+
+
+def position_of(pairs: Sequence[TokenPair]) -> str:
+    """`all` where every pair can be aligned, else `last`."""
+    return "all" if all(all(pair.places("all")) for pair in pairs) else "last"
