@@ -636,6 +636,18 @@ def test_what_happens_to_a_pair_once_does_not_leave_it_out(
     assert Store.open(tmp_path / "run").failures() == {}
 
 
+def test_a_server_that_fails_for_good_ends_the_study_and_leaves_no_pair_out(
+    client: Client, whole: Run, tmp_path: Path
+) -> None:
+    out_of_memory = changed(status="ERROR", description="CUDA out of memory", data=...)
+    found = client.end(tmp_path / "run", at("response", out_of_memory, times=10**9))
+    assert re.search(r"^what was measured before fails now, too, .* mended: CUDA out of memory$", str(found))
+    assert Store.open(tmp_path / "run").failures() == {}
+    later = client.run(tmp_path / "run")
+    pd.testing.assert_frame_equal(later.effects, whole.effects)
+    assert later.jobs == whole.jobs - BEFORE
+
+
 def test_a_failed_job_says_why(client: Client, tmp_path: Path) -> None:
     failed = changed(
         status="ERROR", description=f"Traceback (most recent call last):\n  at /a/b/c\nBoom: \x1b[2J {KEY}"
