@@ -262,7 +262,7 @@ def reread(store: Store, more: Sequence[Analysis] = ()) -> Result:
     more: analyses from outside the package; one that is named and not given has a section that says so.
 
     Raises:
-        StoreError: `run.json` or the pairs are not as the run wrote them.
+        StoreError: `run.json` or the pairs are not as the run wrote them, or all values of a finished run are gone.
     """
     study = _reread_study(store)
     names = study.config.analyses
@@ -270,6 +270,11 @@ def reread(store: Store, more: Sequence[Analysis] = ()) -> Result:
     strangers = [stranger(name) for name in names if name not in known]
     lab = Lab(study, store)
     lost = max(0, store.record().get("values", 0) - lab.known)
+    if lost and not lab.known:  # a report of nothing would take the place of the one that is there
+        raise StoreError(
+            f"{store.folder} has none of the {lost:,} values that it measured; put its readouts back, or run the "
+            "study again, which measures them anew"
+        )
     return replace(analysed(lab, chosen(names, [*more, *strangers])), lost=lost)
 
 
