@@ -108,8 +108,17 @@ def run_study(
 
 
 def _note_cost(store: Store, seconds: float) -> None:
-    """Add a sitting to what the run has taken: seconds of all of them, and the most memory of any, in GB."""
+    """Add a sitting to what the run has taken: seconds of all of them, and the most memory of any, in GB.
+
+    Raises:
+        StoreError: the folder is no longer there, or can no longer be written.
+    """
     record = store.record()
+    if not record:
+        raise StoreError(
+            f"{store.folder} has no run.json any more: it was moved or deleted while the study ran; put it back, or "
+            "name its new place with --out, and give the same command again"
+        )
     known = [most for most in (record.get("memory"), peak_memory()) if most]
     spent = {"seconds": round(record["seconds"] + seconds, 1), "memory": max(known, default=None)}
     store.save_record({**record, **spent})

@@ -937,7 +937,8 @@ def test_proxies_that_are_none(monkeypatch: pytest.MonkeyPatch, proxy: str) -> N
     found = asked("https://ndif")
     assert isinstance(found, PreflightError)
     assert re.search(
-        r"^cannot ask https://ndif \(.*\); check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY and SSL_CERT_FILE$", str(found)
+        r"^cannot ask https://ndif \(.*\); check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY and SSL_CERT_FILE$",
+        str(found),
     )
     assert "secret" not in str(found)
 

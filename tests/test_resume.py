@@ -251,6 +251,22 @@ def test_a_run_that_ends_anywhere_can_be_reported_and_goes_on(
         pd.testing.assert_frame_equal(whole.tables[name], table)
 
 
+def test_a_folder_that_is_moved_while_it_is_measured_into_goes_on_at_its_new_place(pairs: Path, tmp_path: Path) -> None:
+    study, folder, moved = config(pairs, analyses=["layers"], **EACH_BATCH), tmp_path / "run", tmp_path / "moved"
+
+    def move(job: Job, values: list[np.ndarray]) -> list[np.ndarray]:
+        if len(backend.collected) == 3:
+            folder.rename(moved)
+        return values
+
+    backend = CannedBackend({}, spoils=move)
+    with pytest.raises(StoreError, match=r"moved or deleted.*name its new place with --out, and give the same command"):
+        run(study, backend, folder)
+    assert not folder.exists()
+    effects = run(study, CannedBackend({}), moved).effects
+    pd.testing.assert_frame_equal(effects, run(study, CannedBackend({}), tmp_path / "whole").effects)
+
+
 def test_a_finished_study_measures_nothing_new(pairs: Path, tmp_path: Path, searched: dict[str, Any]) -> None:
     study, folder, watch = config(pairs, **searched), tmp_path / "run", Watcher()
     first = run(study, CannedBackend({}), folder)
