@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
@@ -53,6 +54,15 @@ class Errors(Screen):
         self.quiet = True
 
 
+class Warnings(logging.Handler):
+    """What the package warns of, such as a damaged file by its name, on the same screen as all else."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one; a screen that is full ends no study."""
+        with suppress(OSError):
+            errors.print(Text(record.getMessage()), soft_wrap=True)
+
+
 # Flags that are no settings of a study.
 _NO_SETTINGS = ("study", "show_text", "settings", "as_json")
 console = Screen()
@@ -95,6 +105,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # of what the terminal's encoding lacks
+    logging.getLogger(__package__).handlers[:] = [Warnings()]
     try:
         app()
     except MediationError as error:

@@ -153,6 +153,8 @@ def _check_kinds(record: Mapping[str, Any]) -> None:
         value = record[name]
         if type(value) not in _KINDS[name] or (isinstance(value, float) and not isfinite(value)):
             raise DamagedError(f"its {name} is {repr(value)[:40]}, which no run writes")
+    if record.get(_FORM, 0) not in range(FORM + 1):
+        raise DamagedError(f"its form is {record[_FORM]}, which no version up to this one writes")
     if not all(isinstance(allowed, list) for allowed in record.get(_OTHERS, {}).values()):
         raise DamagedError("its digests are no lists")
 

@@ -36,6 +36,8 @@ from remote_mediation.tokens import TokenPair
 FIRST_RATE = 2e10
 # So often a job is handed over before its loss ends the study; what is measured is kept.
 MOST_TRIES = 4
+# So many pairs fail one after the other before it is asked whether anything can be measured still.
+MOST_SUSPECTS = 3
 
 
 class Watch(Protocol):
@@ -89,6 +91,9 @@ class Runner:
         self.watch = watch or Unwatched()
         """Sees how far it is."""
         self._seconds, self._batch_bytes, self._rate = seconds, batch_bytes, FIRST_RATE
+        self._asked: Sequence[Row] = ()  # the rows of this step, measured or not
+        self._suspects: dict[str, str] = {}  # pairs that failed since the last job that did not, and why
+        self._failed: set[str] = set()  # all that failed in this step
 
     @property
     def runnable(self) -> dict[str, TokenPair]:
@@ -102,8 +107,8 @@ class Runner:
             return
         self._collect_submitted(self._backend)
         pairs = self.runnable
-        wanted = (row for row in dict.fromkeys(rows) if row.pair in pairs)
-        missing = [row for row in wanted if self.key(row) not in self.values]
+        self._asked = [row for row in dict.fromkeys(rows) if row.pair in pairs]
+        missing = [row for row in self._asked if self.key(row) not in self.values]
         if missing:
             count = sum(bool(row.writes) for row in with_sources(missing))
             self._work(count, partial(self._jobs, missing), self._backend)
@@ -147,15 +152,47 @@ class Runner:
         """Run planned jobs, cut by the speed of those before."""
         if count:
             self.watch.total(count)
-        for job in plan(Budget(lambda: self._seconds * self._rate, self._batch_bytes)):
+        self._suspects, self._failed = {}, set()
+        for job in plan(self._budget()):
             seconds = self._run(job, backend)
             self._rate = job.flops / seconds if seconds else self._rate
             self.watch.advance(job.rows, job.flops)
+        self._settle(backend)
 
-    def _run(self, job: Job, backend: Backend, tries: int = MOST_TRIES) -> float:
-        """Run one job and keep its values; where rows fail, find out of which pairs. Returns the seconds it took.
+    def _budget(self) -> Budget:
+        """Of a job."""
+        return Budget(lambda: self._seconds * self._rate, self._batch_bytes)
 
-        A pair is left out of the study for good, so it is not left out for what happened once: its job runs again.
+    def _run(self, job: Job, backend: Backend) -> float:
+        """Run one job and keep its values; where rows fail, find out of which pairs. Returns the seconds it took."""
+        if job.task == "measure" and self._failed.issuperset(job.pairs):
+            return 0.0
+        try:
+            readout = self._collected(job, backend)
+        except JobError as error:
+            if job.task != "measure":
+                raise
+            if len(job.pairs) > 1:
+                return sum(self._run(one, backend) for one in self._apart(job))
+            self._suspect(job.pairs, str(error))
+            self._settle(backend, MOST_SUSPECTS)
+            return 0.0
+        bad = not_finite(job, readout)
+        if bad:
+            self._keep_finite(job, readout, bad, backend)
+        else:
+            self._keep(job, readout)
+            self._leave_out()
+        return readout.seconds
+
+    def _collected(self, job: Job, backend: Backend, tries: int = MOST_TRIES) -> Readout:
+        """What a job brings back. It is sent again when it is lost, and once when one pair's fails or has no numbers.
+
+        A pair is left out of the study for good, so it is not left out for what happened once.
+
+        Raises:
+            JobError: it failed.
+            LostJobError: it was lost again and again.
         """
         ticket = backend.submit(job)
         self._store.save_ticket(ticket, job)
@@ -166,25 +203,58 @@ class Runner:
             self._store.forget(job.id)
             if tries == 1:
                 raise self._blaming(error) from error
-            return self._run(job, backend, tries - 1)
-        except JobError as error:
+            return self._collected(job, backend, tries - 1)
+        except JobError:
             self._store.forget(job.id)
-            if job.task != "measure":
+            if tries < MOST_TRIES or job.task != "measure" or len(job.pairs) > 1:
                 raise
-            if len(job.pairs) == 1:
-                if tries == MOST_TRIES:
-                    return self._run(job, backend, tries - 1)
-                self._store.save_failure(job.pairs[0], str(error))
-                return 0.0
-            return sum(self._run(one, backend) for one in self._apart(job))
-        bad = not_finite(job, readout)
-        if bad and tries == MOST_TRIES:
-            return self._run(job, backend, tries - 1)
-        if bad:
-            self._keep_finite(job, readout, bad)
-        else:
-            self._keep(job, readout)
-        return readout.seconds
+            return self._collected(job, backend, tries - 1)
+        if tries == MOST_TRIES and not_finite(job, readout):
+            return self._collected(job, backend, tries - 1)
+        return readout
+
+    def _suspect(self, pairs: Iterable[str], reason: str) -> None:
+        """Note pairs that failed. Whose fault it is shows when another one is measured, or does not (`_settle`)."""
+        self._suspects |= dict.fromkeys(pairs, reason)
+        self._failed.update(self._suspects)
+
+    def _leave_out(self) -> None:
+        """Let the pairs that failed be left out: what runs the jobs works, as another one shows."""
+        for pair, reason in self._suspects.items():
+            self._store.save_failure(pair, reason)
+        self._suspects = {}
+
+    def _settle(self, backend: Backend, least: int = 1) -> None:
+        """Tell pairs that fail from a server that does, by what was measured before: it is measured once more.
+
+        least: so many pairs have to have failed in a row.
+
+        Raises:
+            JobError: that fails too, or nothing has been measured so far. No pair is left out for it.
+        """
+        if len(self._suspects) < least:
+            return
+        job = self._known_job()
+        if job is None:
+            (*_, reason), tried = self._suspects.values(), ", ".join(list(self._suspects)[:MOST_SUSPECTS])
+            raise JobError(f"no pair could be measured so far ({tried} failed): {reason}")
+        try:
+            reason = NOT_FINITE if not_finite(job, self._collected(job, backend)) else ""
+        except JobError as error:
+            reason = str(error)
+        self._store.forget(job.id)
+        if reason:
+            raise JobError(
+                "what was measured before fails now, too, so no pair is to blame; what is measured is kept, run the "
+                f"same command again once this is mended: {reason}"
+            )
+        self._leave_out()
+
+    def _known_job(self) -> Job | None:
+        """A job of rows that are measured, of one pair that did not fail; of this step's rows where some are."""
+        rows = [*(Row(pair, 0) for pair in self._pairs), *self._asked]
+        known = [row for row in rows if row.pair not in self._failed and self.key(row) in self.values]
+        return next(self._jobs([row for row in known if row.pair == known[-1].pair], self._budget()), None)
 
     def _check(self, job: Job | Submitted, lengths: Sequence[int | None], readout: Readout) -> None:
         """Refuse what is not the answer to a job. Raises: as `check_answer`."""
@@ -198,26 +268,24 @@ class Runner:
             return error
         return LostJobError(f"{error}, or delete {path} if that is what is wrong: it is then measured anew")
 
-    def _keep_finite(self, job: Job, readout: Readout, bad: set[str]) -> None:
-        """Keep what a job brought back of its other pairs, and let those fail whose values are no numbers.
+    def _keep_finite(self, job: Job, readout: Readout, bad: set[str], backend: Backend) -> None:
+        """Keep what a job brought back of its other pairs; those whose values are no numbers failed.
 
         Raises:
-            JobError: no pair of this study has had an outcome so far, or the job is of a task other than `measure`.
+            JobError: the job is of a task other than `measure`; as `_settle`.
         """
         self._store.forget(job.id)
         if job.task != "measure":
             raise JobError(f"{job.task} brought back values that are not finite; try bfloat16")
+        self._suspect(sorted(bad), NOT_FINITE)
         rows = rows_of(job)
         good = [index for index, row in enumerate(rows) if row.pair not in bad]
         if good:
             keys, values = [job.keys[index] for index in good], [readout.values[index] for index in good]
             written = sum(bool(rows[index].writes) for index in good)
             self._keep(Submitted(job.id, "", keys, written, job.flops, task=job.task), Readout(values, readout.seconds))
-        for pair in sorted(bad):
-            self._store.save_failure(pair, NOT_FINITE)
-        failed = list(self._store.failures().values()).count(NOT_FINITE)
-        if failed > 1 and not any(self.key(Row(pair, 0)) in self.values for pair in self.runnable):
-            raise JobError(f"{NOT_FINITE} (the first {failed} pairs have none)")
+            self._leave_out()
+        self._settle(backend, MOST_SUSPECTS)
 
     def _apart(self, job: Job) -> Iterator[Job]:
         """The rows of a job as one job per pair, so that one pair's failure is its own."""

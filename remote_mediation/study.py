@@ -108,8 +108,17 @@ def run_study(
 
 
 def _note_cost(store: Store, seconds: float) -> None:
-    """Add a sitting to what the run has taken: seconds of all of them, and the most memory of any, in GB."""
+    """Add a sitting to what the run has taken: seconds of all of them, and the most memory of any, in GB.
+
+    Raises:
+        StoreError: the folder is no longer there, or can no longer be written.
+    """
     record = store.record()
+    if not record:
+        raise StoreError(
+            f"{store.folder} has no run.json any more: it was moved or deleted while the study ran; put it back, or "
+            "name its new place with --out, and give the same command again"
+        )
     known = [most for most in (record.get("memory"), peak_memory()) if most]
     spent = {"seconds": round(record["seconds"] + seconds, 1), "memory": max(known, default=None)}
     store.save_record({**record, **spent})
@@ -262,7 +271,7 @@ def reread(store: Store, more: Sequence[Analysis] = ()) -> Result:
     more: analyses from outside the package; one that is named and not given has a section that says so.
 
     Raises:
-        StoreError: `run.json` or the pairs are not as the run wrote them.
+        StoreError: `run.json` or the pairs are not as the run wrote them, or all values of a finished run are gone.
     """
     study = _reread_study(store)
     names = study.config.analyses
@@ -270,6 +279,11 @@ def reread(store: Store, more: Sequence[Analysis] = ()) -> Result:
     strangers = [stranger(name) for name in names if name not in known]
     lab = Lab(study, store)
     lost = max(0, store.record().get("values", 0) - lab.known)
+    if lost and not lab.known:  # a report of nothing would take the place of the one that is there
+        raise StoreError(
+            f"{store.folder} has none of the {lost:,} values that it measured; put its readouts back, or run the "
+            "study again, which measures them anew"
+        )
     return replace(analysed(lab, chosen(names, [*more, *strangers])), lost=lost)
 
 

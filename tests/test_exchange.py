@@ -443,6 +443,16 @@ def test_a_server_that_cannot_answer_a_probe_is_refused_in_one_line(client: Clie
     assert not any(KEY in line or "\n" in line for line in [str(caught.value), *client.said])
 
 
+def test_the_answer_to_a_job_is_none_to_a_probe(client: Client, job: Job) -> None:
+    """It would be in float32, whatever the model is in."""
+    client.small.fault = lambda path, found: found
+    client.measure(job)
+    result = client.small.found(f"/results/job-{client.small.jobs() - 1}")
+    client.small.fault = always("results", lambda found: result)
+    with pytest.raises(PreflightError, match=rf"the answer to a probe is that to job {job.id}$"):
+        NdifBackend(client.study.model, "", client.small.server, client.note, retry_for=0.05)
+
+
 # --- what made the values ---------------------------------------------------------------------------------------------
 
 
@@ -634,6 +644,27 @@ def test_what_happens_to_a_pair_once_does_not_leave_it_out(
     pd.testing.assert_frame_equal(found.effects, whole.effects)
     assert found.jobs == whole.jobs + 1
     assert Store.open(tmp_path / "run").failures() == {}
+
+
+def test_the_state_of_another_job_is_none(client: Client, whole: Run, tmp_path: Path) -> None:
+    mixed_up = changed(id="job-1", status="ERROR", description="index out of range")
+    found = client.run(tmp_path / "run", at("response", mixed_up, times=3))
+    pd.testing.assert_frame_equal(found.effects, whole.effects)
+    assert found.jobs == whole.jobs
+    assert Store.open(tmp_path / "run").failures() == {}
+    assert any("answers about job job-1 where job job-" in line for line in client.said)
+
+
+def test_a_server_that_fails_for_good_ends_the_study_and_leaves_no_pair_out(
+    client: Client, whole: Run, tmp_path: Path
+) -> None:
+    out_of_memory = changed(status="ERROR", description="CUDA out of memory", data=...)
+    found = client.end(tmp_path / "run", at("response", out_of_memory, times=10**9))
+    assert re.search(r"^what was measured before fails now, too, .* mended: CUDA out of memory$", str(found))
+    assert Store.open(tmp_path / "run").failures() == {}
+    later = client.run(tmp_path / "run")
+    pd.testing.assert_frame_equal(later.effects, whole.effects)
+    assert later.jobs == whole.jobs - BEFORE
 
 
 def test_a_failed_job_says_why(client: Client, tmp_path: Path) -> None:
@@ -906,7 +937,8 @@ def test_proxies_that_are_none(monkeypatch: pytest.MonkeyPatch, proxy: str) -> N
     found = asked("https://ndif")
     assert isinstance(found, PreflightError)
     assert re.search(
-        r"^cannot ask https://ndif \(.*\); check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE$", str(found)
+        r"^cannot ask https://ndif \(.*\); check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY and SSL_CERT_FILE$",
+        str(found),
     )
     assert "secret" not in str(found)
 
@@ -933,4 +965,4 @@ def test_a_server_without_encryption_and_one_without_its_certificates(
     client.small.fault = lambda path, found: found
     assert isinstance(asked(client.small.server.host.replace("http://", "https://")), TransportError)
     monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file.pem")
-    assert "check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE" in str(asked("https://ndif"))
+    assert "check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY and SSL_CERT_FILE" in str(asked("https://ndif"))

@@ -315,7 +315,7 @@ def test_a_study_without_any_finite_outcome_stops_at_once(tmp_path: Path, settin
     backend = CannedBackend({}, spoils=lambda job, values: [value * np.float32(np.nan) for value in values])
     with pytest.raises(JobError, match="no finite outcome; try bfloat16"):
         lab(tmp_path, backend, **settings).outcomes(swaps())
-    assert len(backend.collected) == (4 if settings else 2)  # each job once more
+    assert len(backend.collected) == (6 if settings else 2)  # each job once more
     assert Store(tmp_path).values() == {}
 
 

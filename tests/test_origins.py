@@ -15,7 +15,7 @@ from remote_mediation.checkup import check_run
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.answers import check_answer
 from remote_mediation.engine.jobs import Job, Readout
-from remote_mediation.errors import LostJobError
+from remote_mediation.errors import LostJobError, StoreError
 from remote_mediation.report import write_report
 from remote_mediation.runfiles import Sealed, record_text
 from remote_mediation.store import Store
@@ -109,6 +109,19 @@ def test_a_readout_that_was_deleted_is_missed_in_the_report(run: Path) -> None:
         count = len(data["keys"])
     readouts(run)[0].unlink()
     assert reread(Store.open(run)).lost == count
+
+
+def test_a_report_without_any_value_does_not_take_the_place_of_the_one_there(run: Path, study: StudyConfig) -> None:
+    """As where a folder was copied without its readouts."""
+    whole = reread(Store.open(run))
+    write_report(Store.open(run), whole)
+    kept = (run / "effects.csv").read_bytes()
+    for path in readouts(run):
+        path.unlink()
+    with pytest.raises(StoreError, match=r"has none of the \d+ values that it measured; put its readouts back, or run"):
+        reread(Store.open(run))
+    assert (run / "effects.csv").read_bytes() == kept
+    pd.testing.assert_frame_equal(measured(study, run).effects, whole.effects)
 
 
 class Served(CannedBackend):

@@ -13,7 +13,7 @@ from fakes import WORDS, CannedBackend, Watcher, records, write_pairs
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.jobs import Job
-from remote_mediation.errors import LostJobError, PairsError, SiteError, StoreError, TransportError
+from remote_mediation.errors import JobError, LostJobError, PairsError, SiteError, StoreError, TransportError
 from remote_mediation.store import Store
 from remote_mediation.study import Result, reread, run_study
 
@@ -78,13 +78,71 @@ def test_a_failed_pair_is_not_tried_again(pairs: Path, tmp_path: Path, searched:
     assert later.collected == []
 
 
-def test_a_study_in_which_every_job_fails_has_no_effects(pairs: Path, tmp_path: Path, searched: dict[str, Any]) -> None:
+def test_a_study_in_which_every_job_fails_stops_and_leaves_no_pair_out(pairs: Path, tmp_path: Path) -> None:
+    study, folder = config(pairs, **EACH_BATCH), tmp_path / "run"
     names = [record["id"] for record in records()]
-    result = run(config(pairs, **searched), CannedBackend({}, refuses=names), tmp_path / "run")
-    assert result.effects.empty
-    assert set(result.tables) - {"screen.csv"} == {"search.csv", "sparsity.csv", "mediators.csv"}
-    assert result.tables["mediators.csv"].empty
-    assert set(Store.open(tmp_path / "run").failures()) == set(names)
+    said = r"^no pair could be measured so far \(burn-car, flood-house, rob-house failed\): no memory for rob-house$"
+    with pytest.raises(JobError, match=said):
+        run(study, CannedBackend({}, refuses=names), folder)
+    assert (Store.open(folder).failures(), Store.open(folder).submitted()) == ({}, [])
+    pd.testing.assert_frame_equal(run(study, CannedBackend({}), folder).effects, undisturbed(study, tmp_path))
+
+
+class Breaking(CannedBackend):
+    """A backend on which every job fails, or brings back no numbers, when so many are done."""
+
+    def __init__(self, after: int, *, silently: bool) -> None:
+        super().__init__({}, spoils=self._spoil)
+        self._after, self._silently = after, silently
+
+    def _spoil(self, job: Job, values: list[np.ndarray]) -> list[np.ndarray]:
+        if len(self.collected) <= self._after:
+            return values
+        if self._silently:
+            return [value * np.float32(np.nan) for value in values]
+        raise JobError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("silently", [False, True], ids=["error", "NaN"])
+@pytest.mark.parametrize("settings", [EACH_BATCH, {"job_seconds": 1e-7}], ids=["a job per batch", "larger jobs"])
+def test_a_server_that_fails_for_good_stops_the_study_and_leaves_no_pair_out(
+    pairs: Path, tmp_path: Path, settings: dict[str, Any], silently: bool
+) -> None:
+    """What was measured before is asked for once more, and fails, too."""
+    study, folder = config(pairs, analyses=["layers"], **settings), tmp_path / "run"
+    backend = Breaking(5, silently=silently)
+    said = r"^what was measured before fails now, too, .* run the same command again once this is mended: "
+    with pytest.raises(JobError, match=said + ("no finite outcome" if silently else "CUDA out of memory$")):
+        run(study, backend, folder)
+    assert (Store.open(folder).failures(), Store.open(folder).submitted()) == ({}, [])
+    whole, later = CannedBackend({}), CannedBackend({})
+    expected = run(study, whole, tmp_path / "whole").effects
+    pd.testing.assert_frame_equal(run(study, later, folder).effects, expected)
+    assert len(later.collected) == len(whole.collected) - 5
+
+
+@pytest.mark.parametrize("settings", [{}, EACH_BATCH], ids=["one job", "a job per batch"])
+def test_many_pairs_that_fail_in_a_row_are_left_out_where_another_can_be_measured(
+    pairs: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    study, folder = config(pairs, analyses=["layers"], **settings), tmp_path / "run"
+    good, *bad = sorted(record["id"] for record in records())
+    with contextlib.suppress(KeyboardInterrupt):
+        run(study, CannedBackend({}, refuses=bad), folder, Watcher(stop_after=1))
+    effects = run(study, CannedBackend({}, refuses=bad), folder).effects
+    assert set(effects["pair_id"]) == {good}
+    assert Store.open(folder).failures() == {name: f"no memory for {name}" for name in bad}
+    later = CannedBackend({})
+    pd.testing.assert_frame_equal(run(study, later, folder).effects, effects)
+    assert later.collected == []
+
+
+def test_a_pair_that_failed_is_asked_for_nothing_more_in_its_step(pairs: Path, tmp_path: Path) -> None:
+    shelf: dict[str, Job] = {}
+    run(
+        config(pairs, analyses=["layers"], **EACH_BATCH), CannedBackend(shelf, refuses=["wreck-bike"]), tmp_path / "run"
+    )
+    assert sum(job.task == "measure" and job.pairs == ("wreck-bike",) for job in shelf.values()) == 2
 
 
 def test_a_lost_job_is_run_again(pairs: Path, tmp_path: Path) -> None:
@@ -191,6 +249,22 @@ def test_a_run_that_ends_anywhere_can_be_reported_and_goes_on(
     assert whole.tables.keys() == expected.tables.keys()
     for name, table in expected.tables.items():
         pd.testing.assert_frame_equal(whole.tables[name], table)
+
+
+def test_a_folder_that_is_moved_while_it_is_measured_into_goes_on_at_its_new_place(pairs: Path, tmp_path: Path) -> None:
+    study, folder, moved = config(pairs, analyses=["layers"], **EACH_BATCH), tmp_path / "run", tmp_path / "moved"
+
+    def move(job: Job, values: list[np.ndarray]) -> list[np.ndarray]:
+        if len(backend.collected) == 3:
+            folder.rename(moved)
+        return values
+
+    backend = CannedBackend({}, spoils=move)
+    with pytest.raises(StoreError, match=r"moved or deleted.*name its new place with --out, and give the same command"):
+        run(study, backend, folder)
+    assert not folder.exists()
+    effects = run(study, CannedBackend({}), moved).effects
+    pd.testing.assert_frame_equal(effects, run(study, CannedBackend({}), tmp_path / "whole").effects)
 
 
 def test_a_finished_study_measures_nothing_new(pairs: Path, tmp_path: Path, searched: dict[str, Any]) -> None:

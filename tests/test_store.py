@@ -527,6 +527,8 @@ def test_the_copy_stands_in_for_a_spoilt_record(full: Path, caplog: pytest.LogCa
             ("digests", []),
             ("digests", {"pairs.jsonl": "x"}),
             ("form", "2"),
+            ("form", -1),
+            ("form", 3),
         ],
     ],
 )

@@ -5,7 +5,9 @@ A command does what it should, or ends in one line; never in a traceback.
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,6 +149,22 @@ def test_what_the_system_refuses_is_one_line(
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: Not a directory ({tmp_path}/file/")
+
+
+def test_a_warning_does_not_steer_the_terminal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run folder is somebody else's, and so are the names of its files."""
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run/readouts/a\x1b[2Jb.npz").write_bytes(b"x")
+    monkeypatch.setattr(sys, "argv", ["remote-mediation", "show", str(tmp_path / "run")])
+    monkeypatch.setattr(logging.getLogger("remote_mediation"), "handlers", [])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr()
+    assert "is damaged" in said.err
+    assert "a\N{REPLACEMENT CHARACTER}[2Jb.npz" in said.err
+    assert "\x1b[2J" not in said.out + said.err
 
 
 def test_progress_that_cannot_be_written_ends_no_study(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,8 @@ def _client(host: str, timeout: httpx.Timeout) -> httpx.Client:
         return httpx.Client(timeout=timeout, verify=_trusted(*certificates), headers=_ASKED)
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
         raise PreflightError(
-            f"cannot ask {host} ({plain(str(error), '')}); check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE"
+            f"cannot ask {host} ({plain(str(error), '')}); check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY and "
+            "SSL_CERT_FILE"
         ) from error
 
 

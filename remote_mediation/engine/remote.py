@@ -244,6 +244,8 @@ class NdifBackend:
         values, made, _ = self._waited(self._send(self._probe()))
         if len(values) != 1:
             raise LostJobError(f"a probe brought back {len(values)} tensors, not one")
+        if made["job"]:  # its values would be taken for the model's precision
+            raise LostJobError(f"the answer to a probe is that to job {made['job']}")
         return values[0], made
 
     def _await_model(self) -> None:
@@ -330,7 +332,7 @@ class NdifBackend:
         Raises:
             JobError: it failed.
             LostJobError: the answer is none about a job, or it is done and left nothing.
-            TransportError, PreflightError: the server cannot be asked.
+            TransportError, PreflightError: the server cannot be asked, or answers about another job.
         """
         server = self._server
         try:
@@ -341,6 +343,9 @@ class NdifBackend:
             raise
         except OddError as error:
             raise LostJobError(str(error)) from error
+        if answer.get("id") not in (None, ticket):
+            about = plain(str(answer["id"]), server.key)
+            raise TransportError(f"{server.host} answers about job {about} where job {ticket} was asked for")
         state, description = answer.get("status"), answer.get("description") or ""
         if not isinstance(state, str) or not state.strip():
             raise LostJobError(f"{server.host} says no state of job {ticket}, but {plain(str(state), server.key)}")
