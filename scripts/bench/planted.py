@@ -59,7 +59,7 @@ def _write(table: pd.DataFrame, page: Path) -> None:
         "# Planted mechanisms, on unseen seeds",
         "",
         f"Made by `scripts/bench/planted`: every case of `selfcheck --all` on seeds {table['seed'].min()} to "
-        f"{table['seed'].max()}, each a model and pairs of its own, after the last change of any constant. {whole} of "
+        f"{table['seed'].max()}, with which no constant was chosen, each a model and pairs of its own. {whole} of "
         f"{models.ngroups} models have all five verdicts right and no gate neuron missed; {int(table['right'].sum())} "
         f"of {len(table)} verdicts are right.",
         "",
