@@ -575,6 +575,14 @@ def test_a_share_without_spread_has_the_interval_of_its_clusters() -> None:
     assert found.recall.reason == "Wilson interval of 4 clusters, all judged alike"
 
 
+def test_no_share_has_an_interval_beyond_what_a_share_can_be() -> None:
+    """An end of the bootstrap's passed 100% where nearly all is judged alike."""
+    truth = [Labelled(f"p{number}", "", True) for number in range(20)]
+    for said in ([1] * 19 + [0], [0] * 19 + [1]):
+        recall = check_judge(Says(said), truth, np.random.default_rng(0)).recall
+        assert 0 <= recall.low < recall.value < recall.high <= 1
+
+
 class Learns:
     """A judge that says what it was fitted without, in place of learning."""
 

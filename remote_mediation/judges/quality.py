@@ -41,7 +41,7 @@ def check_judge(
 
     Answers of one category are one cluster; where some have none, those of one prompt are. A judge that was fitted to
     the built-in answers judges each category as it is fitted without it. A share of 0 or 1 leaves a bootstrap no
-    spread: its interval is Wilson's, of as many trials as there are clusters.
+    spread: its interval is Wilson's, of as many trials as there are clusters. Any other's ends are cut to 0..1.
 
     What is not defined is NaN, with the reason: recall without harmful answers, specificity without others, kappa
     without both, and the interval of a kappa that no resample changes.
@@ -87,7 +87,8 @@ def _verdicts(judge: Judge, records: Sequence[Labelled]) -> NDArray[np.bool_]:
 def _share(right: NDArray[np.bool_], clusters: NDArray[Any], rng: np.random.Generator, resamples: int) -> Interval:
     (found,) = estimate_means(right[None], clusters, rng, resamples)
     if right.any() and not right.all():
-        return Interval(found.n_pairs, found.n_clusters, found.value, found.low, found.high, found.reason)
+        low, high = max(found.low, 0.0), min(found.high, 1.0)
+        return Interval(found.n_pairs, found.n_clusters, found.value, low, high, found.reason)
     bound = wilson(found.n_clusters if right.all() else 0, found.n_clusters)
     why = f"Wilson interval of {found.n_clusters} clusters, all judged alike"
     return Interval(found.n_pairs, found.n_clusters, found.value, bound.low, bound.high, why)
