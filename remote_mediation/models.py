@@ -84,8 +84,17 @@ def refuse_adapter(name: str) -> None:
 
 def _telling_files(folder: Path) -> list[Path]:
     """Files of a local folder that make a model what it is; none of a hub id."""
-    files = (*folder.glob("*"), *folder.glob("additional_chat_templates/*"))
+    files = {*folder.glob("*"), *folder.glob("additional_chat_templates/*"), *_shards(folder)}
     return sorted(path for path in files if path.suffix in _TELLING and path.is_file())
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Weights that an index of a local folder names, which may lie in folders of it; none where it cannot be read."""
+    found: list[Path] = []
+    for index in folder.glob("*.index.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+            found += [folder / name for name in set(json.loads(index.read_text("utf-8"))["weight_map"].values())]
+    return found
 
 
 def load_configuration(name: str, revision: str = "") -> PreTrainedConfig:

@@ -32,6 +32,8 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _BLANKS = re.compile(r"\s*")
+# Names of columns with nothing between them but a delimiter.
+_HEADER = re.compile(r"\w+(?:[,;\t|]\w+)+")
 # The first brace of an object that is written over several lines.
 _ALONE = re.compile(r"\{\s*\n")
 # How files begin that hold no text of ours, and what they are.
@@ -68,8 +70,22 @@ def read_records(source: str) -> list[Any]:
     if path.suffix.lower() in _TABLES or (source == STANDARD_INPUT and text.lstrip()[:1] not in ("{", "[", "")):
         return _table(text, source)
     if path.suffix.lower() == ".txt":
-        return [line.strip() for line in _line_feeds(text).split("\n") if line.strip()]  # not at every Unicode line end
+        return _lines(text, source)
     return parse_json(text, source)
+
+
+def _lines(text: str, name: str) -> list[str]:
+    """Texts, one a line.
+
+    Raises:
+        PairsError: the first is the header of a table.
+    """
+    lines = [line.strip() for line in _line_feeds(text).split("\n") if line.strip()]  # not at every Unicode line end
+    if lines and _HEADER.fullmatch(lines[0]):
+        raise PairsError(
+            f"{name} begins with a table's header, {lines[0]!r}; name the file .csv, or take that line out"
+        )
+    return lines
 
 
 @cache
@@ -217,7 +233,12 @@ def _table(text: str, name: str) -> list[dict[str, str]]:
         raise PairsError(f"{name} has two columns called {twice[0]!r}; rename one")
     if again := [number for number, row in enumerate(filled[1:], 1) if _header(row) == header]:
         raise PairsError(f"{name}, record {again[0]} is the header again, as where two tables are joined; take it out")
-    return [_row(header, row, name, number) for number, row in enumerate(filled[1:], 1)]
+    records = [_row(header, row, name, number) for number, row in enumerate(filled[1:], 1)]
+    for column in named:
+        cells = [cell for record in records if (cell := record.get(column, "").strip())]
+        if len(cells) > 1 and all(len(cell) > 1 and cell[0] == cell[-1] == "'" for cell in cells):
+            raise PairsError(f"{name} has every {column!r} in single quotes, as part of the text; use double quotes")
+    return records
 
 
 def _header(row: list[str]) -> list[str]:

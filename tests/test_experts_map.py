@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SUBJECTS, make_subject
+import torch
 from fakes import Counting, records, write_pairs
 from mixture_oracle import MixtureOracle
 from oracle import Subject, token_pair
 from test_tasks import run, setting
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import remote_mediation as rm
 from remote_mediation.analyses.experts import ask, show
@@ -117,13 +118,15 @@ def test_a_model_without_experts_is_refused_by_name(subject: Subjects, tmp_path:
         lab.run()
 
 
-def test_all_claims_but_that_of_neurons_are_put_to_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family, shape = SUBJECTS["qwen2_moe_chat"]
-    monkeypatch.setitem(SUBJECTS, "qwen2_moe_chat", (family, {**shape, "num_hidden_layers": 6}))
-    (tmp_path / "model").mkdir()
-    model = make_subject("qwen2_moe_chat", tmp_path / "model")
-    config = study(tmp_path, model).model_copy(update={"analyses": ["claims", "rivals"]})
-    planned, counting = estimate(config), Counting(model.backend)
+def test_all_claims_but_that_of_neurons_are_put_to_a_mixture(subject: Subjects, tmp_path: Path) -> None:
+    shallow, deep = subject("qwen2_moe_chat"), tmp_path / "deep"
+    shape = AutoConfig.from_pretrained(shallow.info.name)
+    shape.num_hidden_layers, shape.layer_types = 6, ["full_attention"] * 6
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(deep)
+    AutoTokenizer.from_pretrained(shallow.info.name).save_pretrained(deep)
+    config = study(tmp_path, shallow).model_copy(update={"model": str(deep), "analyses": ["claims", "rivals"]})
+    planned, counting = estimate(config), Counting(rm.LocalBackend.load(str(deep)))
     with rm.open_lab(config, out=tmp_path / "run", backend=counting) as lab:
         result = lab.run()
         report = lab.report().read_text("utf-8")

@@ -164,6 +164,31 @@ def test_what_is_no_text_is_named(tmp_path: Path, name: str, content: str | byte
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        (
+            "list.txt",
+            "goal,target\nbake a cake,Sure\n",
+            "begins with a table's header, 'goal,target'; name the file .csv",
+        ),
+        ("pairs.csv", "harmful,harmless\n'a rude cake','a kind cake'\n'b','c'\n", "every 'harmful' in single quotes"),
+    ],
+)
+def test_a_table_in_another_form_than_its_name_says_is_refused(
+    tmp_path: Path, name: str, content: str, what: str
+) -> None:
+    """Headers and cells of targets became prompts, and quotes a part of them."""
+    with pytest.raises(PairsError, match=what):
+        read_records(written(tmp_path, name, content))
+
+
+def test_words_that_look_like_a_header_or_a_quote_are_texts(tmp_path: Path) -> None:
+    assert read_records(written(tmp_path, "list.txt", "rude, kind\nor,\n")) == ["rude, kind", "or,"]
+    one = read_records(written(tmp_path, "pairs.csv", "harmful,harmless\n'a' or b,c\n'd',e\n"))
+    assert [record["harmful"] for record in one] == ["'a' or b", "'d'"]
+
+
 def test_parquet_columns_that_are_no_text_are_one_line(tmp_path: Path) -> None:
     """Guards what held of dates and lists; bytes were a traceback."""
     good = {"harmful": ["a"], "harmless": ["b"]}

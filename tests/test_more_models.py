@@ -1,5 +1,6 @@
 """Models that are not what their folder says: cases of our own search, each of which once ran in silence."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from fakes import records, write_pairs
 from oracle import Subject
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_whole_models import configured, copy, study_of
 from transformers import AutoConfig
 
@@ -18,6 +19,7 @@ from remote_mediation.store import Store
 from remote_mediation.study import run_study
 
 Subjects = Callable[[str], Subject]
+INDEX = "model.safetensors.index.json"
 
 
 def test_two_models_in_one_folder_are_refused(subject: Subjects, tmp_path: Path) -> None:
@@ -29,6 +31,41 @@ def test_two_models_in_one_folder_are_refused(subject: Subjects, tmp_path: Path)
     with pytest.raises(
         ModelError, match=r"two models, model.layers.1.mlp.down_proj.weight of pytorch_model.bin is not"
     ):
+        LocalBackend.load(str(folder))
+
+
+def sharded(model: Subject, folder: Path) -> Path:
+    """Its weights in shards, that a folder of their own holds."""
+    copy(model, folder)
+    (folder / "model.safetensors").unlink()
+    model.plain.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "weights").mkdir()
+    index = json.loads((folder / INDEX).read_text("utf-8"))
+    for shard in set(index["weight_map"].values()):
+        (folder / shard).rename(folder / "weights" / shard)
+    index["weight_map"] = {name: f"weights/{shard}" for name, shard in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index), "utf-8")
+    return folder
+
+
+def test_shards_in_a_folder_of_their_own_are_in_the_fingerprint(subject: Subjects, tmp_path: Path) -> None:
+    folder = sharded(subject("llama"), tmp_path)
+    before = load_info(str(folder)).weights
+    shard = next((folder / "weights").iterdir())
+    save_file({name: tensor / 2 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    assert load_info(str(folder)).weights != before
+
+
+def test_shards_of_another_model_beside_one_file_are_refused(subject: Subjects, tmp_path: Path) -> None:
+    """The one file is read, whatever the index says."""
+    folder = copy(subject("llama"), tmp_path)
+    whole = load_file(folder / "model.safetensors")
+    subject("llama").plain.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    for path in (tmp_path / "shards").glob("model-*"):
+        path.rename(folder / path.name)
+    assert LocalBackend.load(str(folder)).info.layers == 3
+    save_file({name: tensor / 2 for name, tensor in whole.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"two models, .* of model-0000\d-of-.*safetensors is not"):
         LocalBackend.load(str(folder))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from oracle import Subject
 
 ROOT = Path(__file__).parents[1]
 TOUR = ROOT / "reports/notebook/tour.ipynb"
-SECONDS = 240
+SECONDS = 900
+"""For one cell, so that one that hangs ends the test."""
 
 
 def printed(notebook: Any) -> str:
@@ -39,9 +39,7 @@ def test_the_notebook_runs(smollm2: Subject, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     committed = nbformat.read(TOUR, as_version=4)
     notebook = nbformat.read(TOUR, as_version=4)
-    started = time.monotonic()
     NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert time.monotonic() - started < SECONDS
     assert (tmp_path / "runs/tour/run.json").is_file()
     assert "tensor: (1, 5, 576)" in printed(notebook)
     assert "'backend': ('local', 'ndif')" in printed(notebook)

@@ -55,6 +55,10 @@ def test_tied_weights_are_not_missing(subject: Subjects, tmp_path: Path) -> None
         "model.layers.3.mlp.down_proj.weight",
         "model.layers.1.mlp.down_proj.weight_scale_inv",
         "model.layers.1.mlp.down_proj.lora_A.default.weight",
+        "lm_head.weight_scale",
+        "lm_head.bias",
+        "lm_head.lora_B.weight",
+        "model.norm.bias",
     ],
 )
 def test_weights_for_which_the_configuration_has_no_place_are_refused(

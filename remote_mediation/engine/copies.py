@@ -1,12 +1,14 @@
 """Weights that lie twice in a model's folder: is the copy that is read the one that was meant?
 
-Transformers reads the safetensors of a folder and passes over `pytorch_model.bin`. Scripts that save the latter beside
-older safetensors leave two models in one folder, and the older one runs.
+Transformers reads the safetensors of a folder and passes over `pytorch_model.bin`; where shards lie beside one file of
+safetensors it reads the one. Scripts that save one kind beside an older other leave two models in one folder, and the
+older one may run.
 """
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,23 +22,33 @@ _VALUES = 2**16
 
 
 def other_copy(folder: Path) -> str:
-    """A parameter that a PyTorch file of a folder holds otherwise than its safetensors, in words; empty where none."""
-    others = sorted(folder.glob("pytorch_model*.bin"))
-    if not others:
+    """A parameter that files of a folder hold otherwise than its safetensors, in words; empty where none.
+
+    Where one file of safetensors and shards lie in it, transformers reads the one file.
+    """
+    single, shards = folder / "model.safetensors", sorted(folder.glob("model-*-of-*.safetensors"))
+    read, others = ([single], shards) if single.is_file() else (shards, [])
+    others = [*others, *sorted(folder.glob("pytorch_model*.bin"))]
+    if not others or not read:
         return ""
     with ExitStack() as opened:
-        read = {
-            name: file
-            for path in sorted(folder.glob("model*.safetensors"))
-            for file in [opened.enter_context(safe_open(path, "pt"))]
-            for name in file.keys()  # noqa: SIM118 - it is no mapping
-        }
-        for path in others if read else ():
-            tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-            for name, tensor in tensors.items():
-                if name in read and not _same(tensor, read[name].get_slice(name)):
+        files = [opened.enter_context(safe_open(path, "pt")) for path in read]
+        stored = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        for path in others:
+            for name, tensor in _tensors(path):
+                if name in stored and not _same(tensor, stored[name].get_slice(name)):
                     return f"{name} of {path.name}"
     return ""
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a file, of either format, by name."""
+    if path.suffix == ".bin":
+        yield from torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True).items()
+        return
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            yield name, file.get_tensor(name)
 
 
 def _same(tensor: Tensor, stored: Any) -> bool:

@@ -92,7 +92,7 @@ def _asked(loading: Loading, dtype: str) -> dict[str, Any]:
 
 
 def _refuse_other_weights(name: str, model: PreTrainedModel, found: dict[str, Any], quantised: bool) -> None:
-    """Refuse files without some of the parameters, and with others in the layers.
+    """Refuse files without some of the parameters, and with others in the layers or of modules that the model has.
 
     Tied ones need not be there, and heads or towers beside the layers may be. quantised: the files are; what they have
     beside weights is left to those who read it.
@@ -102,11 +102,11 @@ def _refuse_other_weights(name: str, model: PreTrainedModel, found: dict[str, An
             f"cannot load {name!r}: its files lack {_named(missing)}, which would be random; give the folder of "
             "the whole language model"
         )
-    layers = {match[1] for key in model.state_dict() if (match := _LAYER.match(key))}
+    modules = _with_parameters(model)
     unread = [
         key
         for key in sorted(found["unexpected_keys"])
-        if (match := _LAYER.match(key)) and match[1] in layers and not (key.endswith(_MASKS) or quantised)
+        if not modules.isdisjoint(_above(key)) and not (key.endswith(_MASKS) or quantised)
     ]
     if unread:
         raise ModelError(
@@ -118,6 +118,19 @@ def _refuse_other_weights(name: str, model: PreTrainedModel, found: dict[str, An
             f"cannot load {name!r}: it holds two models, {other} is not what its safetensors have, which would be "
             "read; take one of the two copies away"
         )
+
+
+def _with_parameters(model: PreTrainedModel) -> set[str]:
+    """Names of modules that hold parameters themselves, and of what stands before the layers' numbers."""
+    own = {name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None}
+    layers = {match[1] for key in model.state_dict() if (match := _LAYER.match(key))}
+    return (own | layers) - {""}
+
+
+def _above(key: str) -> list[str]:
+    """Names of all modules that a parameter of this name would lie in."""
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def _refuse_other_ways(name: str, model: PreTrainedModel, loading: Loading) -> None:
