@@ -121,8 +121,8 @@ def warnings(pairs: Sequence[PromptPair], tokenizer: PreTrainedTokenizerBase, fo
 
 
 def printable(text: str) -> str:
-    """A text in one line, without what a terminal would act on."""
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+    """A text in one line, without what a terminal would act on; its own backslashes are told from those of escapes."""
+    return "".join(one if one.isprintable() and one != "\\" else repr(one)[1:-1] for one in text)
 
 
 def _bare(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> bool:

@@ -15,7 +15,7 @@ from remote_mediation.config import PromptSettings, StudyConfig, load_config
 from remote_mediation.errors import ModelError, PairsError, SettingsError
 from remote_mediation.pairs import PromptPair, load_pairs
 from remote_mediation.prompts import PLAIN, PromptForm, Turn, encode_prompt, render
-from remote_mediation.shown import described, shown
+from remote_mediation.shown import described, printable, shown
 from remote_mediation.study import prepare
 from remote_mediation.tokens import TokenPair, tokenise
 
@@ -325,6 +325,12 @@ def test_settings_of_the_prompt(tmp_path: Path) -> None:
 
 
 # --- shown ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_break_is_told_from_the_two_signs_that_stand_for_it() -> None:
+    assert printable("a\nb") == "a\\nb"
+    assert printable("a\\nb") == "a\\\\nb"
+    assert printable("é \u200b") == "é \\u200b"
 
 
 def test_a_pair_is_shown_with_its_spans_and_ids() -> None:
