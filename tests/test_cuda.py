@@ -6,6 +6,7 @@ All is in float32 without TF32, but where bfloat16 is named, and is compared wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from fakes import words_tokenizer
+from mixture_oracle import MixtureOracle
 from nnsight import TransformersModel
 from oracle import LOGIT_DIFF, MODULES, REFUSAL, RESPONSE_LOGPROB, Measured, Subject, random_rows, token_pair
+from test_experts import grid, parts_of
 from test_joint_direct import every_contribution, lab, opened
 from test_samples import BY_ID, GREEDY, SAMPLED, sampled, swaps
 from test_tasks import HELD, PROMPTS
@@ -45,6 +48,7 @@ NAMES = ("llama", "gemma2_window", "gpt2", "mixtral")
 CLOSE = 1e-3
 LEAST_EFFECT = 0.1
 WHOLE: tuple[Component, ...] = ("layer_output", "attention_output", "mlp_output")
+OF_HEADS: tuple[Component, ...] = ("query_heads", "key_heads", "value_heads")
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +80,7 @@ def map_rows(pair: TokenPair, model: Subject) -> list[Row]:
     layers = range(model.info.layers)
     sites = [Site(*which) for which in product(WHOLE, layers, SPANS)]
     sites += [Site("attention_heads", layer, "last", (1, 3)) for layer in layers]
+    sites += [Site(part, layer, "edit", (1,)) for part in OF_HEADS for layer in layers]
     if "mlp_neurons" in MODULES[model.info.family]:
         sites += [Site("mlp_neurons", layer, "all", (0, 3, 17)) for layer in layers]
     return [swap(pair, site, base, model.info) for site in sites for base in (0, 1)]
@@ -92,6 +97,19 @@ def test_rows_of_many_writes(subject: Subjects, name: str, record_property: Say)
     """Any places and columns, constant and scaled values too: every kind of index that is sent to the GPU."""
     model, pair, rng = on_gpu(subject(name)), token_pair("pair", edits=(3, 1)), np.random.default_rng(1)
     agree(model.compare([pair], random_rows(pair, model.info, rng, 15), LOGIT_DIFF), record_property)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3"])
+def test_parts_of_mixtures(subject: Subjects, name: str, record_property: Say) -> None:
+    """Routing, experts, their neurons and the shared expert, against experts written out by hand on the CPU."""
+    model, pair = on_gpu(subject(name)), token_pair("pair", edits=(2, 4), answers=(4, 1))
+    for part in parts_of(model):
+        measured = model.compare([pair], grid(pair, model, part), RESPONSE_LOGPROB, MixtureOracle)
+        agree(measured, partial(_of_part, record_property, part))
+
+
+def _of_part(say: Say, part: str, said: str, value: object) -> None:
+    say(f"{part}: {said}", value)
 
 
 @pytest.mark.parametrize("name", NAMES)
