@@ -121,10 +121,13 @@ def _rewrapped(lab: Lab, name: str, wrapper: str) -> _Variant:
         ]
 
     prepared = lab.tokenised(f"rewrapped-{digest([name, wrapper, sorted(known)])}", texts)
-    pairs = tuple(
-        replace(pair, answers=known[pair.id].answers, cluster=known[pair.id].cluster) for pair in prepared.pairs
-    )
+    pairs = tuple(_read_as(known[pair.id], pair) for pair in prepared.pairs)
     return _Variant(name, lab.beside(pairs=pairs), pairs)
+
+
+def _read_as(plain: TokenPair, wrapped: TokenPair) -> TokenPair:
+    """A rewrapped pair with what its outcome reads, and in the cluster of the plain one."""
+    return replace(wrapped, answers=plain.answers, openings=plain.openings, cluster=plain.cluster)
 
 
 def _on_checkpoint(lab: Lab, name: str) -> _Variant:
