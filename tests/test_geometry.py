@@ -148,7 +148,9 @@ def test_it_is_said_and_drawn() -> None:
     np.testing.assert_array_equal(lengths.lines[0].get_ydata(), table["length_harm"])
     assert "on two halves" in section.finding
     best = table["silhouette_refusal"].idxmax()
-    assert f"at the token of refusal after layer {best} (" in section.finding
+    assert f"best after layer {best} at the token of refusal (" in section.finding
+    (mixed,) = shown({"geometry.csv": table.assign(silhouette_harm=-table["silhouette_refusal"].abs())})
+    assert "apart nowhere at the token of harm (at most -" in mixed.finding
     (empty,) = shown({"geometry.csv": table.assign(silhouette_harm=np.nan, silhouette_refusal=np.nan)})
-    assert "told apart best nowhere" in empty.finding
+    assert "told apart nowhere at the token of harm and nowhere at the token of refusal." in empty.finding
     assert shown({}) == []

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF
-from remote_mediation.analyses.headpaths.ask import ENOUGH, RARE, WHOLE, named
+from remote_mediation.analyses.headpaths.ask import ENOUGH, HEADS, MLPS, RARE, WHOLE, named
 from remote_mediation.result import Result
 from remote_mediation.show.figures import DPI, WIDTH, dot_rows, legend, share_axis
 from remote_mediation.show.section import Section
@@ -17,6 +17,14 @@ from remote_mediation.show.words import UNMEASURED, no_effect, share_of
 
 NO_HEADS = "There are no heads to follow: the analysis `rivals`, which finds them, was not part of this study."
 _MOST_RECEIVERS = 6
+_HOW_TO_READ = (
+    Note(
+        f"{MLPS}, {HEADS}",
+        "all of them at once, each as the sender alone makes it, so that none hears another. Behind the amplifiers all "
+        "runs as it will, so that these few can pass on more",
+    ),
+    Note("other heads", "sets of other heads of these layers that do as much by this way, in either direction"),
+)
 
 
 def sections(result: Result) -> list[Section]:
@@ -78,8 +86,7 @@ def _paths_table(paths: pd.DataFrame) -> Table:
         both = [part[part["direction"] == direction].iloc[0] for direction in DIRECTIONS]
         cells = [share_of(row, share) for share in ("part", "harm", "placebo") for row in both]
         rows.append((str(way), *cells, _beside(part)))
-    note = Note("other heads", "sets of other heads of these layers that do as much by this way, in either direction")
-    return Table(header, rows, (note, *notes_on("", paths["reason"].dropna())))
+    return Table(header, rows, (*_HOW_TO_READ, *notes_on("", paths["reason"].dropna())))
 
 
 def _beside(part: pd.DataFrame) -> str:

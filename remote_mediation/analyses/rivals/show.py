@@ -5,7 +5,7 @@ Tables of `directions.analyse` and `sets.analyse` in, tables of text and figures
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -80,23 +80,27 @@ def _geometry(result: Result) -> list[Section]:
     )
     depth = eligible(len(table))
     middle, shown = table.iloc[depth // 2], table.iloc[:depth]["cosine"]
-    best = {
-        name: table.loc[table[f"silhouette_{name}"].idxmax()] for name in PLACES if table[f"silhouette_{name}"].any()
-    }
-    told = [
-        f"at the token of {name} after layer {row['layer']:.0f} ({number(row[f'silhouette_{name}'])})"
-        for name, row in best.items()
-    ]
     finding = (
         f"Below {DEPTH:.0%} of the depth the cosine of the two lies between {number(shown.min())} and "
         f"{number(shown.max())}; after layer {middle['layer']:.0f} it is {number(middle['cosine'])}, and on two halves "
-        f"{number(middle['cosine_harm'])} for harm, {number(middle['cosine_refusal'])} for refusal. Harmful and "
-        f"harmless prompts are told apart best {' and '.join(told) or 'nowhere'}."
+        f"{number(middle['cosine_harm'])} for harm, {number(middle['cosine_refusal'])} for refusal. By their "
+        f"silhouettes, harmful and harmless prompts are told apart {' and '.join(_told_apart(table))}."
     )
     said, tables = _two_directions(result)
     return [
         Section("geometry", "Harm and refusal in the stream", did, f"{finding}{said}", tables, geometry_figure(table))
     ]
+
+
+def _told_apart(table: pd.DataFrame) -> Iterator[str]:
+    """By token, the layer of the largest silhouette; where that is not above 0, none tells the prompts apart."""
+    for name in PLACES:
+        silhouettes = table.set_index("layer")[f"silhouette_{name}"].dropna()
+        if (silhouettes > 0).any():
+            yield f"best after layer {silhouettes.idxmax()} at the token of {name} ({number(silhouettes.max())})"
+        else:
+            at_most = f" (at most {number(silhouettes.max())})" if len(silhouettes) else ""
+            yield f"nowhere at the token of {name}{at_most}"
 
 
 def _two_directions(result: Result) -> tuple[str, tuple[Table, ...]]:
