@@ -49,7 +49,7 @@ def save_dequantised(
     config.tie_word_embeddings = True
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
-    tokenizer = _tokenizer(source, reader)  # before the weights, whose progress is told
+    tokenizer = _tokenizer(source, reader, config.model_type)  # before the weights, whose progress is told
     weights = dict(_weights(reader, model, tick))
     missing = set(dict(model.named_parameters())) - set(weights)
     if missing:
@@ -85,12 +85,17 @@ def _weights(reader: Any, model: Any, tick: Callable[[int], None]) -> Iterator[t
         tick(int(tensor.n_bytes))
 
 
-def _tokenizer(source: Path, reader: Any) -> Any:
+def _tokenizer(source: Path, reader: Any, model_type: str) -> Any:
     """The file's tokenizer; it begins texts with the token that the file says they begin with."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+    # Where its kind is given, transformers does not read the whole header once more to find it: ten seconds.
+    kind = model_type if model_type in TOKENIZER_MAPPING_NAMES else None
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        source.parent, gguf_file=source.name, tokenizer_type=kind, trust_remote_code=False
+    )
     first = tokenizer.bos_token
     if _field(reader, "tokenizer.ggml.add_bos_token") and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
