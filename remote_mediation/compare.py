@@ -1,6 +1,6 @@
 """Several runs side by side: other models, or checkpoints of one, measured by the same kind of study.
 
-It reads the tables that lie in their folders (`show.printed`), so it takes run folders and what `export` wrote of them.
+It reads the tables that lie in their folders (`printed`), so it takes run folders and what `export` wrote of them.
 Models differ in depth and outcomes in unit, so nothing is compared across runs but what has neither: a layer is its
 relative depth, 0 (first) to 1 (last), and an effect is a share of its own run's total effect. Where that total effect
 is not told apart from 0 there are no shares of it, and the run is listed with the reason and left out of the figure.
@@ -27,11 +27,11 @@ from remote_mediation.analyses.rivals.rulings import CLAIM_COLUMNS as RIVAL_COLU
 from remote_mediation.analyses.rivals.rulings import SET_COLUMNS as RIVAL_SET_COLUMNS
 from remote_mediation.analyses.rivals.show import CLAIM_FILES
 from remote_mediation.analyses.rivals.show import verdicts_of as rivals_of
-from remote_mediation.analyses.total.ask import ASKED, COVERAGE_COLUMNS, coverages
+from remote_mediation.analyses.total.ask import ASKED, COVERAGE_COLUMNS, Coverage, coverages
 from remote_mediation.errors import SettingsError, StoreError
+from remote_mediation.printed import Printed, read_several
 from remote_mediation.report import TOLERANCE
 from remote_mediation.show import figures
-from remote_mediation.show.printed import Printed, read_several
 from remote_mediation.show.section import Share, Verdict
 from remote_mediation.show.tables import NONE, Note, Table, bullets, count, csv_text, estimate, paragraphs, percent
 from remote_mediation.store import Store
@@ -106,6 +106,8 @@ class Compared:
     """Claims, then rivals; none where they were not tested."""
     profile: pd.DataFrame
     """`PROFILE_COLUMNS`; without rows where no share of TE can be given."""
+    coverage: tuple[Coverage, ...]
+    """How much of what is said the openings hold; none where the outcome has no openings."""
     notes: tuple[str, ...]
     """Why numbers are missing or to be read with care, each said once."""
 
@@ -161,6 +163,7 @@ def compared(run: Printed) -> Compared:
         run=run,
         verdicts=verdicts,
         profile=_profile(run, stream.iloc[:0] if problem else stream),
+        coverage=_coverage(run),
         notes=tuple(dict.fromkeys(filter(None, (*_warnings(run), problem, known, *missing)))),
     )
 
@@ -172,7 +175,7 @@ def runs_table(runs: Sequence[Compared]) -> Table:
         "layers": [str(one.run.model["layers"]) for one in runs],
         "precision, where": [f"{one.run.config.dtype}, {one.run.config.backend}" for one in runs],
         "outcome": [one.run.config.outcome for one in runs],
-        "openings hold, of what is said": [_covered(one.run) for one in runs],
+        "openings hold, of what is said": [_covered(one.coverage) for one in runs],
         "pairs, clusters": [f"{one.run.total.n_pairs}, {one.run.total.n_clusters}" for one in runs],
         "held-out pairs": [str(one.heldout) for one in runs],
         "TE, in the outcome's unit": [f"{estimate(one.run.total)} {one.run.unit}" for one in runs],
@@ -350,14 +353,20 @@ def _share(one: Share) -> str:
     return f"{way} {estimate(one.harm, percent)}".strip()
 
 
-def _covered(run: Printed) -> str:
-    """How much of what is said the openings of either side cover after the prompts that ask for it."""
+def _coverage(run: Printed) -> tuple[Coverage, ...]:
+    """Mean coverage of both sides after both kinds of prompts.
+
+    Raises:
+        StoreError: the table lacks columns.
+    """
     table = run.table("coverage.csv", COVERAGE_COLUMNS)
-    if table is None:
-        return NONE
-    found = coverages(table, run.config.seed, run.config.statistics.resamples)
-    asked = [one for one in found if ASKED[one.prompts] == one.side]
-    return "; ".join(f"{one.side} {percent(one.found.value)} after {one.prompts} prompts" for one in asked)
+    return () if table is None else tuple(coverages(table, run.config.seed, run.config.statistics.resamples))
+
+
+def _covered(coverage: Sequence[Coverage]) -> str:
+    """How much of what is said the openings of either side cover after the prompts that ask for it."""
+    asked = [one for one in coverage if ASKED[one.prompts] == one.side]
+    return "; ".join(f"{one.side} {percent(one.found.value)} after {one.prompts} prompts" for one in asked) or NONE
 
 
 def _depth(depth: float) -> str:

@@ -473,7 +473,8 @@ def analysed(lab: Lab, analyses: tuple[Analysis, ...]) -> Result:
                 findings[one.name] = one.analyse(lab, findings)
     tables = {name: table for found in findings.values() for name, table in found.tables.items()}
     files = {name: content for found in findings.values() for name, content in found.files.items()}
-    return Result(study, lab.effects, tables, _summary(study, lab.effects), analyses, files)
+    values = {name: found.value for name, found in findings.items() if found.value is not None}
+    return Result(study, lab.effects, tables, _summary(study, lab.effects), analyses, files, values)
 
 
 def _operations(study: Study, analysis: Analysis, requests: Sequence[Request]) -> float:

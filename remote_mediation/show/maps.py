@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 
 from remote_mediation.effects import SITE_COLUMNS
+from remote_mediation.printed import Printed, Tokens
 from remote_mediation.show.figures import QUESTIONS
-from remote_mediation.show.printed import Printed, Tokens
 from remote_mediation.show.sites import NOUNS
 from remote_mediation.sites import HEAD_COMPONENTS
 from remote_mediation.summary import CHECKS, UNITS

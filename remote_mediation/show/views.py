@@ -18,13 +18,13 @@ from remote_mediation.analyses.claims.sparse import GATE_SET_COLUMNS
 from remote_mediation.errors import StoreError
 from remote_mediation.models import load_tokenizer
 from remote_mediation.outcomes import OUTCOMES
+from remote_mediation.printed import Printed, Tokens, tokens_at
 from remote_mediation.report import TOLERANCE
 from remote_mediation.show.charts import behind_chart, size_chart
 from remote_mediation.show.embed import Charts
 from remote_mediation.show.map_chart import MOST_LINES, map_chart
 from remote_mediation.show.maps import SiteMap, maps_of
 from remote_mediation.show.markup import cells_html, paragraph, table_html, verdict_html
-from remote_mediation.show.printed import Printed, Tokens, tokens_at
 from remote_mediation.show.tables import Table, count, estimate
 
 _TITLES = {

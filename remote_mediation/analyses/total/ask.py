@@ -63,11 +63,13 @@ class Coverage(NamedTuple):
 
 
 def analyse(lab: Lab, before: Findings) -> Finding:
-    """`coverage.csv` and `openings.csv`; nothing where the outcome has no openings."""
-    outcome = lab.study.outcome
+    """`coverage.csv`, `openings.csv` and the mean coverages; nothing where the outcome has no openings."""
+    outcome, config = lab.study.outcome, lab.study.config
     if not isinstance(outcome, RefusalOutcome):
         return Finding()
-    return Finding({"coverage.csv": coverage_table(lab, outcome), "openings.csv": openings_table(lab, outcome)})
+    covered = coverage_table(lab, outcome)
+    tables = {"coverage.csv": covered, "openings.csv": openings_table(lab, outcome)}
+    return Finding(tables, value=coverages(covered, config.seed, config.statistics.resamples))
 
 
 def coverage_table(lab: Lab, outcome: RefusalOutcome) -> pd.DataFrame:
@@ -115,7 +117,12 @@ def openings_table(lab: Lab, outcome: RefusalOutcome) -> pd.DataFrame:
 
 
 def coverages(table: pd.DataFrame, seed: int, resamples: int) -> list[Coverage]:
-    """Mean coverage of both sides after both kinds of prompts, with clustered intervals. table: `COVERAGE_COLUMNS`."""
+    """Mean coverage of both sides after both kinds of prompts, with clustered intervals; none of an empty table.
+
+    table: `COVERAGE_COLUMNS`.
+    """
+    if table.empty:
+        return []
     found = []
     for prompts in reversed(PROMPTS):
         part = table[table["prompts"] == prompts]
