@@ -120,14 +120,18 @@ def strongest_sites(lab: Lab, most: int) -> list[Mediator]:
     layer. So are those that act against the total effect.
     """
     effects = lab.effects
-    stream = effects["component"] == "layer_output"
-    given = stream & ((effects["position"] == "all") | (effects["layer"] == lab.study.info.layers - 1))
-    used = effects[(effects["split"] == "discovery") & ~given]
+    used = effects[(effects["split"] == "discovery") & ~_by_construction(effects, lab.study.info.layers)]
     means = used.groupby(SITE_COLUMNS, dropna=False, sort=False)[["nie", "tie", "te"]].mean().reset_index()
     strength = means[["nie", "tie"]].mul(np.sign(means["te"]), axis=0).min(axis=1)
     order = means.assign(strength=strength)[strength > 0].sort_values("strength", ascending=False, kind="stable")
     first = order.drop_duplicates("component").head(most)
     return [_single(row) for row in first.to_dict("records")]
+
+
+def _by_construction(effects: pd.DataFrame, layers: int) -> pd.Series:
+    """Which effects follow whatever the model does."""
+    stream = effects["component"] == "layer_output"
+    return stream & ((effects["position"] == "all") | (effects["layer"] == layers - 1))
 
 
 def found_sets(before: Findings) -> list[Mediator]:
@@ -153,12 +157,20 @@ def judged(lab: Lab, mediators: Sequence[Mediator], pairs: Sequence[TokenPair]) 
     rows += [swap_all(pair, one.sites, side, info) for one in mediators for side in (0, 1) for pair in unfed]
     answers = lab.sampled(rows, manner)
     found = []
-    for group in range(2 * (1 + len(mediators))):
-        said = answers[group * len(pairs) : (group + 1) * len(pairs)]
-        prompts = [pair.prompts[group % 2] for pair in unfed for _ in range(manner.samples)]
-        found.append(complied(lab, spec, prompts, [answer for samples in said for answer in samples]))
+    for number in range(2 * (1 + len(mediators))):  # rows of one side, with one mediator swapped or with none
+        group = slice(number * len(pairs), (number + 1) * len(pairs))
+        prompts = [pair.prompts[row.base] for pair, row in zip(unfed, rows[group], strict=True)]
+        found.append(_said_of(lab, spec, prompts, answers[group]))
     verdicts = np.array(found, np.float64).reshape(1 + len(mediators), 2, len(pairs), manner.samples)
     return Verdicts(verdicts[0], verdicts[1:])
+
+
+def _said_of(
+    lab: Lab, spec: str, prompts: Sequence[tuple[int, ...]], answers: Sequence[Sequence[tuple[int, ...]]]
+) -> list[bool]:
+    """Whether answers comply, several to each prompt."""
+    asked = [prompt for prompt, samples in zip(prompts, answers, strict=True) for _ in samples]
+    return complied(lab, spec, asked, [answer for samples in answers for answer in samples])
 
 
 def cost(study: Study) -> Later:
@@ -209,11 +221,9 @@ def _rows(
     rows = [_rate_row(side, verdicts.plain[side], cheap.clusters, judge) for side in (1, 0)]
     rows.append({"mediator": "", "sites": 0, "quantity": "te", **_effect_row(lab, te, cheap.clusters, judge)})
     for number, one in enumerate(mediators):
-        effects = {
-            "nie": _Effect(cheap.nie[number], swapped[number, 0] - plain[0]),
-            "tie": _Effect(cheap.tie[number], plain[1] - swapped[number, 1]),
-        }
-        for quantity, effect in effects.items():
+        nie = _Effect(cheap.nie[number], swapped[number, 0] - plain[0])
+        tie = _Effect(cheap.tie[number], plain[1] - swapped[number, 1])
+        for quantity, effect in (("nie", nie), ("tie", tie)):
             named = {"mediator": one.name, "sites": len(one.sites), "quantity": quantity}
             shares = _share_columns(lab, effect, te, cheap.clusters)
             rows.append({**named, **_effect_row(lab, effect, cheap.clusters, judge), **shares})
