@@ -37,7 +37,7 @@ def whole_mlps_figure(sites: pd.DataFrame, total: Estimate) -> Figure:
 def units_figure(sites: pd.DataFrame, mediators: pd.DataFrame, threshold: float, min_share: float) -> Figure:
     """Single neurons on the held-out pairs, NIE against TIE; those that mediate are named layer.neuron.
 
-    mediators: `Summary.mediators`. threshold: `min_share` of TE on the held-out pairs, in the outcome's unit.
+    mediators: `neurons.MEDIATOR_COLUMNS`. threshold: `min_share` of TE on the held-out pairs, in the outcome's unit.
     """
     part = estimates_of(sites, UNITS, "heldout")
     wide = part.pivot(index=["layer", "position", "unit_start"], columns="quantity", values="mean")

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from remote_mediation.analyses.intervene.judging import complied, judge_quality
+from remote_mediation.analyses.intervene.judging import complied, judge_quality, measure_of
 from remote_mediation.effects import SITE_COLUMNS
 from remote_mediation.engine.rows import Row, swap_all
 from remote_mediation.engine.samples import Manner, bare, sample_flops
@@ -103,7 +103,8 @@ def analyse(lab: Lab, before: Findings) -> Finding:
     verdicts = judged(lab, mediators, pairs)
     quality = judge_quality(lab, settings.judge, settings.labelled)
     cheap = lab.joint([one.sites for one in mediators], pairs)
-    rows = _rows(lab, mediators, cheap, verdicts, _errors(quality))
+    judge = _Judge(measure_of(quality, "recall"), measure_of(quality, "specificity"))
+    rows = _rows(lab, mediators, cheap, verdicts, judge)
     return Finding(
         {
             "verify.csv": pd.DataFrame(rows, columns=list(VERIFY_COLUMNS)),
@@ -200,16 +201,6 @@ def _single(row: dict[Any, Any]) -> Mediator:
     site = Site(row["component"], int(row["layer"]), row["position"], tuple(units))
     some = f", units {units[0]} to {units[-1]}" if units else ""
     return Mediator(f"{site.component} of layer {site.layer} at '{site.position}'{some}", (site,))
-
-
-def _errors(quality: pd.DataFrame) -> _Judge:
-    by = quality.set_index("measure")
-
-    def known(name: str) -> Interval:
-        one = by.loc[name]
-        return Interval(int(one["n"]), 0, float(one["value"]), float(one["low"]), float(one["high"]), "")
-
-    return _Judge(known("recall"), known("specificity"))
 
 
 def _rows(
