@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from remote_mediation.report import PairText
     from remote_mediation.result import Result
     from remote_mediation.store import Store
-    from remote_mediation.tokens import TokenPair
+    from remote_mediation.tokens import Prepared, TokenPair
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -307,7 +307,7 @@ def check(
     from remote_mediation.models import load_tokenizer
     from remote_mediation.pairs import find_pair
     from remote_mediation.show.tables import count
-    from remote_mediation.shown import balanced, counts, printable, refused_placebos, shown, warnings
+    from remote_mediation.shown import balanced, counts, refused_placebos, shown, warnings
     from remote_mediation.texts import described_lists, load_texts
     from remote_mediation.tokens import tokenise
 
@@ -322,18 +322,29 @@ def check(
         _say("pairs check --show", as_json, {"lines": lines}, *lines)
         return
     prepared = tokenise(texts, tokenizer, form)
-    refused = [f"refused {printable(one.id)}: {one.reason}" for one in prepared.refusals[:_MOST_LINES]]
-    if max(map(len, prepared)) > _MOST_LINES:
-        refused.append(f"of usable and of refused pairs the first {_MOST_LINES:,} are shown; --show ID shows any")
-    notes = [*described_lists(config), *warnings(texts, tokenizer, form), *balanced(texts, tokenizer)]
     usable_ids = {pair.id for pair in prepared.pairs}
     placebos = refused_placebos([text for text in texts if text.id in usable_ids], tokenizer, form)
+    notes = [*described_lists(config), *warnings(texts, tokenizer, form), *balanced(texts, tokenizer)]
     notes += placebos[:_MOST_LINES]
-    equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
-    told = f"{len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"
     data = {"usable": list(map(counts, prepared.pairs)), "refused": prepared.refusals, "notes": notes}
+    told = f"{count(len(texts), 'pair')}: {_usable_in_words(prepared)}"
     table = _counts_table(prepared.pairs[:_MOST_LINES])
-    _say("pairs check", as_json, data, table, *refused, *notes, f"{count(len(texts), 'pair')}: {told}")
+    _say("pairs check", as_json, data, table, *_refused_lines(prepared), *notes, told)
+
+
+def _usable_in_words(prepared: Prepared) -> str:
+    equal = sum(len(pair.x0) == len(pair.x1) for pair in prepared.pairs)
+    return f"{len(prepared.pairs)} usable ({equal} of equal length), {len(prepared.refusals)} refused"
+
+
+def _refused_lines(prepared: Prepared) -> list[str]:
+    """The first refused pairs with their reasons, and that there are more where there are."""
+    from remote_mediation.shown import printable
+
+    lines = [f"refused {printable(one.id)}: {one.reason}" for one in prepared.refusals[:_MOST_LINES]]
+    if max(map(len, prepared)) > _MOST_LINES:
+        lines.append(f"of usable and of refused pairs the first {_MOST_LINES:,} are shown; --show ID shows any")
+    return lines
 
 
 def _counts_table(pairs: Sequence[TokenPair]) -> Table:

@@ -1,6 +1,6 @@
 """Several runs side by side: other models, or checkpoints of one, measured by the same kind of study.
 
-It reads the tables that lie in their folders (`show.printed`), so it takes run folders and what `export` wrote of them.
+It reads the tables that lie in their folders (`printed`), so it takes run folders and what `export` wrote of them.
 Models differ in depth and outcomes in unit, so nothing is compared across runs but what has neither: a layer is its
 relative depth, 0 (first) to 1 (last), and an effect is a share of its own run's total effect. Where that total effect
 is not told apart from 0 there are no shares of it, and the run is listed with the reason and left out of the figure.
@@ -17,6 +17,7 @@ from itertools import cycle
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -27,11 +28,11 @@ from remote_mediation.analyses.rivals.rulings import CLAIM_COLUMNS as RIVAL_COLU
 from remote_mediation.analyses.rivals.rulings import SET_COLUMNS as RIVAL_SET_COLUMNS
 from remote_mediation.analyses.rivals.show import CLAIM_FILES
 from remote_mediation.analyses.rivals.show import verdicts_of as rivals_of
-from remote_mediation.analyses.total.ask import ASKED, COVERAGE_COLUMNS, coverages
+from remote_mediation.analyses.total.ask import ASKED, COVERAGE_COLUMNS, Coverage, coverages
 from remote_mediation.errors import SettingsError, StoreError
+from remote_mediation.printed import Printed, read_several
 from remote_mediation.report import TOLERANCE
 from remote_mediation.show import figures
-from remote_mediation.show.printed import Printed, read_several
 from remote_mediation.show.section import Share, Verdict
 from remote_mediation.show.tables import NONE, Note, Table, bullets, count, csv_text, estimate, paragraphs, percent
 from remote_mediation.store import Store
@@ -106,6 +107,8 @@ class Compared:
     """Claims, then rivals; none where they were not tested."""
     profile: pd.DataFrame
     """`PROFILE_COLUMNS`; without rows where no share of TE can be given."""
+    coverage: tuple[Coverage, ...]
+    """How much of what is said the openings hold; none where the outcome has no openings."""
     notes: tuple[str, ...]
     """Why numbers are missing or to be read with care, each said once."""
 
@@ -161,6 +164,7 @@ def compared(run: Printed) -> Compared:
         run=run,
         verdicts=verdicts,
         profile=_profile(run, stream.iloc[:0] if problem else stream),
+        coverage=_coverage(run),
         notes=tuple(dict.fromkeys(filter(None, (*_warnings(run), problem, known, *missing)))),
     )
 
@@ -172,7 +176,7 @@ def runs_table(runs: Sequence[Compared]) -> Table:
         "layers": [str(one.run.model["layers"]) for one in runs],
         "precision, where": [f"{one.run.config.dtype}, {one.run.config.backend}" for one in runs],
         "outcome": [one.run.config.outcome for one in runs],
-        "openings hold, of what is said": [_covered(one.run) for one in runs],
+        "openings hold, of what is said": [_covered(one.coverage) for one in runs],
         "pairs, clusters": [f"{one.run.total.n_pairs}, {one.run.total.n_clusters}" for one in runs],
         "held-out pairs": [str(one.heldout) for one in runs],
         "TE, in the outcome's unit": [f"{estimate(one.run.total)} {one.run.unit}" for one in runs],
@@ -193,14 +197,18 @@ def verdicts_table(runs: Sequence[Compared]) -> Table:
         found = [verdicts.get(label) for verdicts in by_run]
         swapped = {share.measure for verdict in found if verdict for share in verdict.shares}
         rows.append((row, *(_told(verdict, len(swapped) > 1) for verdict in found)))
-    against = [
+    what = f"shares of TE with 95% intervals on held-out pairs; of claim 4 a gain in accuracy; {NONE}: not asked"
+    return Table(("", *(one.name for one in runs)), rows, (Note("", what), *_against(runs)))
+
+
+def _against(runs: Sequence[Compared]) -> list[Note]:
+    """Why what is not supported is not."""
+    return [
         Note(one.name, f"{verdict.row}, not supported: {verdict.why}")
         for one in runs
         for verdict in one.verdicts
         if verdict.said == "not supported"
     ]
-    what = f"shares of TE with 95% intervals on held-out pairs; of claim 4 a gain in accuracy; {NONE}: not asked"
-    return Table(("", *(one.name for one in runs)), rows, (Note("", what), *against))
 
 
 def comparison_data(runs: Sequence[Compared]) -> dict[str, pd.DataFrame]:
@@ -214,34 +222,48 @@ def comparison_data(runs: Sequence[Compared]) -> dict[str, pd.DataFrame]:
 
 def agreement(runs: Sequence[Compared]) -> str:
     """In how many of the runs that tested it each claim and rival is supported, and where for harm in particular."""
+    groups: dict[tuple[float, int], list[str]] = {}
+    for name, verdicts in _tested(runs).items():
+        supported = sum(verdict.supported for verdict in verdicts)
+        groups.setdefault((supported / len(verdicts), len(verdicts)), []).append(_qualified(name, verdicts))
+    if not groups:
+        return "**No run tested a claim.**"
+    said = "; ".join(
+        f"in {round(part * many)} of {many}: {', '.join(names)}"
+        for (part, many), names in sorted(groups.items(), reverse=True)
+    )
+    specific = _specific(runs)
+    harm = f"More for harm than for another edit of the same words: {', '.join(specific) or 'none of them'}."
+    return f"**Supported, of the runs that tested it, {said}.** {harm}"
+
+
+def _tested(runs: Sequence[Compared]) -> dict[str, list[Verdict]]:
+    """By name of the claim or rival what is said of it, where it was tested."""
     tested: dict[str, list[Verdict]] = {}
     for one in runs:
         for verdict in one.verdicts:
             if verdict.said != "not tested":
                 tested.setdefault(verdict.name, []).append(verdict)
-    groups: dict[tuple[float, int], list[str]] = {}
-    for name, verdicts in tested.items():
-        supported = sum(verdict.supported for verdict in verdicts)
-        taken = Counter(verdict.control for verdict in verdicts if verdict.control)
-        undecided = sum(verdict.said.endswith("undecided") for verdict in verdicts)
-        more = [f"undecided in {undecided}"] if undecided else []
-        more += [f"{control} in {count}" for control, count in taken.items()]
-        named = f"{name} ({', '.join(more)})" if more else name
-        groups.setdefault((supported / len(verdicts), len(verdicts)), []).append(named)
-    said = "; ".join(
-        f"in {round(part * many)} of {many}: {', '.join(names)}"
-        for (part, many), names in sorted(groups.items(), reverse=True)
-    )
-    if not said:
-        return "**No run tested a claim.**"
-    specific = [
+    return tested
+
+
+def _specific(runs: Sequence[Compared]) -> list[str]:
+    """What is supported for harm in particular, and in which run."""
+    return [
         f"{verdict.name} in {one.name}"
         for one in runs
         for verdict in one.verdicts
         if verdict.supported and not verdict.general
     ]
-    harm = f"More for harm than for another edit of the same words: {', '.join(specific) or 'none of them'}."
-    return f"**Supported, of the runs that tested it, {said}.** {harm}"
+
+
+def _qualified(name: str, verdicts: Sequence[Verdict]) -> str:
+    """A claim with how many runs leave it undecided, and what controls take from it in how many."""
+    undecided = sum(verdict.said.endswith("undecided") for verdict in verdicts)
+    taken = Counter(verdict.control for verdict in verdicts if verdict.control)
+    more = [f"undecided in {undecided}"] if undecided else []
+    more += [f"{control} in {times}" for control, times in taken.items()]
+    return f"{name} ({', '.join(more)})" if more else name
 
 
 def comparison_figure(runs: Sequence[Compared]) -> Figure:
@@ -252,12 +274,7 @@ def comparison_figure(runs: Sequence[Compared]) -> Figure:
     figure = Figure((figures.WIDTH, 5.0), figures.DPI, layout="constrained")
     axis = figure.subplots()
     for one, colour, marker in zip(runs, cycle(figures.COLOURS), cycle(figures.MARKERS), strict=False):
-        for position, dashes in (("last", "-"), ("edit", "--")):
-            line = one.profile[one.profile["position"] == position].sort_values("depth")
-            label = f"{one.name}, at '{position}'"
-            axis.plot(line["depth"], line["share"], dashes, color=colour, marker=marker, markersize=3.5, label=label)
-        if not math.isnan(one.crossing):
-            axis.axvline(one.crossing, color=colour, linestyle=":", linewidth=1.2)
+        _draw_run(axis, one, colour, marker)
     axis.axhline(0, color="0.5", linewidth=0.8)
     axis.axvspan(2 / 3, 1, color="0.92", zorder=0)
     axis.set(xlabel="relative depth (0 first layer, 1 last; shaded: last third)", ylabel="mean NIE / mean TE")
@@ -265,6 +282,16 @@ def comparison_figure(runs: Sequence[Compared]) -> Figure:
     figure.suptitle(crossings(runs), fontsize=11)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
+
+
+def _draw_run(axis: Axes, one: Compared, colour: str, marker: str) -> None:
+    """Both positions by depth, and an upright where they cross."""
+    for position, dashes in (("last", "-"), ("edit", "--")):
+        line = one.profile[one.profile["position"] == position].sort_values("depth")
+        label = f"{one.name}, at '{position}'"
+        axis.plot(line["depth"], line["share"], dashes, color=colour, marker=marker, markersize=3.5, label=label)
+    if not math.isnan(one.crossing):
+        axis.axvline(one.crossing, color=colour, linestyle=":", linewidth=1.2)
 
 
 def crossings(runs: Sequence[Compared]) -> str:
@@ -350,14 +377,20 @@ def _share(one: Share) -> str:
     return f"{way} {estimate(one.harm, percent)}".strip()
 
 
-def _covered(run: Printed) -> str:
-    """How much of what is said the openings of either side cover after the prompts that ask for it."""
+def _coverage(run: Printed) -> tuple[Coverage, ...]:
+    """Mean coverage of both sides after both kinds of prompts.
+
+    Raises:
+        StoreError: the table lacks columns.
+    """
     table = run.table("coverage.csv", COVERAGE_COLUMNS)
-    if table is None:
-        return NONE
-    found = coverages(table, run.config.seed, run.config.statistics.resamples)
-    asked = [one for one in found if ASKED[one.prompts] == one.side]
-    return "; ".join(f"{one.side} {percent(one.found.value)} after {one.prompts} prompts" for one in asked)
+    return () if table is None else tuple(coverages(table, run.config.seed, run.config.statistics.resamples))
+
+
+def _covered(coverage: Sequence[Coverage]) -> str:
+    """How much of what is said the openings of either side cover after the prompts that ask for it."""
+    asked = [one for one in coverage if ASKED[one.prompts] == one.side]
+    return "; ".join(f"{one.side} {percent(one.found.value)} after {one.prompts} prompts" for one in asked) or NONE
 
 
 def _depth(depth: float) -> str:

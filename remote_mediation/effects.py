@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,35 +78,42 @@ def effects_table(
     """The effects of all requests whose four potential outcomes were measured (columns: `EFFECT_COLUMNS`)."""
     records = []
     for request in requests:
-        pair, site = request.pair, request.site
+        pair = request.pair
         rows = (Row(pair.id, 0), Row(pair.id, 1), *request.rows(info))
         found = [values.get(keys(row)) for row in rows]
-        if any(value is None for value in found):
-            continue
-        y_base, y_source, y_base_patched, y_source_patched = (outcome.value(pair, v) for v in found if v is not None)
-        records.append(
-            {
-                "pair_id": pair.id,
-                "cluster": pair.cluster,
-                "split": splits[pair.id],
-                "analysis": request.analysis,
-                "component": site.component,
-                "layer": site.layer,
-                "position": site.position,
-                "unit_start": site.units[0] if site.units else None,
-                "unit_stop": site.units[-1] + 1 if site.units else None,
-                "y_base": y_base,
-                "y_source": y_source,
-                "y_base_patched": y_base_patched,
-                "y_source_patched": y_source_patched,
-                "te": y_source - y_base,
-                "nie": y_base_patched - y_base,
-                "nde": y_source_patched - y_base,
-                "tie": y_source - y_source_patched,
-                "int": (y_source - y_base) - (y_source_patched - y_base) - (y_base_patched - y_base),
-                "outcome": outcome.name,
-                "unit": outcome.unit,
-            }
-        )
+        known = [outcome.value(pair, value) for value in found if value is not None]
+        if len(known) == len(rows):
+            measured = {"split": splits[pair.id], "outcome": outcome.name, "unit": outcome.unit}
+            records.append({**_site_columns(request), **_effect_columns(*known), **measured})
     table = pd.DataFrame(records, columns=list(EFFECT_COLUMNS))
     return table.astype({"unit_start": "Int64", "unit_stop": "Int64"})
+
+
+def _site_columns(request: Request) -> dict[str, Any]:
+    """What was swapped, and on which pair."""
+    pair, site = request.pair, request.site
+    return {
+        "pair_id": pair.id,
+        "cluster": pair.cluster,
+        "analysis": request.analysis,
+        "component": site.component,
+        "layer": site.layer,
+        "position": site.position,
+        "unit_start": site.units[0] if site.units else None,
+        "unit_stop": site.units[-1] + 1 if site.units else None,
+    }
+
+
+def _effect_columns(y_base: float, y_source: float, y_base_patched: float, y_source_patched: float) -> dict[str, float]:
+    """Effects as differences of the four potential outcomes: Y(x0), Y(x1), Y(x0, M(x1)), Y(x1, M(x0))."""
+    return {
+        "y_base": y_base,
+        "y_source": y_source,
+        "y_base_patched": y_base_patched,
+        "y_source_patched": y_source_patched,
+        "te": y_source - y_base,
+        "nie": y_base_patched - y_base,
+        "nde": y_source_patched - y_base,
+        "tie": y_source - y_source_patched,
+        "int": (y_source - y_base) - (y_source_patched - y_base) - (y_base_patched - y_base),
+    }

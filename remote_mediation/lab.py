@@ -100,6 +100,10 @@ class Indirect(NamedTuple):
     clusters: npt.NDArray[np.str_]
     """`[pair]`"""
 
+    def means(self) -> Floats:
+        """`[site, (nie, tie)]`, over the pairs that have a value."""
+        return np.stack([np.nanmean(table, axis=1) for table in (self.nie, self.tie)], axis=1)
+
 
 class Lab:
     """A study with its run folder and, while it is being measured, a backend."""

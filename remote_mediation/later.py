@@ -12,7 +12,7 @@ from remote_mediation.engine.budget import base_flops, row_flops
 from remote_mediation.engine.jobs import Context
 from remote_mediation.engine.rows import swap
 from remote_mediation.engine.tasks import forward_flops, generate_task
-from remote_mediation.lab import Study
+from remote_mediation.lab import Study, placebo_id
 from remote_mediation.sites import Site
 from remote_mediation.tokens import TokenPair
 
@@ -40,6 +40,13 @@ def pairs_of(study: Study, split: str = "all") -> list[TokenPair]:
     """Pairs of a split (`all`, `discovery`, `heldout`)."""
     splits = study.splits() if split != "all" else {}
     return [pair for pair in study.pairs if split in ("all", splits.get(pair.id))]
+
+
+def with_placebos(study: Study, pairs: Sequence[TokenPair]) -> list[TokenPair]:
+    """Pairs, then the placebo pairs of those that have one."""
+    known = {pair.id: pair for pair in study.placebos}
+    wanted = [placebo_id(pair.id) for pair in pairs]
+    return [*pairs, *(known[name] for name in wanted if name in known)]
 
 
 def of_rows(study: Study, pairs: Sequence[TokenPair], site: Site) -> Later:

@@ -124,17 +124,21 @@ def components(pairs: Sequence[PromptPair]) -> tuple[str, ...]:
     side or id) or an edit word, and when a third pair links them. An empty template is shared with nobody. Upper and
     lower case are one; inflected forms are different words. Prompts that are not aligned have no edit words.
     """
-    keys = [_shared_by(pair) for pair in pairs]
-    node = {key: len(pairs) + number for number, key in enumerate(sorted(set().union(*keys)))}
-    links = np.array([(row, node[key]) for row, of_pair in enumerate(keys) for key in of_pair], int).reshape(-1, 2)
-    size = len(pairs) + len(node)
+    labels = _linked([_shared_by(pair) for pair in pairs])
+    first: dict[int, str] = {}
+    for pair, label in zip(pairs, labels, strict=True):
+        first.setdefault(label, pair.id)
+    return tuple(first[label] for label in labels)
+
+
+def _linked(keys: Sequence[set[tuple[str, str]]]) -> list[int]:
+    """A number for every item, the same for those that share a key, or that others link. keys: of each item."""
+    node = {key: len(keys) + number for number, key in enumerate(sorted(set().union(*keys)))}
+    links = np.array([(row, node[key]) for row, of_item in enumerate(keys) for key in of_item], int).reshape(-1, 2)
+    size = len(keys) + len(node)
     graph = coo_array((np.ones(len(links)), (links[:, 0], links[:, 1])), shape=(size, size))
     _, labels = connected_components(graph, directed=False)
-
-    first: dict[int, str] = {}
-    for pair, label in zip(pairs, labels, strict=False):
-        first.setdefault(int(label), pair.id)
-    return tuple(first[int(label)] for label in labels[: len(pairs)])
+    return [int(label) for label in labels[: len(keys)]]
 
 
 def edit_words(pair: PromptPair) -> frozenset[str]:

@@ -214,13 +214,12 @@ def _checked(
     )
     if not rendered.templated:  # what a tokenizer adds behind a text would end it before the answer
         ids = ids[: len(ids) - next((i for i, special in enumerate(reversed(tokens.added)) if not special), len(ids))]
-    inside = [
-        i for i, (start, stop) in enumerate(offsets[: len(ids)]) if stop > rendered.begin and start < rendered.end
-    ]
+    placed = zip(ids, offsets, strict=False)  # an end that was taken off still has its place
+    inside = [(token, *at) for token, at in placed if at[1] > rendered.begin and at[0] < rendered.end]
     try:
         _check_ends(ids, tokenizer)
         _check_marks(rendered, ids, control)
-        _check_round_trip(rendered.text, [(ids[i], *offsets[i]) for i in inside], tokenizer)
+        _check_round_trip(rendered.text, inside, tokenizer)
     except PairsError as error:
         return error
     behind = sum(start >= rendered.end for start, _ in offsets)
@@ -260,12 +259,21 @@ def render(
         before, after = known.around
     else:
         before, after = _frame(marker, tokenizer, form, turns)
+    begin, end = _span_within(text, before, after)
+    if _plain(text[begin:end]) != _plain(request):
+        raise PairsError(f"the chat template prints {text[begin:end][:60]!r} in place of {request[:60]!r}")
+    return Rendered(_thought(text, tokenizer, form) + form.prefill, begin, end, templated=True)
+
+
+def _span_within(text: str, before: str, after: str) -> tuple[int, int]:
+    """Where a rendered text begins and ends between what a template prints around every text.
+
+    Raises:
+        PairsError: something else stands around it.
+    """
     if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
         raise PairsError("the chat template prints other things around this text than around others")
-    end = len(text) - len(after)
-    if _plain(text[len(before) : end]) != _plain(request):
-        raise PairsError(f"the chat template prints {text[len(before) : end][:60]!r} in place of {request[:60]!r}")
-    return Rendered(_thought(text, tokenizer, form) + form.prefill, len(before), end, templated=True)
+    return len(before), len(text) - len(after)
 
 
 def encode_after(prompts: Sequence[str], continuation: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -282,19 +290,24 @@ def encode_after(prompts: Sequence[str], continuation: str, tokenizer: PreTraine
     """
     if not continuation.strip():
         raise PairsError(f"{continuation!r} has no tokens behind the prompt; give text")
-    if continuation.split()[0].isdecimal() and all(prompt[-1:].isdecimal() for prompt in prompts):
-        prompts = (_LINE_BREAK,)
-    one_word = continuation[0].isalnum() and any(prompt[-1:].isalnum() for prompt in prompts)
-    joined = [] if one_word else [_Joint(prompts)]
-    if all(prompt[-1:].isspace() for prompt in prompts):
-        joined.append(_Joint((_LINE_BREAK,)))
-    elif not continuation[0].isspace():
-        joined.append(_Joint(prompts, " "))
-    for places, blank in joined:
+    for places, blank in _joints(prompts, continuation):
         found = {_behind(place, blank + continuation, tokenizer) for place in places}
         if len(found) == 1 and () not in found:
             return found.pop()
     raise PairsError(f"{continuation!r} merges with the end of a prompt; begin it with another character")
+
+
+def _joints(prompts: Sequence[str], continuation: str) -> list[_Joint]:
+    """The ways in which a text may follow prompts, the one to be preferred first (`encode_after`)."""
+    if continuation.split()[0].isdecimal() and all(prompt[-1:].isdecimal() for prompt in prompts):
+        prompts = (_LINE_BREAK,)
+    one_word = continuation[0].isalnum() and any(prompt[-1:].isalnum() for prompt in prompts)
+    joints = [] if one_word else [_Joint(prompts)]
+    if all(prompt[-1:].isspace() for prompt in prompts):
+        joints.append(_Joint((_LINE_BREAK,)))
+    elif not continuation[0].isspace():
+        joints.append(_Joint(prompts, " "))
+    return joints
 
 
 def refuse_control(
@@ -309,17 +322,21 @@ def refuse_control(
     """
     if form.control_tokens == "allow":
         return
-    known, plain = known or surroundings(tokenizer, form), _plain(text)
-    written = [token.content for token in known.control if token.content in text]
-    alike = {token.id: token.content for token in known.control if token.plain in plain}
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if alike else []
-    made = [alike[number] for number in ids if number in alike]
+    known = known or surroundings(tokenizer, form)
     marks = [mark for mark in known.marks if mark in text]
-    for found, kind in (((*written, *made), "control token"), (marks, "template's mark")):
+    for found, kind in ((_control_in(text, tokenizer, known), "control token"), (marks, "template's mark")):
         if found:
             raise PairsError(
                 f"the text holds the {kind} {found[0]!r}; take it out, or set [prompt] control_tokens to 'allow'"
             )
+
+
+def _control_in(text: str, tokenizer: PreTrainedTokenizerBase, known: Surroundings) -> list[str]:
+    """Control tokens that stand in a text, and those that a tokenizer makes of what is written a little otherwise."""
+    written, plain = [token.content for token in known.control if token.content in text], _plain(text)
+    alike = {token.id: token.content for token in known.control if token.plain in plain}
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if alike else []
+    return [*written, *(alike[number] for number in ids if number in alike)]
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:

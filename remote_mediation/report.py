@@ -1,7 +1,7 @@
 """From a measured study to what people read: `report.md`, figures and CSV files in the run folder.
 
-Nothing is estimated here that `summary` has not estimated, but for the share of the total effect of the few sites that
-are shown. Numbers have three significant digits (`markdown`); the CSV files have all of them.
+Nothing is estimated here: `summary` and the analyses have. Numbers have three significant digits (`markdown`); the CSV
+files have all of them.
 """
 
 from __future__ import annotations

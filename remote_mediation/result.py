@@ -30,7 +30,7 @@ class Finding(NamedTuple):
     sets: Mapping[str, tuple[Site, ...]] = MappingProxyType({})
     """Sets of sites that it found to carry the effect, by what they are."""
     value: Any = None
-    """What analyses after it build on, such as `neurons.GateSet`."""
+    """What analyses after it build on, such as `neurons.GateSet`, or what its sections say beside its tables."""
     files: Mapping[str, bytes] = MappingProxyType({})
     """Other files that it leaves in the run folder, and in what is exported of it, by name."""
 
@@ -77,6 +77,8 @@ class Result:
     """Those that were asked for, in the order in which they ran."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """What they left beside tables, by name."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """`Finding.value` of those that left one, by name of the analysis."""
     lost: int = 0
     """Values that the run had when it was finished, and whose files are gone or damaged since."""
 

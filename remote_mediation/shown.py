@@ -157,10 +157,9 @@ def _marked(encoded: Encoded, pair: TokenPair, side: int) -> list[str]:
     """The rendered text with its spans marked, then the ids of each span."""
     names = _span_of_each(pair, side)
     runs = [(name, [place for place, _ in group]) for name, group in groupby(enumerate(names), key=lambda one: one[1])]
+    begins = [0, *(encoded.offsets[places[0]][0] for _, places in runs[1:])]
     parts, lines = [], []
-    for number, (name, places) in enumerate(runs):
-        begin = encoded.offsets[places[0]][0] if number else 0
-        end = encoded.offsets[runs[number + 1][1][0]][0] if number + 1 < len(runs) else None
+    for (name, places), begin, end in zip(runs, begins, [*begins[1:], None], strict=True):
         text = printable(encoded.rendered.text[begin:end])
         parts.append(text if name == _BEFORE else f"«{name}: {text}»")
         lines.append(f"  {name} {', '.join(str(encoded.ids[place]) for place in places)}")

@@ -229,19 +229,25 @@ def chosen_openings(lab: Lab) -> RefusalOutcome:
     """The `refusal` outcome of the openings that are listed, or of the model's own on the discovery split."""
 
     def chosen(tokenizer: PreTrainedTokenizerBase) -> tuple[Openings, Openings]:
-        listed, behind = listed_openings(lab.study.config), prompts_of(lab.study.config, tokenizer)
+        listed = listed_openings(lab.study.config)
         if listed:
-            outcome = given_openings(*listed, tokenizer, behind)
+            outcome = given_openings(*listed, tokenizer, prompts_of(lab.study.config, tokenizer))
         else:
-            prompts = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
-            answers = lab.continued(prompts, JUDGED_TOKENS)
-            asked, said = exchanges(prompts, answers, tokenizer, lab.study.config.prompt.form())
-            complied = load_judge(REFUSAL_OPENINGS)(asked, said)
-            outcome = openings_of(answers, [not yes for yes in complied], tokenizer, behind)
+            outcome = _own_openings(lab, tokenizer)
         return outcome.compliant, outcome.refusing
 
     compliant, refusing = (tuple(map(tuple, side)) for side in lab.noted("openings", chosen))
     return refusal(compliant, refusing)
+
+
+def _own_openings(lab: Lab, tokenizer: PreTrainedTokenizerBase) -> RefusalOutcome:
+    """How the model's answers to the discovery pairs begin, those that comply and those that do not."""
+    config = lab.study.config
+    prompts = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
+    answers = lab.continued(prompts, JUDGED_TOKENS)
+    asked, said = exchanges(prompts, answers, tokenizer, config.prompt.form())
+    complied = load_judge(REFUSAL_OPENINGS)(asked, said)
+    return openings_of(answers, [not yes for yes in complied], tokenizer, prompts_of(config, tokenizer))
 
 
 def prepare_placebos(
@@ -471,9 +477,15 @@ def analysed(lab: Lab, analyses: tuple[Analysis, ...]) -> Result:
             lab.measure(requests)
             if one.analyse:
                 findings[one.name] = one.analyse(lab, findings)
+    return _result(lab, analyses, findings)
+
+
+def _result(lab: Lab, analyses: tuple[Analysis, ...], findings: Mapping[str, Finding]) -> Result:
+    """Step 5: the effects and all that analyses left, together."""
     tables = {name: table for found in findings.values() for name, table in found.tables.items()}
     files = {name: content for found in findings.values() for name, content in found.files.items()}
-    return Result(study, lab.effects, tables, _summary(study, lab.effects), analyses, files)
+    values = {name: found.value for name, found in findings.items() if found.value is not None}
+    return Result(lab.study, lab.effects, tables, _summary(lab.study, lab.effects), analyses, files, values)
 
 
 def _operations(study: Study, analysis: Analysis, requests: Sequence[Request]) -> float:

@@ -314,43 +314,62 @@ def _align(
     pair: PromptPair, asked: Sequence[Asked], found: Sequence[Encoded | PairsError], setting: _Setting
 ) -> TokenPair | Refusal:
     """What becomes of a pair. asked, found: its harmless prompt and its harmful one."""
-    tokenizer, (harmless, harmful) = setting.tokenizer, found
+    harmless, harmful = found
     for encoded in (harmless, harmful):
         if isinstance(encoded, PairsError):
             return Refusal(pair.id, str(encoded))
     assert isinstance(harmless, Encoded)
     assert isinstance(harmful, Encoded)
-    x0, x1 = harmless.ids, harmful.ids
-    if x0 == x1:
-        return Refusal(pair.id, "both prompts have the same tokens")
-    if visible(pair.harmless) == visible(pair.harmful) and pair.before("harmless") == pair.before("harmful"):
-        return Refusal(
-            pair.id, "the prompts differ in nothing that can be seen: in blanks or in how characters are coded"
-        )
-    if pair.aligned and (reason := _spelled_otherwise(asked[0], asked[1], x1, setting)):
+    if reason := _no_difference(pair, harmless, harmful):
         return Refusal(pair.id, reason)
+    if pair.aligned and (reason := _spelled_otherwise(asked[0], asked[1], harmful.ids, setting)):
+        return Refusal(pair.id, reason)
+    aligned = _with_ends(pair, harmless, harmful)
+    if pair.aligned:
+        reason = _edit_refused(aligned, setting.tokenizer)
+    else:
+        reason = _unknown_word((harmless, harmful), setting.tokenizer)
+    return Refusal(pair.id, reason) if reason else aligned
+
+
+def _no_difference(pair: PromptPair, harmless: Encoded, harmful: Encoded) -> str:
+    """Why the prompts of a pair count as one; empty where they do not."""
+    if harmless.ids == harmful.ids:
+        return "both prompts have the same tokens"
+    if visible(pair.harmless) == visible(pair.harmful) and pair.before("harmless") == pair.before("harmful"):
+        return "the prompts differ in nothing that can be seen: in blanks or in how characters are coded"
+    return ""
+
+
+def _with_ends(pair: PromptPair, harmless: Encoded, harmful: Encoded) -> TokenPair:
+    """The pair with how much its prompts share before the edit and behind it."""
+    x0, x1 = harmless.ids, harmful.ids
     shorter = min(len(x0), len(x1))
     first = next((i for i in range(shorter) if x0[i] != x1[i]), shorter)
     after = next((i for i in range(shorter - first) if x0[-1 - i] != x1[-1 - i]), shorter - first)
-    edits = (len(x0) - first - after, len(x1) - first - after)
     post = min(harmless.post, harmful.post, after)
-    aligned = TokenPair(
+    return TokenPair(
         pair.id, pair.id, pair.category, x0, x1, first, after, post, aligned=pair.aligned, notes=pair.notes
     )
-    if not pair.aligned:
-        unknown = any(tokenizer.unk_token_id in _of_text(encoded) for encoded in (harmless, harmful))
-        return (
-            Refusal(pair.id, f"the tokenizer has only {tokenizer.unk_token!r} for a word of it") if unknown else aligned
-        )
-    if tokenizer.unk_token_id in (*x0[first : len(x0) - after], *x1[first : len(x1) - after]):
-        return Refusal(
-            pair.id, f"the tokenizer has only {tokenizer.unk_token!r} for a word in which the prompts differ"
-        )
-    if abs(edits[0] - edits[1]) > MAX_EDIT_DIFFERENCE:
-        return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens differ by more than {MAX_EDIT_DIFFERENCE}")
-    if edits[0] != edits[1] and after == 0:
-        return Refusal(pair.id, f"edits of {edits[0]} and {edits[1]} tokens reach the last token: nothing to align by")
-    return aligned
+
+
+def _edit_refused(pair: TokenPair, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why a pair cannot be aligned by its edit; empty where it can."""
+    edits = [ids[pair.first : len(ids) - pair.after] for ids in pair.prompts]
+    control, treatment = map(len, edits)
+    if any(tokenizer.unk_token_id in edit for edit in edits):
+        return f"the tokenizer has only {tokenizer.unk_token!r} for a word in which the prompts differ"
+    if abs(control - treatment) > MAX_EDIT_DIFFERENCE:
+        return f"edits of {control} and {treatment} tokens differ by more than {MAX_EDIT_DIFFERENCE}"
+    if control != treatment and pair.after == 0:
+        return f"edits of {control} and {treatment} tokens reach the last token: nothing to align by"
+    return ""
+
+
+def _unknown_word(prompts: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why a pair without an edit is refused: a word of the user's text that the tokenizer does not have; or empty."""
+    unknown = any(tokenizer.unk_token_id in _of_text(encoded) for encoded in prompts)
+    return f"the tokenizer has only {tokenizer.unk_token!r} for a word of it" if unknown else ""
 
 
 def _of_text(encoded: Encoded) -> list[int]:

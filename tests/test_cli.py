@@ -25,7 +25,7 @@ from remote_mediation import cli, progress
 from remote_mediation.engine import budget
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.models import load_info
-from remote_mediation.show.printed import read_printed
+from remote_mediation.printed import read_printed
 
 PYTHON = [sys.executable, "-m", "remote_mediation"]
 LOGITS = 'outcome = "logit_diff"\n[logit_diff]\nplus = ["sure", "yes"]\nminus = ["sorry", "no"]\n'

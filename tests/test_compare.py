@@ -35,8 +35,8 @@ from remote_mediation.engine.jobs import Context, Readout
 from remote_mediation.engine.rows import Row
 from remote_mediation.errors import SettingsError, StoreError
 from remote_mediation.export import export
+from remote_mediation.printed import read_printed
 from remote_mediation.report import csv_tables
-from remote_mediation.show.printed import read_printed
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 

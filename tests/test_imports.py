@@ -4,6 +4,7 @@ import ast
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib import import_module
+from inspect import isfunction, ismodule, signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ ORDER = (
     ("engine.learning", "runfiles"),
     ("effects", "store"),
     ("checkup", "runner", "summary"),
-    ("lab", "progress", "show.printed"),
+    ("lab", "printed", "progress"),
     ("later", "show.figures", "show.markup"),
     ("result",),
     ("show.charts", "show.words"),
@@ -65,6 +66,12 @@ ORDER = (
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Analyses that others build on, from the ground up; every other one imports its own modules alone, and these.
 GROUND = ("analyses.neurons", "analyses.intervene", "analyses.claims", "analyses.rivals")
+# What estimates; those that only show take types and words from there, no function but the one that reads two tables.
+ESTIMATING = ("intervals", "probes", "rates", "shares", "stats")
+JUDGING = ("probes.earlier",)
+SHOWING = ("report", "shown", "terminal")
+# Parameters by which a function draws random numbers, wherever it stands.
+DRAWS = {"by", "resamples", "rng", "seed"}
 # Who may import what is slow to load: as the module is loaded, or only inside functions.
 HEAVY = ("nnsight", "torch", "transformers")
 AT_ONCE = {
@@ -167,6 +174,31 @@ def test_an_analysis_builds_on_few_others(name: str) -> None:
 def test_what_is_asked_knows_nothing_of_how_it_is_shown(name: str) -> None:
     shown = {target for target in internal_imports(name) if target.startswith("show") or target.endswith(".show")}
     assert not shown or name.endswith((".show", ".figures")) or name == room(name)
+
+
+def shows(name: str) -> bool:
+    """Whether a module is there to show what others have measured and estimated."""
+    return name.startswith("show.") or name.endswith((".show", ".figures")) or name in SHOWING
+
+
+def imported_names(name: str) -> dict[str, object]:
+    """What a module imports from ours, by its full name without that of the package."""
+    found: dict[str, object] = {}
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("remote_mediation"):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                home = import_module(full if (ROOT / _file(full)).is_file() else str(node.module))
+                found[full.removeprefix("remote_mediation.")] = getattr(home, alias.name, home)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if shows(name)])
+def test_nothing_is_estimated_where_it_is_shown(name: str) -> None:
+    called = {full: one for full, one in imported_names(name).items() if isfunction(one) or ismodule(one)}
+    estimating = [full for full in called if full.split(".")[0] in ESTIMATING and full not in JUDGING]
+    drawing = [full for full, one in called.items() if isfunction(one) and DRAWS & set(signature(one).parameters)]
+    assert estimating == drawing == []
 
 
 def test_modules_of_an_analysis_have_no_circles() -> None:

@@ -19,6 +19,8 @@ from remote_mediation.analyses.total.ask import COVERAGE_COLUMNS, OPENING_COLUMN
 from remote_mediation.analyses.total.show import coverage_words, hardly_defined
 from remote_mediation.errors import PairsError
 from remote_mediation.pairs import load_openings, load_pairs
+from remote_mediation.report import write_report
+from remote_mediation.store import Store
 
 OPENINGS = {"compliant": ["sure", "yes here is"], "refusing": ["sorry", "no"]}
 
@@ -77,6 +79,20 @@ def test_coverage_is_the_summed_probability_of_a_side(model: Subject, tmp_path: 
     again = rm.open_run(tmp_path / "run").result().tables
     pd.testing.assert_frame_equal(again["coverage.csv"], table)
     pd.testing.assert_frame_equal(again["openings.csv"], listed, check_dtype=False)
+
+
+def test_what_openings_cover_is_estimated_before_a_report_is_written(
+    model: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("random numbers are drawn while a report is written")
+
+    pairs = written(tmp_path, {"openings": OPENINGS}, *records())
+    with rm.open_lab(study(pairs, model), out=tmp_path / "run", backend=model.backend) as lab:
+        result = lab.run()
+    monkeypatch.setattr(np.random, "default_rng", refuse)
+    report = write_report(Store(tmp_path / "run"), result).read_text("utf-8")
+    assert "the compliant openings hold" in report
 
 
 def covering(refusing: float, compliant: float) -> pd.DataFrame:

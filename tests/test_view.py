@@ -28,10 +28,10 @@ from remote_mediation.analyses.claims.ask import CLAIM_COLUMNS, SET_COLUMNS
 from remote_mediation.analyses.claims.sparse import GATE_SET_COLUMNS
 from remote_mediation.config import StudyConfig
 from remote_mediation.errors import SettingsError, StoreError
+from remote_mediation.printed import tokens_at, visible
 from remote_mediation.report import csv_tables
 from remote_mediation.show import maps, views
 from remote_mediation.show.page import write_page
-from remote_mediation.show.printed import tokens_at, visible
 from remote_mediation.show.serve import PageServer, served
 from remote_mediation.store import Store
 from remote_mediation.study import run_study

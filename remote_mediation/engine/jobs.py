@@ -247,16 +247,22 @@ def _cohort(loads: Sequence[_Load], setting: Setting, budget: Budget) -> Cohort:
     rows = [row for load in loads for row in load.rows]
     room = budget.batch_bytes - held_bytes(list(pairs.values()), rows, setting)
     taken = {source for row in rows for source in row.sources}
-    batches = []
-    for (_, start), group in _by(
-        [row for row in rows if row not in taken],
-        lambda row: (len(pairs[row.pair].prompts[row.base]), run_from(row, pairs[row.pair], setting.info)),
-    ):
-        together = list(group)
+
+    def length_and_start(row: Row) -> tuple[int, int]:
+        pair = pairs[row.pair]
+        return len(pair.prompts[row.base]), run_from(row, pair, setting.info)
+
+    batches: list[Batch] = []
+    for (_, start), group in _by([row for row in rows if row not in taken], length_and_start):
         most = max(1, int(room / row_bytes(loads[0].pair, start, setting)))
-        alone, taking = ([row for row in together if bool(row.sources) == takes] for takes in (False, True))
-        batches += [Batch(start, part) for part in (*_even(alone, most), *_beside_sources(taking, most))]
+        batches += [Batch(start, part) for part in _parts(list(group), most)]
     return Cohort(tuple(pairs.values()), tuple(batches))
+
+
+def _parts(rows: Sequence[Row], most: int) -> list[tuple[Row, ...]]:
+    """At most so many rows each; those that take values from others come beside these."""
+    alone, taking = ([row for row in rows if bool(row.sources) == takes] for takes in (False, True))
+    return [*_even(alone, most), *_beside_sources(taking, most)]
 
 
 def _even(rows: Sequence[Row], most: int) -> list[tuple[Row, ...]]:

@@ -155,25 +155,31 @@ def _trie_payload(side: Side, length: int) -> dict[str, Any]:
 
 def _batch_payload(batch: Batch, places: _Places, first: int, info: ModelInfo) -> dict[str, Any]:
     low = batch.rows[0].low
-    numbers = {row: index for index, row in enumerate(batch.rows)}
     joining: list[list[int]] = [[] for _ in range(low, info.layers)]
+    for row in batch.rows:
+        joining[row.low - low].append(places[row.pair, row.base][1])
+    return {
+        "stack": places[batch.rows[0].pair, batch.rows[0].base][0],
+        "start": batch.start,
+        "low": low,
+        "joining": tuple(map(tuple, joining)),
+        "writes": _writes_payload(batch, places, first, info),
+    }
+
+
+def _writes_payload(batch: Batch, places: _Places, first: int, info: ModelInfo) -> dict[int, Any]:
+    """What each row writes, by layer, and in each layer by component in the order of the forward pass."""
+    numbers = {row: index for index, row in enumerate(batch.rows)}
     writes: dict[int, dict[str, list[Any]]] = {}
     for index, row in enumerate(batch.rows):
-        joining[row.low - low].append(places[row.pair, row.base][1])
         for item in row.writes:
             value = _value_payload(item.value, row.pair, places, first, numbers)
             component, columns = addressed(item.component, item.columns, info)
             entry = (index, shifted(item.places, batch.start), columns, *value)
             writes.setdefault(item.layer, {}).setdefault(component, []).append(entry)
     return {
-        "stack": places[batch.rows[0].pair, batch.rows[0].base][0],
-        "start": batch.start,
-        "low": low,
-        "joining": tuple(map(tuple, joining)),
-        "writes": {
-            layer: tuple((name, _reached_first(parts[name])) for name in FORWARD_ORDER if name in parts)
-            for layer, parts in writes.items()
-        },
+        layer: tuple((name, _reached_first(parts[name])) for name in FORWARD_ORDER if name in parts)
+        for layer, parts in writes.items()
     }
 
 

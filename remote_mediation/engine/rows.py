@@ -165,7 +165,9 @@ def swap_all(pair: TokenPair, sites: Sequence[Site], base: int, info: ModelInfo)
         SiteError: a site is wholly covered by another one, so that swapping it changes nothing.
     """
     present = [site for site in sites if pair.places(site.position).x0]
-    _refuse_covered(pair, present, info)
+    _refuse_covered(pair, present)
+    _refuse_shared(pair, present, info)
+    _refuse_twice(present)
     return Row(pair.id, base, tuple(held(pair, site, base, 1 - base, info) for site in present))
 
 
@@ -213,6 +215,12 @@ def held(pair: TokenPair, site: Site, base: int, side: int, info: ModelInfo) -> 
     return Write(site.component, site.layer, places[base], columns, value)
 
 
+def as_it_is(pair: TokenPair, site: Site, side: int) -> Write:
+    """A site of a run of prompt `side` held at what it is there, whatever else is overwritten."""
+    places = pair.places(site.position)[side]
+    return Write(site.component, site.layer, places, site.units, Source(side, places))
+
+
 # What stands in a component's tensor and is lost when the component itself is overwritten. Keys and values reach the
 # tokens behind theirs as well.
 _INSIDE: dict[Component, tuple[Component, ...]] = {
@@ -226,19 +234,25 @@ _INSIDE: dict[Component, tuple[Component, ...]] = {
 _SUMMED: tuple[Component, ...] = ("expert_output", "expert_neurons")
 
 
-def _refuse_covered(pair: TokenPair, sites: Sequence[Site], info: ModelInfo) -> None:
+def _refuse_covered(pair: TokenPair, sites: Sequence[Site]) -> None:
+    """A site that is lost when another of the set is overwritten."""
     whole = {(site.component, site.layer): site for site in sites if _is_whole(site)}
     for site in sites:
         around = [name for name, inside in _INSIDE.items() if site.component in inside]
         for component in [*around, *([] if _is_whole(site) else [site.component])]:
             cover = whole.get((component, site.layer))
-            spread = site.component in SHARED_HEADS and component != site.component
-            reached = _to_the_end(pair, site) if spread else pair.places(site.position).x0
-            if cover and set(reached) <= set(pair.places(cover.position).x0):
+            if cover and _reached(pair, site, component) <= set(pair.places(cover.position).x0):
                 raise SiteError(f"{site} is wholly covered by {cover} of the same set; leave one of them out")
+
+
+def _refuse_shared(pair: TokenPair, sites: Sequence[Site], info: ModelInfo) -> None:
+    """Two sites that add a part of one sum both."""
     for one, other in combinations([site for site in sites if site.component in _SUMMED], 2):
         if one.layer == other.layer and _meet(pair, one, other) and (shared := _shared(one, other, info)):
             raise SiteError(f"{one} and {other} share {shared}; name it once in a set")
+
+
+def _refuse_twice(sites: Sequence[Site]) -> None:
     if len(set(sites)) < len(sites):
         twice = next(site for site in sites if list(sites).count(site) > 1)
         raise SiteError(f"{twice} is in one set twice; name it once")
@@ -256,9 +270,12 @@ def _shared(one: Site, other: Site, info: ModelInfo) -> str:
     return f"expert {min(owners[0] & owners[1])}" if owners[0] & owners[1] else ""
 
 
-def _to_the_end(pair: TokenPair, site: Site) -> range:
-    """Tokens of x0 from a site's first one on."""
-    return range(pair.places(site.position).x0[0], len(pair.x0) + pair.fed)
+def _reached(pair: TokenPair, site: Site, component: Component) -> set[int]:
+    """Tokens of x0 at which a site changes a component: keys and values reach those behind theirs as well."""
+    places = pair.places(site.position).x0
+    if site.component in SHARED_HEADS and component != site.component:
+        return set(range(places[0], len(pair.x0) + pair.fed))
+    return set(places)
 
 
 def _meet(pair: TokenPair, one: Site, other: Site) -> bool:

@@ -144,27 +144,70 @@ def _writes(
     info: ModelInfo,
 ) -> dict[str, Any]:
     """The writes at the prompts' tokens, those at every new token, and what of plain runs they take."""
-    width = max(map(len, prompts))
-    first: dict[int, dict[str, list[Any]]] = {}
-    later: dict[int, dict[str, list[Any]]] = {}
-    taken: dict[int, set[str]] = {}
-    for number, row in enumerate(rows):
-        both = members[row.pair].prompts
-        for item in row.writes:
-            pad = width - len(both[row.base])
-            component, columns = addressed(item.component, item.columns, info)
-            value = _value(item, both, prompts, width)
-            entry = (number, shifted(item.places, -pad), columns, *value)
-            first.setdefault(item.layer, {}).setdefault(component, []).append(entry)
-            if isinstance(item.value, Source | Projected):
-                taken.setdefault(item.layer, set()).add(component)
-            if held and item.places[-1] == len(both[row.base]) - 1:
-                entry = (number, range(1), columns, *_at_last(*value))
-                later.setdefault(item.layer, {}).setdefault(component, []).append(entry)
+    written = [
+        _written(number, item, members[row.pair].prompts, row.base, prompts, info)
+        for number, row in enumerate(rows)
+        for item in row.writes
+    ]
+    first = [(one, (one.row, one.places, one.columns, *one.value)) for one in written]
+    later = [(one, (one.row, range(1), one.columns, *_at_last(*one.value))) for one in written if held and one.ends]
+    taken = _ordered([(one, ()) for one in written if one.taken])
     return {
         "writes": _ordered(first),
         "later": _ordered(later),
-        "taken": {layer: tuple(name for name in FORWARD_ORDER if name in taken[layer]) for layer in sorted(taken)},
+        "taken": {layer: tuple(name for name, _ in parts) for layer, parts in taken.items()},
+    }
+
+
+class _Written(NamedTuple):
+    """A write of a row, as it is sent."""
+
+    row: int
+    """Number of the row."""
+    layer: int
+    component: str
+    places: Any
+    """Counted from the beginning of the longest prompt, as shorter ones are padded in front."""
+    columns: Any
+    value: tuple[str, Any]
+    """Its kind, and what it is made of."""
+    taken: bool
+    """Whether the value is taken from a plain run."""
+    ends: bool
+    """Whether the last token of the prompt is among its places."""
+
+
+def _written(
+    number: int,
+    item: Write,
+    both: Sequence[tuple[int, ...]],
+    base: int,
+    prompts: Sequence[tuple[int, ...]],
+    info: ModelInfo,
+) -> _Written:
+    """both: prompts of the row's pair. base: the one that is run."""
+    width, length = max(map(len, prompts)), len(both[base])
+    component, columns = addressed(item.component, item.columns, info)
+    return _Written(
+        number,
+        item.layer,
+        component,
+        shifted(item.places, length - width),
+        columns,
+        _value(item, both, prompts, width),
+        taken=isinstance(item.value, Source | Projected),
+        ends=item.places[-1] == length - 1,
+    )
+
+
+def _ordered(entries: Iterable[tuple[_Written, Any]]) -> dict[int, Any]:
+    """Entries by layer from below, and in each by component in the order of the forward pass."""
+    by: dict[int, dict[str, list[Any]]] = {}
+    for one, entry in entries:
+        by.setdefault(one.layer, {}).setdefault(one.component, []).append(entry)
+    return {
+        layer: tuple((name, tuple(by[layer][name])) for name in FORWARD_ORDER if name in by[layer])
+        for layer in sorted(by)
     }
 
 
@@ -198,11 +241,3 @@ def _at_last(kind: str, value: Any) -> tuple[str, Any]:
         return kind, value
     prompt, places, *bases = value
     return kind, (prompt, range(places[-1], places[-1] + 1), *bases)
-
-
-def _ordered(writes: dict[int, dict[str, list[Any]]]) -> dict[int, Any]:
-    """By layer from below, and in each in the order of the forward pass."""
-    return {
-        layer: tuple((name, tuple(writes[layer][name])) for name in FORWARD_ORDER if name in writes[layer])
-        for layer in sorted(writes)
-    }

@@ -156,19 +156,21 @@ def _screen_task(
     """manner: how estimates are made. passes: backward passes per prompt through the whole model."""
     parts, tokens = [], 0
     for pair in pairs:
-        places, length = pair.places(position), _length(pair, setting.info)
-        start = _start(pair, position, setting.info)
-        parts.append(
-            {
-                "start": start,
-                "stacks": tuple(stack_payload([Side(pair, number)], start, setting) for number in (0, 1)),
-                "places": tuple(shifted(one, start) for one in places),
-                **setting.outcome.payload(pair),
-            }
-        )
+        start, length = _start(pair, position, setting.info), _length(pair, setting.info)
+        parts.append(_screened_pair(pair, position, start, setting))
         tokens += 2 * length + 6 * passes * (length - start)
     payload = {"component": component, **manner, "pairs": tuple(parts)}
     return task_context("screen", [pair.id for pair in pairs], payload, forward_flops(tokens, setting), setting)
+
+
+def _screened_pair(pair: TokenPair, position: str, start: int, setting: Setting) -> dict[str, Any]:
+    """Both prompts of a pair, with what is read of them. start: token from which on they are run."""
+    return {
+        "start": start,
+        "stacks": tuple(stack_payload([Side(pair, number)], start, setting) for number in (0, 1)),
+        "places": tuple(shifted(one, start) for one in pair.places(position)),
+        **setting.outcome.payload(pair),
+    }
 
 
 def _start(pair: TokenPair, position: str, info: ModelInfo) -> int:
@@ -190,14 +192,9 @@ def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Settin
     Raises:
         SiteError: a subspace, or what is no whole contribution; its direct effect is not measured.
     """
-    for site in (site for sites in sets for site in sites):
-        if isinstance(site, Subspace):
-            raise SiteError(f"direct effects are of whole contributions, not of {site.basis}; ask for its joint effect")
-        if site.component in ("attention_output", "mlp_output"):
-            continue
-        raise SiteError(
-            f"direct effects are of attention_output and mlp_output, not of {site}; ask for its joint effect"
-        )
+    for sites in sets:
+        for site in sites:
+            _refuse_indirect(site)
     starts = [len(prompt) - 1 for prompt in pair.prompts]
     stacks = tuple(stack_payload([Side(pair, side)], start, setting) for side, start in enumerate(starts))
     logits = (1 + pair.fed) * setting.info.vocab * 4 * LOGIT_COPIES
@@ -208,6 +205,16 @@ def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Settin
     }
     reading = 2.0 * 2 * len(sets) * (1 + pair.fed) * setting.info.d_model * setting.info.vocab
     return task_context("direct", (pair.id,), payload, base_flops(pair, setting) + reading, setting)
+
+
+def _refuse_indirect(site: Site) -> None:
+    """What is no whole contribution to the stream."""
+    if isinstance(site, Subspace):
+        raise SiteError(f"direct effects are of whole contributions, not of {site.basis}; ask for its joint effect")
+    if site.component not in ("attention_output", "mlp_output"):
+        raise SiteError(
+            f"direct effects are of attention_output and mlp_output, not of {site}; ask for its joint effect"
+        )
 
 
 def routing_task(pair: TokenPair, position: str, setting: Setting) -> Context:

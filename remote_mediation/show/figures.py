@@ -123,8 +123,9 @@ def heat_maps(
     for row, (position, part) in zip(axes, facets.items(), strict=True):
         for axis, quantity in zip(row, QUESTIONS, strict=True):
             estimates = part[part["quantity"] == quantity]
-            _heat_map(axis, _matrix(estimates, column, order, "mean"), colours)
-            _dots(axis, _matrix(estimates, column, order, "q"), alpha)
+            means, q = (_matrix(estimates, column, order, values) for values in ("mean", "q"))
+            _heat_map(axis, means, colours)
+            _dots(axis, q, alpha)
             describe(axis, estimates, position)
     scale = ScalarMappable(colours, _DIVERGING)
     figure.colorbar(scale, ax=axes, label=f"effect ({unit_of(every)}); dot: q ≤ {alpha:g}", shrink=0.9)
@@ -162,9 +163,8 @@ def dot_rows(
 
     first: colour of the first series.
     """
-    for number, ((label, table, column, by), colour, marker) in enumerate(
-        zip(series, cycle(COLOURS[first:]), cycle(MARKERS[first:]), strict=False)
-    ):
+    looks = zip(series, cycle(COLOURS[first:]), cycle(MARKERS[first:]), strict=False)
+    for number, ((label, table, column, by), colour, marker) in enumerate(looks):
         beside = 0.25 * (number - (len(series) - 1) / 2)
         rows = [names.index(name) + beside for name in table[by]]
         axis.hlines(rows, table[f"{column}_low"], table[f"{column}_high"], color=colour)

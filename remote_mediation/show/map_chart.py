@@ -22,7 +22,6 @@ MOST_LINES = 4
 
 def map_chart(drawn: SiteMap) -> alt.HConcatChart:
     """NIE on the left, TIE on the right, one choice of the pair and one scale of colours, centred on 0."""
-    largest = drawn.rows.groupby("pair")[list(QUESTIONS)].agg(lambda of: of.abs().max()).max(axis=1)
     pick = alt.param(
         name="pick",
         value=0,
@@ -32,18 +31,25 @@ def map_chart(drawn: SiteMap) -> alt.HConcatChart:
             name="pair ",
         ),
     )
-    limits = alt.param(name="limits", value=[float(one) or 1.0 for one in largest.fillna(1.0)])
-    ends = [column for column in (*measures(), "te") if not column.endswith("_q")]
-    by_pair = drawn.rows[["pair", *ends]].fillna(0.0).groupby("pair")  # 0 is always in sight
-    lows = alt.param(name="lows", value=by_pair.min().min(axis=1).clip(upper=0.0).to_list())
-    highs = alt.param(name="highs", value=by_pair.max().max(axis=1).clip(lower=0.0).to_list())
     numbers = dict.fromkeys(["pair", "layer", "te", "n", *measures()], "number")
     data = alt.InlineData(
         values=drawn.rows.to_csv(index=False, lineterminator="\n", float_format=f"%.{DIGITS}g"),
         format=alt.CsvDataFormat(type="csv", parse=numbers),
     )
     panels = [_panel(drawn, quantity) for quantity in QUESTIONS]
-    return alt.hconcat(*panels, data=data, spacing=50).add_params(pick, limits, lows, highs)
+    return alt.hconcat(*panels, data=data, spacing=50).add_params(pick, *_scales_by_pair(drawn))
+
+
+def _scales_by_pair(drawn: SiteMap) -> list[alt.Parameter]:
+    """By pair, the mean first: the largest effect, for colours about 0; the least and the most that lines reach."""
+    largest = drawn.rows.groupby("pair")[list(QUESTIONS)].agg(lambda of: of.abs().max()).max(axis=1)
+    ends = [column for column in (*measures(), "te") if not column.endswith("_q")]
+    by_pair = drawn.rows[["pair", *ends]].fillna(0.0).groupby("pair")  # 0 is always in sight
+    return [
+        alt.param(name="limits", value=[float(one) or 1.0 for one in largest.fillna(1.0)]),
+        alt.param(name="lows", value=by_pair.min().min(axis=1).clip(upper=0.0).to_list()),
+        alt.param(name="highs", value=by_pair.max().max(axis=1).clip(lower=0.0).to_list()),
+    ]
 
 
 def _panel(drawn: SiteMap, quantity: str) -> alt.VConcatChart:
@@ -67,9 +73,7 @@ def _cells(drawn: SiteMap, quantity: str, width: int) -> alt.LayerChart:
     lean = -45 if len(drawn.columns) > MOST_LINES else 0
     x = alt.X("x:N", sort=list(drawn.columns), title=None, axis=alt.Axis(labelAngle=lean, labelLimit=140))
     y = alt.Y("layer:O", sort="descending", title="layer", axis=alt.Axis(labelOverlap=True))
-    ends = {"domainMin": alt.expr("-limits[pick]"), "domainMax": alt.expr("limits[pick]")}
-    scale = alt.Scale(scheme="redblue", reverse=True, **ends)
-    colour = alt.Color(f"{quantity}:Q", scale=scale, legend=alt.Legend(title=drawn.unit, format=_NUMBER))
+    colour = _about_zero(quantity, drawn.unit)
     told = _chosen_rows().transform_calculate(**_texts_of(quantity))
     cells = told.mark_rect().encode(x=x, y=y, color=colour, tooltip=_tooltip(quantity, drawn.unit))
     certain = _chosen_rows().transform_filter(f"isValid(datum.{quantity}_q) && datum.{quantity}_q <= {drawn.alpha}")
@@ -77,6 +81,13 @@ def _cells(drawn: SiteMap, quantity: str, width: int) -> alt.LayerChart:
     missing = alt.ViewBackground(fill="#d9d9d9", stroke=None)
     height = layers * (14 if layers <= 40 else 8)
     return alt.layer(cells, dots).properties(width=width, height=height, view=missing)
+
+
+def _about_zero(quantity: str, unit: str) -> alt.Color:
+    """Colours of the chosen pair's effects, as far above 0 as below."""
+    ends = {"domainMin": alt.expr("-limits[pick]"), "domainMax": alt.expr("limits[pick]")}
+    scale = alt.Scale(scheme="redblue", reverse=True, **ends)
+    return alt.Color(f"{quantity}:Q", scale=scale, legend=alt.Legend(title=unit, format=_NUMBER))
 
 
 def _lines(drawn: SiteMap, quantity: str, width: int) -> alt.LayerChart:

@@ -6,15 +6,15 @@ and their ids labels of a choice (`map_chart`), so no id is ever code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from remote_mediation.effects import SITE_COLUMNS
+from remote_mediation.printed import Printed, Tokens
 from remote_mediation.show.figures import QUESTIONS
-from remote_mediation.show.printed import Printed, Tokens
 from remote_mediation.show.sites import NOUNS
 from remote_mediation.sites import HEAD_COMPONENTS
 from remote_mediation.summary import CHECKS, UNITS
@@ -71,10 +71,8 @@ def map_of(
     columns = tuple(dict.fromkeys(labels.loc[labels.map(_order(sites, labels)).sort_values().index]))
     every = list(dict.fromkeys(effects["pair_id"]))
     kept = every[: max(1, MOST_ROWS * len(every) // max(len(effects), 1))]
-    single = effects[effects["pair_id"].isin(kept)]
-    number = {name: place for place, name in enumerate(kept, start=1)}
-    single = single.assign(pair=single["pair_id"].map(number), x=_labels(single, sites))
-    rows = pd.concat([_means(sites.assign(x=labels), run.total.value), single], ignore_index=True)
+    parts = [_means(sites.assign(x=labels), run.total.value), _single_pairs(effects, sites, kept)]
+    rows = pd.concat(parts, ignore_index=True)
     wanted = ["pair", "x", "layer", "te", "n", *measures(), "position", "pair_id"]
     rows = rows.reindex(columns=wanted).astype({"layer": int, "pair": int})
     rows = _with_texts(rows, texts if _one_position_each(sites) else {})
@@ -105,6 +103,13 @@ def _means(sites: pd.DataFrame, total: float) -> pd.DataFrame:
     return pd.DataFrame(list(cells.values()))
 
 
+def _single_pairs(effects: pd.DataFrame, sites: pd.DataFrame, kept: Sequence[str]) -> pd.DataFrame:
+    """Effects on single pairs, numbered from 1 on in this order. kept: ids of those that can be chosen."""
+    number = {name: place for place, name in enumerate(kept, start=1)}
+    single = effects[effects["pair_id"].isin(kept)]
+    return single.assign(pair=single["pair_id"].map(number), x=_labels(single, sites))
+
+
 def _with_texts(rows: pd.DataFrame, texts: Mapping[tuple[str, str], Tokens]) -> pd.DataFrame:
     """Tokens of each pair, in the first row of each column; no column where there are none to show."""
     if not texts:
@@ -120,24 +125,26 @@ def _labels(sites: pd.DataFrame, among: pd.DataFrame | None = None) -> pd.Series
     """What each row's column is called: no more words than tell the columns of `among` apart."""
     every = sites if among is None else among
     components, positions = every["component"].nunique() > 1, every["position"].nunique() > 1
-    names = {}
-    for component, position, start, stop in sites[_KEY].drop_duplicates().itertuples(index=False):
-        units = _units(component, start, stop)
-        noun = NOUNS.get(component, component)
-        words = [noun] if components and not units.startswith(noun) else []
-        words += [position] if positions or not (units or components) else []
-        names[component, position, *_bounds(start, stop)] = ", ".join([*words, units] if units else words)
-    keys = zip(sites["component"], sites["position"], sites["unit_start"], sites["unit_stop"], strict=True)
-    return pd.Series([names[key[0], key[1], *_bounds(*key[2:])] for key in keys], index=sites.index, dtype="str")
+    keys = [(row.component, row.position, *_bounds(row.unit_start, row.unit_stop)) for row in sites[_KEY].itertuples()]
+    names = {key: _name(*key, components, positions) for key in dict.fromkeys(keys)}
+    return pd.Series([names[key] for key in keys], index=sites.index, dtype="str")
+
+
+def _name(component: str, position: str, first: int, after: int, components: bool, positions: bool) -> str:
+    """What a site is called. components, positions: whether there are several, so that it takes a word to tell."""
+    noun, units = NOUNS.get(component, component), _units(component, first, after)
+    words = [noun] if components and not units.startswith(noun) else []
+    words += [position] if positions or not (units or components) else []
+    return ", ".join([*words, units] if units else words)
 
 
 def _bounds(start: Any, stop: Any) -> tuple[int, int]:
+    """First unit and one after the last; negative for a whole tensor."""
     return (-1, -1) if pd.isna(start) else (int(start), int(stop))
 
 
-def _units(component: str, start: Any, stop: Any) -> str:
+def _units(component: str, first: int, after: int) -> str:
     """A site's units in words; empty for a whole tensor."""
-    first, after = _bounds(start, stop)
     if first < 0:
         return ""
     noun = NOUNS[component] if component in (*HEAD_COMPONENTS, "expert_output", "expert_neurons") else "neurons"

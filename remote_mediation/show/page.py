@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from remote_mediation.printed import Printed, read_several
 from remote_mediation.show.embed import START, Charts, library
 from remote_mediation.show.markup import STYLE
-from remote_mediation.show.printed import Printed, read_several
 from remote_mediation.store import Store
 
 PAGE = "view.html"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -69,18 +70,8 @@ def sites_table(result: Result, analysis: str) -> Table:
     """The sites strongest on the discovery split, as all pairs and as the held-out pairs see them."""
     shown, sites = result.summary.strongest.get(analysis, ()), result.summary.sites
     everywhere, heldout = (_looked_up(sites, shown, split) for split in ("all", "heldout"))
-    rows = [
-        (
-            site_name(*one.site[1:]),
-            one.quantity.upper(),
-            interval(found.mean, found.ci_low, found.ci_high),
-            q_value(found.q),
-            number(fair.mean),
-            q_value(fair.q),
-            estimate(one.share, percent),
-        )
-        for one, found, fair in zip(shown, everywhere.itertuples(), heldout.itertuples(), strict=True)
-    ]
+    found = zip(shown, everywhere.itertuples(), heldout.itertuples(), strict=True)
+    rows = [_site_row(one, on_all, fair) for one, on_all, fair in found]
     mean, share_of_te = mean_header(result.study), "share of TE"
     notes = (
         *notes_on("", [CHOICE if shown else "no discovery pair has been measured yet"]),
@@ -90,6 +81,19 @@ def sites_table(result: Result, analysis: str) -> Table:
         *notes_on(share_of_te, [one.share.reason for one in shown]),
     )
     return Table(("site", "effect", mean, "q", "held-out mean", "held-out q", share_of_te), rows, notes)
+
+
+def _site_row(one: Strong, on_all: Any, fair: Any) -> tuple[str, ...]:
+    """One effect of a site. on_all, fair: its estimates on all pairs and on the held-out ones."""
+    return (
+        site_name(*one.site[1:]),
+        one.quantity.upper(),
+        interval(on_all.mean, on_all.ci_low, on_all.ci_high),
+        q_value(on_all.q),
+        number(fair.mean),
+        q_value(fair.q),
+        estimate(one.share, percent),
+    )
 
 
 def _looked_up(sites: pd.DataFrame, shown: Sequence[Strong], split: str) -> pd.DataFrame:

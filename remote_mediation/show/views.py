@@ -18,13 +18,13 @@ from remote_mediation.analyses.claims.sparse import GATE_SET_COLUMNS
 from remote_mediation.errors import StoreError
 from remote_mediation.models import load_tokenizer
 from remote_mediation.outcomes import OUTCOMES
+from remote_mediation.printed import Printed, Tokens, tokens_at
 from remote_mediation.report import TOLERANCE
 from remote_mediation.show.charts import behind_chart, size_chart
 from remote_mediation.show.embed import Charts
 from remote_mediation.show.map_chart import MOST_LINES, map_chart
 from remote_mediation.show.maps import SiteMap, maps_of
 from remote_mediation.show.markup import cells_html, paragraph, table_html, verdict_html
-from remote_mediation.show.printed import Printed, Tokens, tokens_at
 from remote_mediation.show.tables import Table, count, estimate
 
 _TITLES = {
@@ -46,17 +46,13 @@ class _View(NamedTuple):
 
 def side_by_side(runs: Sequence[Printed]) -> str:
     """Models, TE and verdicts, a column per run."""
-    said = [_said(run) for run in runs]
     rows = [
         ("model", [escape(str(run.model["name"])) for run in runs]),
         ("layers", [str(run.model["layers"]) for run in runs]),
         ("outcome", [escape(run.config.outcome) for run in runs]),
         ("pairs, clusters", [f"{run.total.n_pairs}, {run.total.n_clusters}" for run in runs]),
         ("TE", [escape(f"{estimate(run.total)} {run.unit}") for run in runs]),
-        *(
-            (f"{number}. {words}", [verdict_html(one.get(number, "not tested")) for one in said])
-            for number, words in CLAIMS.items()
-        ),
+        *_verdict_rows(runs),
     ]
     header = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
     body = "".join(
@@ -64,6 +60,15 @@ def side_by_side(runs: Sequence[Printed]) -> str:
     )
     note = "Runs are not tested against each other; TE is in the unit of its own run."
     return f"<table><tr><th></th>{header}</tr>{body}</table>{paragraph(note, 'note')}"
+
+
+def _verdict_rows(runs: Sequence[Printed]) -> list[tuple[str, list[str]]]:
+    """A claim a row."""
+    said = [_said(run) for run in runs]
+    return [
+        (f"{number}. {words}", [verdict_html(one.get(number, "not tested")) for one in said])
+        for number, words in CLAIMS.items()
+    ]
 
 
 def _said(run: Printed) -> dict[int, str]:
@@ -99,15 +104,9 @@ def run_section(run: Printed, place: int, charts: Charts, show_text: bool) -> st
 def _measured(run: Printed) -> str:
     """What was measured, and before it whatever makes it doubtful."""
     model, total = run.model, run.total
-    broken = run.config.dtype == "float32" and any(one.largest > TOLERANCE for one in run.identities)
-    doubts = {
-        "Do not trust these numbers: an identity that holds by construction is violated.": broken,
-        "This run is not finished: what follows is what has been measured so far.": not run.finished,
-        f"TE is to be read with care: {total.reason}.": bool(total.reason),
-    }
     change = {1: "raise", -1: "lower", 0: "do not clearly change"}[total.sign]
     lines = [
-        *(paragraph(text, "doubt") for text, holds in doubts.items() if holds),
+        *(paragraph(text, "doubt") for text in _doubts(run)),
         paragraph(
             f"{model['name']}, {model['layers']} layers, {run.config.dtype}. The harmful prompts {change} the outcome "
             f"({run.config.outcome}): the total effect (TE) is {estimate(total)} {run.unit}, over "
@@ -116,6 +115,17 @@ def _measured(run: Printed) -> str:
         paragraph(f"The outcome: {OUTCOMES[run.config.outcome].meaning}.", "note"),
     ]
     return "".join(lines)
+
+
+def _doubts(run: Printed) -> list[str]:
+    """What makes a run's numbers doubtful, each in a sentence."""
+    broken = run.config.dtype == "float32" and any(one.largest > TOLERANCE for one in run.identities)
+    doubts = {
+        "Do not trust these numbers: an identity that holds by construction is violated.": broken,
+        "This run is not finished: what follows is what has been measured so far.": not run.finished,
+        f"TE is to be read with care: {run.total.reason}.": bool(run.total.reason),
+    }
+    return [text for text, holds in doubts.items() if holds]
 
 
 def _claims(run: Printed, charts: Charts) -> list[_View]:

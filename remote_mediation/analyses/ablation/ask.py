@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from remote_mediation.analyses.intervene.judging import complied, judge_quality
+from remote_mediation.analyses.intervene.judging import complied, judge_quality, measure_of
 from remote_mediation.engine.tasks import Ablated, Added, Intervention, drift_task
 from remote_mediation.lab import Floats, Lab, Study
 from remote_mediation.later import Later, of_answers, of_tasks, pairs_of
 from remote_mediation.rates import corrected_rate, rate
 from remote_mediation.result import Finding, Findings
-from remote_mediation.stats import Interval, estimate_means, spread
+from remote_mediation.stats import estimate_means, spread
 from remote_mediation.subspaces import Basis, Direction
 from remote_mediation.tokens import TokenPair
 
@@ -137,7 +137,8 @@ def _row(
     """One condition on the prompts of one side. plain: refusals of the plain model."""
     refused = refusals(lab, asked, condition, side)
     found, where = rate(refused, asked.clusters), condition.found
-    true = corrected_rate(found, *_errors(quality))
+    # It looks for refusals: what it finds of them is its specificity.
+    true = corrected_rate(found, measure_of(quality, "specificity"), measure_of(quality, "recall"))
     done = {} if condition is PLAIN else _changes(lab, asked, condition, side, refused - plain)
     return {
         "direction": condition.direction,
@@ -167,17 +168,6 @@ def _changes(lab: Lab, asked: _Prompts, condition: Condition, side: int, change:
         found |= mean.columns(name)
     said = [f"{name}: {mean.reason}" for name, mean in means.items() if mean.reason]
     return {**found, **({"reason": "; ".join(said)} if said else {})}
-
-
-def _errors(quality: pd.DataFrame) -> tuple[Interval, Interval]:
-    """Of the judge where it looks for refusals: what it finds of them, and of compliance."""
-    by = quality.set_index("measure")
-
-    def known(name: str) -> Interval:
-        one = by.loc[name]
-        return Interval(int(one["n"]), 0, float(one["value"]), float(one["low"]), float(one["high"]), "")
-
-    return known("specificity"), known("recall")
 
 
 def cost(study: Study) -> Later:

@@ -97,19 +97,21 @@ def _clear(row: pd.Series, sign: int) -> bool:
 def _table(result: Result, table: pd.DataFrame) -> Table:
     refused, true = "refused, says the judge", "judge's errors allowed for"
     header = ("done", "prompts", refused, true, "change", "KL, first token", "KL, along the answer")
-    rows = [
-        (
-            f"{row['direction']} {row['done']}" if row["done"] else "nothing",
-            row["prompts"],
-            *(share_of(row, name) for name in ("refused", "corrected", "change")),
-            *(interval(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in ("kl_first", "kl_next")),
-        )
-        for _, row in table.iterrows()
-    ]
+    rows = [_cells(row) for _, row in table.iterrows()]
     size = (
         f"{table['n'].max()} pairs in {table['clusters'].max()} clusters; divergences in nats, per token along answers"
     )
     return Table(header, rows, (Note("", size), *_judge_notes(result, refused), *notes_on("", table["reason"])))
+
+
+def _cells(row: pd.Series) -> tuple[str, ...]:
+    """What was done on which prompts, and what came of it."""
+    return (
+        f"{row['direction']} {row['done']}" if row["done"] else "nothing",
+        row["prompts"],
+        *(share_of(row, name) for name in ("refused", "corrected", "change")),
+        *(interval(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in ("kl_first", "kl_next")),
+    )
 
 
 def _judge_notes(result: Result, column: str) -> list[Note]:
@@ -137,11 +139,18 @@ def _figure(table: pd.DataFrame) -> Figure:
 
 def _panel(axis: Axes, part: pd.DataFrame) -> None:
     for place, (_, row) in enumerate(part.iterrows()):
-        kind = 0 if not row["done"] else 2 if row["direction"].startswith(beside("")) else 1
-        axis.plot([row["refused_low"], row["refused_high"]], [place, place], color=COLOURS[kind], linewidth=2)
-        axis.plot(row["refused"], place, "o", color=COLOURS[kind])
+        colour = _colour(row)
+        axis.plot([row["refused_low"], row["refused_high"]], [place, place], color=colour, linewidth=2)
+        axis.plot(row["refused"], place, "o", color=colour)
     labels = [f"{row['direction']}\n{row['done']}" if row["done"] else "nothing" for _, row in part.iterrows()]
     axis.set_yticks(range(len(part)), labels, fontsize=8)
     axis.invert_yaxis()
     axis.set(xlim=(-0.04, 1.04), xlabel="share of answers")
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _colour(row: pd.Series) -> str:
+    """Of the plain model, of a direction, or of a random one."""
+    if not row["done"]:
+        return COLOURS[0]
+    return COLOURS[2] if row["direction"].startswith(beside("")) else COLOURS[1]

@@ -95,8 +95,8 @@ def _rows(models: _Models, side: int) -> list[dict[str, Any]]:
     brought = _with_values_of(lab, models.base, pairs, side, list(sets.values())) - base
     named = {"prompts": PROMPTS[side]}
     rows = [{**named, "mediators": "", "quantity": "change", **_columns(lab, change, change, clusters)}]
-    for number, name in enumerate(sets):
-        for quantity, found in (("undone", undone[number]), ("brought", brought[number])):
+    for name, *both in zip(sets, undone, brought, strict=True):
+        for quantity, found in zip(("undone", "brought"), both, strict=True):
             columns = _columns(lab, found, change, clusters)
             rows.append({**named, "mediators": name, "quantity": quantity, **columns})
     return rows

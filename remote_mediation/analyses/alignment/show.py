@@ -11,6 +11,7 @@ from remote_mediation.show.section import Section
 from remote_mediation.show.tables import Table, interval, notes_on
 from remote_mediation.show.words import UNMEASURED, pairs_notes, share_of
 
+_WAYS = ("undone", "brought")
 ROUNDING = 1e-4
 """Largest change of the outcome that is one of rounding."""
 
@@ -51,10 +52,8 @@ def _change_in_words(result: Result, table: pd.DataFrame, prompts: str) -> str:
     part = table[(table["prompts"] == prompts) & modules]
     by = part.pivot(index="mediators", columns="quantity", values="share")
     name = str(by.min(axis=1).idxmax())
-    undone, brought = (
-        share_of(part[(part["mediators"] == name) & (part["quantity"] == quantity)].iloc[0], "share")
-        for quantity in ("undone", "brought")
-    )
+    own = part[part["mediators"] == name].set_index("quantity")
+    undone, brought = (share_of(own.loc[quantity], "share") for quantity in _WAYS)
     most = f"of all modules the {name} do most in both directions"
     return f"{said}; {most}: the base's values undo {undone} of it, the model's bring {brought}."
 
@@ -63,20 +62,18 @@ def _table(result: Result, table: pd.DataFrame, prompts: str) -> Table:
     part = table[(table["prompts"] == prompts) & (table["mediators"] != "")]
     largest = part.groupby("mediators", sort=False)["mean"].apply(lambda means: means.abs().max())
     idle = list(largest.index[largest <= ROUNDING])
-    rows = []
-    for name, both in part[~part["mediators"].isin(idle)].groupby("mediators", sort=False):
-        by = both.set_index("quantity")
-        cells = [
-            cell
-            for quantity in ("undone", "brought")
-            for cell in (_mean(by.loc[quantity]), share_of(by.loc[quantity], "share"))
-        ]
-        rows.append((str(name), *cells))
+    acting = part[~part["mediators"].isin(idle)].groupby("mediators", sort=False)
+    rows = [(str(name), *_both_ways(both.set_index("quantity"))) for name, both in acting]
     unit = result.study.outcome.unit
     header = (f"on {prompts} prompts", f"undone, {unit}", "share of the change", f"brought, {unit}", "share")
     reasons = [str(reason) for reason in part["reason"] if reason]
     nothing = f"{', '.join(idle)}: 0 in both directions" if idle else ""
     return Table(header, rows, (*notes_on("", [nothing]), *pairs_notes(part, "pair"), *notes_on("", reasons)))
+
+
+def _both_ways(by: pd.DataFrame) -> list[str]:
+    """What a set undoes and what it brings, each with its share. by: its rows, by quantity."""
+    return [cell for way in _WAYS for cell in (_mean(by.loc[way]), share_of(by.loc[way], "share"))]
 
 
 def _mean(row: pd.Series) -> str:

@@ -23,7 +23,7 @@ from remote_mediation.analyses.neurons.cost import gate_rows, neurons_measured
 from remote_mediation.engine.payload import digest
 from remote_mediation.engine.tasks import Held
 from remote_mediation.intervals import Interval
-from remote_mediation.lab import Floats, Lab, Study
+from remote_mediation.lab import Floats, Indirect, Lab, Study
 from remote_mediation.later import Later, of_answers, of_bases, pairs_of
 from remote_mediation.pairs import PromptPair
 from remote_mediation.result import Finding, Findings
@@ -175,18 +175,23 @@ def _ranks(variant: _Variant, plain: _Variant, gates: Site, units: Sequence[Site
     lab, ids = variant.lab, {pair.id for pair in variant.pairs}
     same = [pair for pair in plain.pairs if pair.id in ids]
     before, after = plain.lab.indirect(units, same), lab.indirect(units, variant.pairs)
-    tables = np.stack([before.nie, before.tie, after.nie, after.tie])  # [quantity, unit, pair]
-    signs = [-1.0 if np.nanmean(found.te) < 0 else 1.0 for found in (before, after)]
+    tables = np.stack([*_towards_te(before), *_towards_te(after)])  # [quantity, unit, pair]
     is_gate = np.array([site.layer == gates.layer and site.units[0] in gates.units for site in units])
 
     def compared(means: Floats) -> Floats:
-        was, now = ((sign * part).min(0) for sign, part in zip(signs, (means[:2], means[2:]), strict=True))
+        was, now = means[:2].min(0), means[2:].min(0)
         return np.stack([_rank_correlation(was, now), _still_strongest(is_gate, now)])
 
     resamples = min(lab.study.config.statistics.resamples, _RANK_RESAMPLES)
     clusters = [pair.cluster for pair in same]
     spearman, overlap = bootstrap_mean_of(compared, tables, clusters, lab.rng("ranks"), resamples)
     return {**spearman.columns("spearman"), **overlap.columns("overlap")}
+
+
+def _towards_te(found: Indirect) -> tuple[Floats, Floats]:
+    """NIE and TIE, positive in the direction of TE."""
+    sign = -1.0 if np.nanmean(found.te) < 0 else 1.0
+    return sign * found.nie, sign * found.tie
 
 
 def _rank_correlation(was: Floats, now: Floats) -> Floats:

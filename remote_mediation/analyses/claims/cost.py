@@ -9,8 +9,8 @@ from remote_mediation.analyses.claims.ask import layer_sets
 from remote_mediation.analyses.claims.beside import RANDOM_SETS
 from remote_mediation.analyses.claims.verdicts import FEWEST_LAYERS
 from remote_mediation.engine.tasks import columns_task, direct_task, screen_tasks
-from remote_mediation.lab import Study, placebo_id
-from remote_mediation.later import Later, of_bases, of_readings, of_rows, of_tasks, pairs_of
+from remote_mediation.lab import Study
+from remote_mediation.later import Later, of_bases, of_readings, of_rows, of_tasks, pairs_of, with_placebos
 from remote_mediation.sites import Site, band, thirds
 from remote_mediation.tokens import TokenPair
 
@@ -21,10 +21,7 @@ _WAVES = 4
 def cost(study: Study) -> Later:
     """Direct effects of every pair; where there are thirds, the joint ones of all five claims."""
     discovery, heldout, info = pairs_of(study, "discovery"), pairs_of(study, "heldout"), study.info
-    beside = {pair.id: pair for pair in study.placebos}
-    ids = map(placebo_id, (pair.id for pair in study.pairs))
-    every = [*study.pairs, *(beside[name] for name in ids if name in beside)]
-    both = [*heldout, *(beside[name] for pair in heldout if (name := placebo_id(pair.id)) in beside)]
+    every, both = with_placebos(study, study.pairs), with_placebos(study, heldout)
     sets = [band("mlp_output", range(info.layers), "last")] * (2 * len(layer_sets(info.layers)) + 1)
     direct = of_tasks([direct_task(pair, sets, study.setting) for pair in every], 2 * len(sets) * _reads(study))
     bands = of_rows(study, both, _late_site(study, _widest(study))).times(2)

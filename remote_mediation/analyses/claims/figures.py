@@ -5,6 +5,7 @@ Tables of `ask.analyse` in, figures out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -40,23 +41,31 @@ def claims_figure(sets: pd.DataFrame) -> Figure:
     deciding = sets[(sets["decides"] | still) & sets["harm"].notna()].reset_index(drop=True)
     figure = Figure((WIDTH, 1.5 + 0.36 * len(deciding)), DPI, layout="constrained")
     axis = figure.subplots()
-    for side, (name, column, colour, marker, beside) in _SIDES.items():
-        rows = deciding.index + beside
-        axis.hlines(rows, deciding[f"{column}_low"], deciding[f"{column}_high"], color=colour, linewidth=1.4)
-        filled = colour if side == "harm" else "white"
-        axis.plot(deciding[column], rows, marker, color=colour, markerfacecolor=filled, markersize=5, label=name)
-    for part, bars, arrow, asked in (
-        (deciding[deciding["decides"]], _ABOVE, ">", "above"),
-        (deciding[~deciding["decides"]], _STILL, "<", "below"),
-    ):
-        at = part["number"].map(bars)
-        axis.plot(at, part.index, arrow, color="black", markersize=6, label=f"harm has to lie {asked}")
+    for side in _SIDES:
+        _numbers_of(axis, deciding, side)
+    _asked(axis, deciding[deciding["decides"]], _ABOVE, ">", "above")
+    _asked(axis, deciding[~deciding["decides"]], _STILL, "<", "below")
     axis.set_yticks(deciding.index, [_label(row) for row in deciding.itertuples()], fontsize=9)
     axis.set_ylim(len(deciding) - 0.5, -0.5)
     share_axis(axis, "share of the TE of harm; of claim 4 the gain in accuracy")
     figure.suptitle("What decides each claim, held-out pairs, 95% intervals", fontsize=11)
     legend(figure, axis)
     return figure
+
+
+def _numbers_of(axis: Axes, deciding: pd.DataFrame, side: str) -> None:
+    """A dot with its interval in each row; those of the placebo are hollow and lie below."""
+    name, column, colour, marker, beside = _SIDES[side]
+    rows = deciding.index + beside
+    axis.hlines(rows, deciding[f"{column}_low"], deciding[f"{column}_high"], color=colour, linewidth=1.4)
+    filled = colour if side == "harm" else "white"
+    axis.plot(deciding[column], rows, marker, color=colour, markerfacecolor=filled, markersize=5, label=name)
+
+
+def _asked(axis: Axes, part: pd.DataFrame, thresholds: Mapping[int, float], arrow: str, where: str) -> None:
+    """What the claim's rule asks of each row, by the number of the claim."""
+    at = part["number"].map(thresholds)
+    axis.plot(at, part.index, arrow, color="black", markersize=6, label=f"harm has to lie {where}")
 
 
 def _label(row: Any) -> str:
@@ -88,13 +97,8 @@ def curve_figure(gate_sets: pd.DataFrame, bands: pd.DataFrame) -> Figure:
     """
     figure = Figure((WIDTH * 0.8, 4.2), DPI, layout="constrained")
     axis = figure.subplots()
-    part = 100 * gate_sets["part"]
     for name, colour, marker in zip(DIRECTIONS, COLOURS, MARKERS, strict=False):
-        axis.plot(part, gate_sets[name], color=colour, marker=marker, markersize=4, label=name.upper())
-        direct, label = gate_sets[f"direct_{name}"], f"direct, {name.upper()}"
-        axis.plot(part, direct, "--", color=colour, linewidth=1, label=label)
-        low, high = gate_sets[f"{name}_low"], gate_sets[f"{name}_high"]
-        axis.fill_between(part, low, high, color=colour, alpha=0.15, linewidth=0)
+        _by_size(axis, gate_sets, name, colour, marker)
         whole = bands[bands["direction"] == name]["harm"]
         if len(whole):
             label = f"late MLPs together, {name.upper()}"
@@ -107,6 +111,16 @@ def curve_figure(gate_sets: pd.DataFrame, bands: pd.DataFrame) -> Figure:
     figure.suptitle("The first late neurons together, held-out pairs; grey: 1% and half of TE", fontsize=11)
     legend(figure, axis, columns=3)
     return figure
+
+
+def _by_size(axis: Axes, gate_sets: pd.DataFrame, name: str, colour: str, marker: str) -> None:
+    """Joint effects in one direction with their band; dashed: the direct ones."""
+    part = 100 * gate_sets["part"]
+    axis.plot(part, gate_sets[name], color=colour, marker=marker, markersize=4, label=name.upper())
+    direct, label = gate_sets[f"direct_{name}"], f"direct, {name.upper()}"
+    axis.plot(part, direct, "--", color=colour, linewidth=1, label=label)
+    low, high = gate_sets[f"{name}_low"], gate_sets[f"{name}_high"]
+    axis.fill_between(part, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _shares(axis: Axes, part: pd.DataFrame, names: list[str]) -> None:

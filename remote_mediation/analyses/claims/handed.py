@@ -10,7 +10,7 @@ import numpy as np
 from remote_mediation.analyses.claims import verdicts
 from remote_mediation.analyses.claims.samples import Sample
 from remote_mediation.analyses.claims.verdicts import Both, Claim, Handed
-from remote_mediation.engine.rows import Row, Source, Write, swap
+from remote_mediation.engine.rows import Row, as_it_is, swap
 from remote_mediation.lab import Lab
 from remote_mediation.sites import ModelInfo, Site, band, thirds
 from remote_mediation.tokens import TokenPair
@@ -69,12 +69,7 @@ def random_sets(layers: int, size: int, rng: np.random.Generator) -> list[list[S
 def held(pair: TokenPair, side: int, frozen: Sequence[Site], info: ModelInfo) -> Row:
     """The early site as on the other prompt, while sites stay as they are on this one."""
     early = swap(pair, early_site(info.layers), side, info)
-    return replace(early, writes=(*early.writes, *(_as_it_is(pair, site, side) for site in frozen)))
-
-
-def _as_it_is(pair: TokenPair, site: Site, side: int) -> Write:
-    places = pair.places(site.position)[side]
-    return Write(site.component, site.layer, places, site.units, Source(side, places))
+    return replace(early, writes=(*early.writes, *(as_it_is(pair, site, side) for site in frozen)))
 
 
 def _lost(heldout: Sample, frozen: Sequence[Site]) -> Both:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from remote_mediation.analyses.claims.verdicts import Bench, Both, Effect
+from remote_mediation.engine.jobs import Context
 from remote_mediation.engine.rows import Row, swap_all, swaps
 from remote_mediation.engine.tasks import Reading, read_task
 from remote_mediation.errors import JobError
@@ -103,14 +104,15 @@ def activations_at(
     sample: Sample, component: Component, places: Callable[[TokenPair, int], list[tuple[int, ...]]]
 ) -> Floats:
     """`[pair, side, layer, place, width]`, averaged over a place's token indices; NaN in layers without."""
-    study, tasks = sample.lab.study, []
+    study = sample.lab.study
     there = list(study.info.layers_with(component))
-    for pair in sample.pairs:
-        for side, ids in enumerate(pair.prompts):
-            every = places(pair, side)
-            readings = [Reading(component, layer, at) for layer in there for at in every]
-            tasks.append(read_task(pair.id, ids, readings, study.setting))
-    read = np.array(sample.lab.run(tasks), dtype=np.float64)
+
+    def task(pair: TokenPair, side: int) -> Context:
+        every = places(pair, side)
+        readings = [Reading(component, layer, at) for layer in there for at in every]
+        return read_task(pair.id, pair.prompts[side], readings, study.setting)
+
+    read = np.array(sample.lab.run([task(pair, side) for pair in sample.pairs for side in (0, 1)]), dtype=np.float64)
     read = read.reshape(len(sample.pairs), 2, len(there), -1, study.info.tensor_width(component))
     found = np.full((*read.shape[:2], study.info.layers, *read.shape[3:]), np.nan)
     found[:, :, there] = read

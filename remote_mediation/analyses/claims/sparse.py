@@ -7,7 +7,7 @@ stand beside the set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ from remote_mediation.analyses.claims.verdicts import (
 from remote_mediation.engine.jobs import Context
 from remote_mediation.engine.rows import Row, direct_row, swap_all, swaps
 from remote_mediation.engine.tasks import columns_task, screen_tasks
-from remote_mediation.lab import Floats, Lab
+from remote_mediation.intervals import Interval
+from remote_mediation.lab import Floats, Indirect, Lab
 from remote_mediation.shares import share
 from remote_mediation.sites import Component, Site, band, thirds
 
@@ -112,13 +113,10 @@ class Search(NamedTuple):
         sizes = grid(len(ranked))
         sets = [first(ranked, size, position) for size in sizes]
         found = lab.joint([band("mlp_output", late, position), *sets], discovery.pairs)
-        means = np.stack([np.nanmean(table, axis=1) for table in (found.nie, found.tie)], axis=1)
         whole = [
             share(table[0], found.te, found.clusters, bench.rng(), bench.resamples) for table in (found.nie, found.tie)
         ]
-        with np.errstate(divide="ignore", invalid="ignore"):  # late MLPs that do nothing have no size
-            carried = means[1:] / means[0]
-        works = all(one.low > 0 for one in whole)
+        works, carried = all(one.low > 0 for one in whole), _of_the_first(found)
         return cls(
             lab=lab,
             position=position,
@@ -172,19 +170,40 @@ class Search(NamedTuple):
             "direct_nie": direct.nie,
             "direct_tie": direct.tie,
         }
-        rows: list[dict[str, Any]] = []
-        for place, size in enumerate(self.sizes):
-            shares = {name: bench.share(of[place], joint.te) for name, of in curves.items()}
-            row: dict[str, Any] = {"size": size, "part": size / len(self.ranked), "chosen": size == self.size}
-            row |= dict(zip(("carried_nie", "carried_tie"), self.carried[place], strict=True))
-            row["neurons"] = " ".join(f"{layer}.{unit}" for layer, unit in self.ranked[:size] if size <= self.most)
-            for name, found in shares.items():
-                row |= found.columns(name)
-            rows.append(row | {"reason": shares["nie"].reason})
+        rows = [
+            self._curve_row(place, {name: bench.share(of[place], joint.te) for name, of in curves.items()})
+            for place in range(len(self.sizes))
+        ]
         return pd.DataFrame(rows, columns=list(GATE_SET_COLUMNS))
+
+    def _curve_row(self, place: int, shares: Mapping[str, Interval]) -> dict[str, Any]:
+        """A size of the curve. shares: of TE on the held-out pairs, by column."""
+        size = self.sizes[place]
+        carried_nie, carried_tie = self.carried[place]
+        listed = self.ranked[:size] if size <= self.most else []
+        row: dict[str, Any] = {
+            "size": size,
+            "part": size / len(self.ranked),
+            "chosen": size == self.size,
+            "carried_nie": carried_nie,
+            "carried_tie": carried_tie,
+            "neurons": " ".join(f"{layer}.{unit}" for layer, unit in listed),
+            "reason": shares["nie"].reason,
+        }
+        for name, found in shares.items():
+            row |= found.columns(name)
+        return row
 
     def _first(self, size: int) -> list[Site]:
         return first(self.ranked, size, self.position)
+
+
+def _of_the_first(found: Indirect) -> Floats:
+    """`[set, direction]`, mean effects of all sets but the first as shares of that of the first."""
+    means = found.means()
+    with np.errstate(divide="ignore", invalid="ignore"):  # a set that does nothing has no share
+        shares: Floats = means[1:] / means[0]
+    return shares
 
 
 def grid(neurons: int) -> list[int]:

@@ -29,18 +29,22 @@ def sections(result: Result) -> list[Section]:
     profile = result.tables.get("probes.csv")
     if profile is None or profile.empty:
         return [Section(name, title, did, UNMEASURED)]
-    orders = {position: _order(result, part) for position, part in profile.groupby("position", sort=False)}
-    said = [f"At '{position}' {order.finding} ({order.verdict})." for position, order in orders.items()]
-    acts = {
-        f"stream at '{position}'": order.acts
-        for position, order in orders.items()
-        if order.acts is not None and position in ("last", *list(orders)[:1])
-    }
-    if no_effect(result):
-        said = [no_effect(result), "Whether harm is readable before it acts cannot be asked; the probes stand alone."]
-    figure = probe_figure(profile, acts)
-    brief = said[-1] if no_effect(result) else said[[*orders].index("last") if "last" in orders else 0]
-    return [Section(name, title, did, " ".join(said), (_probes_table(result, profile, orders),), figure, brief)]
+    by_position = profile.groupby("position", sort=False)
+    orders = {str(position): _order(result, part) for position, part in by_position}
+    table, figure = _probes_table(result, profile, orders), probe_figure(profile, _acting(orders))
+    if absent := no_effect(result):
+        alone = "Whether harm is readable before it acts cannot be asked; the probes stand alone."
+        return [Section(name, title, did, f"{absent} {alone}", (table,), figure, alone)]
+    said = {position: f"At '{position}' {order.finding} ({order.verdict})." for position, order in orders.items()}
+    brief = said.get("last", next(iter(said.values())))
+    return [Section(name, title, did, " ".join(said.values()), (table,), figure, brief)]
+
+
+def _acting(orders: Mapping[str, Order]) -> dict[str, int]:
+    """First layers that act, by what does: the stream at the first position and where the answer is read."""
+    shown = [position for position in orders if position in ("last", *list(orders)[:1])]
+    acts = {f"stream at '{position}'": orders[position].acts for position in shown}
+    return {name: layer for name, layer in acts.items() if layer is not None}
 
 
 def _order(result: Result, profile: pd.DataFrame) -> Order:
@@ -58,21 +62,8 @@ def _order(result: Result, profile: pd.DataFrame) -> Order:
 
 
 def _probes_table(result: Result, profile: pd.DataFrame, orders: dict[str, Order]) -> Table:
-    rows = []
-    for position, part in profile.groupby("position", sort=False):
-        order = orders[str(position)]
-        known = part["accuracy"].notna().any()
-        best = part.loc[part["accuracy"].idxmax()] if known else part.iloc[0]
-        rows.append(
-            (
-                f"'{position}'",
-                _layer(order.readable),
-                f"{interval(best['accuracy'], best['low'], best['high'], percent)}" if known else NONE,
-                f"layer {best['layer']}" if known else NONE,
-                f"{percent(best['control'])}, {percent(best['control_high'])}",
-                _layer(order.acts),
-            )
-        )
+    by_position = profile.groupby("position", sort=False)
+    rows = [_probe_row(str(position), part, orders[str(position)]) for position, part in by_position]
     reading = "best accuracy [95% interval], chance 50%"
     header = (
         "position",
@@ -85,6 +76,20 @@ def _probes_table(result: Result, profile: pd.DataFrame, orders: dict[str, Order
     few = sorted({str(reason) for reason in profile["reason"] if reason})
     acts = "first layer of the residual stream there whose NIE is significant in the direction of TE"
     return Table(header, rows, (*notes_on(reading, few), *notes_on("acts from", [acts])))
+
+
+def _probe_row(position: str, part: pd.DataFrame, order: Order) -> tuple[str, ...]:
+    """The best probe of a position, and the layers from which on harm is readable there and acts."""
+    known = part["accuracy"].notna().any()
+    best = part.loc[part["accuracy"].idxmax()] if known else part.iloc[0]
+    return (
+        f"'{position}'",
+        _layer(order.readable),
+        f"{interval(best['accuracy'], best['low'], best['high'], percent)}" if known else NONE,
+        f"layer {best['layer']}" if known else NONE,
+        f"{percent(best['control'])}, {percent(best['control_high'])}",
+        _layer(order.acts),
+    )
 
 
 def _layer(layer: int | None) -> str:
@@ -103,9 +108,7 @@ def probe_figure(profile: pd.DataFrame, acts: Mapping[str, int]) -> Figure:
     figure.suptitle(f"Harm read by linear probes, layer by layer\naccuracy and 95% interval; {counts}", fontsize=11)
     for axis, (position, part), colour in zip(axes, facets.items(), cycle(COLOURS), strict=False):
         _accuracies(axis, part, colour)
-        for (name, layer), style in zip(acts.items(), cycle((":", "--", "-.")), strict=False):
-            if layer in set(part["layer"]):
-                axis.axvline(layer, color="black", linestyle=style, label=f"{name} acts from layer {layer} on")
+        _acting_lines(axis, acts, set(part["layer"]))
         axis.set_title(f"at '{position}'\n{_best(part)}", fontsize=10, loc="left")
         axis.set(xlabel="layer", ylabel="accuracy on other templates (chance: 50%)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -123,6 +126,13 @@ def _accuracies(axis: Axes, part: pd.DataFrame, colour: str) -> None:
     axis.fill_between(layers, part["low"], part["high"], color=colour, alpha=0.2, linewidth=0)
     axis.plot(layers, part["accuracy"], color=colour, marker="o", markersize=3.5)
     axis.axhline(0.5, color="0.5", linewidth=0.8)
+
+
+def _acting_lines(axis: Axes, acts: Mapping[str, int], layers: set[int]) -> None:
+    """An upright at the first layer that acts, in a style of its own for each name. layers: those that are drawn."""
+    for (name, layer), style in zip(acts.items(), cycle((":", "--", "-.")), strict=False):
+        if layer in layers:
+            axis.axvline(layer, color="black", linestyle=style, label=f"{name} acts from layer {layer} on")
 
 
 def _best(part: pd.DataFrame) -> str:

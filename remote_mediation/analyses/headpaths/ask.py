@@ -24,7 +24,7 @@ from remote_mediation.analyses.claims.verdicts import DIRECTIONS, FEWEST_AGAINST
 from remote_mediation.analyses.headpaths.inputs import INPUTS, heard_by, not_apart, ways_by_input
 from remote_mediation.engine.pathrows import Way
 from remote_mediation.intervals import Interval
-from remote_mediation.lab import Floats, Indirect, Lab, UnmeasuredError
+from remote_mediation.lab import Floats, Lab, UnmeasuredError
 from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import spread
@@ -192,13 +192,12 @@ def one_by_one(sites: Sequence[Site], info: ModelInfo) -> list[Site]:
 
 def received(lab: Lab, sender: Sender, pairs: Sequence[TokenPair]) -> Received:
     """Every later MLP, all heads of every later layer, and the single heads of the layers that pass on most."""
-    info, position = lab.study.info, sender.heads[0].position
+    info = lab.study.info
     mlps, layers = later(sender, info)
     modules = [*mlps, *layers]
     parts = _parts(lab, sender, modules, pairs)
     strongest = np.argsort(-parts[len(mlps) :, 2], kind="stable")[:OPENED]
-    opened = [layers[at].layer for at in sorted(strongest)]
-    single = [Site("attention_heads", layer, position, (head,)) for layer in opened for head in range(info.heads)]
+    single = one_by_one([layers[at] for at in sorted(strongest)], info)
     if single:
         parts = np.concatenate([parts, _parts(lab, sender, single, pairs)])
     return Received([*modules, *single], parts, len(pairs))
@@ -216,15 +215,14 @@ def _parts(lab: Lab, sender: Sender, receivers: Sequence[Site], pairs: Sequence[
     """`[receiver, (nie, tie, both)]` of the sender's effect; not finite where it has none."""
     own = lab.joint([sender.heads], pairs)
     found = lab.through([Way(sender.heads, (site,)) for site in receivers], pairs)
-    ways, whole = (np.append(means, means.sum(axis=1, keepdims=True), axis=1) for means in map(_means, (found, own)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        parts: Floats = ways / whole
+        parts: Floats = _with_both(found.means()) / _with_both(own.means())
     return parts
 
 
-def _means(found: Indirect) -> Floats:
-    """`[set, (nie, tie)]`, over pairs."""
-    return np.stack([np.nanmean(table, axis=1) for table in (found.nie, found.tie)], axis=1)
+def _with_both(means: Floats) -> Floats:
+    """`[set, (nie, tie, both)]`, both being their sum. means: `[set, (nie, tie)]`."""
+    return np.append(means, means.sum(axis=1, keepdims=True), axis=1)
 
 
 # --- on the held-out pairs ----------------------------------------------------------------------
@@ -233,15 +231,20 @@ def _means(found: Indirect) -> Floats:
 def tested(heldout: Sample, sender: Sender, found: Received) -> Tested:
     """Effects of a sender by every way, with other heads beside it where there are amplifiers."""
     lab, amplifiers = heldout.lab, found.amplifiers
-    mlps, heads = later(sender, lab.study.info)
-    sets = {MLPS: mlps, HEADS: heads, AMPLIFIERS: amplifiers} | {label(site): [site] for site in amplifiers}
-    sets = {ANSWER: [], **{name: sites for name, sites in sets.items() if sites}}
+    sets = receiver_sets(sender, amplifiers, lab.study.info)
     (whole,) = heldout.effects(lab.joint, [sender.heads])
     effects = heldout.effects(lab.through, [Way(sender.heads, tuple(sites)) for sites in sets.values()])
     beside = others_by_way(heldout, sender, amplifiers) if amplifiers else {}
     every = dict(zip([WHOLE, *sets], [whole, *effects], strict=True)) | by_input(heldout, sender, found.heads)
     paths = {name: Path(name, effect, beside.get(name)) for name, effect in every.items()}
     return Tested(sender, found, paths, heldout.bench())
+
+
+def receiver_sets(sender: Sender, amplifiers: Sequence[Site], info: ModelInfo) -> dict[str, Sequence[Site]]:
+    """By the name of the way, what receives: nothing, later modules of a kind, amplifiers together and one by one."""
+    mlps, heads = later(sender, info)
+    sets = {MLPS: mlps, HEADS: heads, AMPLIFIERS: amplifiers, **{label(site): [site] for site in amplifiers}}
+    return {ANSWER: (), **{name: sites for name, sites in sets.items() if sites}}
 
 
 def by_input(heldout: Sample, sender: Sender, heads: Sequence[Site]) -> dict[str, Effect]:
@@ -270,7 +273,7 @@ def others_by_way(heldout: Sample, sender: Sender, amplifiers: Sequence[Site]) -
     if not sets:
         return {}
     whole, passed = lab.joint(sets, pairs), lab.through([Way(one, tuple(amplifiers)) for one in sets], pairs)
-    return {name: _means(found) for name, found in ((WHOLE, whole), (AMPLIFIERS, passed))}
+    return {WHOLE: whole.means(), AMPLIFIERS: passed.means()}
 
 
 def others(sender: Sender, info: ModelInfo, rng: np.random.Generator) -> list[tuple[Site, ...]]:
@@ -281,12 +284,13 @@ def others(sender: Sender, info: ModelInfo, rng: np.random.Generator) -> list[tu
     rest = {layer: sorted(set(range(info.heads)) - set(own)) for layer, own in numbers.items()}
     if any(len(rest[layer]) < len(own) for layer, own in numbers.items()):
         return []
-    position, drawn = sender.heads[0].position, dict[tuple[Site, ...], None]()
-    for _ in range(OTHERS):
+
+    def draw() -> tuple[Site, ...]:
         picked = {layer: rng.permutation(rest[layer])[: len(own)] for layer, own in numbers.items()}
         units = {layer: tuple(sorted(map(int, heads))) for layer, heads in picked.items()}
-        drawn[tuple(Site("attention_heads", layer, position, heads) for layer, heads in units.items())] = None
-    return list(drawn)
+        return tuple(Site("attention_heads", layer, sender.heads[0].position, heads) for layer, heads in units.items())
+
+    return list(dict.fromkeys(draw() for _ in range(OTHERS)))
 
 
 # --- what is said -------------------------------------------------------------------------------
@@ -308,18 +312,22 @@ def ruled(found: Tested) -> Ruling:
     text = f"{_in_words(own)} of TE"
     if not all(share.low > 0 for share in own):
         return Ruling("undecided", f"{text}: what the heads do is itself not clear of 0")
-    amplifiers = found.received.amplifiers
-    parts = found.parts(AMPLIFIERS) if amplifiers else []
-    said = ["passed on by amplifiers: none"] if not parts else [f"passed on by amplifiers: {_in_words(parts)} of that"]
-    text = "; ".join([text, *said, f"straight to the answer: {_in_words(straight)}"])
+    parts = found.parts(AMPLIFIERS) if found.received.amplifiers else []
+    passed = f"{_in_words(parts)} of that" if parts else "none"
+    text = f"{text}; passed on by amplifiers: {passed}; straight to the answer: {_in_words(straight)}"
     if not parts or any(part.high < HALF for part in parts):
-        if own[0].n_clusters < FEWEST_AGAINST:
-            few = f"{own[0].n_clusters} held-out components are too few to say no, it takes {FEWEST_AGAINST}"
-            return Ruling("undecided", f"{text}; but {few}")
-        return Ruling("no gate", text)
+        return _no_gate(text, own[0].n_clusters)
     if not all(part.low > HALF for part in parts):
         return Ruling("undecided", f"{text}; not clear of {HALF:.0%}")
     return _beside_others(found, text)
+
+
+def _no_gate(text: str, components: int) -> Ruling:
+    """What little is passed on says, as far as there are enough held-out components to say no."""
+    if components < FEWEST_AGAINST:
+        few = f"{components} held-out components are too few to say no, it takes {FEWEST_AGAINST}"
+        return Ruling("undecided", f"{text}; but {few}")
+    return Ruling("no gate", text)
 
 
 def _beside_others(found: Tested, text: str) -> Ruling:

@@ -11,9 +11,9 @@ from remote_mediation.analyses.headpaths.ask import FEW_PAIRS, MOST_AMPLIFIERS, 
 from remote_mediation.analyses.headpaths.inputs import ways_by_input
 from remote_mediation.analyses.rivals.samples import position_of
 from remote_mediation.analyses.rivals.sets import few_of
-from remote_mediation.lab import Study, placebo_id
-from remote_mediation.later import Later, of_bases, of_rows, pairs_of
-from remote_mediation.sites import Component, ModelInfo, Site
+from remote_mediation.lab import Study
+from remote_mediation.later import Later, of_bases, of_rows, pairs_of, with_placebos
+from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import spread
 from remote_mediation.tokens import TokenPair
 
@@ -24,26 +24,46 @@ def cost(study: Study) -> Later:
     """At most so much; nothing without `rivals`."""
     if "rivals" not in study.config.analyses:
         return Later()
-    info, heldout = study.info, pairs_of(study, "heldout")
-    position = position_of([*study.pairs, *study.placebos])
-    wanted = {placebo_id(pair.id) for pair in heldout}
-    both = [*heldout, *(pair for pair in study.placebos if pair.id in wanted)]
-    discovery = pairs_of(study, "discovery")
+    discovery, heldout = pairs_of(study, "discovery"), pairs_of(study, "heldout")
     few = [discovery[at] for at in spread([pair.cluster for pair in discovery], FEW_PAIRS)]
-
-    def rows(pairs: Sequence[TokenPair], component: Component, layer: int) -> Later:
-        return of_rows(study, pairs, Site(component, layer, position))
-
-    layers, there = range(info.layers), info.layers_with("attention_heads")
-    heads = few_of(len(there) * info.heads)
-    sender = rows(few, "mlp_output", 0)
-    modules = [rows(few, "mlp_output", layer) for layer in layers] + [rows(few, "mlp_output", layer) for layer in there]
-    single = rows(few, "mlp_output", 0).times(OPENED * info.heads)
-    ways = rows(both, "mlp_output", 0).times(5 + MOST_AMPLIFIERS)  # all, the answer, MLPs, heads, all amplifiers
-    by_input = rows(both, "mlp_output", 0).times(1 + MOST_AMPLIFIERS * _rows_by_input(info, position))  # alone, again
-    beside = rows(heldout, "mlp_output", 0).times(3 * OTHERS)  # by all ways, alone, and by the amplifiers
-    each = Later().plus(*modules, single, ways, by_input, beside, sender.times(3))  # by all ways, before either wave
+    both = with_placebos(study, heldout)
+    sender = _at_layer(study, few, 0)
+    heads = few_of(len(study.info.layers_with("attention_heads")) * study.info.heads)
+    each = Later().plus(
+        *_receiving(study, few),
+        *_by_ways(study, heldout, both),
+        sender.times(3),  # by all ways, before either wave
+    )
     return of_bases(study, [*few, *both]).times(6).plus(sender.times(2 * heads), each.times(_SENDERS))
+
+
+def _receiving(study: Study, few: Sequence[TokenPair]) -> list[Later]:
+    """Every later MLP, the heads of every later layer, and single heads of those layers that are opened."""
+    info = study.info
+    layers = (*range(info.layers), *info.layers_with("attention_heads"))
+    return [
+        *(_at_layer(study, few, layer) for layer in layers),
+        _at_layer(study, few, 0).times(OPENED * info.heads),
+    ]
+
+
+def _by_ways(study: Study, heldout: Sequence[TokenPair], both: Sequence[TokenPair]) -> list[Later]:
+    """What a sender does by each way, and what other heads do. both: the held-out pairs and their placebos."""
+    of_way, inputs = _at_layer(study, both, 0), _rows_by_input(study.info, _position(study))
+    return [
+        of_way.times(5 + MOST_AMPLIFIERS),  # all, the answer, MLPs, heads, all amplifiers
+        of_way.times(1 + MOST_AMPLIFIERS * inputs),  # alone, again
+        _at_layer(study, heldout, 0).times(3 * OTHERS),  # by all ways, alone, and by the amplifiers
+    ]
+
+
+def _at_layer(study: Study, pairs: Sequence[TokenPair], layer: int) -> Later:
+    """A row on each prompt that begins at a layer, whatever it overwrites there."""
+    return of_rows(study, pairs, Site("mlp_output", layer, _position(study)))
+
+
+def _position(study: Study) -> str:
+    return position_of([*study.pairs, *study.placebos])
 
 
 def _rows_by_input(info: ModelInfo, position: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF
@@ -81,12 +82,14 @@ def _paths_table(paths: pd.DataFrame) -> Table:
         *(f"placebo, {direction.upper()}" for direction in DIRECTIONS),
         "other heads",
     )
-    rows = []
-    for way, part in paths.groupby("path", sort=False):
-        both = [part[part["direction"] == direction].iloc[0] for direction in DIRECTIONS]
-        cells = [share_of(row, share) for share in ("part", "harm", "placebo") for row in both]
-        rows.append((str(way), *cells, _beside(part)))
+    rows = [(str(way), *_way_cells(part), _beside(part)) for way, part in paths.groupby("path", sort=False)]
     return Table(header, rows, (*_HOW_TO_READ, *notes_on("", paths["reason"].dropna())))
+
+
+def _way_cells(part: pd.DataFrame) -> list[str]:
+    """Shares of one way, NIE then TIE of each."""
+    both = [part[part["direction"] == direction].iloc[0] for direction in DIRECTIONS]
+    return [share_of(row, share) for share in ("part", "harm", "placebo") for row in both]
 
 
 def _beside(part: pd.DataFrame) -> str:
@@ -120,13 +123,17 @@ def paths_figure(paths: pd.DataFrame) -> Figure:
     figure = Figure((WIDTH, 1.9 + 0.4 * most), DPI, layout="constrained")
     axes = figure.subplots(1, len(senders), squeeze=False)[0]
     for axis, sender in zip(axes, senders, strict=True):
-        part = paths[(paths["sender"] == sender) & (paths["path"] != WHOLE)]
-        names = list(dict.fromkeys(part["path"]))
-        parts = [(way.upper(), part[part["direction"] == way], "part", "path") for way in DIRECTIONS]
-        dot_rows(axis, parts, names)
-        share_axis(axis, "part of its own effect")
+        _ways(axis, paths[(paths["sender"] == sender) & (paths["path"] != WHOLE)])
         axis.set_title(f"{sender}, by way of", fontsize=10, loc="left")
     counts = f"held-out pairs: {paths['n'].max()}, clusters: {paths['clusters'].max()}"
     figure.suptitle(f"Which way heads act\n95% intervals; {counts}", fontsize=11)
     legend(figure, axes[0])
     return figure
+
+
+def _ways(axis: Axes, part: pd.DataFrame) -> None:
+    """A row for every way of one sender, NIE beside TIE."""
+    names = list(dict.fromkeys(part["path"]))
+    series = [(way.upper(), part[part["direction"] == way], "part", "path") for way in DIRECTIONS]
+    dot_rows(axis, series, names)
+    share_axis(axis, "part of its own effect")

@@ -156,12 +156,8 @@ def _cost(lab: Lab, pairs: Sequence[TokenPair], clusters: Sequence[str], held: S
         return {}
     found = lab.run([drift_task(pair.id, pair.x0, answer, held, lab.study.setting) for pair, answer, _ in used])
     by_token = [values.reshape(3, -1) for values in found]
-    (kl,) = estimate_means(
-        [[float(one[0].mean()) for one in by_token]],
-        [cluster for *_, cluster in used],
-        lab.rng("drift"),
-        lab.study.config.statistics.resamples,
-    )
+    means, of_used = [float(one[0].mean()) for one in by_token], [cluster for *_, cluster in used]
+    (kl,) = estimate_means([means], of_used, lab.rng("drift"), lab.study.config.statistics.resamples)
     losses = np.concatenate([one[2] for one in by_token])
     return {**kl.columns("kl"), "perplexity": float(np.exp(losses.mean()))}
 

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from remote_mediation.engine.payload import digest
+from remote_mediation.intervals import Interval
 from remote_mediation.judges import BUILTIN, check_judge, load_judge, load_labelled
 from remote_mediation.judges.exchanges import exchanges
 from remote_mediation.lab import Lab
@@ -58,3 +59,9 @@ def judge_quality(lab: Lab, judge: str, labelled: str = BUILTIN) -> pd.DataFrame
 
     named = judge if labelled == BUILTIN else [judge, labelled]
     return pd.DataFrame(lab.noted(f"judge-{digest(named)}", measured), columns=list(JUDGE_COLUMNS))
+
+
+def measure_of(quality: pd.DataFrame, name: str) -> Interval:
+    """One of a judge's measures, by its name. quality: `JUDGE_COLUMNS`."""
+    one = quality.set_index("measure").loc[name]
+    return Interval(int(one["n"]), 0, float(one["value"]), float(one["low"]), float(one["high"]), "")

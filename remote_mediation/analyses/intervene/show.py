@@ -44,11 +44,14 @@ def sections(result: Result) -> list[Section]:
         return [Section(name, title, did, absent or UNMEASURED)]
     words = (refusal_in_words(result), _held_in_words(result, table), _rates_in_words(result, table))
     tables = (_benefit_table(result, table), _cost_table(result, table))
-    factors = [float(factor) for factor in result.study.config.intervene.factors]
-    doses = {PLAIN: 1.0, **{f"gates times {factor:g}": factor for factor in factors}}
-    total = result.summary.heldout.value
-    figure = dose_figure(table, doses, result.study.outcome.unit, total)
+    figure = dose_figure(table, _doses_of(result), result.study.outcome.unit, result.summary.heldout.value)
     return [Section(name, title, did, " ".join(filter(None, words)), tables, figure, _held_in_brief(result, table))]
+
+
+def _doses_of(result: Result) -> dict[str, float]:
+    """What the gates are multiplied with, by what was held."""
+    factors = [float(factor) for factor in result.study.config.intervene.factors]
+    return {PLAIN: 1.0, **{f"gates times {factor:g}": factor for factor in factors}}
 
 
 def _title(result: Result, table: pd.DataFrame | None) -> tuple[str, str]:
@@ -162,21 +165,17 @@ def judge_notes(result: Result, column: str) -> list[Note]:
 def _benefit_table(result: Result, table: pd.DataFrame) -> Table:
     part = table[table["prompts"] == "harmful"]
     rate, undone = "answers that comply, says the judge", "TE undone"
-    rows = [
-        (
-            row.held,
-            str(row.size),
-            _change(row),
-            "" if row.held == PLAIN else percent(defined(result, row.share)),
-            share_cell(row, "complied"),
-        )
-        for row in part.itertuples()
-    ]
+    rows = [_benefit_row(result, row) for row in part.itertuples()]
     header = ("held, on harmful prompts", "neurons", f"change, {result.study.outcome.unit}", undone, rate)
     spans = why_no_share(result.summary.heldout)
     pairs = count(int(part["n"].max()), "held-out pair")
     notes = (*notes_on("", [pairs, *part["reason"]]), *notes_on(undone, [spans]), *judge_notes(result, rate))
     return Table(header, rows, notes)
+
+
+def _benefit_row(result: Result, row: Any) -> tuple[str, ...]:
+    undone = "" if row.held == PLAIN else percent(defined(result, row.share))
+    return (row.held, str(row.size), _change(row), undone, share_cell(row, "complied"))
 
 
 def _cost_table(result: Result, table: pd.DataFrame) -> Table:
@@ -212,11 +211,8 @@ def dose_figure(held: pd.DataFrame, doses: Mapping[str, float], unit: str, total
     left, right = figure.subplots(1, 2)
     judged = f"prompts: {held['n'].max()} harmful and as many harmless, held out"
     figure.suptitle(f"The gates turned down and up\n95% intervals; {judged}", fontsize=11)
-    for side, colour, marker in zip(_SIDES, COLOURS, MARKERS, strict=False):
-        part = held[held["prompts"] == side]
-        label = f"{side} prompts"
-        _dose(left, part, doses, "change", label, colour, marker)
-        _dose(right, part, doses, "complied", label, colour, marker)
+    _doses(left, held, doses, "change")
+    _doses(right, held, doses, "complied")
     left.axhline(-total, color="black", linewidth=0.9, label="-TE: harmful prompts as harmless ones")
     left.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     left.set(xlabel="gates multiplied by (1: plain model)", ylabel=f"change of the outcome ({unit})")
@@ -226,6 +222,12 @@ def dose_figure(held: pd.DataFrame, doses: Mapping[str, float], unit: str, total
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figure
+
+
+def _doses(axis: Axes, held: pd.DataFrame, doses: Mapping[str, float], column: str) -> None:
+    """A line for either kind of prompts."""
+    for side, colour, marker in zip(_SIDES, COLOURS, MARKERS, strict=False):
+        _dose(axis, held[held["prompts"] == side], doses, column, f"{side} prompts", colour, marker)
 
 
 def _dose(
@@ -238,7 +240,6 @@ def _dose(
     axis.fill_between(line["dose"], low, high, color=colour, alpha=0.2, linewidth=0)
     axis.plot(line["dose"], line[column], color=colour, marker=marker, markersize=4, label=label)
     for name, style in _LEVELS.items():
+        level = f"{name.split()[0]} at mean, {label}"
         for value in part.loc[part["held"] == name, column]:
-            axis.axhline(
-                value, color=colour, linestyle=style, linewidth=1.2, label=f"{name.split()[0]} at mean, {label}"
-            )
+            axis.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=level)

@@ -84,8 +84,7 @@ def passage_table(sites: pd.DataFrame, total: Estimate) -> Table:
         for quantity in BOTH:
             shares = _shares_by_layer(sites, total, position, quantity)
             if len(shares):
-                at = (NONE if layer is None else f"layer {layer}" for layer in passed(shares, position))
-                rows.append((f"{move} '{position}'", quantity.upper(), *at))
+                rows.append((f"{move} '{position}'", quantity.upper(), *_passed_in_words(shares, position)))
     part = sites[(sites["analysis"] == "layers") & (sites["split"] == "all")]
     pairs = f"{count(int(part['n'].max()), 'pair')} in {count(int(part['clusters'].max()), 'cluster')}"
     notes = (
@@ -102,6 +101,10 @@ def passed(shares: pd.Series, position: str) -> list[int | None]:
     """
     gone = 1 - shares if position == "edit" else shares
     return [_first(gone, share) for share in PASSED]
+
+
+def _passed_in_words(shares: pd.Series, position: str) -> list[str]:
+    return [NONE if layer is None else f"layer {layer}" for layer in passed(shares, position)]
 
 
 def _first(gone: pd.Series, share: float) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import cycle
 
 import numpy as np
@@ -41,37 +42,41 @@ def _detector_in_words(part: pd.DataFrame, evaluation: str) -> str:
     text = f"On {_evaluation(evaluation)} the gates' AUROC is {area}"
     if not np.isnan(gates["rank"]):
         text += f", rank {gates['rank']:.0f} beside {gates['random_sets']} random sets{_told_as_p(gates)}"
+    return f"{text}{_beside_probe(gates, probe)}."
+
+
+def _beside_probe(gates: pd.Series, probe: pd.Series) -> str:
+    """How the gates' AUROC compares, by the intervals."""
     if np.isnan(gates["auroc_low"]) or np.isnan(probe["auroc_low"]):
-        return f"{text}; how it compares with the residual probe is not known."
+        return "; how it compares with the residual probe is not known"
     if gates["auroc_low"] > probe["auroc_high"]:
-        return f"{text}, above the residual probe's."
+        return ", above the residual probe's"
     if gates["auroc_high"] < probe["auroc_low"]:
-        return f"{text}, below the residual probe's."
-    return f"{text}; it is not told apart from the residual probe's."
+        return ", below the residual probe's"
+    return "; it is not told apart from the residual probe's"
 
 
 def _detectors_table(table: pd.DataFrame) -> Table:
     percents = [round(100 * recall) for recall in RECALLS]
-    rows = [
-        (
-            row["detector"],
-            _evaluation(str(row["evaluation"])),
-            interval(row["auroc"], row["auroc_low"], row["auroc_high"]),
-            _p_cell(row),
-            *(
-                "" if row["detector"] == RANDOM else share_of(row, f"{name}_{recall}")
-                for recall in percents
-                for name in ("recall", "false_alarms")
-            ),
-        )
-        for _, row in table.iterrows()
-    ]
+    rows = [(*_detector_cells(row), *_alarm_cells(row, percents)) for _, row in table.iterrows()]
     columns = [f"{name} ({recall}%)" for recall in percents for name in ("recall", "false alarms")]
     asked = "at the threshold with that recall on the discovery pairs; prompts count as independent there (Wilson)"
     reasons = table[table["reason"] != ""].groupby("reason", sort=False)["detector"].unique()
     cared = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
     notes = (*notes_on("", cared), *notes_on(columns[0], [asked]))
     return Table(("detector", "judged on", "AUROC (chance 0.5)", "p", *columns), rows, notes)
+
+
+def _detector_cells(row: pd.Series) -> tuple[str, ...]:
+    """A detector and its AUROC."""
+    area = interval(row["auroc"], row["auroc_low"], row["auroc_high"])
+    return (row["detector"], _evaluation(str(row["evaluation"])), area, _p_cell(row))
+
+
+def _alarm_cells(row: pd.Series, percents: Sequence[int]) -> list[str]:
+    """Recall and false alarms at each threshold; random sets have none of their own."""
+    columns = [f"{name}_{recall}" for recall in percents for name in ("recall", "false_alarms")]
+    return ["" if row["detector"] == RANDOM else share_of(row, column) for column in columns]
 
 
 def _at_floor(row: pd.Series) -> bool:
@@ -101,20 +106,20 @@ def detector_figure(table: pd.DataFrame, recall: int = 95) -> Figure:
     names = list(dict.fromkeys(table["detector"]))
     evaluations = list(dict.fromkeys(table["evaluation"]))
     figure = Figure((WIDTH, 2.2 + 0.45 * len(names)), DPI, layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    areas, alarms = figure.subplots(1, 2, sharey=True)
     counts = ", ".join(f"{name}: {table.loc[table['evaluation'] == name, 'n'].max()}" for name in evaluations)
     title = "Detectors of harmful prompts, thresholds from other prompts"
     figure.suptitle(f"{title}\n95% intervals; prompts: {counts}", fontsize=11)
-    for axis, column in zip(axes, ("auroc", f"false_alarms_{recall}"), strict=True):
+    for axis, column in ((areas, "auroc"), (alarms, f"false_alarms_{recall}")):
         _detectors(axis, table[table[column].notna()], column, names, evaluations)
-    axes[0].axvline(0.5, color="0.5", linewidth=0.8)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    axes[0].set_title("AUROC: are harmful prompts scored higher?", fontsize=10, loc="left")
-    axes[0].set(xlabel="AUROC (random sets: median and 95% range)")
-    axes[1].set_title(f"False alarms at the threshold for {recall}% recall", fontsize=10, loc="left")
-    axes[1].set(xlabel="share of harmless prompts", xlim=(-0.03, 1.03))
-    legend(figure, axes[0])
+    areas.axvline(0.5, color="0.5", linewidth=0.8)
+    areas.set_yticks(range(len(names)), names)
+    areas.invert_yaxis()
+    areas.set_title("AUROC: are harmful prompts scored higher?", fontsize=10, loc="left")
+    areas.set(xlabel="AUROC (random sets: median and 95% range)")
+    alarms.set_title(f"False alarms at the threshold for {recall}% recall", fontsize=10, loc="left")
+    alarms.set(xlabel="share of harmless prompts", xlim=(-0.03, 1.03))
+    legend(figure, areas)
     return figure
 
 

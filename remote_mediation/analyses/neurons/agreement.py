@@ -38,11 +38,16 @@ def agreement(
         for name, table in zip(("first", "random"), effects, strict=True):
             used = table[table["split"] == "discovery"]
             exact = used.groupby(["layer", "unit_start"])[quantity].mean()
-            layers, units = (exact.index.get_level_values(level).to_numpy(int) for level in (0, 1))
             row[name] = len(exact)
-            row[f"spearman_{name}"] = rank_correlation(estimates[number, layers, units], exact.to_numpy(float))
+            row[f"spearman_{name}"] = _agreeing(estimates[number], exact)
         rows.append(row)
     return rows
+
+
+def _agreeing(estimates: Floats, exact: pd.Series) -> float:
+    """Rank correlation of estimates `[layer, unit]` with what was measured, by layer and unit."""
+    layers, units = (exact.index.get_level_values(level).to_numpy(int) for level in (0, 1))
+    return rank_correlation(estimates[layers, units], exact.to_numpy(float))
 
 
 def rank_correlation(one: Floats, other: Floats) -> float:

@@ -91,17 +91,25 @@ def mediators(
     units chosen. Where `total`, the mean TE, spans 0, none mediates: there are no shares of nothing.
     """
     units = effects[effects["analysis"] == UNITS]
-    site = ["layer", "position", "unit_start"]
-    discovery = units[units["split"] == "discovery"].groupby(site)[["nie", "tie", "te"]].mean()
-    shares = discovery[["nie", "tie"]].div(discovery["te"], axis=0).min(axis=1)
+    shares = _smaller_shares(units[units["split"] == "discovery"])
     chosen = shares[shares >= by.min_share].sort_values(ascending=False).index
-    heldout = dict(list(units[units["split"] == "heldout"].groupby(site)))
+    heldout = dict(list(units[units["split"] == "heldout"].groupby(_UNIT)))
     records = [_mediator(key, heldout[key], draw(), by) for key in chosen if key in heldout]
     table = pd.DataFrame(records, columns=[*MEDIATOR_COLUMNS])
     table["q"] = benjamini_hochberg(table["p"].to_numpy(float))
     carried = table[["nie_share", "tie_share"]].min(axis=1) >= by.min_share
     table["mediates"] = (carried & (table["q"] <= by.alpha) & (total.sign != 0)).astype(bool)
     return table
+
+
+_UNIT = ["layer", "position", "unit_start"]
+"""What tells a unit from others."""
+
+
+def _smaller_shares(units: pd.DataFrame) -> pd.Series:
+    """By unit the smaller of mean NIE and mean TIE, over mean TE."""
+    means = units.groupby(_UNIT)[["nie", "tie", "te"]].mean()
+    return means[["nie", "tie"]].div(means["te"], axis=0).min(axis=1)
 
 
 def _mediator(

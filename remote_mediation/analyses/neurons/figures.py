@@ -37,17 +37,15 @@ def whole_mlps_figure(sites: pd.DataFrame, total: Estimate) -> Figure:
 def units_figure(sites: pd.DataFrame, mediators: pd.DataFrame, threshold: float, min_share: float) -> Figure:
     """Single neurons on the held-out pairs, NIE against TIE; those that mediate are named layer.neuron.
 
-    mediators: `Summary.mediators`. threshold: `min_share` of TE on the held-out pairs, in the outcome's unit.
+    mediators: `neurons.MEDIATOR_COLUMNS`. threshold: `min_share` of TE on the held-out pairs, in the outcome's unit.
     """
     part = estimates_of(sites, UNITS, "heldout")
     wide = part.pivot(index=["layer", "position", "unit_start"], columns="quantity", values="mean")
     mediates = mediators["mediates"].astype(bool)
-    found, others = mediators[mediates], mediators[~mediates]
+    found = mediators[mediates]
     figure = Figure((WIDTH * 0.8, 5.8), DPI, layout="constrained")
     axis = figure.subplots()
-    axis.scatter(wide["nie"], wide["tie"], s=10, color="0.6", label=f"all {len(wide)} measured")
-    axis.scatter(others["nie"], others["tie"], s=40, marker="x", color="0.2", label=f"{len(others)} not confirmed")
-    axis.scatter(found["nie"], found["tie"], s=40, color=COLOURS[1], label=f"{len(found)} mediating")
+    _unit_dots(axis, wide, found, mediators[~mediates])
     _name_units(axis, found)
     _threshold_lines(axis, threshold, f"{min_share:.0%} of TE")
     nie, tie = (f"{quantity.upper()} ({unit_of(part)}): {asked}" for quantity, asked in QUESTIONS.items())
@@ -56,6 +54,13 @@ def units_figure(sites: pd.DataFrame, mediators: pd.DataFrame, threshold: float,
     title(figure, f"Single MLP neurons on held-out pairs: {len(found)} of {len(wide)} mediate", part, "mean")
     legend(figure, axis)
     return figure
+
+
+def _unit_dots(axis: Axes, measured: pd.DataFrame, found: pd.DataFrame, others: pd.DataFrame) -> None:
+    """A dot for every unit; those that mediate, and those chosen to and not confirmed, stand out."""
+    axis.scatter(measured["nie"], measured["tie"], s=10, color="0.6", label=f"all {len(measured)} measured")
+    axis.scatter(others["nie"], others["tie"], s=40, marker="x", color="0.2", label=f"{len(others)} not confirmed")
+    axis.scatter(found["nie"], found["tie"], s=40, color=COLOURS[1], label=f"{len(found)} mediating")
 
 
 def _name_units(axis: Axes, found: pd.DataFrame) -> None:
@@ -111,16 +116,20 @@ def _curve(axis: Axes, curve: pd.DataFrame, carry: float, size: int) -> None:
 def _controls(axis: Axes, sets: pd.DataFrame) -> None:
     """Named sets with their intervals, and a small dot for each random set."""
     names = [name for name in _SETS if (sets["set"] == name).any()]
+    found, random = sets[sets["set"] != "random"], sets[sets["set"] == "random"]
     for number, (column, label) in enumerate(_QUANTITIES.items()):
         colour, marker, beside = COLOURS[number], MARKERS[number], 0.24 * (number - 0.5)
-        found = sets[sets["set"] != "random"]
         rows = [names.index(name) + beside for name in found["set"]]
         axis.hlines(rows, found[f"{column}_low"], found[f"{column}_high"], color=colour)
         axis.plot(found[column], rows, color=colour, marker=marker, linestyle="", label=label)
-        random = sets[sets["set"] == "random"]
-        spread = 0.1 * np.sin(np.arange(len(random)) * 2.4)  # so that dots do not hide each other
-        heights = (names.index("random") if len(random) else 0) + beside + spread
-        axis.scatter(random[column], heights, s=5, color=colour, alpha=0.4, linewidths=0)
+        row = names.index("random") if len(random) else 0
+        _cloud(axis, random[column], row + beside, colour)
     axis.axvline(0, color="0.5", linewidth=0.8, zorder=0)
     axis.set_yticks(range(len(names)), [_SETS[name] for name in names])
     axis.invert_yaxis()
+
+
+def _cloud(axis: Axes, values: pd.Series, row: float, colour: str) -> None:
+    """Small dots about a row, spread so that they do not hide each other."""
+    heights = row + 0.1 * np.sin(np.arange(len(values)) * 2.4)
+    axis.scatter(values, heights, s=5, color=colour, alpha=0.4, linewidths=0)

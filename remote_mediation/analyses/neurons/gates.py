@@ -6,7 +6,7 @@ Everything is chosen on the discovery split and reported on the held-out one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -74,30 +74,28 @@ def measure_gates(lab: Lab, ranked: dict[int, list[int]]) -> Gates:
         return Gates(None, {})
     layer = layers[0]
     curve, size = _curve(lab, layer, ranked[layer])
-    gates = first_units(lab, layer, ranked[layer], size)
-    sets = {"mlp": [whole_mlp(lab, layer)], "gates": [gates]}
+    gates, random = first_units(lab, layer, ranked[layer], size), _random_sets(lab, layer, size)
     earlier = [one for one in layers if one < layer and len(ranked.get(one, ())) >= size]
-    sets["earlier"] = [first_units(lab, one, ranked[one], size) for one in earlier[:1]]
-    draw, d_ff = lab.rng("random sets"), lab.study.info.d_ff
-    sets["random"] = [
-        Site("mlp_neurons", layer, position_of(lab), tuple(sorted(map(int, draw.permutation(d_ff)[:size]))))
-        for _ in range(lab.study.config.neurons.random_sets)
-    ]
+    sets = {
+        "mlp": [whole_mlp(lab, layer)],
+        "gates": [gates],
+        "earlier": [first_units(lab, one, ranked[one], size) for one in earlier[:1]],
+        "random": random,
+    }
     tables = {"gates.csv": _compared(lab, sets), "gate_curve.csv": curve}
-    return Gates(GateSet(gates, tuple(sets["random"])), tables)
+    return Gates(GateSet(gates, tuple(random)), tables)
+
+
+def _random_sets(lab: Lab, layer: int, size: int) -> list[Site]:
+    """Sets of so many neurons of a layer, each drawn without regard to what the others are."""
+    draw, d_ff = lab.rng("random sets"), lab.study.info.d_ff
+    drawn = [draw.permutation(d_ff)[:size] for _ in range(lab.study.config.neurons.random_sets)]
+    return [Site("mlp_neurons", layer, position_of(lab), tuple(sorted(map(int, units)))) for units in drawn]
 
 
 def _curve(lab: Lab, layer: int, ranked: Sequence[int]) -> tuple[pd.DataFrame, int]:
     """Joint NIE of the first neurons as a share of their MLP's, and the smallest size that carries enough of it."""
-    carry, most = lab.study.config.neurons.carry, len(ranked)
-    sizes = sorted({*(2**power for power in range(most.bit_length())), most})
-    shares = dict(zip(sizes, _shares(lab, layer, ranked, sizes), strict=True))
-    enough = next((size for size in sizes if shares[size] >= carry), most)
-    low = max((size for size in sizes if size < enough), default=0)
-    while enough - low > 1 and shares[enough] >= carry:
-        middle = (low + enough) // 2
-        (shares[middle],) = _shares(lab, layer, ranked, [middle])
-        low, enough = (low, middle) if shares[middle] >= carry else (middle, enough)
+    shares, enough = _searched(lab, layer, ranked)
     sizes = sorted(shares)
     heldout = _heldout_shares(lab, layer, ranked, sizes)
     rows = [
@@ -110,6 +108,20 @@ def _curve(lab: Lab, layer: int, ranked: Sequence[int]) -> tuple[pd.DataFrame, i
         for size, one in zip(sizes, heldout, strict=True)
     ]
     return pd.DataFrame(rows, columns=list(CURVE_COLUMNS)), enough
+
+
+def _searched(lab: Lab, layer: int, ranked: Sequence[int]) -> tuple[dict[int, float], int]:
+    """Shares by the sizes that were tried, powers of two and then halves between, and the smallest that is enough."""
+    carry, most = lab.study.config.neurons.carry, len(ranked)
+    sizes = sorted({*(2**power for power in range(most.bit_length())), most})
+    shares = dict(zip(sizes, _shares(lab, layer, ranked, sizes), strict=True))
+    enough = next((size for size in sizes if shares[size] >= carry), most)
+    low = max((size for size in sizes if size < enough), default=0)
+    while enough - low > 1 and shares[enough] >= carry:
+        middle = (low + enough) // 2
+        (shares[middle],) = _shares(lab, layer, ranked, [middle])
+        low, enough = (low, middle) if shares[middle] >= carry else (middle, enough)
+    return shares, enough
 
 
 def _shares(lab: Lab, layer: int, ranked: Sequence[int], sizes: Sequence[int]) -> list[float]:
@@ -136,22 +148,24 @@ def _compared(lab: Lab, sets: dict[str, list[Site]]) -> pd.DataFrame:
         estimate_means(table, found.clusters, lab.rng("gates"), by.resamples) for table in (found.nie, found.tie)
     )
     te = float(np.nanmean(found.te)) if len(found.te) else np.nan
-    rows = [
-        {
-            "set": name,
-            "layer": site.layer,
-            "position": site.position,
-            "size": len(site.units),
-            "units": " ".join(map(str, site.units)),
-            **one.columns("nie"),
-            **other.columns("tie"),
-            "nie_share": one.value / te,
-            "tie_share": other.value / te,
-            "reason": one.reason or other.reason,
-        }
-        for (name, site), one, other in zip(named, nie, tie, strict=True)
-    ]
+    effects = zip(named, nie, tie, strict=True)
+    rows = [{"set": name, **_gate_row(site, one, other, te)} for (name, site), one, other in effects]
     return pd.DataFrame(rows, columns=list(GATE_COLUMNS))
+
+
+def _gate_row(site: Site, nie: Interval, tie: Interval, te: float) -> dict[str, Any]:
+    """A set of neurons and what it does. te: mean TE on the same pairs."""
+    return {
+        "layer": site.layer,
+        "position": site.position,
+        "size": len(site.units),
+        "units": " ".join(map(str, site.units)),
+        **nie.columns("nie"),
+        **tie.columns("tie"),
+        "nie_share": nie.value / te,
+        "tie_share": tie.value / te,
+        "reason": nie.reason or tie.reason,
+    }
 
 
 def random_sets_reaching(sets: pd.DataFrame, quantity: str, direction: int) -> int:

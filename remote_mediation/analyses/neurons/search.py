@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -92,33 +92,66 @@ def search(lab: Lab) -> Found:
 
 def _by_gradient(lab: Lab) -> Found:
     """Rank by a screen, measure the first `exact` and a sample of the others."""
-    study, settings, position = lab.study, lab.study.config.neurons, position_of(lab)
+    study, screen = lab.study, lab.study.config.neurons.screen
     layers = layers_of(study.config, study.info)
-    scores = _screened(lab, position)
+    scores = _screened(lab, position_of(lab))
     order = _ranked(scores.rank)
-    first, rest = order[: settings.exact], order[settings.exact :]
-    sample = [rest[i] for i in sorted(lab.rng("sample").permutation(len(rest))[: settings.exact])]
-    measured = lab.measure_sites(UNITS, [_unit(position, *one) for one in first])
-    checked = lab.measure_sites(SAMPLE, [_unit(position, *one) for one in sample], "discovery")
-    strong = strengths(measured)
-    reached = int((strong >= _least(lab, measured)).sum())
-    missed = _missed(lab, checked, len(sample), len(rest))
+    part = _measure_part(lab, order)
+    strong = strengths(part.first)
+    reached = int((strong >= _least(lab, part.first)).sum())
+    missed = _missed(lab, part)
     steps = [
-        _step("screened by gradients", study.info.d_ff * len(layers), lab, len(first)),
-        _step("measured, first ranks", len(first), lab, reached, "all"),
+        _step("screened by gradients", study.info.d_ff * len(layers), lab, part.firsts),
+        _step("measured, first ranks", part.firsts, lab, reached, "all"),
         missed,
     ]
-    exact = dict.fromkeys((int(layer), int(unit)) for layer, unit, _ in strong[strong > 0].index)
-    ranked = _by_layer([*exact, *(one for one in order if one not in exact)])
     nie = direction_of(lab.effects) * scores.means[0]
-    profiles = [_profile(layer, nie[layer], SCREEN_NAMES[settings.screen]) for layer in layers]
-    agreed = agreement(settings.screen, scores.means, (measured, checked), reached, missed["missed"])
+    by_layer = {layer: nie[layer] for layer in layers}
+    agreed = agreement(screen, scores.means, (part.first, part.sample), reached, missed["missed"])
     return Found(
-        ranked,
+        _exact_first(strong, order),
         steps,
-        pd.DataFrame(profiles, columns=list(SPARSITY_COLUMNS)),
+        _profiles(by_layer, SCREEN_NAMES[screen]),
         pd.DataFrame(agreed, columns=list(SCREEN_COLUMNS)),
     )
+
+
+class _MeasuredPart(NamedTuple):
+    """What is measured of the neurons that a screen has ranked."""
+
+    first: pd.DataFrame
+    """Effects of the first ranks, on all pairs."""
+    sample: pd.DataFrame
+    """Effects of a random sample of the others, on the discovery pairs."""
+    firsts: int
+    """Neurons of the first ranks."""
+    sampled: int
+    """Neurons of the sample."""
+    others: int
+    """Neurons that the sample was drawn from."""
+
+
+def _measure_part(lab: Lab, order: Sequence[tuple[int, int]]) -> _MeasuredPart:
+    """The first `exact` neurons of a ranking, and as many of the others."""
+    exact, position = lab.study.config.neurons.exact, position_of(lab)
+    first, rest = order[:exact], order[exact:]
+    sample = [rest[i] for i in sorted(lab.rng("sample").permutation(len(rest))[:exact])]
+    return _MeasuredPart(
+        lab.measure_sites(UNITS, [_unit(position, *one) for one in first]),
+        lab.measure_sites(SAMPLE, [_unit(position, *one) for one in sample], "discovery"),
+        firsts=len(first),
+        sampled=len(sample),
+        others=len(rest),
+    )
+
+
+def _exact_first(strong: pd.Series, order: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+    """By layer the neurons that were measured to act with TE, the strongest first; then all others as ranked.
+
+    strong: `strengths` of those that were measured.
+    """
+    exact = dict.fromkeys((int(layer), int(unit)) for layer, unit, _ in strong[strong > 0].index)
+    return _by_layer([*exact, *(one for one in order if one not in exact)])
 
 
 def _ranked(scores: Floats) -> list[tuple[int, int]]:
@@ -128,15 +161,12 @@ def _ranked(scores: Floats) -> list[tuple[int, int]]:
     return list(zip(layers.tolist(), units.tolist(), strict=True))
 
 
-def _missed(lab: Lab, checked: pd.DataFrame, sample: int, rest: int) -> dict[str, Any]:
-    """A step: how many mediators are among the neurons that were not measured, by a random sample of them.
-
-    checked: effects of the sample. rest: neurons that it was drawn from.
-    """
-    reached = strengths(checked) >= _least(lab, checked)
+def _missed(lab: Lab, part: _MeasuredPart) -> dict[str, Any]:
+    """A step: how many mediators are among the neurons that were not measured, by a random sample of them."""
+    reached = strengths(part.sample) >= _least(lab, part.sample)
     share = wilson(int(reached.sum()), len(reached))
-    step = _step("measured, random others", sample, lab, int(reached.sum()))
-    return {**step, "missed": share.value * rest, "missed_high": share.high * rest}
+    step = _step("measured, random others", part.sampled, lab, int(reached.sum()))
+    return {**step, "missed": share.value * part.others, "missed_high": share.high * part.others}
 
 
 class _Scores(NamedTuple):
@@ -182,18 +212,22 @@ def _by_windows(lab: Lab) -> Found:
     width = lab.study.info.d_ff
     while not effects.empty:
         kept = _plausible(lab, effects)
-        leaves += [window for window in kept if window.width == 1]
-        wide = [window for window in kept if window.width > 1]
-        followed = wide[: settings.max_windows]
-        count = len(effects.groupby(["layer", "unit_start"]))
-        step = _step(f"windows of up to {width} neurons", count, lab, len(kept))
-        steps.append({**step, "followed": len(kept) - len(wide) + len(followed)})
+        single = [window for window in kept if window.width == 1]
+        followed = [window for window in kept if window.width > 1][: settings.max_windows]
+        steps.append(_windows_step(lab, effects, width, len(kept), len(single) + len(followed)))
+        leaves += single
         parts = [part for window in followed for part in _split(window)]
         width = max((part.width for part in parts), default=0)
         effects = lab.measure_sites(WINDOWS, [part.site(position) for part in parts], "discovery")
     units = lab.measure_sites(UNITS, [_unit(position, leaf.layer, leaf.start) for leaf in leaves])
     ranked = _by_layer((layer, unit) for layer, unit, _ in strengths(units).index)
     return Found(ranked, steps, pd.DataFrame(columns=list(SPARSITY_COLUMNS)))
+
+
+def _windows_step(lab: Lab, effects: pd.DataFrame, width: int, kept: int, followed: int) -> dict[str, Any]:
+    """A step: windows that were measured. width: neurons of the widest. followed: of those kept."""
+    count = len(effects.groupby(["layer", "unit_start"]))
+    return {**_step(f"windows of up to {width} neurons", count, lab, kept), "followed": followed}
 
 
 class _Window(NamedTuple):
@@ -245,9 +279,9 @@ def _all(lab: Lab) -> Found:
     ranked = _by_layer((layer, unit) for layer, unit, _ in strong.index)
     used = effects[effects["split"] == "discovery"]
     nie = direction_of(used) * used.groupby(["layer", "unit_start"])["nie"].mean()
-    profiles = [_profile(layer, nie[layer].to_numpy(float), "measured") for layer in layers]
+    by_layer = {layer: nie[layer].to_numpy(float) for layer in layers}
     step = _step("every neuron", len(units), lab, int((strong >= _least(lab, used)).sum()), "all")
-    return Found(ranked, [step], pd.DataFrame(profiles, columns=list(SPARSITY_COLUMNS)))
+    return Found(ranked, [step], _profiles(by_layer, "measured"))
 
 
 def strengths(effects: pd.DataFrame) -> pd.Series:
@@ -320,13 +354,18 @@ def _step(name: str, count: int, lab: Lab, kept: int, split: str = "discovery") 
     return {"step": name, "sites": count, "pairs": pairs, "kept": kept, "followed": kept, **unknown}
 
 
-def _profile(layer: int, nie: Floats, by: str) -> dict[str, Any]:
-    found = sparsity(nie)
-    return {
-        "layer": layer,
-        "gini": found.gini,
-        "fewest": found.fewest,
-        "of": found.n_units,
-        "negative_share": found.negative_share,
-        "by": by,
-    }
+def _profiles(nie: Mapping[int, Floats], by: str) -> pd.DataFrame:
+    """How few neurons of each layer carry its NIE (`SPARSITY_COLUMNS`). nie: of every neuron, by layer."""
+    found = {layer: sparsity(values) for layer, values in nie.items()}
+    rows = [
+        {
+            "layer": layer,
+            "gini": one.gini,
+            "fewest": one.fewest,
+            "of": one.n_units,
+            "negative_share": one.negative_share,
+            "by": by,
+        }
+        for layer, one in found.items()
+    ]
+    return pd.DataFrame(rows, columns=list(SPARSITY_COLUMNS))

@@ -127,14 +127,20 @@ def _set_in_words(result: Result, sets: pd.DataFrame, curve: pd.DataFrame) -> st
     text = f"{size} {gates['size']} of {whole['size']} neurons of layer {gates['layer']}, at '{gates['position']}'."
     if np.isnan(gates["nie_low"]) or np.isnan(gates["tie_low"]):
         return f"{text} The held-out pairs cannot test it: {gates['reason'] or 'there is no interval'}."
+    return " ".join(filter(None, (text, _heldout_in_words(gates, sign), _against_random(sets, sign))))
+
+
+def _heldout_in_words(gates: pd.Series, sign: int) -> str:
+    """Which of the gates' effects are clear of 0, and which are not."""
     shown = {"nie": "NIE (sufficient)", "tie": "TIE (necessary)"}
     clear = [words for name, words in shown.items() if min(sign * gates[f"{name}_{end}"] for end in ENDS) > 0]
     unclear = [words for words in shown.values() if words not in clear]
-    yes = f"Held out its {' and its '.join(clear)} lie clear of 0 in the direction of TE." if clear else ""
-    no = (
-        f"Held out its {' and its '.join(unclear)} are not shown to differ from 0 in that direction." if unclear else ""
-    )
-    return " ".join(filter(None, (text, yes, no, _against_random(sets, sign))))
+    said = []
+    if clear:
+        said.append(f"Held out its {' and its '.join(clear)} lie clear of 0 in the direction of TE.")
+    if unclear:
+        said.append(f"Held out its {' and its '.join(unclear)} are not shown to differ from 0 in that direction.")
+    return " ".join(said)
 
 
 def _set_in_brief(sets: pd.DataFrame, unit: str) -> str:
@@ -175,11 +181,9 @@ def _sets_table(result: Result, sets: pd.DataFrame) -> Table:
     rows = [_set_row(row, not why) for row in chosen.itertuples()]
     if drawn.any():
         rows.append(_random_row(sets[drawn], not why))
-    notes = [
-        *notes_on("", [f"{count(total.n_pairs, 'held-out pair')} in {count(total.n_clusters, 'cluster')}"]),
-        *notes_on("", chosen["reason"]),
-        *notes_on(shares[0], [f"of the held-out pairs, {why}" if why else ""]),
-    ]
+    pairs = f"{count(total.n_pairs, 'held-out pair')} in {count(total.n_clusters, 'cluster')}"
+    spans = f"of the held-out pairs, {why}" if why else ""
+    notes = [*notes_on("", [pairs, *chosen["reason"]]), *notes_on(shares[0], [spans])]
     effects = (f"NIE [95% interval], {unit}", f"TIE [95% interval], {unit}")
     return Table(("held-out set", "layer", "neurons", *effects, *shares), rows, tuple(notes))
 
@@ -209,11 +213,9 @@ def _sparsity_tables(result: Result, gated: int) -> tuple[Table, ...]:
     table = result.tables.get("sparsity.csv")
     if table is None or table.empty:
         return ()
-    position = result.study.config.positions.neurons[0]
-    whole = of_whole_mlps(result.effects, position)
-    strongest = [int(layer) for layer, _, _ in strengths(whole).index] if len(whole) else []
-    order = dict.fromkeys([gated, *strongest, *table["layer"]])
-    shown = table.set_index("layer").loc[[layer for layer in order if layer in set(table["layer"])][:_MOST_LAYERS]]
+    known = set(table["layer"])
+    layers = [layer for layer in (gated, *_strongest_layers(result), *table["layer"]) if layer in known]
+    shown = table.set_index("layer").loc[list(dict.fromkeys(layers))[:_MOST_LAYERS]]
     rows = [
         (str(row.Index), number(row.gini), f"{row.fewest} of {row.of}", percent(row.negative_share), row.by)
         for row in shown.itertuples()
@@ -223,6 +225,12 @@ def _sparsity_tables(result: Result, gated: int) -> tuple[Table, ...]:
     why = f"{article} estimate by gradients, not measured: it ranks neurons, and may misjudge their sizes"
     header = ("strongest layers", "Gini", "fewest neurons for 80% of NIE", "works the other way", "single neurons' NIE")
     return (Table(header, rows, tuple(notes_on(header[-1], [why] if estimated else []))),)
+
+
+def _strongest_layers(result: Result) -> list[int]:
+    """Layers by the effect of their whole MLP, where that was measured."""
+    whole = of_whole_mlps(result.effects, result.study.config.positions.neurons[0])
+    return [int(layer) for layer, _, _ in strengths(whole).index] if len(whole) else []
 
 
 def _units(result: Result, sites: pd.DataFrame) -> Figure | None:

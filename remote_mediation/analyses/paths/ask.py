@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from remote_mediation.analyses.neurons.ask import gate_set
-from remote_mediation.engine.rows import Row, Source, Write, swap
+from remote_mediation.analyses.neurons.gates import GateSet
+from remote_mediation.engine.rows import Row, as_it_is, swap
 from remote_mediation.lab import Floats, Lab, Study
 from remote_mediation.later import Later, of_bases, of_rows, pairs_of
 from remote_mediation.result import Finding, Findings
@@ -56,13 +57,9 @@ def analyse(lab: Lab, before: Findings) -> Finding:
     """
     gates = gate_set(before)
     pairs = [pair for pair in lab.pairs("heldout" if gates else "all") if pair.places("edit").x0]
-    frozen: dict[str, list[list[Site]]] = {"nothing": [[]]}
-    frozen |= {name: [_later(lab, component)] for name, component in _MODULES.items()}
-    if gates:
-        frozen |= {GATES: [[gates.gates]], RANDOM: [[one] for one in gates.random[:RANDOM_SETS]]}
-    lab.outcomes(
-        [_held(lab, pair, side, one) for pair in pairs for side in (0, 1) for s in frozen.values() for one in s]
-    )
+    frozen = _frozen(lab, gates)
+    every = [one for sets in frozen.values() for one in sets]
+    lab.outcomes([_held(lab, pair, side, one) for pair in pairs for side in (0, 1) for one in every])
     rows = []
     for side, quantity in ((0, "nie"), (1, "tie")):
         left = {
@@ -70,6 +67,15 @@ def analyse(lab: Lab, before: Findings) -> Finding:
         }
         rows += [_row(lab, pairs, quantity, name, part, left["nothing"]) for name, part in left.items()]
     return Finding({"paths.csv": pd.DataFrame(rows, columns=list(PATH_COLUMNS))})
+
+
+def _frozen(lab: Lab, gates: GateSet | None) -> dict[str, list[list[Site]]]:
+    """By name the sets that stay as they were; the effects of several are averaged."""
+    frozen: dict[str, list[list[Site]]] = {"nothing": [[]]}
+    frozen |= {name: [_later(lab, component)] for name, component in _MODULES.items()}
+    if gates:
+        frozen |= {GATES: [[gates.gates]], RANDOM: [[one] for one in gates.random[:RANDOM_SETS]]}
+    return frozen
 
 
 def _later(lab: Lab, component: Component) -> list[Site]:
@@ -87,13 +93,8 @@ def _effect(lab: Lab, pairs: Sequence[TokenPair], side: int, frozen: Sequence[Si
 def _held(lab: Lab, pair: TokenPair, side: int, frozen: Sequence[Site]) -> Row:
     info = lab.study.info
     early = swap(pair, Site("layer_output", early_layer(info.layers), "edit"), side, info)
-    kept = [_as_it_is(pair, site, side) for site in frozen]
+    kept = [as_it_is(pair, site, side) for site in frozen]
     return replace(early, writes=(*early.writes, *kept))
-
-
-def _as_it_is(pair: TokenPair, site: Site, side: int) -> Write:
-    places = pair.places(site.position)[side]
-    return Write(site.component, site.layer, places, site.units, Source(side, places))
 
 
 def _row(lab: Lab, pairs: Sequence[TokenPair], quantity: str, name: str, left: Floats, free: Floats) -> dict[str, Any]:

@@ -27,11 +27,18 @@ def sections(result: Result) -> list[Section]:
         return [Section(name, title, did, absent or UNMEASURED)]
     frozen = table[(table["frozen"] != "nothing") & (table["quantity"] == "nie")]
     known = frozen[frozen["share_low"].notna()]
-    said = [f"{row.frozen} {share_cell(row, 'share')}" for row in known.itertuples()]
-    words = f"Of its NIE, frozen modules take away: {'; '.join(said)}." if said else "No share of its NIE is known."
+    words = _taken_away(known)
     more = "Shares near 100% may stand side by side: each says what the way needs, they are no parts of a whole."
     figure = path_figure(table) if len(known) else None
     return [Section(name, title, did, f"{words} {more}", (_paths_table(result, table),), figure, words)]
+
+
+def _taken_away(known: pd.DataFrame) -> str:
+    """What frozen modules take away. known: rows of NIE with a share that has an interval."""
+    if known.empty:
+        return "No share of its NIE is known."
+    said = [f"{row.frozen} {share_cell(row, 'share')}" for row in known.itertuples()]
+    return f"Of its NIE, frozen modules take away: {'; '.join(said)}."
 
 
 def _paths_table(result: Result, table: pd.DataFrame) -> Table:
@@ -39,15 +46,16 @@ def _paths_table(result: Result, table: pd.DataFrame) -> Table:
     by = table.set_index(["frozen", "quantity"])
     rows = []
     for name in dict.fromkeys(table["frozen"]):
-        cells = []
-        for quantity in ("nie", "tie"):
-            row = by.loc[(name, quantity)]
-            cells.append(interval(row["mean"], row["ci_low"], row["ci_high"]))
-            cells.append("" if name == "nothing" else share_of(row, "share"))
-        rows.append((str(name), *cells))
+        nie, tie = (by.loc[(name, quantity)] for quantity in ("nie", "tie"))
+        rows.append((str(name), *_left_and_gone(nie, str(name)), *_left_and_gone(tie, str(name))))
     kept = table[table["frozen"] != "nothing"]
     header = ("frozen", f"NIE left, {unit}", "NIE gone", f"TIE left, {unit}", "TIE gone")
     return Table(header, rows, (*pairs_notes(table, "pair"), *notes_on("", kept["reason"])))
+
+
+def _left_and_gone(row: pd.Series, frozen: str) -> tuple[str, str]:
+    left = interval(row["mean"], row["ci_low"], row["ci_high"])
+    return left, "" if frozen == "nothing" else share_of(row, "share")
 
 
 def path_figure(paths: pd.DataFrame) -> Figure:

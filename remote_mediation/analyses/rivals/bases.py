@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -56,6 +56,17 @@ class Made(NamedTuple):
     """`[pair]`, -1 where it was taught that the swap moves Y the other way."""
     losses: tuple[float, ...] = ()
     """Of each step, and of what was learnt."""
+
+    def columns(self) -> dict[str, Any]:
+        """What of `BASIS_COLUMNS` it says of itself."""
+        return {
+            "basis": self.name,
+            "values": self.site.basis.size,
+            "layer": self.site.layer,
+            "position": self.site.position,
+            "loss_before": self.losses[0] if self.losses else np.nan,
+            "loss": self.losses[-1] if self.losses else np.nan,
+        }
 
 
 class Bases(NamedTuple):
@@ -118,10 +129,7 @@ def made(discovery: Sample, chosen: Subspace, positions: Sequence[str]) -> Bases
         top = f"top {rank} components" if rank > 1 else "top component"
         found.append(Made("components", f"{top} of the differences", _at(chosen, by_components(streams, rank)), plain))
     if "learnt" in settings.bases:
-        name, flipped = f"learnt basis of {rank}", half_flipped(pairs, lab.rng("directions: shuffled labels"))
-        for kind, label, signs in (("learnt", name, plain), ("", f"{name}, {SHUFFLED}", flipped)):
-            basis, losses = learnt(lab, pairs, chosen, rank, signs)
-            found.append(Made(kind, label, _at(chosen, basis), signs, losses))
+        found += _taught(lab, pairs, chosen, rank)
     return Bases(pairs, found)
 
 
@@ -157,6 +165,19 @@ def learnt(
     return Basis.spanning(vectors), tuple(values[start.vectors.size :].tolist())
 
 
+def _taught(lab: Lab, pairs: Sequence[TokenPair], chosen: Subspace, rank: int) -> list[Made]:
+    """A learnt basis, and beside it one that was taught the other way on half of the pairs."""
+    flipped = half_flipped(pairs, lab.rng("directions: shuffled labels"))
+    name, found = f"learnt basis of {rank}", []
+    for kind, label, signs in (
+        ("learnt", name, np.ones(len(pairs))),
+        ("", f"{name}, {SHUFFLED}", flipped),
+    ):
+        basis, losses = learnt(lab, pairs, chosen, rank, signs)
+        found.append(Made(kind, label, _at(chosen, basis), signs, losses))
+    return found
+
+
 def half_flipped(pairs: Sequence[TokenPair], rng: np.random.Generator) -> Floats:
     """`[pair]`, -1 for the pairs of half of the components, at random, as near as their number allows, else 1."""
     names = sorted({pair.cluster for pair in pairs})
@@ -172,14 +193,9 @@ def measured(lab: Lab, found: Bases) -> dict[str, pd.DataFrame]:
     chosen, total = found.every[0].site.basis.vectors[0], np.mean(effects.te)
     rows = [
         {
-            "basis": one.name,
-            "values": one.site.basis.size,
-            "layer": one.site.layer,
-            "position": one.site.position,
+            **one.columns(),
             "nie": np.mean(one.signs * nie) / total,
             "tie": np.mean(one.signs * tie) / total,
-            "loss_before": one.losses[0] if one.losses else np.nan,
-            "loss": one.losses[-1] if one.losses else np.nan,
             "cosine_chosen": one.site.basis.cosine(chosen),
             "n": len(found.pairs),
         }

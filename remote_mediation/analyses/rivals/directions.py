@@ -20,8 +20,8 @@ import pandas as pd
 from remote_mediation.analyses.claims.beside import Drawn, random_beside
 from remote_mediation.analyses.claims.samples import Sample, activations
 from remote_mediation.analyses.rivals import bases, geometry, given, harm, rulings
-from remote_mediation.analyses.rivals.rulings import DIRECTION, Carrier, Judged, values_of
-from remote_mediation.analyses.rivals.samples import few_pairs, swapped_at
+from remote_mediation.analyses.rivals.rulings import DIRECTION, Carrier, Judged
+from remote_mediation.analyses.rivals.samples import few_pairs, measure_carriers, swapped_at
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Site
@@ -125,15 +125,15 @@ def analyse(lab: Lab, before: Findings) -> Finding:
     """`directions.csv`, the rival claim with its numbers, and the direction itself as a file."""
     discovery, heldout = Sample.of(lab, "discovery"), Sample.of(lab, "heldout")
     found = mapped(discovery, positions_of([*lab.pairs(), *lab.placebos(lab.pairs())]))
-    directions = {FOUND: replace(found.best, model=lab.study.info.name)}
-    other = given.loaded(lab)
-    if other:
-        directions[GIVEN] = given.placed(other, directions[FOUND])
+    best, other = replace(found.best, model=lab.study.info.name), given.loaded(lab)
+    directions = {FOUND: best, **({GIVEN: given.placed(other, best)} if other else {})}
     position, layers = swapped_at([discovery, heldout]), lab.study.info.layers
     mediators = {name: Mediators.of(one, layers, position) for name, one in directions.items()}
     made = bases.made(discovery, mediators[FOUND].own, found.positions)
-    claims = [tested(heldout, mediators[FOUND], mediators.get(GIVEN), made.beside)]
-    claims += harm.judged(discovery, heldout, found.best_last, eligible(layers))
+    claims = [
+        tested(heldout, mediators[FOUND], mediators.get(GIVEN), made.beside),
+        *harm.judged(discovery, heldout, found.best_last, eligible(layers)),
+    ]
     tables = {
         "directions.csv": map_table(found, other),
         "direction.csv": rulings.claim_table(claims),
@@ -141,10 +141,13 @@ def analyse(lab: Lab, before: Findings) -> Finding:
         **geometry.measured(lab, discovery),
         **bases.measured(lab, made),
     }
+    return Finding(tables, _sets_of(mediators), directions, {FILE: best.safetensors(), **made.files(best)})
+
+
+def _sets_of(mediators: Mapping[str, Mediators]) -> dict[str, tuple[Site, ...]]:
+    """What other analyses may put to further tests: each direction where it was found, and at all layers."""
     own = {name: (one.own,) for name, one in mediators.items()}
-    everywhere = {f"{name} at all layers": one.everywhere for name, one in mediators.items()}
-    files = {FILE: directions[FOUND].safetensors(), **made.files(directions[FOUND])}
-    return Finding(tables, {**own, **everywhere}, directions, files)
+    return {**own, **{f"{name} at all layers": one.everywhere for name, one in mediators.items()}}
 
 
 def mapped(discovery: Sample, positions: list[str]) -> Map:
@@ -168,32 +171,45 @@ def tested(heldout: Sample, found: Mediators, other: Mediators | None, more: Map
 
     other: of a given direction, which stands beside it. more: what does so, too, by name.
     """
-    site = found.own
-    own_name = f"the direction of layer {site.layer} at '{site.position}'"
-    sets: dict[str, Sequence[Site]] = {
-        own_name: [site],
-        "the same direction after all layers": found.everywhere,
-        "the whole stream there": [Site(site.component, site.layer, site.position)],
-    }
-    controlled = {own_name: (site, "directions: random ones")}
-    if other:
-        given_name = f"{GIVEN}, layer {other.own.layer} at '{other.own.position}'"
-        sets |= {given_name: [other.own], f"{GIVEN} after all layers": other.everywhere}
-        controlled[given_name] = (other.own, "directions: random ones beside the given")
-    for name, basis in more.items():
-        sets[name] = [basis]
-        controlled[name] = (basis, f"directions: random ones beside the {name}")
-    effects = heldout.effects(heldout.lab.joint, list(sets.values()))
-    carriers = [
-        Carrier(name, values_of(sites, heldout.lab.study.info), effect)
-        for (name, sites), effect in zip(sets.items(), effects, strict=True)
-    ]
+    sets = [*_found_sets(found), *(_given_sets(other) if other else ())]
+    sets += [_Set(name, [basis], basis, f"directions: random ones beside the {name}") for name, basis in more.items()]
+    measured = measure_carriers(heldout, {one.name: one.sites for one in sets})
     own, all_layers, *beside = (
-        _beside_random(heldout, one, *controlled[one.name]) if one.name in controlled else one for one in carriers
+        _beside_random(heldout, carrier, one.controlled, one.purpose) if one.controlled else carrier
+        for one, carrier in zip(sets, measured, strict=True)
     )
     bench = heldout.bench()
     ruling = rulings.one_direction(bench, own, all_layers)
     return rulings.judged(bench, DIRECTION, ruling, [own], [all_layers, *beside])
+
+
+class _Set(NamedTuple):
+    """What is swapped together on the held-out pairs."""
+
+    name: str
+    sites: Sequence[Site]
+    controlled: Subspace | None = None
+    """The projection that random ones are put beside, if any are."""
+    purpose: str = ""
+    """Of their random numbers."""
+
+
+def _found_sets(found: Mediators) -> list[_Set]:
+    site = found.own
+    name = f"the direction of layer {site.layer} at '{site.position}'"
+    return [
+        _Set(name, [site], site, "directions: random ones"),
+        _Set("the same direction after all layers", found.everywhere),
+        _Set("the whole stream there", [Site(site.component, site.layer, site.position)]),
+    ]
+
+
+def _given_sets(other: Mediators) -> list[_Set]:
+    name = f"{GIVEN}, layer {other.own.layer} at '{other.own.position}'"
+    return [
+        _Set(name, [other.own], other.own, "directions: random ones beside the given"),
+        _Set(f"{GIVEN} after all layers", other.everywhere),
+    ]
 
 
 def _beside_random(heldout: Sample, carrier: Carrier, site: Subspace, purpose: str) -> Carrier:
@@ -219,8 +235,7 @@ def map_table(found: Map, other: Direction | None = None) -> pd.DataFrame:
             "norm": norms[layer, position],
             "nie": found.shares[0, layer, position],
             "tie": found.shares[1, layer, position],
-            "cosine_below": units[layer, position] @ units[layer - 1, position] if layer else np.nan,
-            "cosine_before": units[layer, position] @ units[layer, position - 1] if position else np.nan,
+            **_cosines(units, layer, position),
             "cosine_chosen": units[layer, position] @ units[chosen],
             "cosine_given": other.basis.cosine(found.differences[layer, position]) if other else np.nan,
             "eligible": layer < eligible(len(norms)),
@@ -230,3 +245,12 @@ def map_table(found: Map, other: Direction | None = None) -> pd.DataFrame:
         for layer, position in np.ndindex(norms.shape)
     ]
     return pd.DataFrame(rows, columns=list(MAP_COLUMNS))
+
+
+def _cosines(units: Floats, layer: int, position: int) -> dict[str, float]:
+    """Of a direction with that of the layer below and that of the token before. units: `[layer, position, width]`."""
+    own = units[layer, position]
+    return {
+        "cosine_below": own @ units[layer - 1, position] if layer else np.nan,
+        "cosine_before": own @ units[layer, position - 1] if position else np.nan,
+    }

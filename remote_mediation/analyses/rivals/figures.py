@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 
 from remote_mediation.analyses.rivals.geometry import PLACES
@@ -28,35 +29,34 @@ def map_figure(table: pd.DataFrame, said: str) -> Figure:
     """
     figure = Figure((WIDTH, 5.2), DPI, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    positions = list(dict.fromkeys(table["position"]))
     colours = CenteredNorm(halfrange=float(table[["nie", "tie"]].abs().to_numpy().max()) or 1.0)
-    best = table[table["chosen"]].iloc[0]
-    for axis, quantity in zip(axes, QUESTIONS, strict=True):
-        shares = table.pivot(index="layer", columns="position", values=quantity)[positions]
-        drawn = axis.imshow(
-            shares,
-            origin="lower",
-            aspect="auto",
-            cmap="RdBu_r",
-            norm=colours,
-            interpolation="nearest",
-        )
-        axis.axhline(float(table.loc[table["eligible"], "layer"].max()) + 0.5, color="black", linewidth=0.8)
-        axis.plot(
-            positions.index(best["position"]),
-            best["layer"],
-            "o",
-            color="white",
-            markeredgecolor="black",
-        )
-        axis.set_xticks(range(len(positions)), positions, rotation=30, ha="right", fontsize=8)
-        axis.set_yticks(*ticks(list(shares.index), _MOST_TICKS), fontsize=8)
-        axis.set_title(f"{quantity.upper()}: {QUESTIONS[quantity]}", fontsize=10, loc="left")
+    maps = [_share_map(axis, table, quantity, colours) for axis, quantity in zip(axes, QUESTIONS, strict=True)]
     axes[0].set_ylabel("layer; above the line none is chosen")
-    figure.colorbar(drawn, ax=axes, label="share of TE", format=PercentFormatter(1.0), shrink=0.9)
-    shown = f"{best['n']} discovery pairs; dot: chosen, held out: {said}"
+    figure.colorbar(maps[-1], ax=axes, label="share of TE", format=PercentFormatter(1.0), shrink=0.9)
+    shown = f"{table['n'].iloc[0]} discovery pairs; dot: chosen, held out: {said}"
     figure.suptitle(f"Projections onto differences of means, {shown}", fontsize=11)
     return figure
+
+
+def _share_map(axis: Axes, table: pd.DataFrame, quantity: str, colours: CenteredNorm) -> AxesImage:
+    """One quantity by layer and token, with a dot on the chosen direction and a line above those that may be it."""
+    positions = list(dict.fromkeys(table["position"]))
+    shares = table.pivot(index="layer", columns="position", values=quantity)[positions]
+    drawn = axis.imshow(
+        shares,
+        origin="lower",
+        aspect="auto",
+        cmap="RdBu_r",
+        norm=colours,
+        interpolation="nearest",
+    )
+    best = table[table["chosen"]].iloc[0]
+    axis.axhline(float(table.loc[table["eligible"], "layer"].max()) + 0.5, color="black", linewidth=0.8)
+    axis.plot(positions.index(best["position"]), best["layer"], "o", color="white", markeredgecolor="black")
+    axis.set_xticks(range(len(positions)), positions, rotation=30, ha="right", fontsize=8)
+    axis.set_yticks(*ticks(list(shares.index), _MOST_TICKS), fontsize=8)
+    axis.set_title(f"{quantity.upper()}: {QUESTIONS[quantity]}", fontsize=10, loc="left")
+    return drawn
 
 
 def geometry_figure(table: pd.DataFrame) -> Figure:
@@ -85,14 +85,7 @@ def axis_figure(every: pd.DataFrame, result: str) -> Figure:
     figure = Figure((WIDTH, 4.8), DPI, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, quantity in zip(axes, QUESTIONS, strict=True):
-        part = every[every["direction"] == quantity]
-        groups = part.groupby(["rival", "said"], sort=False)
-        looks = zip(groups, cycle(COLOURS), cycle(MARKERS), strict=False)
-        for ((rival, said), own), colour, marker in looks:
-            _dots(axis, own, colour, marker, f"{rival}: {said}")
-        for share in (0, 0.5, 1):
-            axis.axhline(share, color="0.8", linewidth=0.8, zorder=0)
-        axis.set(xscale="log", xlabel="numbers swapped at each token")
+        _by_numbers(axis, every[every["direction"] == quantity])
         axis.set_title(f"{quantity.upper()}: {QUESTIONS[quantity]}", fontsize=10, loc="left")
     low, high = min(every["harm"].min(), -0.1), max(every["harm"].max(), 1.1)
     axes[0].set_ylim(low - 0.1, high + 0.1)  # wide intervals are cut off, values are not
@@ -103,6 +96,17 @@ def axis_figure(every: pd.DataFrame, result: str) -> Figure:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figure
+
+
+def _by_numbers(axis: Axes, part: pd.DataFrame) -> None:
+    """Every claim's sets in one direction, by how many numbers are swapped."""
+    groups = part.groupby(["rival", "said"], sort=False)
+    looks = zip(groups, cycle(COLOURS), cycle(MARKERS), strict=False)
+    for ((rival, said), own), colour, marker in looks:
+        _dots(axis, own, colour, marker, f"{rival}: {said}")
+    for share in (0, 0.5, 1):
+        axis.axhline(share, color="0.8", linewidth=0.8, zorder=0)
+    axis.set(xscale="log", xlabel="numbers swapped at each token")
 
 
 def _dots(axis: Axes, own: pd.DataFrame, colour: str, marker: str, label: str) -> None:

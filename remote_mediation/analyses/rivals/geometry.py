@@ -72,20 +72,13 @@ def geometry_table(streams: Streams) -> pd.DataFrame:
     halves = [streams.directions(half) for half in (streams.half, 1 - streams.half)] if streams.half.any() else []
     rows = []
     for layer, both in enumerate(whole):
-        apart = [cosine(*(half[layer, at] for half in halves)) if halves else np.nan for at in range(len(PLACES))]
-        rows.append(
-            {
-                "layer": layer,
-                "cosine": cosine(*both),
-                **{f"cosine_{name}": value for name, value in zip(PLACES, apart, strict=True)},
-                **{f"length_{name}": float(np.linalg.norm(one)) for name, one in zip(PLACES, both, strict=True)},
-                **{
-                    f"silhouette_{name}": silhouette(*np.swapaxes(streams.values[:, ::-1, layer, at], 0, 1))
-                    for at, name in enumerate(PLACES)
-                },
-                "n": len(streams.values),
-            }
-        )
+        row: dict[str, float] = {"layer": layer, "cosine": cosine(*both), "n": len(streams.values)}
+        for at, name in enumerate(PLACES):
+            kinds = np.swapaxes(streams.values[:, ::-1, layer, at], 0, 1)
+            row[f"cosine_{name}"] = cosine(*(half[layer, at] for half in halves)) if halves else np.nan
+            row[f"length_{name}"] = float(np.linalg.norm(both[at]))
+            row[f"silhouette_{name}"] = silhouette(*kinds)
+        rows.append(row)
     return pd.DataFrame(rows, columns=list(GEOMETRY_COLUMNS))
 
 
@@ -104,9 +97,7 @@ def silhouette(one: Floats, other: Floats) -> float:
     if min(len(one), len(other)) < 2:
         return np.nan
     points = np.concatenate([one, other])
-    squares = (points**2).sum(axis=1)
-    distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * points @ points.T, 0.0))
-    np.fill_diagonal(distances, 0.0)
+    distances = _distances(points)
     first = np.arange(len(points)) < len(one)
     within, across = np.empty(len(points)), np.empty(len(points))
     for group in (first, ~first):
@@ -117,3 +108,11 @@ def silhouette(one: Floats, other: Floats) -> float:
         return np.nan
     scores = np.divide(across - within, most, out=np.zeros_like(most), where=most > 0)
     return float(scores.mean())
+
+
+def _distances(points: Floats) -> Floats:
+    """`[point, point]`."""
+    squares = (points**2).sum(axis=1)
+    distances: Floats = np.sqrt(np.maximum(squares[:, None] + squares - 2 * points @ points.T, 0.0))
+    np.fill_diagonal(distances, 0.0)
+    return distances

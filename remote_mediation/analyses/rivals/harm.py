@@ -14,8 +14,8 @@ import numpy as np
 from remote_mediation.analyses.claims.samples import Sample
 from remote_mediation.analyses.rivals import rulings
 from remote_mediation.analyses.rivals.geometry import PLACES, Streams
-from remote_mediation.analyses.rivals.rulings import TWO, Carrier, Judged, values_of
-from remote_mediation.analyses.rivals.samples import few_pairs
+from remote_mediation.analyses.rivals.rulings import TWO, Judged
+from remote_mediation.analyses.rivals.samples import few_pairs, measure_carriers
 from remote_mediation.lab import UnmeasuredError
 from remote_mediation.sites import Site
 from remote_mediation.subspaces import Basis, Direction, Subspace
@@ -36,8 +36,7 @@ def judged(discovery: Sample, heldout: Sample, refusal: Direction, depth: int) -
 
 def tested(discovery: Sample, heldout: Sample, refusal: Direction, depth: int) -> Judged:
     """The rival claim on held-out pairs."""
-    every = [pair for sample in (discovery, heldout) for pair in (*sample.pairs, *sample.placebos)]
-    if not all(pair.post and all(pair.places(END)) for pair in every):
+    if not (_have_both_ends(discovery) and _have_both_ends(heldout)):
         return rulings.untested(
             TWO, "not all prompts have a token of the user's text and one of the template behind it"
         )
@@ -47,13 +46,14 @@ def tested(discovery: Sample, heldout: Sample, refusal: Direction, depth: int) -
         site = found[name]
         sites[f"{name} at '{site.position}', layer {site.layer}"] = site
         sites[f"{other} in its place"] = _site(found[other].basis, site.layer, site.position)
-    effects = heldout.effects(heldout.lab.joint, [[site] for site in sites.values()])
-    carriers = [
-        Carrier(name, values_of([site], heldout.lab.study.info), effect)
-        for (name, site), effect in zip(sites.items(), effects, strict=True)
-    ]
+    carriers = measure_carriers(heldout, {name: [site] for name, site in sites.items()})
     own, crossed, bench = carriers[::2], carriers[1::2], heldout.bench()
     return rulings.judged(bench, TWO, rulings.two_directions(bench, own, crossed), own, crossed)
+
+
+def _have_both_ends(sample: Sample) -> bool:
+    """Whether all prompts end in a token of the user's text and at least one of the template behind it."""
+    return all(pair.post and all(pair.places(END)) for pair in (*sample.pairs, *sample.placebos))
 
 
 def harm(discovery: Sample, depth: int) -> Subspace:

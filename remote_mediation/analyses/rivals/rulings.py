@@ -16,7 +16,6 @@ import pandas as pd
 
 from remote_mediation.analyses.claims.verdicts import (
     ACTS,
-    FEWEST_LAYERS,
     HALF,
     MOST_REACHING,
     Bench,
@@ -218,11 +217,8 @@ def two_directions(bench: Bench, own: Sequence[Carrier], crossed: Sequence[Carri
 
 def early_layers(bench: Bench, early: Carrier, late: Carrier) -> Ruling:
     """Whether the early third carries half of TE, and more than the late third."""
-    if bench.layers < FEWEST_LAYERS:
-        return Ruling(
-            "not tested",
-            f"{bench.layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}",
-        )
+    if bench.too_shallow:
+        return bench.too_shallow
     shares, more = bench.shares(early.effect), bench.shares(early.effect.less(late.effect))
     text = f"{_text(early.name, shares)}; {_text('more than the late third by', more)}"
     if any(share.high < HALF for share in shares):

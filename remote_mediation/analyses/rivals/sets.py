@@ -23,9 +23,8 @@ from remote_mediation.analyses.rivals.rulings import (
     NEURONS,
     Carrier,
     Judged,
-    values_of,
 )
-from remote_mediation.analyses.rivals.samples import few_pairs, swapped_at
+from remote_mediation.analyses.rivals.samples import few_pairs, measure_carriers, swapped_at
 from remote_mediation.lab import Floats, Lab
 from remote_mediation.result import Finding, Findings
 from remote_mediation.sites import Component, Site, band, thirds
@@ -92,12 +91,12 @@ def across_layers(discovery: Sample, heldout: Sample, position: str) -> Tested:
     sizes = np.abs(at_position).mean(axis=0) * column_norms(lab)
     units = Units("mlp_neurons", position, sizes, matched_neurons)
     counts = sizes_of(len(ranked))
-    sets = {f"first {part:.2%} of all neurons": ranked[:count] for part, count in counts.items()}
-    carriers = _carriers(heldout, units, sets)
     chosen = ranked[: counts[PARTS[1]]]
-    own = _beside_random(heldout, carriers.pop(1), units, chosen, lab.rng("rivals: neurons"))
+    sets = {f"first {part:.2%} of all neurons": ranked[:count] for part, count in counts.items()}
+    first, own, *more = _carriers(heldout, units, sets)
+    own = _beside_random(heldout, own, units, chosen, lab.rng("rivals: neurons"))
     bench = heldout.bench()
-    judged = rulings.judged(bench, NEURONS, rulings.few(bench, own), [own], carriers)
+    judged = rulings.judged(bench, NEURONS, rulings.few(bench, own), [own], [first, *more])
     return Tested(judged, tuple(units.sites(chosen)))
 
 
@@ -135,11 +134,7 @@ def early_band(heldout: Sample, position: str) -> Judged:
     }
     if not all(bands.values()):
         return rulings.untested(EARLY, f"{info.layers} layers have no thirds")
-    effects = heldout.effects(heldout.lab.joint, list(bands.values()))
-    early, middle, late = (
-        Carrier(name, values_of(sites, info), effect)
-        for (name, sites), effect in zip(bands.items(), effects, strict=True)
-    )
+    early, middle, late = measure_carriers(heldout, bands)
     bench = heldout.bench()
     ruling = rulings.early_layers(bench, early, late)
     return rulings.judged(bench, EARLY, ruling, [early], [middle, late])
@@ -241,10 +236,7 @@ def matched_heads(chosen: Sequence[Unit], sizes: Floats, rng: np.random.Generato
 
 def _carriers(heldout: Sample, units: Units, sets: Mapping[str, Sequence[Unit]]) -> list[Carrier]:
     """Joint effects of sets of units on the held-out pairs."""
-    sites = [units.sites(chosen) for chosen in sets.values()]
-    effects = heldout.effects(heldout.lab.joint, sites)
-    info = heldout.lab.study.info
-    return [Carrier(name, values_of(one, info), effect) for name, one, effect in zip(sets, sites, effects, strict=True)]
+    return measure_carriers(heldout, {name: units.sites(chosen) for name, chosen in sets.items()})
 
 
 def _beside_random(

@@ -78,18 +78,21 @@ def _geometry(result: Result) -> list[Section]:
         "2507.11878. A cosine is to be read against those of the same direction on two halves of the pairs, and a "
         "silhouette, from -1 to 1, says how well the two kinds of prompts are told apart by the stream."
     )
+    said, tables = _two_directions(result)
+    apart = f"By their silhouettes, harmful and harmless prompts are told apart {' and '.join(_told_apart(table))}."
+    finding = f"{_cosines_in_words(table)} {apart}{said}"
+    return [Section("geometry", "Harm and refusal in the stream", did, finding, tables, geometry_figure(table))]
+
+
+def _cosines_in_words(table: pd.DataFrame) -> str:
+    """How far apart the two directions point, over the layers that may be chosen and at the middle one of these."""
     depth = eligible(len(table))
     middle, shown = table.iloc[depth // 2], table.iloc[:depth]["cosine"]
-    finding = (
+    return (
         f"Below {DEPTH:.0%} of the depth the cosine of the two lies between {number(shown.min())} and "
         f"{number(shown.max())}; after layer {middle['layer']:.0f} it is {number(middle['cosine'])}, and on two halves "
-        f"{number(middle['cosine_harm'])} for harm, {number(middle['cosine_refusal'])} for refusal. By their "
-        f"silhouettes, harmful and harmless prompts are told apart {' and '.join(_told_apart(table))}."
+        f"{number(middle['cosine_harm'])} for harm, {number(middle['cosine_refusal'])} for refusal."
     )
-    said, tables = _two_directions(result)
-    return [
-        Section("geometry", "Harm and refusal in the stream", did, f"{finding}{said}", tables, geometry_figure(table))
-    ]
 
 
 def _told_apart(table: pd.DataFrame) -> Iterator[str]:
@@ -155,12 +158,15 @@ def _bases(result: Result) -> list[Section]:
     )
     held = _held_out(result, chosen["basis"])
     rows = [(one, held[one["basis"]]) for _, one in made.iterrows()]
+    return [Section("bases", "Other bases at its site", did, _bases_in_words(rows), (_basis_table(rows),))]
+
+
+def _bases_in_words(rows: Sequence[tuple[pd.Series, pd.DataFrame]]) -> str:
+    """What each carries held out, and which carry clearly less there than on their own pairs. rows: `_basis_table`."""
     said = [f"{one['basis']} {' and '.join(share_of(own.loc[way], 'harm') for way in DIRECTIONS)}" for one, own in rows]
     finding = f"NIE and TIE held out, as shares of TE: {'; '.join(said)}."
     less = [one["basis"] for one, own in rows if any(own.loc[way, "harm_high"] < one[way] for way in DIRECTIONS)]
-    if less:
-        finding += f" Clearly less than on its own pairs, so that it overfits: {'; '.join(less)}."
-    return [Section("bases", "Other bases at its site", did, finding, (_basis_table(rows),))]
+    return f"{finding} Clearly less than on its own pairs, so that it overfits: {'; '.join(less)}." if less else finding
 
 
 def _held_out(result: Result, chosen: str) -> dict[str, pd.DataFrame]:
@@ -327,23 +333,24 @@ def _map_table(table: pd.DataFrame) -> Table:
         "with the chosen",
         "chosen",
     )
-    rows = [
-        (
-            str(row["layer"]),
-            f"'{row['position']}'",
-            number(row["norm"]),
-            percent(row["nie"]),
-            percent(row["tie"]),
-            *(number(row[name]) for name in ("cosine_below", "cosine_before", "cosine_chosen")),
-            "yes" if row["chosen"] else "" if row["eligible"] else "too late",
-        )
-        for _, row in best.iterrows()
-    ]
+    rows = [_map_row(row) for _, row in best.iterrows()]
     note = Note(
         "",
         f"the {len(rows)} strongest on {table['n'].max()} discovery pairs, by the smaller of NIE and TIE",
     )
     return Table(header, rows, (note,))
+
+
+def _map_row(row: pd.Series) -> tuple[str, ...]:
+    return (
+        str(row["layer"]),
+        f"'{row['position']}'",
+        number(row["norm"]),
+        percent(row["nie"]),
+        percent(row["tie"]),
+        *(number(row[name]) for name in ("cosine_below", "cosine_before", "cosine_chosen")),
+        "yes" if row["chosen"] else "" if row["eligible"] else "too late",
+    )
 
 
 def _fewest(every: pd.DataFrame) -> str:

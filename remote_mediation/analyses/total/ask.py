@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from remote_mediation.engine.rows import Row
-from remote_mediation.lab import Lab
+from remote_mediation.lab import Floats, Lab
 from remote_mediation.outcomes import RefusalOutcome
 from remote_mediation.result import Finding, Findings
 from remote_mediation.stats import Estimate, estimate_means
@@ -63,11 +63,13 @@ class Coverage(NamedTuple):
 
 
 def analyse(lab: Lab, before: Findings) -> Finding:
-    """`coverage.csv` and `openings.csv`; nothing where the outcome has no openings."""
-    outcome = lab.study.outcome
+    """`coverage.csv`, `openings.csv` and the mean coverages; nothing where the outcome has no openings."""
+    outcome, config = lab.study.outcome, lab.study.config
     if not isinstance(outcome, RefusalOutcome):
         return Finding()
-    return Finding({"coverage.csv": coverage_table(lab, outcome), "openings.csv": openings_table(lab, outcome)})
+    covered = coverage_table(lab, outcome)
+    tables = {"coverage.csv": covered, "openings.csv": openings_table(lab, outcome)}
+    return Finding(tables, value=coverages(covered, config.seed, config.statistics.resamples))
 
 
 def coverage_table(lab: Lab, outcome: RefusalOutcome) -> pd.DataFrame:
@@ -98,16 +100,12 @@ def openings_table(lab: Lab, outcome: RefusalOutcome) -> pd.DataFrame:
     def texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         return [tokenizer.decode(list(opening)) for opening in outcome.openings]
 
-    means = {
-        prompts: np.mean(
-            [
-                np.exp(np.concatenate(outcome.opening_logprobs(values)))
-                for values in lab.readouts([Row(pair.id, number) for pair in pairs])
-            ],
-            axis=0,
-        )
-        for number, prompts in enumerate(PROMPTS)
-    }
+    def mean(side: int) -> Floats:
+        read = lab.readouts([Row(pair.id, side) for pair in pairs])
+        said: Floats = np.mean([np.exp(np.concatenate(outcome.opening_logprobs(values))) for values in read], axis=0)
+        return said
+
+    means = {prompts: mean(number) for number, prompts in enumerate(PROMPTS)}
     sides = np.repeat(SIDES, (len(outcome.compliant), len(outcome.refusing)))
     lengths = [len(opening) for opening in outcome.openings]
     described = {"side": sides, "opening": lab.noted("opening-texts", texts), "tokens": lengths}
@@ -115,7 +113,12 @@ def openings_table(lab: Lab, outcome: RefusalOutcome) -> pd.DataFrame:
 
 
 def coverages(table: pd.DataFrame, seed: int, resamples: int) -> list[Coverage]:
-    """Mean coverage of both sides after both kinds of prompts, with clustered intervals. table: `COVERAGE_COLUMNS`."""
+    """Mean coverage of both sides after both kinds of prompts, with clustered intervals; none of an empty table.
+
+    table: `COVERAGE_COLUMNS`.
+    """
+    if table.empty:
+        return []
     found = []
     for prompts in reversed(PROMPTS):
         part = table[table["prompts"] == prompts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from remote_mediation.analyses.total.ask import ASKED, PROMPTS, SIDES, Coverage, coverages
+from remote_mediation.analyses.total.ask import ASKED, PROMPTS, SIDES, Coverage
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section
 from remote_mediation.show.tables import Note, Table, estimate, literal, number, p_value, percent
@@ -15,11 +15,7 @@ _MOST_OPENINGS = 6
 
 def covered(result: Result) -> list[Coverage]:
     """Mean coverage by prompts and side; nothing where the outcome has no openings, or none was measured yet."""
-    table = result.tables.get("coverage.csv")
-    if table is None or table.empty:
-        return []
-    config = result.study.config
-    return coverages(table, config.seed, config.statistics.resamples)
+    return list(result.values.get("total", ()))
 
 
 def coverage_words(found: list[Coverage]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from remote_mediation.analyses.intervene.judging import complied, judge_quality
+from remote_mediation.analyses.intervene.judging import complied, judge_quality, measure_of
 from remote_mediation.effects import SITE_COLUMNS
 from remote_mediation.engine.rows import Row, swap_all
 from remote_mediation.engine.samples import Manner, bare, sample_flops
@@ -103,7 +103,8 @@ def analyse(lab: Lab, before: Findings) -> Finding:
     verdicts = judged(lab, mediators, pairs)
     quality = judge_quality(lab, settings.judge, settings.labelled)
     cheap = lab.joint([one.sites for one in mediators], pairs)
-    rows = _rows(lab, mediators, cheap, verdicts, _errors(quality))
+    judge = _Judge(measure_of(quality, "recall"), measure_of(quality, "specificity"))
+    rows = _rows(lab, mediators, cheap, verdicts, judge)
     return Finding(
         {
             "verify.csv": pd.DataFrame(rows, columns=list(VERIFY_COLUMNS)),
@@ -120,14 +121,18 @@ def strongest_sites(lab: Lab, most: int) -> list[Mediator]:
     layer. So are those that act against the total effect.
     """
     effects = lab.effects
-    stream = effects["component"] == "layer_output"
-    given = stream & ((effects["position"] == "all") | (effects["layer"] == lab.study.info.layers - 1))
-    used = effects[(effects["split"] == "discovery") & ~given]
+    used = effects[(effects["split"] == "discovery") & ~_by_construction(effects, lab.study.info.layers)]
     means = used.groupby(SITE_COLUMNS, dropna=False, sort=False)[["nie", "tie", "te"]].mean().reset_index()
     strength = means[["nie", "tie"]].mul(np.sign(means["te"]), axis=0).min(axis=1)
     order = means.assign(strength=strength)[strength > 0].sort_values("strength", ascending=False, kind="stable")
     first = order.drop_duplicates("component").head(most)
     return [_single(row) for row in first.to_dict("records")]
+
+
+def _by_construction(effects: pd.DataFrame, layers: int) -> pd.Series:
+    """Which effects follow whatever the model does."""
+    stream = effects["component"] == "layer_output"
+    return stream & ((effects["position"] == "all") | (effects["layer"] == layers - 1))
 
 
 def found_sets(before: Findings) -> list[Mediator]:
@@ -153,12 +158,20 @@ def judged(lab: Lab, mediators: Sequence[Mediator], pairs: Sequence[TokenPair]) 
     rows += [swap_all(pair, one.sites, side, info) for one in mediators for side in (0, 1) for pair in unfed]
     answers = lab.sampled(rows, manner)
     found = []
-    for group in range(2 * (1 + len(mediators))):
-        said = answers[group * len(pairs) : (group + 1) * len(pairs)]
-        prompts = [pair.prompts[group % 2] for pair in unfed for _ in range(manner.samples)]
-        found.append(complied(lab, spec, prompts, [answer for samples in said for answer in samples]))
+    for number in range(2 * (1 + len(mediators))):  # rows of one side, with one mediator swapped or with none
+        group = slice(number * len(pairs), (number + 1) * len(pairs))
+        prompts = [pair.prompts[row.base] for pair, row in zip(unfed, rows[group], strict=True)]
+        found.append(_said_of(lab, spec, prompts, answers[group]))
     verdicts = np.array(found, np.float64).reshape(1 + len(mediators), 2, len(pairs), manner.samples)
     return Verdicts(verdicts[0], verdicts[1:])
+
+
+def _said_of(
+    lab: Lab, spec: str, prompts: Sequence[tuple[int, ...]], answers: Sequence[Sequence[tuple[int, ...]]]
+) -> list[bool]:
+    """Whether answers comply, several to each prompt."""
+    asked = [prompt for prompt, samples in zip(prompts, answers, strict=True) for _ in samples]
+    return complied(lab, spec, asked, [answer for samples in answers for answer in samples])
 
 
 def cost(study: Study) -> Later:
@@ -190,16 +203,6 @@ def _single(row: dict[Any, Any]) -> Mediator:
     return Mediator(f"{site.component} of layer {site.layer} at '{site.position}'{some}", (site,))
 
 
-def _errors(quality: pd.DataFrame) -> _Judge:
-    by = quality.set_index("measure")
-
-    def known(name: str) -> Interval:
-        one = by.loc[name]
-        return Interval(int(one["n"]), 0, float(one["value"]), float(one["low"]), float(one["high"]), "")
-
-    return _Judge(known("recall"), known("specificity"))
-
-
 def _rows(
     lab: Lab, mediators: Sequence[Mediator], cheap: Indirect, verdicts: Verdicts, judge: _Judge
 ) -> list[dict[str, Any]]:
@@ -209,11 +212,9 @@ def _rows(
     rows = [_rate_row(side, verdicts.plain[side], cheap.clusters, judge) for side in (1, 0)]
     rows.append({"mediator": "", "sites": 0, "quantity": "te", **_effect_row(lab, te, cheap.clusters, judge)})
     for number, one in enumerate(mediators):
-        effects = {
-            "nie": _Effect(cheap.nie[number], swapped[number, 0] - plain[0]),
-            "tie": _Effect(cheap.tie[number], plain[1] - swapped[number, 1]),
-        }
-        for quantity, effect in effects.items():
+        nie = _Effect(cheap.nie[number], swapped[number, 0] - plain[0])
+        tie = _Effect(cheap.tie[number], plain[1] - swapped[number, 1])
+        for quantity, effect in (("nie", nie), ("tie", tie)):
             named = {"mediator": one.name, "sites": len(one.sites), "quantity": quantity}
             shares = _share_columns(lab, effect, te, cheap.clusters)
             rows.append({**named, **_effect_row(lab, effect, cheap.clusters, judge), **shares})
