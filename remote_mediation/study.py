@@ -26,7 +26,7 @@ from remote_mediation.analyses import EVERY, chosen, stranger
 from remote_mediation.config import StudyConfig
 from remote_mediation.contents import as_begun, unchanged_files
 from remote_mediation.effects import Request
-from remote_mediation.engine.answers import changes
+from remote_mediation.engine.answers import NOT_FINITE_LOGITS, changes
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import row_flops
 from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreError
@@ -233,8 +233,10 @@ def chosen_openings(lab: Lab) -> RefusalOutcome:
         if listed:
             outcome = given_openings(*listed, tokenizer, behind)
         else:
-            prompts = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
-            answers = lab.continued(prompts, JUDGED_TOKENS)
+            every = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
+            found = zip(every, lab.answers(every, JUDGED_TOKENS), strict=True)
+            # A pair without finite logits fails alone, later, when its outcomes are measured.
+            prompts, answers = zip(*((ids, answer) for ids, answer in found if answer is not None), strict=True)
             asked, said = exchanges(prompts, answers, tokenizer, lab.study.config.prompt.form())
             complied = load_judge(REFUSAL_OPENINGS)(asked, said)
             outcome = openings_of(answers, [not yes for yes in complied], tokenizer, behind)
@@ -350,11 +352,14 @@ def answered(lab: Lab) -> Prepared:
     """
     study = lab.study
     prompts = [ids for pair in study.pairs for ids in unanswered(pair)]
-    own = iter(lab.continued(prompts, study.config.response_logprob.tokens))
-    found = []
+    own = iter(lab.answers(prompts, study.config.response_logprob.tokens))
+    found: list[TokenPair | Refusal] = []
     for pair in study.pairs:
-        harmful, harmless = pair.answers
-        found.append(with_answers(pair, (harmful or next(own), harmless or next(own))))
+        harmful, harmless = (given or next(own) for given in pair.answers)
+        if harmful is None or harmless is None:
+            found.append(Refusal(pair.id, f"an answer of the model is {NOT_FINITE_LOGITS}"))
+        else:
+            found.append(with_answers(pair, (harmful, harmless)))
     prepared = _sorted_out(found, study.refusals)
     check_enough(prepared)
     return prepared
