@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from remote_mediation.digests import content
 from remote_mediation.errors import ModelError, SiteError, innermost
 from remote_mediation.fetch import located
 from remote_mediation.prompts import PLAIN, PromptForm, end_of_turn
@@ -31,8 +32,6 @@ _POINTER = b"version https://git-lfs"
 _TELLING = {".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".jinja", ".txt", ".py", ".tiktoken"}
 # Those of them that hold weights.
 _WEIGHTS = (".safetensors", ".bin")
-# Files up to so many bytes are hashed whole, about 2 s; of larger ones so many blocks.
-_WHOLE, _BLOCK, _SAMPLES = 2 * 10**9, 2**20, 256
 
 
 def load_info(name: str, revision: str = "") -> ModelInfo:
@@ -326,14 +325,16 @@ def _copies(config: PreTrainedConfig, family: Family) -> int:
     return int(config.num_attention_heads) // int(getattr(config, family.kv_heads)) if repeated else 1
 
 
-def fingerprint(name: str) -> str:
-    """Content of the files of a local folder that make the model what it is, as a short hash; empty for a hub id."""
-    facts = [(path, path.stat()) for path in _telling_files(Path(located(name)))]
-    digests = [(path.name, _content(path, fact.st_size, fact.st_mtime_ns)) for path, fact in facts]
+def fingerprint(name: str, hashed: Callable[[Path], str] = content) -> str:
+    """Content of the files of a local folder that make the model what it is, as a short hash; empty for a hub id.
+
+    hashed: gives that of a file.
+    """
+    digests = [(path.name, hashed(path)) for path in _telling_files(Path(located(name)))]
     return hashlib.blake2b(repr(digests).encode(), digest_size=8).hexdigest() if digests else ""
 
 
-def hub_contents(name: str, revision: str = "") -> dict[str, str]:
+def hub_contents(name: str, revision: str = "", hashed: Callable[[Path], str] = content) -> dict[str, str]:
     """Hashes by name of a model's files in the hub's cache on this machine; none of a local folder.
 
     A hub's `main` moves: what a run was begun with is told from what is there now by these.
@@ -341,8 +342,7 @@ def hub_contents(name: str, revision: str = "") -> dict[str, str]:
     config = _at_hand(name, revision, "config.json")
     if config is None or Path(located(name)).is_dir():
         return {}
-    facts = [(path, path.stat()) for path in _telling_files(config.parent)]
-    return {path.name: _content(path, fact.st_size, fact.st_mtime_ns) for path, fact in facts}
+    return {path.name: hashed(path) for path in _telling_files(config.parent)}
 
 
 def weights_here(name: str, revision: str = "") -> bool:
@@ -357,24 +357,6 @@ def dated_fingerprint(name: str) -> str:
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest() if facts else ""
-
-
-@lru_cache(maxsize=1024)
-def _content(path: Path, size: int, changed: int) -> str:
-    """Hash of a file, or of its size, its ends and samples in between where it is too large to be read at every start.
-
-    changed: its time; with the size it only tells one process whether to read the file again.
-    """
-    found = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with path.open("rb") as opened:
-        if size <= _WHOLE:
-            while block := opened.read(_BLOCK):
-                found.update(block)
-        else:
-            for number in range(_SAMPLES):
-                opened.seek((size - _BLOCK) * number // (_SAMPLES - 1))
-                found.update(opened.read(_BLOCK))
-    return found.hexdigest()
 
 
 def _sliding_layers(config: PreTrainedConfig, family: Family) -> tuple[tuple[int, ...], int | None]:

@@ -31,7 +31,7 @@ ORDER = (
     ),
     ("engine.exchange", "lock", "planted.canvas", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
-    ("lists", "placebo", "rates", "shares", "stats", "subspaces"),
+    ("digests", "lists", "placebo", "rates", "shares", "stats", "subspaces"),
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
     ("judges", "judges.exchanges", "models", "probes", "show.tables", "tokens"),

@@ -44,7 +44,7 @@ def test_own_answers_of_a_model_without_numbers_are_not_read(subject: Subjects, 
     """Greedy generation takes the first NaN for the largest logit, as a rule that of a special token."""
     folder = copy(subject("llama"), tmp_path / "model")
     without_numbers(folder, "model.norm.weight")
-    with pytest.raises(JobError, match="^generate brought back values that are not finite; try bfloat16$"):
+    with pytest.raises(JobError, match=r"^generate brought back values that are not finite; try bfloat16$"):
         finished(folder, tmp_path, **OUTCOMES[outcome])
     assert Store(tmp_path / "run-model").values() == {}
 

@@ -1088,7 +1088,7 @@ def generate(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch
             intervene(model, spec, context, 1)
             largest.append(model.output.logits[:, -1].amax(-1))
         found = tracer.result
-    new = found[:, ids.shape[1] :].float()
+    new: torch.Tensor = found[:, ids.shape[1] :].float()
     new[~torch.stack(largest, -1).isfinite().to(new.device)] = torch.nan
     return new.reshape(1, -1)
 
