@@ -17,6 +17,7 @@ from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 from remote_mediation.paths import resolved
 from remote_mediation.prompts import PromptForm
+from remote_mediation.records import MARKS
 from remote_mediation.screen import harmless
 from remote_mediation.sites import HeadComponent
 
@@ -459,11 +460,32 @@ def _assign(data: dict[str, Any], assignment: str) -> None:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
+        encoding = _other_encoding(path.read_bytes())
+    except OSError as error:
         raise SettingsError(f"cannot read study file {str(path)!r}: {error}; give a TOML file") from error
+    if encoding:
+        raise SettingsError(
+            f"study file {str(path)!r} is not UTF-8, it is probably {encoding}; save it as UTF-8, as "
+            f"`iconv -f {encoding} -t UTF-8` does"
+        )
+    try:
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # no TOML, a number of thousands of digits, brackets without end
         raise SettingsError(f"study file {str(path)!r} is not TOML: {error}") from error
+
+
+def _other_encoding(raw: bytes) -> str:
+    """The encoding of a text that is not UTF-8, as far as can be told, by iconv's name; empty where it is UTF-8."""
+    found = next((name for mark, name in MARKS.items() if raw.startswith(mark)), "")
+    if found.startswith(("utf-16", "utf-32")):
+        return found.upper()
+    if raw.count(0) > len(raw) // 4:
+        return "UTF-16LE" if raw[1:2] == b"\0" else "UTF-16BE"
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return "Windows-1252"
+    return ""
 
 
 def _one_line(error: ValidationError, study: Path | None) -> str:

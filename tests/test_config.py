@@ -140,9 +140,28 @@ def test_unreadable_study_file(tmp_path: Path, name: str) -> None:
         load_config(tmp_path / name, {})
 
 
-def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "study.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SettingsError, match="cannot read study file"):
+@pytest.mark.parametrize(
+    ("encoding", "told"),
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16LE"),
+        ("utf-16-be", "UTF-16BE"),
+        ("utf-32", "UTF-32"),
+        ("latin-1", "Windows-1252"),
+    ],
+)
+def test_a_study_file_that_is_not_utf_8_says_how_to_convert_it(tmp_path: Path, encoding: str, told: str) -> None:
+    file = tmp_path / "study.toml"
+    file.write_bytes('model = "a/model"  # é\n'.encode(encoding))
+    with pytest.raises(SettingsError, match=r"study\.toml' is not UTF-8, it is probably ") as raised:
+        load_config(file, {})
+    assert str(raised.value).endswith(f"probably {told}; save it as UTF-8, as `iconv -f {told} -t UTF-8` does")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b'model = "a\0b"'])
+def test_a_study_file_that_is_no_text(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "study.toml").write_bytes(content)
+    with pytest.raises(SettingsError, match=r"study\.toml' is not (UTF-8|TOML)"):
         load_config(tmp_path / "study.toml", {})
 
 

@@ -15,8 +15,8 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("dequantise", "engine", "engine.copies", "engine.heap", "engine.program"),
-    ("errors", "forms", "loading", "meter", "paths", "toml", "unseen"),
+    ("dequantise", "engine", "engine.heap", "engine.program", "engine.stored"),
+    ("engine.copies", "errors", "forms", "loading", "meter", "paths", "toml", "unseen"),
     (
         "engine.deadline",
         "planted",
@@ -72,6 +72,7 @@ AT_ONCE = {
     "engine.program": {"nnsight", "torch", "transformers"},
     "engine.local": {"nnsight", "torch", "transformers"},
     "engine.remote": {"nnsight", "torch"},
+    "engine.stored": {"torch"},
     "engine.weights": {"torch", "transformers"},
     "planted.canvas": {"torch", "transformers"},
     "planted.cases": {"torch", "transformers"},

@@ -7,8 +7,6 @@ older one may run.
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from remote_mediation.engine.stored import tensors
 
 _VALUES = 2**16
 """Values of a parameter that are compared: training changes them all."""
@@ -35,20 +35,10 @@ def other_copy(folder: Path) -> str:
         files = [opened.enter_context(safe_open(path, "pt")) for path in read]
         stored = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - it is no mapping
         for path in others:
-            for name, tensor in _tensors(path):
+            for name, tensor in tensors(path):
                 if name in stored and not _same(tensor, stored[name].get_slice(name)):
                     return f"{name} of {path.name}"
     return ""
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a file, of either format, by name."""
-    if path.suffix == ".bin":
-        yield from torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True).items()
-        return
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no mapping
-            yield name, file.get_tensor(name)
 
 
 def _same(tensor: Tensor, stored: Any) -> bool:
