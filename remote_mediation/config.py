@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from remote_mediation.errors import SettingsError
 from remote_mediation.judges import DEFAULT_JUDGE
@@ -61,6 +61,17 @@ class PromptSettings(_Strict):
     """Read the answer before the think block, or after a closed, empty one; by default as the template has it."""
     control_tokens: Literal["refuse", "allow"] = "refuse"
     """A text of the user's that holds tokens of the template: refuse its pair, or measure it."""
+
+    @model_validator(mode="after")
+    def _truth_values_are_no_texts(self) -> Self:
+        """A template takes every text for true but an empty one."""
+        for name, value in self.template_arguments.items():
+            if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+                raise ValueError(
+                    f"template_arguments gives {name} the text {value!r}, and templates take any text for true; write "
+                    f"{name} = {value.strip().lower()}, without quotes"
+                )
+        return self
 
     @model_validator(mode="after")
     def _ends_in_no_blank(self) -> Self:
@@ -198,7 +209,7 @@ class InterveneSettings(_Strict):
     """A judge's spec (`judges.load_judge`); `openings+embedding` (`fetch-model minilm`) sees more evasions."""
     tokens: int = Field(default=24, ge=1)
     """Tokens of each generated answer."""
-    factors: Distinct[float] = [0.0, 0.5, 2.0]
+    factors: Distinct[FiniteFloat] = [0.0, 0.5, 2.0]
     """The gates' activity is multiplied by each of these, beside being held at its harmless mean."""
 
 
@@ -234,7 +245,7 @@ class VerifySettings(_Strict):
     """Answers to every prompt."""
     tokens: int = Field(default=64, ge=1)
     """Tokens of each."""
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Of the sampling; 0 takes the likeliest token, so that one sample is enough."""
     held: bool = False
     """Hold what is swapped at the last prompt token at every new token, too."""

@@ -30,7 +30,7 @@ from remote_mediation.errors import JobError
 from remote_mediation.models import ends_of_answers
 from remote_mediation.openings import longest_answer
 from remote_mediation.outcomes import Outcome, RefusalOutcome
-from remote_mediation.pairs import PromptPair
+from remote_mediation.pairs import PromptPair, placebo_id
 from remote_mediation.runner import Runner, Watch
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import split_clusters
@@ -84,11 +84,6 @@ class Study:
         clusters = np.array([pair.cluster for pair in self.pairs])
         split = split_clusters(clusters, np.random.default_rng(self.config.seed))
         return dict(zip((pair.id for pair in self.pairs), map(str, split), strict=True))
-
-
-def placebo_id(pair: str) -> str:
-    """Id of a pair's placebo."""
-    return f"{pair}~placebo"
 
 
 class Indirect(NamedTuple):

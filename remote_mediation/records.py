@@ -243,9 +243,17 @@ def _table(text: str, name: str) -> list[dict[str, str]]:
     records = [_row(header, row, name, number) for number, row in enumerate(filled[1:], 1)]
     for column in named:
         cells = [cell for record in records if (cell := record.get(column, "").strip())]
-        if len(cells) > 1 and all(len(cell) > 1 and cell[0] == cell[-1] == "'" for cell in cells):
-            raise PairsError(f"{name} has every {column!r} in single quotes, as part of the text; use double quotes")
+        if len(cells) > 1 and all(map(_in_quotes, cells)):
+            kind = "single" if cells[0][0] == "'" else "double"
+            raise PairsError(
+                f"{name} has every {column!r} in {kind} quotes, as part of the text; put one double quote around each"
+            )
     return records
+
+
+def _in_quotes(cell: str) -> bool:
+    """Whether quotes stand around a cell, rather than around words at its ends."""
+    return len(cell) > 1 and cell[0] == cell[-1] and (cell[0] == "'" or (cell[0] == '"' and '"' not in cell[1:-1]))
 
 
 def _header(row: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreE
 from remote_mediation.fetch import source_of
 from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
 from remote_mediation.judges.exchanges import exchanges
-from remote_mediation.lab import Lab, Study, UnmeasuredError, placebo_id
+from remote_mediation.lab import Lab, Study, UnmeasuredError
 from remote_mediation.loading import PLAIN
 from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_openings, longest_answer, openings_of
 from remote_mediation.outcomes import (
@@ -46,7 +46,7 @@ from remote_mediation.outcomes import (
     outcome_from,
     refusal,
 )
-from remote_mediation.pairs import PromptPair, load_openings
+from remote_mediation.pairs import PromptPair, load_openings, placebo_id
 from remote_mediation.placebo import components
 from remote_mediation.prompts import encode_after, refuse_control, render
 from remote_mediation.provenance import now, peak_memory, provenance

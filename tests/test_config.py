@@ -134,6 +134,31 @@ def test_refused(tmp_path: Path, content: str, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("value", ["false", "False", " TRUE "])
+def test_a_truth_value_in_quotes_is_no_argument_of_a_template(tmp_path: Path, value: str) -> None:
+    """Templates take any text for true, so that a model was told to think where the study says that it is not."""
+    means = value.strip().lower()
+    file = study(tmp_path, f'model = "m"\n[prompt]\ntemplate_arguments = {{ enable_thinking = "{value}" }}\n')
+    with pytest.raises(SettingsError, match=f"take any text for true; write enable_thinking = {means}, without quotes"):
+        load_config(file, {})
+    with pytest.raises(SettingsError, match=f"write enable_thinking = {means}"):
+        load_config(None, {"model": "m"}, [f'prompt.template_arguments.enable_thinking="{value}"'])
+
+
+def test_a_truth_value_as_python_writes_it_is_no_argument_of_a_template() -> None:
+    """`--set` makes a text of what TOML does not know."""
+    with pytest.raises(SettingsError, match="write enable_thinking = false, without quotes"):
+        load_config(None, {"model": "m"}, ["prompt.template_arguments.enable_thinking=False"])
+    kept = load_config(None, {"model": "m"}, ["prompt.template_arguments.enable_thinking=false"])
+    assert kept.prompt.template_arguments == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("setting", ["intervene.factors=[nan]", "intervene.factors=[inf]", "verify.temperature=inf"])
+def test_numbers_of_a_study_are_finite(setting: str) -> None:
+    with pytest.raises(SettingsError, match="finite number"):
+        load_config(None, {"model": "m"}, [setting])
+
+
 @pytest.mark.parametrize("name", ["missing.toml", "."])
 def test_unreadable_study_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(SettingsError, match=r"cannot read study file .*; give a TOML file"):

@@ -56,6 +56,30 @@ def test_shards_in_a_folder_of_their_own_are_in_the_fingerprint(subject: Subject
     assert load_info(str(folder)).weights != before
 
 
+def two_shards(folder: Path, other: float) -> None:
+    """The weights of a folder in two shards, one of them in both, in the second times a factor."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    files = {key: names[place % 2] for place, key in enumerate(sorted(tensors))}
+    parts = [{key: tensor for key, tensor in tensors.items() if files[key] == name} for name in names]
+    twice = min(parts[0])
+    parts[1][twice] = parts[0][twice] * other
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, folder / name, {"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}), "utf-8")
+
+
+def test_shards_that_hold_one_weight_otherwise_are_refused(subject: Subjects, tmp_path: Path) -> None:
+    """The index names one of them, and the other was read."""
+    folders = [copy(subject("llama"), tmp_path / name) for name in ("same", "other")]
+    for folder, factor in zip(folders, (1.0, 2.0), strict=True):
+        two_shards(folder, factor)
+    assert LocalBackend.load(str(folders[0])).info.layers == 3
+    with pytest.raises(ModelError, match=r"lm_head.weight in model-00001-of-.* is not that in model-00002-of-"):
+        LocalBackend.load(str(folders[1]))
+
+
 def test_shards_of_another_model_beside_one_file_are_refused(subject: Subjects, tmp_path: Path) -> None:
     """The one file is read, whatever the index says."""
     folder = copy(subject("llama"), tmp_path)

@@ -38,6 +38,23 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, file.get_tensor(name)
 
 
+def names_in(path: Path) -> list[str]:
+    """Names of the parameters of a file."""
+    if path.suffix == ".bin":
+        return [name for name, _ in tensors(path)]
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def tensor_in(path: Path, name: str) -> Tensor:
+    """A parameter of a file."""
+    if path.suffix == ".bin":
+        return dict(tensors(path))[name]
+    with safe_open(path, "pt") as file:
+        found: Tensor = file.get_tensor(name)
+        return found
+
+
 def refusable_codes(folder: Path, model: Any, unread: Collection[str]) -> str:
     """A weight that files of a folder hold as whole numbers or floats of 8 bits, with its type; empty where none.
 
@@ -61,7 +78,7 @@ def _among(name: str, names: Collection[str]) -> bool:
 
 def _types(folder: Path) -> Iterator[tuple[str, torch.dtype]]:
     """Types of the tensors that transformers reads from a folder, by name, but for single numbers."""
-    for path in _read(folder):
+    for path in files_read(folder):
         if path.suffix == ".bin":
             yield from ((name, tensor.dtype) for name, tensor in tensors(path) if tensor.ndim)
             continue
@@ -72,7 +89,7 @@ def _types(folder: Path) -> Iterator[tuple[str, torch.dtype]]:
                     yield name, stored[:0].dtype
 
 
-def _read(folder: Path) -> list[Path]:
+def files_read(folder: Path) -> list[Path]:
     """The files of weights that transformers reads."""
     found = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if found is None or found.suffix != ".json":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from remote_mediation.engine.copies import other_copy
+from remote_mediation.engine.copies import in_two_shards, other_copy
 from remote_mediation.engine.stored import MASKS, refusable_codes
 from remote_mediation.errors import ModelError
 from remote_mediation.fetch import located
@@ -124,6 +124,8 @@ def _refuse_other_weights(name: str, model: PreTrainedModel, found: dict[str, An
             f"cannot load {name!r}: it holds two models, {other} is not what its safetensors have, which would be "
             "read; take one of the two copies away"
         )
+    if other := in_two_shards(Path(located(name))):
+        raise ModelError(f"cannot load {name!r}: {other}; take out the one that does not belong to these weights")
 
 
 def _refuse_codes(info: ModelInfo, model: PreTrainedModel, found: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ from remote_mediation.analyses.claims.ask import layer_sets
 from remote_mediation.analyses.claims.beside import RANDOM_SETS
 from remote_mediation.analyses.claims.verdicts import FEWEST_LAYERS
 from remote_mediation.engine.tasks import columns_task, direct_task, screen_tasks
-from remote_mediation.lab import Study, placebo_id
+from remote_mediation.lab import Study
 from remote_mediation.later import Later, of_bases, of_readings, of_rows, of_tasks, pairs_of
+from remote_mediation.pairs import placebo_id
 from remote_mediation.sites import Site, band, thirds
 from remote_mediation.tokens import TokenPair
 

@@ -11,8 +11,9 @@ from remote_mediation.analyses.headpaths.ask import FEW_PAIRS, MOST_AMPLIFIERS, 
 from remote_mediation.analyses.headpaths.inputs import ways_by_input
 from remote_mediation.analyses.rivals.samples import position_of
 from remote_mediation.analyses.rivals.sets import few_of
-from remote_mediation.lab import Study, placebo_id
+from remote_mediation.lab import Study
 from remote_mediation.later import Later, of_bases, of_rows, pairs_of
+from remote_mediation.pairs import placebo_id
 from remote_mediation.sites import Component, ModelInfo, Site
 from remote_mediation.stats import spread
 from remote_mediation.tokens import TokenPair

@@ -13,8 +13,9 @@ from remote_mediation.analyses.rivals.samples import few_pairs
 from remote_mediation.analyses.rivals.sets import PARTS, head_sizes, third_band
 from remote_mediation.engine.learning import Lesson, learn_task, learnt_numbers
 from remote_mediation.engine.tasks import columns_task
-from remote_mediation.lab import Study, placebo_id
+from remote_mediation.lab import Study
 from remote_mediation.later import Later, of_bases, of_readings, of_rows, of_tasks, pairs_of
+from remote_mediation.pairs import placebo_id
 from remote_mediation.sites import Site, thirds
 from remote_mediation.subspaces import Basis, Subspace
 from remote_mediation.tokens import TokenPair
