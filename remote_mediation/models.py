@@ -100,12 +100,33 @@ def load_configuration(name: str, revision: str = "") -> PreTrainedConfig:
     """A model's transformers configuration, from a local folder or the hub.
 
     Raises:
-        ModelError: no such model, or no way to reach the hub.
+        ModelError: no such model, no way to reach the hub, or it says two things.
     """
     from transformers import AutoConfig
 
     config: PreTrainedConfig = _load(AutoConfig, name, revision)
+    _refuse_two_ropes(name, revision)
     return config
+
+
+def _refuse_two_ropes(name: str, revision: str) -> None:
+    """Refuse a configuration that has the older and the newer settings of rotary embeddings, and not alike.
+
+    Of those that makers tell to add for long contexts, under the older name, transformers 5 takes all, and the default
+    frequency; of an older frequency beside the newer settings it takes none (`RotaryEmbeddingConfigMixin`).
+    """
+    path = _at_hand(name, revision, "config.json")
+    whole = json.loads(path.read_text("utf-8")) if path else {}
+    for part in (whole, whole.get("text_config") or {}):
+        newer, older, theta = (part.get(key) for key in ("rope_parameters", "rope_scaling", "rope_theta"))
+        other = "rope_scaling" if newer and older and older != newer else ""
+        if newer and theta is not None and newer.get("rope_theta", theta) != theta:
+            other = "rope_theta"
+        if other:
+            raise ModelError(
+                f"the config.json of {name!r} has {other} {part[other]} beside rope_parameters {newer}, and both do "
+                "not hold; write into rope_parameters what is meant, and take the other out"
+            )
 
 
 def class_of(model_type: str) -> Any:
