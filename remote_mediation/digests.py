@@ -1,7 +1,7 @@
 """Content of a model's files as hashes, of every byte; those of large files are remembered in the user's cache folder.
 
-To hash a file takes about a second a GB. What is remembered is known by the file's path, size, times, inode and device:
-whatever writes into a file changes the time that the system keeps of it, which no program can set.
+To hash a file takes a second or more a GB. What is remembered is known by the file's path, size, times, inode and
+device: whatever writes into a file changes the time that the system keeps of it, which no program can set.
 """
 
 from __future__ import annotations
