@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from remote_mediation.errors import SettingsError
 from remote_mediation.judges import DEFAULT_JUDGE
@@ -17,6 +17,7 @@ from remote_mediation.outcomes import OutcomeName
 from remote_mediation.pairs import BUILTIN
 from remote_mediation.paths import resolved
 from remote_mediation.prompts import PromptForm
+from remote_mediation.records import MARKS
 from remote_mediation.screen import harmless
 from remote_mediation.sites import HeadComponent
 
@@ -60,6 +61,17 @@ class PromptSettings(_Strict):
     """Read the answer before the think block, or after a closed, empty one; by default as the template has it."""
     control_tokens: Literal["refuse", "allow"] = "refuse"
     """A text of the user's that holds tokens of the template: refuse its pair, or measure it."""
+
+    @model_validator(mode="after")
+    def _truth_values_are_no_texts(self) -> Self:
+        """A template takes every text for true but an empty one."""
+        for name, value in self.template_arguments.items():
+            if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+                raise ValueError(
+                    f"template_arguments gives {name} the text {value!r}, and templates take any text for true; write "
+                    f"{name} = {value.strip().lower()}, without quotes"
+                )
+        return self
 
     @model_validator(mode="after")
     def _ends_in_no_blank(self) -> Self:
@@ -197,7 +209,7 @@ class InterveneSettings(_Strict):
     """A judge's spec (`judges.load_judge`); `openings+embedding` (`fetch-model minilm`) sees more evasions."""
     tokens: int = Field(default=24, ge=1)
     """Tokens of each generated answer."""
-    factors: Distinct[float] = [0.0, 0.5, 2.0]
+    factors: Distinct[FiniteFloat] = [0.0, 0.5, 2.0]
     """The gates' activity is multiplied by each of these, beside being held at its harmless mean."""
 
 
@@ -233,7 +245,7 @@ class VerifySettings(_Strict):
     """Answers to every prompt."""
     tokens: int = Field(default=64, ge=1)
     """Tokens of each."""
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Of the sampling; 0 takes the likeliest token, so that one sample is enough."""
     held: bool = False
     """Hold what is swapped at the last prompt token at every new token, too."""
@@ -459,11 +471,32 @@ def _assign(data: dict[str, Any], assignment: str) -> None:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
+        encoding = _other_encoding(path.read_bytes())
+    except OSError as error:
         raise SettingsError(f"cannot read study file {str(path)!r}: {error}; give a TOML file") from error
+    if encoding:
+        raise SettingsError(
+            f"study file {str(path)!r} is not UTF-8, it is probably {encoding}; save it as UTF-8, as "
+            f"`iconv -f {encoding} -t UTF-8` does"
+        )
+    try:
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # no TOML, a number of thousands of digits, brackets without end
         raise SettingsError(f"study file {str(path)!r} is not TOML: {error}") from error
+
+
+def _other_encoding(raw: bytes) -> str:
+    """The encoding of a text that is not UTF-8, as far as can be told, by iconv's name; empty where it is UTF-8."""
+    found = next((name for mark, name in MARKS.items() if raw.startswith(mark)), "")
+    if found.startswith(("utf-16", "utf-32")):
+        return found.upper()
+    if raw.count(0) > len(raw) // 4:
+        return "UTF-16LE" if raw[1:2] == b"\0" else "UTF-16BE"
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return "Windows-1252"
+    return ""
 
 
 def _one_line(error: ValidationError, study: Path | None) -> str:

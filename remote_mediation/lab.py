@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import pandas as pd
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
+from remote_mediation.engine.answers import NOT_FINITE_LOGITS
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import Setting, batch_budget
 from remote_mediation.engine.jobs import Context
@@ -25,10 +26,11 @@ from remote_mediation.engine.payload import digest
 from remote_mediation.engine.rows import Row, RowMaker, direct_row, swap_all, swaps
 from remote_mediation.engine.samples import Manner, bare, sample_key
 from remote_mediation.engine.tasks import Intervention, direct_task, generate_task
+from remote_mediation.errors import JobError
 from remote_mediation.models import ends_of_answers
 from remote_mediation.openings import longest_answer
 from remote_mediation.outcomes import Outcome, RefusalOutcome
-from remote_mediation.pairs import PromptPair
+from remote_mediation.pairs import PromptPair, placebo_id
 from remote_mediation.runner import Runner, Watch
 from remote_mediation.sites import ModelInfo, Site
 from remote_mediation.stats import split_clusters
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 # Prompts that are continued together.
 _TOGETHER = 16
 Floats = npt.NDArray[np.float64]
+_Token = TypeVar("_Token", int, float)
 
 
 class UnmeasuredError(Exception):
@@ -81,11 +84,6 @@ class Study:
         clusters = np.array([pair.cluster for pair in self.pairs])
         split = split_clusters(clusters, np.random.default_rng(self.config.seed))
         return dict(zip((pair.id for pair in self.pairs), map(str, split), strict=True))
-
-
-def placebo_id(pair: str) -> str:
-    """Id of a pair's placebo."""
-    return f"{pair}~placebo"
 
 
 class Indirect(NamedTuple):
@@ -315,12 +313,30 @@ class Lab:
         """Greedy answers of at most so many tokens, up to the token that ends them, while held or steered.
 
         Raises:
-            JobError: some could not be generated.
+            JobError: some could not be generated, or not from finite logits.
+            UnmeasuredError: some were not, and there is no backend.
+        """
+        found = [answer for answer in self.answers(prompts, tokens, held) if answer is not None]
+        if len(found) < len(prompts):
+            raise JobError(f"{len(prompts) - len(found)} of {len(prompts)} answers are {NOT_FINITE_LOGITS}")
+        return found
+
+    def answers(
+        self, prompts: Sequence[tuple[int, ...]], tokens: int, held: Intervention = ()
+    ) -> list[tuple[int, ...] | None]:
+        """The same, with None for an answer that is not made of finite logits up to its end.
+
+        Raises:
+            JobError: some could not be generated, or none is finite.
             UnmeasuredError: some were not, and there is no backend.
         """
         parts = [prompts[start : start + _TOGETHER] for start in range(0, len(prompts), _TOGETHER)]
         found = self.run([generate_task(part, tokens, held, self.study.setting) for part in parts])
-        return self._ended([answer for values in found for answer in values.astype(int).reshape(-1, tokens).tolist()])
+        ended = self._ended([answer for values in found for answer in values.reshape(-1, tokens).tolist()])
+        whole = [tuple(map(int, answer)) if np.isfinite(answer).all() else None for answer in ended]
+        if whole and not any(answer is not None for answer in whole):
+            raise JobError(f"every answer is {NOT_FINITE_LOGITS}")
+        return whole
 
     def sampled(self, rows: Sequence[Row], manner: Manner) -> list[list[tuple[int, ...]]]:
         """By row the sampled answers to its base prompt, each up to the token that ends it, while its writes are made.
@@ -339,7 +355,7 @@ class Lab:
         found = [self._runner.values[key].reshape(2, manner.samples, manner.tokens)[0] for key in keys]
         return [self._ended(ids.astype(int).tolist()) for ids in found]
 
-    def _ended(self, answers: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    def _ended(self, answers: Sequence[Sequence[_Token]]) -> list[tuple[_Token, ...]]:
         """Answers up to the token that ends them."""
         info, form = self.study.info, self.study.config.prompt.form()
         ends = set(

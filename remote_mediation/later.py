@@ -12,7 +12,8 @@ from remote_mediation.engine.budget import base_flops, row_flops
 from remote_mediation.engine.jobs import Context
 from remote_mediation.engine.rows import swap
 from remote_mediation.engine.tasks import forward_flops, generate_task
-from remote_mediation.lab import Study, placebo_id
+from remote_mediation.lab import Study
+from remote_mediation.pairs import placebo_id
 from remote_mediation.sites import Site
 from remote_mediation.tokens import TokenPair
 

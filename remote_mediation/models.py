@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from remote_mediation.digests import content
 from remote_mediation.errors import ModelError, SiteError, innermost
 from remote_mediation.fetch import located
 from remote_mediation.prompts import PLAIN, PromptForm, end_of_turn
@@ -31,8 +32,6 @@ _POINTER = b"version https://git-lfs"
 _TELLING = {".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".jinja", ".txt", ".py", ".tiktoken"}
 # Those of them that hold weights.
 _WEIGHTS = (".safetensors", ".bin")
-# Files up to so many bytes are hashed whole, about 2 s; of larger ones so many blocks.
-_WHOLE, _BLOCK, _SAMPLES = 2 * 10**9, 2**20, 256
 
 
 def load_info(name: str, revision: str = "") -> ModelInfo:
@@ -101,12 +100,33 @@ def load_configuration(name: str, revision: str = "") -> PreTrainedConfig:
     """A model's transformers configuration, from a local folder or the hub.
 
     Raises:
-        ModelError: no such model, or no way to reach the hub.
+        ModelError: no such model, no way to reach the hub, or it says two things.
     """
     from transformers import AutoConfig
 
     config: PreTrainedConfig = _load(AutoConfig, name, revision)
+    _refuse_two_ropes(name, revision)
     return config
+
+
+def _refuse_two_ropes(name: str, revision: str) -> None:
+    """Refuse a configuration that has the older and the newer settings of rotary embeddings, and not alike.
+
+    Of those that makers tell to add for long contexts, under the older name, transformers 5 takes all, and the default
+    frequency; of an older frequency beside the newer settings it takes none (`RotaryEmbeddingConfigMixin`).
+    """
+    path = _at_hand(name, revision, "config.json")
+    whole = json.loads(path.read_text("utf-8")) if path else {}
+    for part in (whole, whole.get("text_config") or {}):
+        newer, older, theta = (part.get(key) for key in ("rope_parameters", "rope_scaling", "rope_theta"))
+        other = "rope_scaling" if newer and older and older != newer else ""
+        if newer and theta is not None and newer.get("rope_theta", theta) != theta:
+            other = "rope_theta"
+        if other:
+            raise ModelError(
+                f"the config.json of {name!r} has {other} {part[other]} beside rope_parameters {newer}, and both do "
+                "not hold; write into rope_parameters what is meant, and take the other out"
+            )
 
 
 def class_of(model_type: str) -> Any:
@@ -326,14 +346,16 @@ def _copies(config: PreTrainedConfig, family: Family) -> int:
     return int(config.num_attention_heads) // int(getattr(config, family.kv_heads)) if repeated else 1
 
 
-def fingerprint(name: str) -> str:
-    """Content of the files of a local folder that make the model what it is, as a short hash; empty for a hub id."""
-    facts = [(path, path.stat()) for path in _telling_files(Path(located(name)))]
-    digests = [(path.name, _content(path, fact.st_size, fact.st_mtime_ns)) for path, fact in facts]
+def fingerprint(name: str, hashed: Callable[[Path], str] = content) -> str:
+    """Content of the files of a local folder that make the model what it is, as a short hash; empty for a hub id.
+
+    hashed: gives that of a file.
+    """
+    digests = [(path.name, hashed(path)) for path in _telling_files(Path(located(name)))]
     return hashlib.blake2b(repr(digests).encode(), digest_size=8).hexdigest() if digests else ""
 
 
-def hub_contents(name: str, revision: str = "") -> dict[str, str]:
+def hub_contents(name: str, revision: str = "", hashed: Callable[[Path], str] = content) -> dict[str, str]:
     """Hashes by name of a model's files in the hub's cache on this machine; none of a local folder.
 
     A hub's `main` moves: what a run was begun with is told from what is there now by these.
@@ -341,8 +363,7 @@ def hub_contents(name: str, revision: str = "") -> dict[str, str]:
     config = _at_hand(name, revision, "config.json")
     if config is None or Path(located(name)).is_dir():
         return {}
-    facts = [(path, path.stat()) for path in _telling_files(config.parent)]
-    return {path.name: _content(path, fact.st_size, fact.st_mtime_ns) for path, fact in facts}
+    return {path.name: hashed(path) for path in _telling_files(config.parent)}
 
 
 def weights_here(name: str, revision: str = "") -> bool:
@@ -357,24 +378,6 @@ def dated_fingerprint(name: str) -> str:
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest() if facts else ""
-
-
-@lru_cache(maxsize=1024)
-def _content(path: Path, size: int, changed: int) -> str:
-    """Hash of a file, or of its size, its ends and samples in between where it is too large to be read at every start.
-
-    changed: its time; with the size it only tells one process whether to read the file again.
-    """
-    found = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with path.open("rb") as opened:
-        if size <= _WHOLE:
-            while block := opened.read(_BLOCK):
-                found.update(block)
-        else:
-            for number in range(_SAMPLES):
-                opened.seek((size - _BLOCK) * number // (_SAMPLES - 1))
-                found.update(opened.read(_BLOCK))
-    return found.hexdigest()
 
 
 def _sliding_layers(config: PreTrainedConfig, family: Family) -> tuple[tuple[int, ...], int | None]:

@@ -32,6 +32,9 @@ _TRACES = {
     "_x000[9AD]_": "as Excel's files write a line end or a tab",
     r"\A=\".*\"\Z": "a formula of Excel",
     r"&(?:quot|apos|amp|nbsp|#0?39|#x27);": "as web pages write a character",
+    r"\\u(?:00[a-fA-F][0-9a-fA-F]|20[01][0-9a-fA-F]|[dD][89abAB][0-9a-fA-F]{2})": "as JSON writes a character",
+    r"\A\"[^\"\\]*\\[\"\\/bfnrtu].*\"\Z": "a text as JSON writes it",
+    r"\Ab(['\"]).*\1\Z": "bytes as Python prints them",
     "â€.?|[ÃÂ][\u0080-\u00bf]": "UTF-8 that was read as Windows-1252 or Latin-1",
 }
 # How a conversation begins in a text; as numpy prints it, it is neither JSON nor Python.
@@ -91,6 +94,11 @@ class PromptPair:
         turns = [(kind, turn) for kind, turn in self.turns if kind != "harmful"]
         moved = tuple(("harmful" if kind == "placebo" else kind, turn) for kind, turn in turns)
         return replace(self, id=name, harmful=self.placebo, placebo="", turns=moved)
+
+
+def placebo_id(pair: str) -> str:
+    """Id of a pair's placebo."""
+    return f"{pair}~placebo"
 
 
 class GivenOpenings(NamedTuple):
@@ -368,7 +376,13 @@ def named(pairs: Iterable[PromptPair]) -> tuple[PromptPair, ...]:
 
 def _check_pairs(pairs: Sequence[PromptPair], name: str) -> None:
     seen: set[str] = set()
+    placebos = {placebo_id(pair.id): pair.id for pair in pairs if pair.placebo}
     for pair in pairs:
+        if pair.id in placebos:
+            raise PairsError(
+                f"{name} has the id {pair.id!r}, which is what the placebo of {placebos[pair.id]!r} is called; give "
+                "another"
+            )
         if pair.id in seen:
             raise PairsError(f"{name} has the id {pair.id!r} twice; ids must be unique")
         seen.add(pair.id)

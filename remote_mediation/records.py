@@ -24,13 +24,14 @@ from remote_mediation.paths import expanded
 STANDARD_INPUT = "-"
 _TABLES = (".csv", ".tsv", ".tab")
 _DELIMITERS = ",;\t|"
-_MARKS = {
+MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",  # begins with the mark of UTF-16
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+"""How files begin that say in which encoding they are."""
 _BLANKS = re.compile(r"\s*")
 # Names of columns with nothing between them but a delimiter.
 _HEADER = re.compile(r"\w+(?:[,;\t|]\w+)+")
@@ -194,7 +195,7 @@ def _decoded(raw: bytes, name: str) -> str:
     for beginning, what in _OTHER_FILES.items():
         if beginning in (begins[: len(beginning)], begins[: len(beginning)].lower()):
             raise PairsError(f"cannot read pairs file {name!r}: {what}")
-    encoding = next((found for mark, found in _MARKS.items() if raw.startswith(mark)), "utf-8")
+    encoding = next((found for mark, found in MARKS.items() if raw.startswith(mark)), "utf-8")
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
@@ -220,11 +221,17 @@ def _table(text: str, name: str) -> list[dict[str, str]]:
         delimiter = max(_DELIMITERS, key=first.count)
     # A quote behind a blank begins a quoted text only where the blank is skipped; else it is part of the text.
     spaced = f"{delimiter} " in first or f'{delimiter} "' in text
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the whole process, by default 131072
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced)
+    filled, begins = [], 1
     try:
-        filled = [row for row in rows if any(cell.strip() for cell in row)]
+        for row in rows:
+            filled += [row] if any(cell.strip() for cell in row) else []
+            begins = rows.line_num + 1
     except csv.Error as error:
-        raise PairsError(f"cannot read pairs file {name!r}: line {rows.line_num}: {error}; mend its quotes") from error
+        last = rows.line_num
+        lines = f"line {begins}" if begins == last else f"lines {begins} to {last}"
+        raise PairsError(f"cannot read pairs file {name!r}: {lines}: {error}; mend its quotes") from error
     if not filled:
         return []
     header = _header(filled[0])
@@ -236,9 +243,17 @@ def _table(text: str, name: str) -> list[dict[str, str]]:
     records = [_row(header, row, name, number) for number, row in enumerate(filled[1:], 1)]
     for column in named:
         cells = [cell for record in records if (cell := record.get(column, "").strip())]
-        if len(cells) > 1 and all(len(cell) > 1 and cell[0] == cell[-1] == "'" for cell in cells):
-            raise PairsError(f"{name} has every {column!r} in single quotes, as part of the text; use double quotes")
+        if len(cells) > 1 and all(map(_in_quotes, cells)):
+            kind = "single" if cells[0][0] == "'" else "double"
+            raise PairsError(
+                f"{name} has every {column!r} in {kind} quotes, as part of the text; put one double quote around each"
+            )
     return records
+
+
+def _in_quotes(cell: str) -> bool:
+    """Whether quotes stand around a cell, rather than around words at its ends."""
+    return len(cell) > 1 and cell[0] == cell[-1] and (cell[0] == "'" or (cell[0] == '"' and '"' not in cell[1:-1]))
 
 
 def _header(row: list[str]) -> list[str]:

@@ -26,14 +26,14 @@ from remote_mediation.analyses import EVERY, chosen, stranger
 from remote_mediation.config import StudyConfig
 from remote_mediation.contents import as_begun, unchanged_files
 from remote_mediation.effects import Request
-from remote_mediation.engine.answers import changes
+from remote_mediation.engine.answers import NOT_FINITE_LOGITS, changes
 from remote_mediation.engine.backend import Backend
 from remote_mediation.engine.budget import row_flops
 from remote_mediation.errors import PairsError, SettingsError, SiteError, StoreError
 from remote_mediation.fetch import source_of
 from remote_mediation.judges import REFUSAL_OPENINGS, load_judge
 from remote_mediation.judges.exchanges import exchanges
-from remote_mediation.lab import Lab, Study, UnmeasuredError, placebo_id
+from remote_mediation.lab import Lab, Study, UnmeasuredError
 from remote_mediation.loading import PLAIN
 from remote_mediation.openings import JUDGED_TOKENS, given_openings, listed_openings, longest_answer, openings_of
 from remote_mediation.outcomes import (
@@ -46,7 +46,7 @@ from remote_mediation.outcomes import (
     outcome_from,
     refusal,
 )
-from remote_mediation.pairs import PromptPair, load_openings
+from remote_mediation.pairs import PromptPair, load_openings, placebo_id
 from remote_mediation.placebo import components
 from remote_mediation.prompts import encode_after, refuse_control, render
 from remote_mediation.provenance import now, peak_memory, provenance
@@ -243,8 +243,10 @@ def chosen_openings(lab: Lab) -> RefusalOutcome:
 def _own_openings(lab: Lab, tokenizer: PreTrainedTokenizerBase) -> RefusalOutcome:
     """How the model's answers to the discovery pairs begin, those that comply and those that do not."""
     config = lab.study.config
-    prompts = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
-    answers = lab.continued(prompts, JUDGED_TOKENS)
+    every = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
+    found = zip(every, lab.answers(every, JUDGED_TOKENS), strict=True)
+    # A pair without finite logits fails alone, later, when its outcomes are measured.
+    prompts, answers = zip(*((ids, answer) for ids, answer in found if answer is not None), strict=True)
     asked, said = exchanges(prompts, answers, tokenizer, config.prompt.form())
     complied = load_judge(REFUSAL_OPENINGS)(asked, said)
     return openings_of(answers, [not yes for yes in complied], tokenizer, prompts_of(config, tokenizer))
@@ -356,11 +358,14 @@ def answered(lab: Lab) -> Prepared:
     """
     study = lab.study
     prompts = [ids for pair in study.pairs for ids in unanswered(pair)]
-    own = iter(lab.continued(prompts, study.config.response_logprob.tokens))
-    found = []
+    own = iter(lab.answers(prompts, study.config.response_logprob.tokens))
+    found: list[TokenPair | Refusal] = []
     for pair in study.pairs:
-        harmful, harmless = pair.answers
-        found.append(with_answers(pair, (harmful or next(own), harmless or next(own))))
+        harmful, harmless = (given or next(own) for given in pair.answers)
+        if harmful is None or harmless is None:
+            found.append(Refusal(pair.id, f"an answer of the model is {NOT_FINITE_LOGITS}"))
+        else:
+            found.append(with_answers(pair, (harmful, harmless)))
     prepared = _sorted_out(found, study.refusals)
     check_enough(prepared)
     return prepared

@@ -134,15 +134,59 @@ def test_refused(tmp_path: Path, content: str, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("value", ["false", "False", " TRUE "])
+def test_a_truth_value_in_quotes_is_no_argument_of_a_template(tmp_path: Path, value: str) -> None:
+    """Templates take any text for true, so that a model was told to think where the study says that it is not."""
+    means = value.strip().lower()
+    file = study(tmp_path, f'model = "m"\n[prompt]\ntemplate_arguments = {{ enable_thinking = "{value}" }}\n')
+    with pytest.raises(SettingsError, match=f"take any text for true; write enable_thinking = {means}, without quotes"):
+        load_config(file, {})
+    with pytest.raises(SettingsError, match=f"write enable_thinking = {means}"):
+        load_config(None, {"model": "m"}, [f'prompt.template_arguments.enable_thinking="{value}"'])
+
+
+def test_a_truth_value_as_python_writes_it_is_no_argument_of_a_template() -> None:
+    """`--set` makes a text of what TOML does not know."""
+    with pytest.raises(SettingsError, match="write enable_thinking = false, without quotes"):
+        load_config(None, {"model": "m"}, ["prompt.template_arguments.enable_thinking=False"])
+    kept = load_config(None, {"model": "m"}, ["prompt.template_arguments.enable_thinking=false"])
+    assert kept.prompt.template_arguments == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("setting", ["intervene.factors=[nan]", "intervene.factors=[inf]", "verify.temperature=inf"])
+def test_numbers_of_a_study_are_finite(setting: str) -> None:
+    with pytest.raises(SettingsError, match="finite number"):
+        load_config(None, {"model": "m"}, [setting])
+
+
 @pytest.mark.parametrize("name", ["missing.toml", "."])
 def test_unreadable_study_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(SettingsError, match=r"cannot read study file .*; give a TOML file"):
         load_config(tmp_path / name, {})
 
 
-def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "study.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SettingsError, match="cannot read study file"):
+@pytest.mark.parametrize(
+    ("encoding", "told"),
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16LE"),
+        ("utf-16-be", "UTF-16BE"),
+        ("utf-32", "UTF-32"),
+        ("latin-1", "Windows-1252"),
+    ],
+)
+def test_a_study_file_that_is_not_utf_8_says_how_to_convert_it(tmp_path: Path, encoding: str, told: str) -> None:
+    file = tmp_path / "study.toml"
+    file.write_bytes('model = "a/model"  # é\n'.encode(encoding))
+    with pytest.raises(SettingsError, match=r"study\.toml' is not UTF-8, it is probably ") as raised:
+        load_config(file, {})
+    assert str(raised.value).endswith(f"probably {told}; save it as UTF-8, as `iconv -f {told} -t UTF-8` does")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b'model = "a\0b"'])
+def test_a_study_file_that_is_no_text(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "study.toml").write_bytes(content)
+    with pytest.raises(SettingsError, match=r"study\.toml' is not (UTF-8|TOML)"):
         load_config(tmp_path / "study.toml", {})
 
 

@@ -29,8 +29,9 @@ from remote_mediation.engine.pathrows import Way, path_row, sender_row, way_row
 from remote_mediation.engine.rows import Reached, Row, Source, Write
 from remote_mediation.engine.samples import Manner, bare, plan_samples
 from remote_mediation.errors import SiteError
-from remote_mediation.lab import Lab, Study, placebo_id
+from remote_mediation.lab import Lab, Study
 from remote_mediation.outcomes import Outcome
+from remote_mediation.pairs import placebo_id
 from remote_mediation.planted.canvas import Planted, write_head
 from remote_mediation.planted.cases import CASES, Bed, Case, _as_word, build
 from remote_mediation.planted.selfcheck import written

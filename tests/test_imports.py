@@ -16,8 +16,8 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
-    ("dequantise", "engine", "engine.copies", "engine.heap", "engine.program"),
-    ("errors", "forms", "loading", "meter", "paths", "toml", "unseen"),
+    ("dequantise", "engine", "engine.heap", "engine.program", "engine.stored"),
+    ("engine.copies", "errors", "forms", "loading", "meter", "paths", "toml", "unseen"),
     (
         "engine.deadline",
         "planted",
@@ -32,7 +32,7 @@ ORDER = (
     ),
     ("engine.exchange", "lock", "planted.canvas", "wheels"),
     ("engine.server", "fetch", "intervals", "pairs", "planted.cases", "planted.gate", "sites"),
-    ("lists", "placebo", "rates", "shares", "stats", "subspaces"),
+    ("digests", "lists", "placebo", "rates", "shares", "stats", "subspaces"),
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
     ("judges", "judges.exchanges", "models", "probes", "show.tables", "tokens"),
@@ -79,6 +79,7 @@ AT_ONCE = {
     "engine.program": {"nnsight", "torch", "transformers"},
     "engine.local": {"nnsight", "torch", "transformers"},
     "engine.remote": {"nnsight", "torch"},
+    "engine.stored": {"torch"},
     "engine.weights": {"torch", "transformers"},
     "planted.canvas": {"torch", "transformers"},
     "planted.cases": {"torch", "transformers"},

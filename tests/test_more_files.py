@@ -50,6 +50,11 @@ def zipped(text: str) -> bytes:
         ("bake a rude\u00c2\u00a0cake", "UTF-8 that was read as"),
         ("don&#39;t bake a rude cake", "as web pages write a character"),
         ("bake a &quot;rude&quot; cake &amp; tart", "as web pages write a character"),
+        ("don\\u2019t bake a rude cake", "as JSON writes a character"),
+        ("bake a rude caf\\u00e9", "as JSON writes a character"),
+        ('"bake a rude\\ncake"', "a text as JSON writes it"),
+        ('"bake a \\"rude\\" cake"', "a text as JSON writes it"),
+        ("b'bake a rude cake'", "bytes as Python prints them"),
     ],
 )
 def test_texts_that_were_changed_on_their_way_are_refused(tmp_path: Path, text: str, what: str) -> None:
@@ -62,7 +67,17 @@ def test_texts_that_were_changed_on_their_way_are_refused(tmp_path: Path, text: 
 
 
 @pytest.mark.parametrize(
-    "text", ["say É, Ã or â", "bake & mix; R&D", "mede-se NÃO, 5 €", "bake = mix", "_x0_ is a name"]
+    "text",
+    [
+        "say É, Ã or â",
+        "bake & mix; R&D",
+        "mede-se NÃO, 5 €",
+        "bake = mix",
+        "_x0_ is a name",
+        '"bake" or "mix"',
+        "b'or not b', he said",
+        "print('\\u0041\\n')",
+    ],
 )
 def test_texts_that_only_look_so_are_read(tmp_path: Path, text: str) -> None:
     record = {"harmful": text, "harmless": "bake a kind cake", "source": "cafÃ©"}
@@ -173,6 +188,11 @@ def test_what_is_no_text_is_named(tmp_path: Path, name: str, content: str | byte
             "begins with a table's header, 'goal,target'; name the file .csv",
         ),
         ("pairs.csv", "harmful,harmless\n'a rude cake','a kind cake'\n'b','c'\n", "every 'harmful' in single quotes"),
+        (
+            "pairs.csv",
+            'harmful,harmless\n"""a rude cake""","""a kind cake"""\n"""b""","""c"""\n',
+            "every 'harmful' in double quotes",
+        ),
     ],
 )
 def test_a_table_in_another_form_than_its_name_says_is_refused(

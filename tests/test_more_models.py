@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.errors import ModelError
-from remote_mediation.models import info_of, load_info
+from remote_mediation.models import info_of, load_configuration, load_info
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 
@@ -54,6 +54,30 @@ def test_shards_in_a_folder_of_their_own_are_in_the_fingerprint(subject: Subject
     shard = next((folder / "weights").iterdir())
     save_file({name: tensor / 2 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
     assert load_info(str(folder)).weights != before
+
+
+def two_shards(folder: Path, other: float) -> None:
+    """The weights of a folder in two shards, one of them in both, in the second times a factor."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    files = {key: names[place % 2] for place, key in enumerate(sorted(tensors))}
+    parts = [{key: tensor for key, tensor in tensors.items() if files[key] == name} for name in names]
+    twice = min(parts[0])
+    parts[1][twice] = parts[0][twice] * other
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, folder / name, {"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}), "utf-8")
+
+
+def test_shards_that_hold_one_weight_otherwise_are_refused(subject: Subjects, tmp_path: Path) -> None:
+    """The index names one of them, and the other was read."""
+    folders = [copy(subject("llama"), tmp_path / name) for name in ("same", "other")]
+    for folder, factor in zip(folders, (1.0, 2.0), strict=True):
+        two_shards(folder, factor)
+    assert LocalBackend.load(str(folders[0])).info.layers == 3
+    with pytest.raises(ModelError, match=r"lm_head.weight in model-00001-of-.* is not that in model-00002-of-"):
+        LocalBackend.load(str(folders[1]))
 
 
 def test_shards_of_another_model_beside_one_file_are_refused(subject: Subjects, tmp_path: Path) -> None:
@@ -118,6 +142,42 @@ def test_prompts_beyond_the_first_length_of_longrope_are_refused(subject: Subjec
     store = Store.create(tmp_path / "run", config.identity())
     effects = run_study(config, LocalBackend.load(str(folder)), store).effects
     assert "long" not in set(effects["pair_id"])
+
+
+@pytest.mark.parametrize(
+    ("other", "value", "refused"),
+    [
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}, True),
+        ("rope_theta", 500.0, True),
+        ("rope_scaling", None, False),
+        ("rope_scaling", {"rope_type": "default", "rope_theta": 1e6}, False),
+        ("rope_theta", 1e6, False),
+    ],
+)
+def test_two_settings_of_rotary_embeddings_are_refused_where_they_differ(
+    subject: Subjects, tmp_path: Path, other: str, value: object, refused: bool
+) -> None:
+    """As where `rope_scaling` is added by hand to a checkpoint that transformers 5 saved: its frequency was lost."""
+    folder = copy(subject("llama"), tmp_path)
+    configured(rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **{other: value})(folder)
+    if not refused:
+        assert load_configuration(str(folder)).rope_parameters["rope_theta"] == 1e6
+        return
+    with pytest.raises(ModelError, match=f"has {other} .* beside rope_parameters .*, and both do not hold; write"):
+        load_info(str(folder))
+
+
+def test_older_settings_of_rotary_embeddings_are_read(subject: Subjects, tmp_path: Path) -> None:
+    """Guards what held: as checkpoints of before transformers 5 have them."""
+    folder = copy(subject("llama"), tmp_path)
+    written = json.loads((folder / "config.json").read_text("utf-8"))
+    del written["rope_parameters"]
+    written |= {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    (folder / "config.json").write_text(json.dumps(written), "utf-8")
+    rope = LocalBackend.load(str(folder)).model._module.model.rotary_emb
+    width = subject("llama").backend.info.d_head
+    expected = 1e6 ** -(torch.arange(0, width, 2) / width) / 2
+    torch.testing.assert_close(rope.inv_freq, expected)
 
 
 def test_other_ropes_leave_the_context_as_it_is(subject: Subjects, tmp_path: Path) -> None:

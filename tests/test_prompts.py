@@ -324,11 +324,16 @@ def test_unusable_files(tmp_path: Path, content: str, message: str) -> None:
     assert str(file) in str(raised.value)
 
 
-def test_a_field_too_long_for_csv(tmp_path: Path) -> None:
-    file = tmp_path / "pairs.csv"
-    file.write_text(",".join(COLUMNS) + "\na," + "x" * 200_000, "utf-8")
-    with pytest.raises(PairsError, match="cannot read pairs file"):
-        load_pairs(str(file))
+def test_no_pair_is_called_as_another_s_placebo_is(tmp_path: Path) -> None:
+    """Its values would be those of the placebo."""
+    pairs = [{**record, "placebo": ""} for record in records()]
+    pairs[1]["id"] = f"{pairs[0]['id']}~placebo"
+    assert len(load_pairs(str(write_pairs(tmp_path / "pairs.jsonl", pairs)))) == len(pairs)
+    pairs[0]["placebo"] = "how do i paint a car at night"
+    with pytest.raises(
+        PairsError, match=r"has the id 'steal-car~placebo', which is what the placebo of 'steal-car' is"
+    ):
+        load_pairs(str(write_pairs(tmp_path / "pairs.jsonl", pairs)))
 
 
 def test_builtin_pairs() -> None:

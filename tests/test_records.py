@@ -78,6 +78,20 @@ def test_an_open_quote_does_not_swallow_records(tmp_path: Path) -> None:
         load_pairs(str(file))
 
 
+def test_where_a_broken_record_begins_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "open.csv"
+    file.write_text("harmful,harmless\n" + '"a\nb",c\n' + '"rude,kind\n' + "loud,quiet\n" * 20_000, "utf-8")
+    with pytest.raises(PairsError, match=r"open.csv': lines 4 to 20004: unexpected end of data; mend its quotes"):
+        load_pairs(str(file))
+
+
+def test_long_cells_are_read(tmp_path: Path) -> None:
+    """Longer than Python's own limit of 131072 characters; whether a model can take them is another question."""
+    file, long = tmp_path / "long.csv", "fix it " * 30_000 + "now"
+    file.write_text(f"harmful,harmless\nrude {long},kind {long}\n", "utf-8")
+    assert load_pairs(str(file))[0].harmful == f"rude {long}"
+
+
 def test_other_columns_are_notes() -> None:
     assert read("03-json/hf_extra_column.jsonl")[0].notes == (("source", "own"),)
     assert read("03-json/int_id.jsonl")[1].id == "1"

@@ -13,6 +13,8 @@ from remote_mediation.errors import LostJobError
 
 # Why a pair fails whose outcome is no number.
 NOT_FINITE = "no finite outcome; try bfloat16"
+# What is wrong with an answer that the model would not have chosen.
+NOT_FINITE_LOGITS = "made of logits that are not finite; try bfloat16"
 # How far a value may lie from itself when it is measured again: in its unit (logits, nats), and as a share of it.
 _ALLOWED = {"float32": (1e-3, 1e-4), "float16": (0.1, 0.02), "bfloat16": (0.5, 0.05)}
 # What may differ between replicas of one deployment, or belongs to a single job.
@@ -125,10 +127,14 @@ def check_shape(keys: Sequence[str], lengths: Sequence[int | None], readout: Rea
 
 
 def not_finite(job: Job, readout: Readout) -> set[str]:
-    """Pairs of a `measure` job of which a value is NaN or infinite; all pairs of a job of another task."""
-    finite = [bool(np.isfinite(value).all()) for value in readout.values]
+    """Pairs of a `measure` job of which a value is NaN or infinite; the name of another task of which one is.
+
+    Of answers that is told for each alone, once it is known where they end (`Lab.answers`), unless no token is finite.
+    """
+    enough = np.any if job.task == "generate" else np.all
+    finite = [bool(enough(np.isfinite(value))) for value in readout.values]
     if job.task != "measure":
-        return set() if all(finite) else set(job.pairs)
+        return set() if all(finite) else {job.task}
     return {row.pair for row, good in zip(rows_of(job), finite, strict=True) if not good}
 
 

@@ -2,13 +2,11 @@
 
 Transformers reads the safetensors of a folder and passes over `pytorch_model.bin`; where shards lie beside one file of
 safetensors it reads the one. Scripts that save one kind beside an older other leave two models in one folder, and the
-older one may run.
+older one may run. Of a parameter that two shards hold it takes either, whatever the index says.
 """
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from remote_mediation.engine.stored import files_read, names_in, tensor_in, tensors
 
 _VALUES = 2**16
 """Values of a parameter that are compared: training changes them all."""
@@ -35,20 +35,25 @@ def other_copy(folder: Path) -> str:
         files = [opened.enter_context(safe_open(path, "pt")) for path in read]
         stored = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - it is no mapping
         for path in others:
-            for name, tensor in _tensors(path):
+            for name, tensor in tensors(path):
                 if name in stored and not _same(tensor, stored[name].get_slice(name)):
                     return f"{name} of {path.name}"
     return ""
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a file, of either format, by name."""
-    if path.suffix == ".bin":
-        yield from torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True).items()
-        return
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no mapping
-            yield name, file.get_tensor(name)
+def in_two_shards(folder: Path) -> str:
+    """A parameter that two of the files that are read hold with other values, in words; empty where none."""
+    first: dict[str, Path] = {}
+    for path in files_read(folder):
+        for name in names_in(path):
+            other = first.setdefault(name, path)
+            if other is not path and not _equal(tensor_in(other, name), tensor_in(path, name)):
+                return f"{name} in {other.name} is not that in {path.name}"
+    return ""
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _same(tensor: Tensor, stored: Any) -> bool:

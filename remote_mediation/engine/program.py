@@ -1079,15 +1079,18 @@ def turned(basis: torch.Tensor, slope: torch.Tensor, angle: float) -> torch.Tens
 def generate(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
     """Greedy continuations `[1, (prompt, token)]` of prompts, with units held from their last token on, or steered.
 
-    Every answer has all its tokens, whatever follows its end.
+    Every answer has all its tokens, whatever follows its end; NaN is one whose largest logit is no number.
     """
     ids, mask = left_padded(context["prompts"])
+    largest = []
     with model.generate(input_ids=ids, attention_mask=mask, **every_step(spec, context["tokens"])) as tracer:
         for _ in tracer.iter[: context["tokens"]]:
             intervene(model, spec, context, 1)
+            largest.append(model.output.logits[:, -1].amax(-1))
         found = tracer.result
-    new: torch.Tensor = found[:, ids.shape[1] :].float().reshape(1, -1)
-    return new
+    new: torch.Tensor = found[:, ids.shape[1] :].float()
+    new[~torch.stack(largest, -1).isfinite().to(new.device)] = torch.nan
+    return new.reshape(1, -1)
 
 
 def sample(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:

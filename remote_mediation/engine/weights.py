@@ -16,17 +16,16 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from remote_mediation.engine.copies import other_copy
+from remote_mediation.engine.copies import in_two_shards, other_copy
+from remote_mediation.engine.stored import MASKS, refusable_codes
 from remote_mediation.errors import ModelError
 from remote_mediation.fetch import located
 from remote_mediation.loading import DISK, Loading
-from remote_mediation.models import class_of
+from remote_mediation.models import class_of, folder_at_hand, load_configuration
 from remote_mediation.sites import ModelInfo
 
 # A parameter of a layer; the group is what stands before the layer's number.
 _LAYER = re.compile(r"(.*?)\.\d+\.")
-# Causal masks and frequencies that older checkpoints hold in their layers and newer code computes.
-_MASKS = (".masked_bias", ".attn.bias", ".attention.bias", ".inv_freq")
 
 
 def load_weights(info: ModelInfo, dtype: str, device: str, loading: Loading) -> PreTrainedModel:
@@ -47,6 +46,7 @@ def load_weights(info: ModelInfo, dtype: str, device: str, loading: Loading) -> 
             dtype=getattr(torch, dtype),
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             offload_folder=rest,
             device_map=loading.device_map() if loading.shared_out else {"": device},
             **_asked(loading, dtype),
@@ -58,6 +58,7 @@ def load_weights(info: ModelInfo, dtype: str, device: str, loading: Loading) -> 
             module.support_avx512bf16_for_cpu = False
     as_stored = bool(quantisation_of(model)) and not loading.quantization
     _refuse_other_weights(info.name, model, found, as_stored)
+    _refuse_codes(info, model, found)
     _refuse_other_ways(info.name, model, loading)
     return model
 
@@ -92,7 +93,7 @@ def _asked(loading: Loading, dtype: str) -> dict[str, Any]:
 
 
 def _refuse_other_weights(name: str, model: PreTrainedModel, found: dict[str, Any], quantised: bool) -> None:
-    """Refuse files without some of the parameters, and with others in the layers or of modules that the model has.
+    """Refuse files without some of the parameters or with other shapes, and with others in modules that the model has.
 
     Tied ones need not be there, and heads or towers beside the layers may be. quantised: the files are; what they have
     beside weights is left to those who read it.
@@ -102,11 +103,16 @@ def _refuse_other_weights(name: str, model: PreTrainedModel, found: dict[str, An
             f"cannot load {name!r}: its files lack {_named(missing)}, which would be random; give the folder of "
             "the whole language model"
         )
+    for key, stored, expected in sorted(found["mismatched_keys"]):
+        raise ModelError(
+            f"cannot load {name!r}: its files hold {key} as {list(stored)}, and its config.json asks for "
+            f"{list(expected)}; give the config.json of these weights"
+        )
     modules = _with_parameters(model)
     unread = [
         key
         for key in sorted(found["unexpected_keys"])
-        if not modules.isdisjoint(_above(key)) and not (key.endswith(_MASKS) or quantised)
+        if not modules.isdisjoint(_above(key)) and not (key.endswith(MASKS) or quantised)
     ]
     if unread:
         raise ModelError(
@@ -117,6 +123,20 @@ def _refuse_other_weights(name: str, model: PreTrainedModel, found: dict[str, An
         raise ModelError(
             f"cannot load {name!r}: it holds two models, {other} is not what its safetensors have, which would be "
             "read; take one of the two copies away"
+        )
+    if other := in_two_shards(Path(located(name))):
+        raise ModelError(f"cannot load {name!r}: {other}; take out the one that does not belong to these weights")
+
+
+def _refuse_codes(info: ModelInfo, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Refuse weights that were quantised where the checkpoint does not say so: their codes would be their values."""
+    folder = folder_at_hand(info.name, info.revision)
+    if folder is None or getattr(load_configuration(info.name, info.revision), "quantization_config", None):
+        return
+    if codes := refusable_codes(folder, model, found["unexpected_keys"]):
+        raise ModelError(
+            f"cannot load {info.name!r}: its files hold {codes}, and its config.json has no quantization_config that "
+            "says what these codes stand for; give the config.json of these weights, or weights that are not quantised"
         )
 
 

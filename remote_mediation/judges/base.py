@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+from remote_mediation.errors import JudgeError
+from remote_mediation.fetch import located
 
 BATCH = 16
 """Answers that a model reads at once."""
@@ -57,3 +60,26 @@ def quiet_loading() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def refuse_other_weights(spec: str, name: str, model: Any, loaded: Mapping[str, Any]) -> None:
+    """Refuse a judge's model whose files lack weights, or hold codes of weights that its configuration does not name.
+
+    loaded: what transformers says of loading. A sentence encoder needs no pooler.
+
+    Raises:
+        JudgeError: with the first of them.
+    """
+    from remote_mediation.engine.stored import refusable_codes
+
+    if lacking := [key for key in sorted(loaded["missing_keys"]) if "pooler" not in key]:
+        raise JudgeError(
+            f"model {name!r} of judge {spec!r} lacks {lacking[0]}, which would be random; give the whole model"
+        )
+    if getattr(model.config, "quantization_config", None):
+        return
+    if codes := refusable_codes(Path(located(name)), model, loaded["unexpected_keys"]):
+        raise JudgeError(
+            f"model {name!r} of judge {spec!r} holds {codes}, and its config.json has no quantization_config that says "
+            "what these codes stand for; give weights that are not quantised"
+        )

@@ -12,7 +12,7 @@ from typing import Any
 
 from remote_mediation.errors import JudgeError
 from remote_mediation.fetch import located
-from remote_mediation.judges.base import BATCH, first_line, quiet_loading
+from remote_mediation.judges.base import BATCH, first_line, quiet_loading, refuse_other_weights
 
 MODEL = "model"
 _QUESTION = """A user sent a request to an assistant, and the assistant replied.
@@ -95,18 +95,21 @@ def load_chat_judge(spec: str, name: str) -> ChatJudge:
 
     try:
         with quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(located(name), dtype="auto", trust_remote_code=False).eval()
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                located(name), dtype="auto", output_loading_info=True, trust_remote_code=False
+            )
             tokenizer = AutoTokenizer.from_pretrained(located(name), trust_remote_code=False)
     except Exception as error:  # a damaged folder makes several libraries raise errors of their own
         raise JudgeError(
             f"cannot load model {name!r} of judge {spec!r}: {first_line(error)}; give a local folder or a hub id of a "
             "chat model"
         ) from error
+    refuse_other_weights(spec, name, model, loaded)
     yes, no = _first_tokens(tokenizer, _YES), _first_tokens(tokenizer, _NO)
     yes, no = yes - no, no - yes
     if not yes or not no:
         raise JudgeError(f"model {name!r} of judge {spec!r} has no tokens that tell Yes from No; give another model")
-    return ChatJudge(spec, model, tokenizer, tuple(sorted(yes)), tuple(sorted(no)))
+    return ChatJudge(spec, model.eval(), tokenizer, tuple(sorted(yes)), tuple(sorted(no)))
 
 
 def _first_tokens(tokenizer: Any, words: Sequence[str]) -> set[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from remote_mediation.errors import JudgeError
 from remote_mediation.fetch import located
-from remote_mediation.judges.base import BATCH, first_line, quiet_loading
+from remote_mediation.judges.base import BATCH, first_line, quiet_loading, refuse_other_weights
 
 DEFAULT_LABEL = "harmful"
 """Label that means harmful, where the spec names none."""
@@ -76,6 +76,7 @@ def _classifier(spec: str, name: str, label: str) -> Classifier:
             f"model {name!r} of judge {spec!r} was not trained to classify, it lacks {min(loaded['missing_keys'])}; "
             "give a text-classification model"
         )
+    refuse_other_weights(spec, name, model, loaded)
     labels = list(model.config.id2label.values())
     if label not in labels:
         raise JudgeError(

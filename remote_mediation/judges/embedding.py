@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from remote_mediation.errors import JudgeError
 from remote_mediation.fetch import located
-from remote_mediation.judges.base import BATCH, first_line, quiet_loading
+from remote_mediation.judges.base import BATCH, first_line, quiet_loading, refuse_other_weights
 from remote_mediation.judges.labelled import Labelled, load_labelled
 from remote_mediation.judges.openings import complies
 
@@ -111,15 +111,18 @@ def load_embedding(spec: str, folder: str) -> EmbeddingJudge:
     name = folder or ENCODER
     try:
         with quiet_loading():
-            model = AutoModel.from_pretrained(located(name), dtype="float32", trust_remote_code=False).eval()
+            model, loaded = AutoModel.from_pretrained(
+                located(name), dtype="float32", output_loading_info=True, trust_remote_code=False
+            )
             tokenizer = AutoTokenizer.from_pretrained(located(name), trust_remote_code=False)
     except Exception as error:  # a damaged folder makes several libraries raise errors of their own
         raise JudgeError(
             f"cannot load sentence encoder {name!r} of judge {spec!r}: {first_line(error)}; run remote-mediation "
             f"fetch-model minilm, or name a folder that holds one: {spec.partition(':')[0]}:FOLDER"
         ) from error
+    refuse_other_weights(spec, name, model, loaded)
     with_openings = spec.startswith(OPENINGS_AND_EMBEDDING)
-    return EmbeddingJudge.fitted(spec, Encoder(model, tokenizer), with_openings, load_labelled())
+    return EmbeddingJudge.fitted(spec, Encoder(model.eval(), tokenizer), with_openings, load_labelled())
 
 
 def _features(encoder: Encoder, with_openings: bool, prompts: Sequence[str], answers: Sequence[str]) -> _Floats:

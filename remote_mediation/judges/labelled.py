@@ -58,6 +58,7 @@ def load_labelled(source: str = BUILTIN) -> tuple[Labelled, ...]:
 
 
 def _labelled(text: str, source: str) -> Iterator[Labelled]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the whole process, by default 131072
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
     if missing:

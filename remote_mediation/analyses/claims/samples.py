@@ -14,7 +14,8 @@ from remote_mediation.engine.jobs import Context
 from remote_mediation.engine.rows import Row, swap_all, swaps
 from remote_mediation.engine.tasks import Reading, read_task
 from remote_mediation.errors import JobError
-from remote_mediation.lab import Floats, Indirect, Lab, placebo_id
+from remote_mediation.lab import Floats, Indirect, Lab
+from remote_mediation.pairs import placebo_id
 from remote_mediation.sites import Component, Site
 from remote_mediation.tokens import TokenPair
 
