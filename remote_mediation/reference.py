@@ -85,5 +85,5 @@ def _others(reference: Backend, served: Mapping[str, str], dtype: str) -> bool:
 
     blocks = program.module_at(reference.model, family_of(reference.info.family).blocks)
     first = program.first_numbers(reference.model, blocks)
-    rounded = program.checksum([first.to(getattr(torch, dtype)).float()])
+    rounded = program.fingerprint(first.to(getattr(torch, dtype)).float())
     return bool(served.get("weights")) and served["weights"] != program.hexadecimal(int(rounded))

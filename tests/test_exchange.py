@@ -42,6 +42,7 @@ from remote_mediation.engine import remote as remote_module
 from remote_mediation.engine.exchange import Server, download, exchange
 from remote_mediation.engine.jobs import Job
 from remote_mediation.engine.local import LocalBackend
+from remote_mediation.engine.program import checksum
 from remote_mediation.engine.remote import NdifBackend, tensors_of
 from remote_mediation.engine.rows import swap
 from remote_mediation.errors import BackendError, JobError, LostJobError, PreflightError, StoreError, TransportError
@@ -343,6 +344,34 @@ def test_a_job_whose_answer_is_none_is_sent_again(client: Client, whole: Run, tm
     pd.testing.assert_frame_equal(found.effects, whole.effects)
     assert next(left, None) is None
     assert found.jobs == whole.jobs + len(spoils)
+
+
+ORDERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "two rows for each other": lambda table: table[[0, 1, 3, 2, *range(4, len(table))]],
+    "rows from behind": lambda table: table.flip(0),
+    "rows moved on by one": lambda table: table.roll(1, 0),
+    "each row's values from behind": lambda table: table.flip(1),
+    "rows for columns": lambda table: table.T.reshape(table.shape),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_values_in_another_order_are_none(client: Client, job: Job, order: str) -> None:
+    mixed = tensors(lambda found: [ORDERS[order](found[0]), *found[1:]])
+    client.small.fault = at("results", mixed, after=0)
+    with pytest.raises(LostJobError, match="their checksum is another one"):
+        client.measure(job)
+    for found, wanted in zip(client.measure(job), client.local.collect(client.local.submit(job)).values, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_every_order_of_a_jobs_rows_has_its_own_checksum(client: Client, job: Job) -> None:
+    """Some of them are equal: what decides everything after it, swapped, gives what the other prompt gives."""
+    table = torch.tensor(np.stack(client.local.collect(client.local.submit(job)).values))
+    assert (len(table), len(torch.unique(table, dim=0))) == (6, 4)
+    tables = [table[list(order)] for order in itertools.permutations(range(len(table)))]
+    sums = {one.numpy().tobytes(): int(checksum([one])) for one in tables}
+    assert len(set(sums.values())) == len(sums) == 720 / 2 / 2
 
 
 # What a study ends in when a fault stays: kind of request, what happens to it, the error, and what is said.

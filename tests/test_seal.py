@@ -11,16 +11,16 @@ import torch
 from oracle import Subject, token_pair
 
 from remote_mediation.engine.answers import changes
-from remote_mediation.engine.program import checksum, execute, opened
+from remote_mediation.engine.program import checksum, execute, fingerprint, opened
 from remote_mediation.engine.rows import swap
 from remote_mediation.outcomes import LogitOutcome, Outcome, ResponseOutcome
 from remote_mediation.sites import Site
 
 
-def by_hand(numbers: list[float], shape: tuple[int, ...]) -> int:
+def by_hand(numbers: list[float], shape: tuple[int, ...], power: int = 3) -> int:
     """The checksum in whole numbers."""
     bits = [struct.unpack("<i", struct.pack("<f", number))[0] for number in numbers]
-    total = sum(bit * (2 * index + 1) * 0x1E3779B97F4A7C15 for index, bit in enumerate(bits))
+    total = sum(bit * (2 * index + 1) ** power * 0x1E3779B97F4A7C15 for index, bit in enumerate(bits))
     return (total + sum(size * 7919 ** (axis + 1) for axis, size in enumerate(shape)) + 2**63) % 2**64 - 2**63
 
 
@@ -33,12 +33,13 @@ def test_the_checksum_is_the_one_by_hand() -> None:
     large = torch.tensor([2**62 + 1])  # not to be told from its neighbours in float32
     assert not torch.equal(checksum([large]), checksum([large + 1]))
     assert checksum([]).tolist() == []
+    assert fingerprint(torch.tensor(numbers)).tolist() == [by_hand(numbers, (6,), 1)]
 
 
 def test_a_long_table_has_the_checksum_by_hand_too() -> None:
     values = np.random.default_rng(1).normal(size=(3, 2**18 - 5)).astype(np.float32)
     bits = values.view(np.int32).ravel().astype(np.int64)
-    odd = (2 * np.arange(bits.size) + 1) * np.int64(0x1E3779B97F4A7C15)
+    odd = (2 * np.arange(bits.size) + 1) ** 3 * np.int64(0x1E3779B97F4A7C15)
     total = int((bits * odd).sum()) + sum(size * 7919 ** (axis + 1) for axis, size in enumerate(values.shape))
     assert checksum([torch.from_numpy(values)]).tolist() == [total]
 
@@ -54,6 +55,10 @@ def test_nothing_can_change_without_the_checksum() -> None:
             assert not torch.equal(checksum([changed]), known), (row, column, bit)
     for order in ([1, 0, 2, 3, 4], [4, 3, 2, 1, 0]):
         assert not torch.equal(checksum([values[order]]), known)
+    one, other = values[:1], values[1:2]
+    assert not torch.equal(
+        checksum([torch.cat([one, other, other, one])]), checksum([torch.cat([other, one, one, other])])
+    )
     for other in (values.T, values.reshape(7, 5), values[:-1], torch.cat([values, torch.zeros(1, 7)])):
         assert not torch.equal(checksum([other]), known)
     assert not torch.equal(checksum([values, values]), known)

@@ -77,21 +77,30 @@ def tasked(model: Any, payload: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def checksum(values: list[torch.Tensor]) -> torch.Tensor:
-    """`[tensor]` int64: the bits of a tensor's numbers, each times an odd number of its own, and its shape.
+    """`[tensor]` int64: the bits of a tensor's numbers, each times the cube of an odd number of its own, and its shape.
 
-    No number can change, and no two can change places, without a change of it.
+    No number can change, and no two can change places, without a change of it. By odd numbers themselves, rows a, b, b,
+    a would have the same as b, a, a, b, and such rows there are: a swap may give all that the other prompt gives.
     """
-    sums = [bits_sum(value) + shape_sum(value) for value in values]
+    sums = [bits_sum(value, 3) + shape_sum(value) for value in values]
     return torch.stack(sums) if sums else torch.empty(0, dtype=torch.int64)
 
 
-def bits_sum(value: torch.Tensor) -> torch.Tensor:
-    """The part of a checksum that numbers make, a stretch at a time: each needs six times its memory meanwhile."""
+def fingerprint(numbers: torch.Tensor) -> torch.Tensor:
+    """`[1]` int64: the same of weights by odd numbers themselves, as run folders hold it."""
+    return (bits_sum(numbers, 1) + shape_sum(numbers)).reshape(1)
+
+
+def bits_sum(value: torch.Tensor, power: int) -> torch.Tensor:
+    """The part of a checksum that numbers make, a stretch at a time: each needs six times its memory meanwhile.
+
+    power: of the odd numbers.
+    """
     whole = value if value.dtype == torch.int64 else value.float()
     total, at = torch.zeros((), dtype=torch.int64), 0
     for bits in torch.split(whole.contiguous().view(torch.int32).flatten(), 2**18):
         weights = 2 * torch.arange(at, at + len(bits)) + 1
-        total += (bits.long() * weights).sum() * 0x1E3779B97F4A7C15
+        total += (bits.long() * weights**power).sum() * 0x1E3779B97F4A7C15
         at += len(bits)
     return total
 
@@ -102,13 +111,13 @@ def shape_sum(value: torch.Tensor) -> int:
 
 
 def weights_sum(model: Any, blocks: Any) -> torch.Tensor:
-    """`[1]` int64: checksum of some of the weights (`first_numbers`).
+    """`[1]` int64: fingerprint of some of the weights (`first_numbers`).
 
     0 where a server does not show its weights, or they are only fetched while their layer runs.
     """
     if sandboxed(model) or any(parameter.is_meta for parameter in some_parameters(model, blocks)):
         return torch.zeros(1, dtype=torch.int64)
-    return checksum([first_numbers(model, blocks)])
+    return fingerprint(first_numbers(model, blocks))
 
 
 def some_parameters(model: Any, blocks: Any) -> list[torch.Tensor]:
