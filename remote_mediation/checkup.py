@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from remote_mediation import runfiles
 from remote_mediation.runfiles import DamagedError, content_of
 from remote_mediation.store import Store
@@ -38,7 +40,7 @@ def check_run(folder: Path) -> list[FileState]:
     states += _each(
         folder, "submitted/*.json", lambda path: partial(runfiles.read_ticket, path.stem), "its job will run again"
     )
-    note = partial(runfiles.read_note, form=form)
+    note = partial(runfiles.read_note, kind=TypeAdapter(Any), form=form)  # its reader alone knows its kind
     states += _each(folder, "readouts/*.npz", store.reader, "it will be measured anew")
     states += _each(folder, "notes/*.json", lambda path: note, "it will be made anew")
     states += [_aside(path, folder) for path in sorted(folder.rglob("*.bad"))]

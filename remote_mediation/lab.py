@@ -7,13 +7,14 @@ measured, and an analysis that asks for what an unfinished run does not have end
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pydantic import TypeAdapter
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import EFFECT_COLUMNS, Request, effects_table
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 _TOGETHER = 16
 Floats = npt.NDArray[np.float64]
 _Token = TypeVar("_Token", int, float)
+_Noted = TypeVar("_Noted")
+_IDS, _INFO = TypeAdapter(list[int]), TypeAdapter(ModelInfo)
 
 
 class UnmeasuredError(Exception):
@@ -358,9 +361,12 @@ class Lab:
     def _ended(self, answers: Sequence[Sequence[_Token]]) -> list[tuple[_Token, ...]]:
         """Answers up to the token that ends them."""
         info, form = self.study.info, self.study.config.prompt.form()
-        ends = set(
-            self.noted("special-tokens", lambda tokenizer: ends_of_answers(info.name, info.revision, tokenizer, form))
-        )
+
+        def declared(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+            return ends_of_answers(info.name, info.revision, tokenizer, form)
+
+        noted = self.noted("special-tokens", declared, _IDS)
+        ends = set(noted)
         return [tuple(takewhile(lambda token: token not in ends, answer)) for answer in answers]
 
     def tokenised(self, name: str, texts: Callable[[], Sequence[PromptPair]]) -> Prepared:
@@ -378,16 +384,16 @@ class Lab:
             self._store.save_prepared(prepared, name)
         return prepared
 
-    def noted(self, name: str, make: Callable[[PreTrainedTokenizerBase], Any]) -> Any:
-        """JSON data that takes a tokenizer to make, made once.
+    def noted(self, name: str, make: Callable[[PreTrainedTokenizerBase], _Noted], kind: TypeAdapter[_Noted]) -> _Noted:
+        """What takes a tokenizer to make and is kept as JSON, made once; anew where what was kept is of another kind.
 
         Raises:
             UnmeasuredError: it was never made, and there is no backend.
         """
-        content = self._store.note(name)
+        content = self._store.note(name, kind)
         if content is None:
             content = make(self._present().tokenizer)
-            self._store.save_note(name, content)
+            self._store.save_note(name, kind.dump_python(content, mode="json"))
         return content
 
     def _present(self) -> Backend:
@@ -404,12 +410,8 @@ class Lab:
 
     def on_checkpoint(self, name: str) -> Lab:
         """The same study on one of its `variants`; its shape is noted, so that reports need no model."""
-
-        def noted(_: object) -> dict[str, Any]:
-            return asdict(self.variants[name].info)
-
-        record: dict[str, Any] = self.noted(f"checkpoint-{digest(name)}", noted)
-        return self.beside(info=ModelInfo.from_record(record), backend=self.variants.get(name))
+        info = self.noted(f"checkpoint-{digest(name)}", lambda _: self.variants[name].info, _INFO)
+        return self.beside(info=info, backend=self.variants.get(name))
 
     def _outcome(self, row: Row, pairs: dict[str, TokenPair]) -> float:
         key = self._runner.key(row)

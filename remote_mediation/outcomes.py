@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from remote_mediation.errors import PairsError, SettingsError
+from remote_mediation.kinds import of_kind
 from remote_mediation.prompts import ALONE, encode_after
 from remote_mediation.tokens import TokenPair, trie
 
@@ -188,14 +190,12 @@ def outcome_from(record: dict[str, Any]) -> Outcome:
 
     Raises:
         KeyError: no outcome has that name.
+        ValueError: its fields are others.
     """
-
-    def tuples(value: Any) -> Any:
-        return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
-
     kind = OUTCOMES[record["name"]]
     # Older runs hold the fields of every outcome, those of others empty.
-    return kind(**{field.name: tuples(record.get(field.name, ())) for field in fields(kind)})
+    known = {field.name: record.get(field.name, ()) for field in fields(kind)}
+    return of_kind(TypeAdapter(kind), known)
 
 
 def refusal(compliant: Openings, refusing: Openings) -> RefusalOutcome:

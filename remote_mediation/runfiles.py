@@ -18,16 +18,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from remote_mediation.engine.answers import lengths_of
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.engine.payload import digest
+from remote_mediation.kinds import of_kind
 from remote_mediation.tokens import Prepared, Refusal, from_record, to_record
 
+_Noted = TypeVar("_Noted")
+_REFUSAL = TypeAdapter(Refusal)
 # What numpy and zipfile raise over damaged bytes.
 _DAMAGE = (
     ValueError,
@@ -177,9 +181,9 @@ def read_pairs(content: bytes, allowed: Sequence[str]) -> Prepared:
     try:
         return Prepared(
             tuple(from_record(record) for record in records if "reason" not in record),
-            tuple(Refusal(**record) for record in records if "reason" in record),
+            tuple(of_kind(_REFUSAL, record) for record in records if "reason" in record),
         )
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError) as error:
         raise DamagedError(f"a line of it is no pair ({error})") from error
 
 
@@ -197,9 +201,9 @@ def read_ticket(job: str, content: bytes) -> Submitted:
     """
     try:
         found = Submitted(job, **_json(content))
+        numbers = [found.rows, found.flops, *(length for length in found.lengths if length is not None)]
     except TypeError as error:
         raise DamagedError("it is no ticket") from error
-    numbers = [found.rows, found.flops, *(length for length in found.lengths if length is not None)]
     if (
         not isinstance(found.ticket, str)
         or not isinstance(found.task, str)
@@ -273,20 +277,23 @@ def note_text(content: Any) -> str:
     return json.dumps({"note": content, "checksum": _digest_of(content)})
 
 
-def read_note(content: bytes, form: int = FORM) -> Any:
-    """JSON data. form: of its folder, which says whether they must have a checksum.
+def read_note(content: bytes, kind: TypeAdapter[_Noted], form: int = FORM) -> _Noted:
+    """What was noted. kind: what it is. form: of its folder, which says whether it must have a checksum.
 
     Raises:
-        DamagedError: they are not those that were written.
+        DamagedError: it is not what was written, or of another kind, as where it was written by hand.
     """
-    found = _json(content)
-    if not isinstance(found, dict) or set(found) != {"note", "checksum"}:
-        if form:
-            raise DamagedError("it has no checksum")
-        return found
-    if found["checksum"] != _digest_of(found["note"]):
-        raise DamagedError("its checksum is another one")
-    return found["note"]
+    noted = _json(content)
+    if isinstance(noted, dict) and set(noted) == {"note", "checksum"}:
+        if noted["checksum"] != _digest_of(noted["note"]):
+            raise DamagedError("its checksum is another one")
+        noted = noted["note"]
+    elif form:
+        raise DamagedError("it has no checksum")
+    try:
+        return of_kind(kind, noted)
+    except ValueError as error:
+        raise DamagedError(f"it holds something else ({error})") from error
 
 
 def failures_text(failures: Mapping[str, str]) -> str:

@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
+from pydantic import TypeAdapter
+
 from remote_mediation.errors import SiteError
+from remote_mediation.kinds import of_kind
 
 Component = Literal[
     "layer_output",
@@ -563,9 +566,12 @@ class ModelInfo:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ModelInfo:
-        """A shape that was kept as JSON, in which tuples are lists."""
-        shape: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
-        return cls(**shape)
+        """A shape that was kept as JSON.
+
+        Raises:
+            ValueError: it is none.
+        """
+        return of_kind(TypeAdapter(cls), record)
 
     def width(self, component: Component) -> int:
         """Units of a component: heads, experts, neurons of all experts, the one shared expert, or the others' width.

@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from remote_mediation import runfiles
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.jobs import Job, Readout
 from remote_mediation.errors import StoreError
+from remote_mediation.kinds import first_of
 from remote_mediation.lock import LOCK_FILE, Lock, hold
 from remote_mediation.runfiles import DamagedError, MisnamedError, Sealed, content_of
 from remote_mediation.runfiles import Submitted as Submitted
@@ -295,9 +296,9 @@ class Store:
         """Pairs whose jobs failed, with the reason; where the file is damaged it is set aside and they run again."""
         return self._doubted(self.folder / "failures.json", runfiles.read_failures) or {}
 
-    def note(self, name: str) -> Any:
-        """What `save_note` kept under a name; None if nothing, or nothing whole, which is set aside then."""
-        read = partial(runfiles.read_note, form=self.form())
+    def note(self, name: str, kind: TypeAdapter[_Content]) -> _Content | None:
+        """What `save_note` kept under a name; None if nothing, or nothing whole and of its kind, which is set aside."""
+        read = partial(runfiles.read_note, kind=kind, form=self.form())
         return self._doubted(self.folder / "notes" / f"{name}.json", read)
 
     def save_note(self, name: str, content: Any) -> None:
@@ -400,8 +401,7 @@ def _set_aside(path: Path, error: Exception) -> None:
 def _in_a_line(error: Exception) -> str:
     """What is wrong with settings, by the first of them."""
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return first_of(error)
     return str(error)
 
 

@@ -17,10 +17,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
+from pydantic import Field, TypeAdapter
 
 from remote_mediation.analyses import EVERY, chosen, stranger
 from remote_mediation.config import StudyConfig
@@ -236,8 +237,11 @@ def chosen_openings(lab: Lab) -> RefusalOutcome:
             outcome = _own_openings(lab, tokenizer)
         return outcome.compliant, outcome.refusing
 
-    compliant, refusing = (tuple(map(tuple, side)) for side in lab.noted("openings", chosen))
-    return refusal(compliant, refusing)
+    token = Annotated[int, Field(ge=0, lt=lab.study.info.vocab)]
+    kind: TypeAdapter[tuple[Openings, Openings]] = TypeAdapter(
+        tuple[tuple[tuple[token, ...], ...], tuple[tuple[token, ...], ...]]
+    )
+    return refusal(*lab.noted("openings", chosen, kind))
 
 
 def _own_openings(lab: Lab, tokenizer: PreTrainedTokenizerBase) -> RefusalOutcome:
@@ -304,7 +308,7 @@ def _reread_study(store: Store) -> Study:
     config = store.config()
     try:
         info, outcome = ModelInfo.from_record(record["model"]), outcome_from(record["outcome"])
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{store.folder} holds a run of another version ({error}); run the study anew") from error
     return Study(config, info, outcome, *prepared, placebos.pairs)
 

@@ -122,6 +122,17 @@ class Basis:
 
 
 @dataclass(frozen=True)
+class DirectionRecord:
+    """A `Direction` as JSON data, its basis as `[k, width]` numbers."""
+
+    vectors: list[list[float]]
+    layer: int | None
+    position: str
+    length: float
+    model: str
+
+
+@dataclass(frozen=True)
 class Direction:
     """A direction of the residual stream, or a few, and where it was found: what one run saves and another applies."""
 
@@ -174,21 +185,19 @@ class Direction:
             raise SiteError(f"the metadata of {path} say what is no number: {error}") from error
         return cls(Basis.spanning(given), layer, about.get("position", ""), length, about.get("model", ""))
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> DirectionRecord:
         """As JSON data."""
-        return {
-            "vectors": self.basis.vectors.tolist(),
-            "layer": self.layer,
-            "position": self.position,
-            "length": self.length,
-            "model": self.model,
-        }
+        return DirectionRecord(self.basis.vectors.tolist(), self.layer, self.position, self.length, self.model)
 
     @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> Self:
-        """The inverse of `record`."""
-        vectors = np.array(record["vectors"], dtype=np.float32)
-        return cls(Basis(vectors), **{name: value for name, value in record.items() if name != "vectors"})
+    def of_record(cls, record: DirectionRecord) -> Self:
+        """The inverse of `record`.
+
+        Raises:
+            SiteError, ValueError: its vectors are no basis.
+        """
+        basis = Basis(np.array(record.vectors, dtype=np.float32))
+        return cls(basis, record.layer, record.position, record.length, record.model)
 
 
 class _Content(NamedTuple):

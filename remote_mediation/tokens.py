@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from remote_mediation.errors import PairsError, SiteError
+from remote_mediation.kinds import of_kind
 from remote_mediation.pairs import PromptPair
 from remote_mediation.placebo import components
 from remote_mediation.prompts import PLAIN, Asked, Encoded, PromptForm, Surroundings, encode_prompts, surroundings
@@ -170,6 +173,9 @@ class TokenPair:
         return tuple(range(*bounds[span]))
 
 
+_PAIR = TypeAdapter(TokenPair)
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A pair that is left out, and why."""
@@ -239,12 +245,16 @@ def to_record(pair: TokenPair) -> dict[str, Any]:
     return asdict(pair)
 
 
-def from_record(record: dict[str, Any]) -> TokenPair:
-    """The inverse of `to_record`."""
-    answers = tuple(tuple(answer) for answer in record["answers"])
-    openings, notes = (tuple(map(tuple, record.get(name, ()))) for name in ("openings", "notes"))
-    ids = {"x0": tuple(record["x0"]), "x1": tuple(record["x1"])}
-    return TokenPair(**{**record, **ids, "answers": answers, "openings": openings, "notes": notes})
+def from_record(record: Any) -> TokenPair:
+    """The inverse of `to_record`, after a way through JSON.
+
+    Raises:
+        ValueError: it is no pair, or its prompts have no such places.
+    """
+    pair = of_kind(_PAIR, record)
+    if not (0 <= pair.post <= pair.after and 0 <= pair.first <= min(map(len, pair.prompts)) - pair.after):
+        raise ValueError(f"{pair.first} tokens before an edit, {pair.after} behind it and {pair.post} of the template")
+    return pair
 
 
 class _Setting(NamedTuple):

@@ -16,6 +16,7 @@ ROOT = Path(remote_mediation.__file__).parent
 # From the ground up: a module imports from rows above its own in this table, never from its own row or below.
 # `analyses.*` stands for all modules of the analyses, whose own order is below. A new module needs a place here.
 ORDER = (
+    ("kinds", "saving"),
     ("dequantise", "engine", "engine.heap", "engine.program", "engine.stored"),
     ("engine.copies", "errors", "forms", "loading", "meter", "paths", "toml", "unseen"),
     (

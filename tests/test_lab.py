@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import INFO, LOGITS, CannedBackend, canned, records, token_pair
+from pydantic import TypeAdapter
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.effects import Request
@@ -24,6 +25,7 @@ from remote_mediation.runner import MOST_TRIES
 from remote_mediation.sites import Site
 from remote_mediation.store import Store
 
+ANY = TypeAdapter(Any)
 PAIRS = tuple(token_pair(f"p{i}", x1=(1, 2, 10 + i, 4, 5)) for i in range(6))
 SITE = Site("mlp_output", 2, "all")
 BARE = [Row(pair.id, side) for pair in PAIRS for side in (0, 1)]
@@ -116,7 +118,7 @@ def test_without_a_backend_what_is_missing_is_said(tmp_path: Path) -> None:
         lambda: here.indirect([SITE], PAIRS),
         lambda: here.measure([Request("modules", PAIRS[0], SITE)]),
         lambda: here.run([task]),
-        lambda: here.noted("note", lambda tokenizer: 1),
+        lambda: here.noted("note", lambda tokenizer: 1, ANY),
         lambda: here.tokenised("texts", lambda: []),
     ):
         with pytest.raises(UnmeasuredError):
@@ -172,16 +174,17 @@ def test_notes_are_made_once_with_the_tokenizer_and_kept(tmp_path: Path) -> None
 
     backend = CannedBackend({})
     here = lab(tmp_path, backend)
-    first = here.noted("one", note)
-    assert first == here.noted("one", note) == lab(tmp_path).noted("one", note) == {"ids": [1, 2], "of": None}
+    first = here.noted("one", note, ANY)
+    again = (here.noted("one", note, ANY), lab(tmp_path).noted("one", note, ANY))
+    assert [first, *again] == [{"ids": [1, 2], "of": None}] * 3
     assert made == [len(backend.tokenizer)]
-    here.noted("other", note)
+    here.noted("other", note, ANY)
     assert len(made) == 2
 
 
 def test_an_empty_note_is_a_note(tmp_path: Path) -> None:
-    assert lab(tmp_path, CannedBackend({})).noted("empty", lambda tokenizer: []) == []
-    assert lab(tmp_path).noted("empty", lambda tokenizer: [1]) == []
+    assert lab(tmp_path, CannedBackend({})).noted("empty", lambda tokenizer: [], ANY) == []
+    assert lab(tmp_path).noted("empty", lambda tokenizer: [1], ANY) == []
 
 
 def test_other_texts_are_tokenised_once_and_kept(tmp_path: Path) -> None:

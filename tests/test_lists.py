@@ -5,11 +5,13 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from fakes import CannedBackend, records, write_pairs
 from oracle import Subject
+from pydantic import TypeAdapter
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.cost import estimate
@@ -217,7 +219,7 @@ def test_a_study_of_lists_says_what_it_cannot_test(tmp_path: Path, subject: Call
     assert set(effects["target"]) == {"sure"}  # a column of the list
     assert "5. that understanding is handed on" in report
     assert "not tested" in report
-    noted = Store.open(tmp_path / "run").note("matching")
+    noted = Store.open(tmp_path / "run").note("matching", TypeAdapter(list[dict[str, Any]]))
     assert [(pair["harmful"], pair["harmless"]) for pair in noted] == [
         (pair.harmful, pair.harmless) for pair in load_texts(config)
     ]

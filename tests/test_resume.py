@@ -281,6 +281,30 @@ def test_a_finished_study_measures_nothing_new(pairs: Path, tmp_path: Path, sear
             pd.testing.assert_frame_equal(later.tables[name], table)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        *(
+            {"model": {name: wrong}}
+            for name, wrong in (("layers", "6"), ("sliding", 3), ("window", [1]), ("vocab", None))
+        ),
+        *({"outcome": {"name": wrong}} for wrong in (None, [], "another")),
+        *({"outcome": {"name": "logit_diff", "plus": wrong}} for wrong in ("x", ["x"], [[1]], None)),
+    ],
+    ids=str,
+)
+def test_a_record_of_another_kind_is_refused_in_one_line(
+    pairs: Path, tmp_path: Path, edit: dict[str, dict[str, Any]]
+) -> None:
+    study = config(pairs, analyses=["layers"])
+    run(study, CannedBackend({}), tmp_path / "run")
+    store = Store.open(tmp_path / "run")
+    record = store.record()
+    store.save_record({**record, **{name: {**record[name], **changed} for name, changed in edit.items()}})
+    with pytest.raises(StoreError, match=r"^.*run holds a run of another version \([^\n]+\); run the study anew$"):
+        reread(store)
+
+
 def test_a_finished_study_may_be_asked_for_more(pairs: Path, tmp_path: Path) -> None:
     backend = CannedBackend({})
     run(config(pairs, analyses=["layers"]), CannedBackend({}), tmp_path / "run")

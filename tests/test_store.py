@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import INFO, LOGITS, token_pair
+from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 from remote_mediation.checkup import check_run
@@ -23,10 +24,11 @@ from remote_mediation.cli import app
 from remote_mediation.engine.jobs import Context, Job, Readout
 from remote_mediation.engine.rows import Row, Scale, Write
 from remote_mediation.errors import StoreError
-from remote_mediation.runfiles import _digest_of
+from remote_mediation.runfiles import DamagedError, _digest_of, pairs_text, read_pairs
 from remote_mediation.store import Store
 from remote_mediation.tokens import Prepared, Refusal
 
+ANY = TypeAdapter(Any)
 ROW = Row("p", 0, (Write("mlp_output", 0, (0,), (), Scale(0.0)),))
 
 
@@ -620,6 +622,30 @@ def test_no_edit_of_pairs_passes(full: Path) -> None:
             Store.open(full).prepared()
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        *({"first": wrong} for wrong in (None, "2", 2.0, True, [], -1, 4)),
+        *({"post": wrong} for wrong in (None, -1, 3)),
+        *({"x0": wrong} for wrong in (None, 3, "abcde", [1.5, 2, 3, 4, 5], [[1], [2], [3], [4], [5]], [])),
+        *({"answers": wrong} for wrong in (None, [[1]], [1, 2], [["a"], []])),
+        *({"openings": wrong} for wrong in (None, [1], [[[1]]])),
+        *({"notes": wrong} for wrong in (None, [["a"]], [["a", 1]])),
+        *({name: wrong} for name in ("id", "cluster", "category") for wrong in (None, 3, ["a"])),
+        *({"reason": wrong} for wrong in (None, 3)),
+        {"aligned": "no"},
+    ],
+    ids=str,
+)
+def test_pairs_of_another_kind_are_damaged(edit: dict[str, Any]) -> None:
+    whole = pairs_text(Prepared((token_pair("a"),), (Refusal("c", "why"),)))
+    pair, refusal = map(json.loads, whole.splitlines())
+    edited = [pair, {**refusal, **edit}] if "reason" in edit else [{**pair, **edit}, refusal]
+    assert read_pairs(whole.encode(), ())
+    with pytest.raises(DamagedError, match=r"^a line of it is no pair \([^\n]+\)$"):
+        read_pairs("".join(json.dumps(one) + "\n" for one in edited).encode(), ())
+
+
 def test_pairs_of_a_run_that_was_killed_between_two_files_are_read(full: Path) -> None:
     store, before = Store.open(full), (full / "pairs.jsonl").read_bytes()
     later = Prepared((token_pair("a", answers=((1,), (2,))), token_pair("b")), ())
@@ -636,7 +662,7 @@ def test_a_folder_of_an_older_version_is_read_and_its_pairs_are_doubted(full: Pa
     (full / ".run.json.copy").unlink()
     (full / "notes/openings.json").write_text("[[1, 2], [3.5]]")
     store = Store.create(full, {"model": "m", "seed": 0})
-    assert store.note("openings") == [[1, 2], [3.5]]
+    assert store.note("openings", ANY) == [[1, 2], [3.5]]
     prepared = store.prepared()
     assert prepared
     store.save_prepared(prepared)
@@ -666,6 +692,8 @@ def test_a_spoilt_ticket_is_set_aside(full: Path, caplog: pytest.LogCaptureFixtu
         {"ticket": 3},
         {"rows": "x"},
         {"lengths": ["1"]},
+        {"lengths": None},
+        {"lengths": 3},
         {"task": 3},
         {"x": 1},
     ],
@@ -691,8 +719,19 @@ def test_spoilt_failures_are_set_aside(full: Path, spoil: Any) -> None:
 def test_a_spoilt_note_is_set_aside(full: Path, name: str) -> None:
     path = full / "notes/openings.json"
     path.write_bytes(SPOILS[name](path.read_bytes()))
-    assert Store.open(full).note("openings") is None
+    assert Store.open(full).note("openings", ANY) is None
     assert path.with_name(f"{path.name}.bad").exists()
+
+
+@pytest.mark.parametrize("kind", [list[int], list[list[int]], dict[str, int], str, list[list[bool]]], ids=str)
+def test_a_note_of_another_kind_is_set_aside(full: Path, caplog: pytest.LogCaptureFixture, kind: Any) -> None:
+    store, path = Store.open(full), full / "notes/openings.json"
+    assert store.note("openings", TypeAdapter(list[list[float]])) == [[1, 2], [3.5]]
+    assert store.note("openings", TypeAdapter(kind)) is None
+    (line,) = caplog.messages
+    assert line.startswith(f"{path} is damaged (it holds something else (")
+    assert "\n" not in line
+    assert not path.exists()
 
 
 def test_no_flipped_bit_changes_a_note(full: Path) -> None:
@@ -702,7 +741,7 @@ def test_no_flipped_bit_changes_a_note(full: Path) -> None:
         changed = bytearray(whole)
         changed[place] ^= 0x01
         path.write_bytes(changed)
-        found = Store.open(full).note("openings")
+        found = Store.open(full).note("openings", ANY)
         # A name that is no longer "note" or "checksum" makes it a note of an older version, of another form.
         assert found in (None, [[1, 2], [3.5]]) or set(found) != {"note", "checksum"}
 
@@ -718,7 +757,7 @@ def test_a_file_that_may_not_be_read_is_named(full: Path, kind: str, monkeypatch
     monkeypatch.setattr(Path, "read_bytes", denied)
     store = Store.open(full)
     reads = {"pairs.jsonl": store.prepared, "readouts": store.values, "submitted": store.submitted}
-    reads |= {"notes": lambda: store.note("openings"), "failures.json": store.failures}
+    reads |= {"notes": lambda: store.note("openings", ANY), "failures.json": store.failures}
     with pytest.raises(StoreError, match=rf"{kind}.*Permission denied"):
         reads[kind]()
     assert not list(full.rglob("*.bad"))
@@ -755,7 +794,7 @@ def test_a_run_that_is_not_whole(full: Path, name: str) -> None:
 def test_files_that_are_gone_or_set_aside(full: Path) -> None:
     (full / "placebos.jsonl").unlink()
     (full / "notes/openings.json").write_bytes(b"")
-    Store.open(full).note("openings")
+    Store.open(full).note("openings", ANY)
     told = {state.name: state for state in check_run(full)}
     assert not told["placebos.jsonl"].whole
     assert told["placebos.jsonl"].detail == "gone; run the study again, which makes it anew"
@@ -785,7 +824,7 @@ def test_what_is_no_file_is_damaged(full: Path, name: str, make: Any) -> None:
         with pytest.raises(StoreError, match=r"it is no file\); put it back, or delete it"):
             store.prepared()
         return
-    reads = (store.failures(), store.submitted(), store.values(), store.note("openings"))
+    reads = (store.failures(), store.submitted(), store.values(), store.note("openings", ANY))
     assert not reads[PLACES.index(name) - 1]
     assert not path.exists()
     assert path.with_name(f"{path.name}.bad").exists()
@@ -798,13 +837,13 @@ def test_links_that_lead_nowhere_are_files_that_are_not_there(full: Path, name: 
     path.unlink()
     path.symlink_to(full / "nowhere")
     store = Store.open(full)
-    reads = (store.prepared(), store.failures(), store.submitted(), store.values(), store.note("openings"))
+    reads = (store.prepared(), store.failures(), store.submitted(), store.values(), store.note("openings", ANY))
     assert not reads[PLACES.index(name)]
 
 
 def test_a_note_without_its_checksum_is_made_anew(full: Path, caplog: pytest.LogCaptureFixture) -> None:
     (full / "notes/openings.json").write_text("[[1], [2]]")
-    assert Store.open(full).note("openings") is None
+    assert Store.open(full).note("openings", ANY) is None
     assert "it has no checksum" in caplog.text
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from remote_mediation.engine.rows import Row, swap, swap_all
 from remote_mediation.engine.tasks import direct_task
 from remote_mediation.errors import SiteError
 from remote_mediation.sites import Component, Site
-from remote_mediation.subspaces import Basis, Direction, Subspace
+from remote_mediation.subspaces import Basis, Direction, DirectionRecord, Subspace
 from remote_mediation.tokens import TokenPair
 
 Subjects = Callable[[str], Subject]
@@ -166,7 +166,8 @@ def test_a_saved_direction_is_read_as_it_was_written(tmp_path: Path) -> None:
     again = Direction.load(tmp_path / "b.safetensors")
     np.testing.assert_allclose(again.basis.vectors, basis.vectors, atol=1e-6)
     assert replace(again, basis=basis) == saved
-    assert Direction.of_record(json.loads(json.dumps(saved.record()))) == saved
+    kept = json.dumps(asdict(saved.record()))
+    assert Direction.of_record(DirectionRecord(**json.loads(kept))) == saved
     np.testing.assert_allclose(again.vector, 12.5 * basis.vectors[0], atol=1e-5)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
+from pydantic import TypeAdapter
 
 import remote_mediation as rm
 from remote_mediation.analyses.verify.ask import JUDGED_COLUMNS, VERIFY_COLUMNS, found_sets, strongest_sites
@@ -150,7 +151,7 @@ def test_the_report_says_it_and_is_made_again_without_a_model(verified: Verified
 
 def test_the_run_folder_has_verdicts_and_no_texts(verified: Verified) -> None:
     store = Store.open(verified.folder)
-    notes = [store.note(path.stem) for path in verified.folder.glob("notes/judged-*.json")]
+    notes = [store.note(path.stem, TypeAdapter(list[bool])) for path in verified.folder.glob("notes/judged-*.json")]
     assert 2 <= len(notes) <= 2 * 6  # rows with the same answers share their verdicts
     assert all(set(note) <= {True, False} and len(note) == 16 * 6 for note in notes)
 

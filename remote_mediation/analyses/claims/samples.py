@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from remote_mediation.analyses.claims.verdicts import Bench, Both, Effect
 from remote_mediation.engine.jobs import Context
@@ -133,4 +134,4 @@ def failing(lab: Lab, name: str, run: Callable[[], object]) -> str:
             return str(error)
         return ""
 
-    return str(lab.noted(name, attempt))
+    return lab.noted(name, attempt, TypeAdapter(str))

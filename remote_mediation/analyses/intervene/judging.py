@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import pandas as pd
+from pydantic import Field, TypeAdapter
 
 from remote_mediation.engine.payload import digest
 from remote_mediation.intervals import Interval
@@ -24,6 +26,19 @@ JUDGE_COLUMNS: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A row of `JUDGE_COLUMNS`."""
+
+    judge: str
+    measure: str
+    n: int
+    value: float
+    low: float
+    high: float
+    reason: str
+
+
 def complied(
     lab: Lab, judge: str, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]
 ) -> list[bool]:
@@ -33,32 +48,26 @@ def complied(
         asked, said = exchanges(prompts, answers, tokenizer, lab.study.config.prompt.form())
         return [bool(verdict) for verdict in load_judge(judge)(asked, said)]
 
-    verdicts: list[bool] = lab.noted(f"judged-{digest([judge, prompts, answers])}", judged)
-    return verdicts
+    kind: TypeAdapter[list[bool]] = TypeAdapter(
+        Annotated[list[bool], Field(min_length=len(answers), max_length=len(answers))]
+    )
+    return lab.noted(f"judged-{digest([judge, prompts, answers])}", judged, kind)
 
 
 def judge_quality(lab: Lab, judge: str, labelled: str = BUILTIN) -> pd.DataFrame:
     """How a judge agrees with labelled answers (`JUDGE_COLUMNS`): the package's, or those of a file."""
 
-    def measured(tokenizer: Any) -> list[dict[str, Any]]:
+    def measured(tokenizer: Any) -> list[_Measured]:
         found = check_judge(load_judge(judge), load_labelled(labelled), lab.rng("judge"))
         measures = ("accuracy", "recall", "specificity", "kappa")
         intervals = [(name, getattr(found, name)) for name in measures]
         return [
-            {
-                "judge": judge,
-                "measure": name,
-                "n": one.n_pairs,
-                "value": one.value,
-                "low": one.low,
-                "high": one.high,
-                "reason": one.reason,
-            }
-            for name, one in intervals
+            _Measured(judge, name, one.n_pairs, one.value, one.low, one.high, one.reason) for name, one in intervals
         ]
 
     named = judge if labelled == BUILTIN else [judge, labelled]
-    return pd.DataFrame(lab.noted(f"judge-{digest(named)}", measured), columns=list(JUDGE_COLUMNS))
+    rows = lab.noted(f"judge-{digest(named)}", measured, TypeAdapter(list[_Measured]))
+    return pd.DataFrame(rows, columns=list(JUDGE_COLUMNS))
 
 
 def measure_of(quality: pd.DataFrame, name: str) -> Interval:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, TypeAdapter
 
 from remote_mediation.engine.payload import digest
 from remote_mediation.errors import SiteError
 from remote_mediation.lab import Lab, Study
-from remote_mediation.subspaces import Direction
+from remote_mediation.sites import ModelInfo
+from remote_mediation.subspaces import Direction, DirectionRecord
 
 
 def check(study: Study) -> None:
@@ -17,10 +22,16 @@ def check(study: Study) -> None:
     Raises:
         SiteError: it cannot be read, or is of another width, of a layer or at a token that is not there.
     """
-    name, info = study.config.directions.basis, study.info
+    name = study.config.directions.basis
     if not name:
         return
     found = Direction.load(Path(name))
+    _check_model(name, found, study.info)
+    if found.position:
+        _check_position(name, found.position, study)
+
+
+def _check_model(name: str, found: Direction, info: ModelInfo) -> None:
     if found.basis.width != info.d_model:
         raise SiteError(
             f"{name} holds directions of {found.basis.width} numbers, and the stream of {info.name} is "
@@ -31,8 +42,6 @@ def check(study: Study) -> None:
             f"{name} is of layer {found.layer}, and {info.name} has layers 0 to {info.layers - 1}; give a basis of "
             "this model"
         )
-    if found.position:
-        _check_position(name, found.position, study)
 
 
 def _check_position(name: str, position: str, study: Study) -> None:
@@ -53,8 +62,17 @@ def loaded(lab: Lab) -> Direction | None:
     name = lab.study.config.directions.basis
     if not name:
         return None
-    note = f"basis-{digest(name)}"
-    return Direction.of_record(lab.noted(note, lambda _: Direction.load(Path(name)).record()))
+    kind = TypeAdapter(Annotated[DirectionRecord, AfterValidator(partial(_fitting, lab.study.info))])
+    return Direction.of_record(lab.noted(f"basis-{digest(name)}", lambda _: Direction.load(Path(name)).record(), kind))
+
+
+def _fitting(info: ModelInfo, record: DirectionRecord) -> DirectionRecord:
+    """A direction that was kept as JSON. Raises: ValueError, it is none of this model."""
+    try:
+        _check_model("it", Direction.of_record(record), info)
+    except SiteError as error:
+        raise ValueError(str(error)) from error
+    return record
 
 
 def placed(given: Direction, best: Direction) -> Direction:

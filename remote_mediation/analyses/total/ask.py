@@ -7,10 +7,11 @@ What counts is the refusing side after harmful prompts and the compliant side af
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
+from pydantic import Field, TypeAdapter
 
 from remote_mediation.engine.rows import Row
 from remote_mediation.lab import Floats, Lab
@@ -108,7 +109,10 @@ def openings_table(lab: Lab, outcome: RefusalOutcome) -> pd.DataFrame:
     means = {prompts: mean(number) for number, prompts in enumerate(PROMPTS)}
     sides = np.repeat(SIDES, (len(outcome.compliant), len(outcome.refusing)))
     lengths = [len(opening) for opening in outcome.openings]
-    described = {"side": sides, "opening": lab.noted("opening-texts", texts), "tokens": lengths}
+    kind: TypeAdapter[list[str]] = TypeAdapter(
+        Annotated[list[str], Field(min_length=len(lengths), max_length=len(lengths))]
+    )
+    described = {"side": sides, "opening": lab.noted("opening-texts", texts, kind), "tokens": lengths}
     return pd.DataFrame({**described, **means}, columns=list(OPENING_COLUMNS))
 
 
