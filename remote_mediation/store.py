@@ -235,7 +235,7 @@ class Store:
             content = runfiles.readout_bytes(whole, Readout(list(found.values()), 0.0), self._origin())
             self._keep(f"readouts/{whole.id}.npz", content)
         for path in paths:
-            path.unlink(missing_ok=True)  # a damaged one has another name by now
+            _drop(path)  # a damaged one has another name by now
         self._single = 0
 
     def _read(self, paths: Sequence[Path]) -> dict[str, npt.NDArray[np.float32]]:
@@ -285,8 +285,8 @@ class Store:
         return next((path for path in paths if key in self._read([path])), None)
 
     def forget(self, job_id: str) -> None:
-        """Drop a job's ticket."""
-        (self.folder / "submitted" / f"{job_id}.json").unlink(missing_ok=True)
+        """Drop a job's ticket. Raises: StoreError, no permission."""
+        _drop(self.folder / "submitted" / f"{job_id}.json")
 
     def save_failure(self, pair_id: str, message: str) -> None:
         """Note that a pair's job failed, with the reason."""
@@ -388,6 +388,18 @@ class Store:
 def _private(path: str, flags: int) -> int:
     """Open a file that nobody else can read from its first byte on."""
     return os.open(path, flags, 0o600)
+
+
+def _drop(path: Path) -> None:
+    """Delete a file, if it is there.
+
+    Raises:
+        StoreError: no permission.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot delete {path}: {error.strerror}; give back the right to write there") from error
 
 
 def _set_aside(path: Path, error: Exception) -> None:

@@ -46,10 +46,14 @@ def write_texts(pairs: Sequence[PromptPair], target: Path) -> None:
     Raises:
         PairsError: there is such a file, or it cannot be written.
     """
+    made = False
     try:
         with target.open("x", encoding="utf-8", newline="\n") as file:
+            made = True
             file.writelines(texts_lines(pairs))
     except OSError as error:
+        if made:  # half of it would be read as all, and be in the way of the next try
+            target.unlink(missing_ok=True)
         raise PairsError(f"cannot write {str(target)!r}: {error.strerror}; name another file") from error
 
 

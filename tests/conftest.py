@@ -5,8 +5,10 @@ Weights are large enough for effects of the order of 1, so that a test of an eff
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +299,18 @@ def _tiny_tokenizer(chat: bool) -> PreTrainedTokenizerFast:
     if chat:
         fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one page, which is taken."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform != "linux" or libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, b"size=4k"):
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        (folder / "filler").write_bytes(bytes(4096))
+        yield folder
+    finally:
+        libc.umount2(bytes(folder), 2)

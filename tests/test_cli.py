@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -12,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -344,21 +343,6 @@ def test_folders_that_are_not_ours(call: Run, tmp_path: Path, model: str) -> Non
     refused(call("report", "nowhere"), "nowhere is no run folder", "give the folder of")
     refused(call("report", "other"), "cannot use other/run.json: it was not written by a run")
     assert tree(tmp_path) == before
-
-
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one page, which is taken."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if sys.platform != "linux" or libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, b"size=4k"):
-        pytest.skip("needs the right to mount a small file system")
-    try:
-        (folder / "filler").write_bytes(bytes(4096))
-        yield folder
-    finally:
-        libc.umount2(bytes(folder), 2)
 
 
 def test_no_space(call: Run, tmp_path: Path, model: str, full_disk: Path) -> None:

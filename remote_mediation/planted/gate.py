@@ -48,6 +48,7 @@ from remote_mediation.planted.words import (
     draw_pairs,
     words_tokenizer,
 )
+from remote_mediation.saving import save_model
 
 __all__ = ["Organism", "Pair", "Planted", "Truth", "planted_gate", "save"]
 
@@ -123,8 +124,7 @@ def planted_gate(seed: int, *, layers: int = 10, d_ff: int = 256, d_model: int =
 
 def save(organism: Organism, folder: str | Path) -> None:
     """Write model and tokenizer where `from_pretrained(folder)` finds them."""
-    organism.model.save_pretrained(folder)
-    organism.tokenizer.save_pretrained(folder)
+    save_model(organism.model, organism.tokenizer, Path(folder))
 
 
 def _check_sizes(layers: int, d_ff: int, d_model: int) -> None:

@@ -19,6 +19,7 @@ from remote_mediation.engine.local import LocalBackend
 from remote_mediation.planted.cases import CASES, OR, YES, Case, Neuron, Specimen, build
 from remote_mediation.result import Result
 from remote_mediation.runner import Watch
+from remote_mediation.saving import save_model
 from remote_mediation.store import Store
 from remote_mediation.study import run_study
 
@@ -94,8 +95,7 @@ def run_selfcheck(name: str, seed: int, watch: Watch) -> SelfCheck:
 
 def written(specimen: Specimen, folder: Path, seed: int) -> StudyConfig:
     """Put model and pairs into a folder; the study of them."""
-    specimen.model.save_pretrained(folder / "model")
-    specimen.tokenizer.save_pretrained(folder / "model")
+    save_model(specimen.model, specimen.tokenizer, folder / "model")
     records = [json.dumps(pair._asdict()) for pair in specimen.pairs]
     (folder / "pairs.jsonl").write_text("\n".join(records), "utf-8")
     return StudyConfig(
