@@ -189,7 +189,7 @@ def test_bad_study_files(call: Run, tmp_path: Path, command: str) -> None:
     before = tree(tmp_path)
     refused(call(command, "missing.toml"), "'missing.toml'", "No such file", "give a TOML file")
     refused(call(command, tmp_path), str(tmp_path), "Is a directory", "give a TOML file")
-    refused(call(command, "binary.toml"), "'binary.toml'", "can't decode", "give a TOML file")
+    refused(call(command, "binary.toml"), "'binary.toml'", "is not UTF-8", "save it as UTF-8")
     refused(call(command), "setting 'model' is missing; give it in the study file or as a flag")
     assert tree(tmp_path) == before
 
