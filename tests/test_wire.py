@@ -5,13 +5,14 @@ from __future__ import annotations
 import pickletools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import cloudpickle
 import numpy as np
 import pytest
-from cloudpickle import list_registry_pickle_by_value, register_pickle_by_value, unregister_pickle_by_value
+from cloudpickle import register_pickle_by_value, unregister_pickle_by_value
 from nnsight.ndif import pull_env
 from nnsight.schema.request import RequestModel
 from oracle import Subject, token_pair
@@ -171,20 +172,10 @@ def test_no_module_of_this_package_is_named(
     assert not [one for one in modules if one.split(".")[0] == "remote_mediation"]
 
 
-@pytest.fixture
-def by_reference() -> Iterator[None]:
-    """As before nnsight, or a test beside this one, has had any package go by value."""
-    registered = [sys.modules[name] for name in list_registry_pickle_by_value()]
-    for module in registered:
-        unregister_pickle_by_value(module)
-    yield
-    for module in registered:
-        register_pickle_by_value(module)
-
-
 def test_without_registering_the_package_would_be_named(
-    subject: Callable[[str], Subject], by_reference: None, monkeypatch: pytest.MonkeyPatch
+    subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cloudpickle.cloudpickle, "_PICKLE_BY_VALUE_MODULES", set())  # other tests register, too
     monkeypatch.setattr(f"{__name__}.pull_env", lambda: None)  # as for a package in site-packages
     modules = _modules(_blob(subject("llama"), _job(subject("llama"))))
     assert "remote_mediation.engine.program" in modules
