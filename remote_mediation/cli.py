@@ -306,8 +306,8 @@ def check(
     from remote_mediation.config import load_config
     from remote_mediation.models import load_tokenizer
     from remote_mediation.pairs import find_pair
+    from remote_mediation.rendering import balanced, counts, refused_placebos, shown, warnings
     from remote_mediation.show.tables import count
-    from remote_mediation.shown import balanced, counts, refused_placebos, shown, warnings
     from remote_mediation.texts import described_lists, load_texts
     from remote_mediation.tokens import tokenise
 
@@ -339,7 +339,7 @@ def _usable_in_words(prepared: Prepared) -> str:
 
 def _refused_lines(prepared: Prepared) -> list[str]:
     """The first refused pairs with their reasons, and that there are more where there are."""
-    from remote_mediation.shown import printable
+    from remote_mediation.rendering import printable
 
     lines = [f"refused {printable(one.id)}: {one.reason}" for one in prepared.refusals[:_MOST_LINES]]
     if max(map(len, prepared)) > _MOST_LINES:
@@ -349,7 +349,7 @@ def _refused_lines(prepared: Prepared) -> list[str]:
 
 def _counts_table(pairs: Sequence[TokenPair]) -> Table:
     """Where the tokens of pairs lie."""
-    from remote_mediation.shown import counts, printable
+    from remote_mediation.rendering import counts, printable
 
     table = Table("pair", "cluster", "tokens x0", "tokens x1", "edit from", "after edit", "template after")
     for pair in pairs:

@@ -250,7 +250,7 @@ class OpenLab:
     def generate(self, pair: str, side: int = 1, tokens: int = 24, held: Sequence[Held] = ()) -> str:
         """The greedy answer to a prompt of a pair (side 1: the harmful one) while neurons are held."""
         (chosen,) = self._chosen([pair])
-        (answer,) = self._lab.continued([chosen.prompts[side]], tokens, held)
+        (answer,) = self._lab.generate([chosen.prompts[side]], tokens, held)
         return str(self._backend.tokenizer.decode(answer, skip_special_tokens=True))
 
     @property

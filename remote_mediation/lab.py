@@ -310,7 +310,7 @@ class Lab:
         self._present()
         return self._runner.read(task)
 
-    def continued(
+    def generate(
         self, prompts: Sequence[tuple[int, ...]], tokens: int, held: Intervention = ()
     ) -> list[tuple[int, ...]]:
         """Greedy answers of at most so many tokens, up to the token that ends them, while held or steered.
@@ -319,12 +319,12 @@ class Lab:
             JobError: some could not be generated, or not from finite logits.
             UnmeasuredError: some were not, and there is no backend.
         """
-        found = [answer for answer in self.answers(prompts, tokens, held) if answer is not None]
+        found = [answer for answer in self.generate_where_finite(prompts, tokens, held) if answer is not None]
         if len(found) < len(prompts):
             raise JobError(f"{len(prompts) - len(found)} of {len(prompts)} answers are {NOT_FINITE_LOGITS}")
         return found
 
-    def answers(
+    def generate_where_finite(
         self, prompts: Sequence[tuple[int, ...]], tokens: int, held: Intervention = ()
     ) -> list[tuple[int, ...] | None]:
         """The same, with None for an answer that is not made of finite logits up to its end.
@@ -341,7 +341,7 @@ class Lab:
             raise JobError(f"every answer is {NOT_FINITE_LOGITS}")
         return whole
 
-    def sampled(self, rows: Sequence[Row], manner: Manner) -> list[list[tuple[int, ...]]]:
+    def sample(self, rows: Sequence[Row], manner: Manner) -> list[list[tuple[int, ...]]]:
         """By row the sampled answers to its base prompt, each up to the token that ends it, while its writes are made.
 
         rows: of `bare` pairs, behind whose prompts nothing is fed. All rows of a pair share their random numbers.

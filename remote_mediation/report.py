@@ -20,6 +20,7 @@ from remote_mediation.errors import SettingsError
 from remote_mediation.judges import JudgeQuality
 from remote_mediation.lab import Study
 from remote_mediation.pairs import BUILTIN, load_pairs
+from remote_mediation.rendering import BARE, THOUGHTS
 from remote_mediation.result import Result
 from remote_mediation.shares import ANY_EDIT
 from remote_mediation.show import figures
@@ -40,7 +41,6 @@ from remote_mediation.show.tables import (
     percent,
 )
 from remote_mediation.show.words import in_groups
-from remote_mediation.shown import BARE, THOUGHTS
 from remote_mediation.stats import Estimate
 from remote_mediation.store import Store
 from remote_mediation.study import PLACEBOS
@@ -257,7 +257,7 @@ def headline(result: Result) -> str:
 
 
 def _setting_table(result: Result, record: Mapping[str, Any]) -> Table:
-    """record: of the run; of its prompts it has what `shown.described` makes."""
+    """record: of the run; of its prompts it has what `rendering.described` makes."""
     study, config = result.study, result.study.config
     info, by = study.info, config.statistics
     used = result.effects.drop_duplicates("pair_id")

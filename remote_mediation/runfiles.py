@@ -69,7 +69,7 @@ class DamagedError(ValueError):
 class MisnamedError(DamagedError):
     """A readout is whole and has the name of another one."""
 
-    def __init__(self, own: str, found: Found) -> None:
+    def __init__(self, own: str, found: StoredReadout) -> None:
         """own: the name that it was written under, without its suffix. found: what it holds."""
         super().__init__(f"it holds the values of job {own}, so it was renamed or copied")
         self.own, self.found = own, found
@@ -233,7 +233,7 @@ def readout_bytes(job: Job | Submitted, readout: Readout, run: str = "") -> byte
     return buffer.getvalue()
 
 
-class Found(NamedTuple):
+class StoredReadout(NamedTuple):
     """A readout as it was read."""
 
     values: dict[str, npt.NDArray[np.float32]]
@@ -242,7 +242,7 @@ class Found(NamedTuple):
     """Whether it says what it is of; those of older versions do not."""
 
 
-def read_readout(content: bytes, form: int = FORM, expected: Origin | None = None) -> Found:
+def read_readout(content: bytes, form: int = FORM, expected: Origin | None = None) -> StoredReadout:
     """One readout. form: of its folder, which says what it must have. expected: what it must be of, if it says so.
 
     Raises:
@@ -259,7 +259,7 @@ def read_readout(content: bytes, form: int = FORM, expected: Origin | None = Non
         if values.dtype != np.float32 or len(keys) != len(lengths) or lengths.sum() != len(values):
             raise DamagedError("its values do not belong to its keys")
         parts: Sequence[npt.NDArray[np.float32]] = np.split(values, np.cumsum(lengths)[:-1])
-        found = Found(dict(zip(keys.tolist(), parts, strict=True)), bound)
+        found = StoredReadout(dict(zip(keys.tolist(), parts, strict=True)), bound)
     except DamagedError:
         raise
     except _DAMAGE as error:

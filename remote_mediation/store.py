@@ -253,7 +253,7 @@ class Store:
             self._unbound = True
         return {key: value for one in found if one for key, value in one.values.items()}
 
-    def _readout(self, path: Path, form: int, run: str) -> runfiles.Found | None:
+    def _readout(self, path: Path, form: int, run: str) -> runfiles.StoredReadout | None:
         """One of them. A renamed one is put back under its name, and set aside where another has that."""
         try:
             return self._doubted(path, self._reader(path, form, run))
@@ -267,12 +267,12 @@ class Store:
                 path.replace(own)
             return error.found
 
-    def reader(self, path: Path) -> Callable[[bytes], runfiles.Found]:
+    def reader(self, path: Path) -> Callable[[bytes], runfiles.StoredReadout]:
         """Reads a readout as this run does. Raises: as `runfiles.read_readout`."""
         return self._reader(path, self.form(), self._origin())
 
     @staticmethod
-    def _reader(path: Path, form: int, run: str) -> Callable[[bytes], runfiles.Found]:
+    def _reader(path: Path, form: int, run: str) -> Callable[[bytes], runfiles.StoredReadout]:
         return partial(runfiles.read_readout, form=form, expected=runfiles.Origin(path.stem, run))
 
     def _origin(self) -> str:

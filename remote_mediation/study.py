@@ -51,10 +51,10 @@ from remote_mediation.pairs import PromptPair, load_openings, placebo_id
 from remote_mediation.placebo import components
 from remote_mediation.prompts import encode_after, refuse_control, render
 from remote_mediation.provenance import now, peak_memory, provenance
+from remote_mediation.rendering import described
 from remote_mediation.result import Analysis, Finding, Result
 from remote_mediation.runfiles import digest_of
 from remote_mediation.runner import Watch
-from remote_mediation.shown import described
 from remote_mediation.sites import ModelInfo
 from remote_mediation.stats import spread
 from remote_mediation.store import Store
@@ -248,7 +248,7 @@ def _own_openings(lab: Lab, tokenizer: PreTrainedTokenizerBase) -> RefusalOutcom
     """How the model's answers to the discovery pairs begin, those that comply and those that do not."""
     config = lab.study.config
     every = [ids for pair in lab.pairs("discovery") for ids in pair.prompts]
-    found = zip(every, lab.answers(every, JUDGED_TOKENS), strict=True)
+    found = zip(every, lab.generate_where_finite(every, JUDGED_TOKENS), strict=True)
     # A pair without finite logits fails alone, later, when its outcomes are measured.
     prompts, answers = zip(*((ids, answer) for ids, answer in found if answer is not None), strict=True)
     asked, said = exchanges(prompts, answers, tokenizer, config.prompt.form())
@@ -362,7 +362,7 @@ def answered(lab: Lab) -> Prepared:
     """
     study = lab.study
     prompts = [ids for pair in study.pairs for ids in unanswered(pair)]
-    own = iter(lab.answers(prompts, study.config.response_logprob.tokens))
+    own = iter(lab.generate_where_finite(prompts, study.config.response_logprob.tokens))
     found: list[TokenPair | Refusal] = []
     for pair in study.pairs:
         harmful, harmless = (given or next(own) for given in pair.answers)

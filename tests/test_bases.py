@@ -103,7 +103,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     change = activations(discovery, "layer_output", positions)
     mean = (change[:, 1] - change[:, 0]).mean(axis=0)[LAYER]
     sites = [Subspace("layer_output", LAYER, at, basis=Basis.spanning(mean[n])) for n, at in enumerate(positions)]
-    idle, found = (bases.made(discovery, site, positions) for site in sites)
+    idle, found = (bases.make_bases(discovery, site, positions) for site in sites)
     return Planted(lab, streams[0].directions["moved"].numpy(), found, idle)
 
 
@@ -142,7 +142,7 @@ def test_where_nothing_passes_by_nothing_is_learnt(planted: Planted) -> None:
 
 
 def test_the_table_has_what_each_carries_on_its_own_pairs(planted: Planted) -> None:
-    table = bases.measured(planted.lab, planted.found)["bases.csv"]
+    table = bases.measure_bases(planted.lab, planted.found)["bases.csv"]
     assert list(table) == list(bases.BASIS_COLUMNS)
     assert table["basis"].tolist() == [one.name for one in planted.found.every]
     effects = planted.lab.joint([[one.site] for one in planted.found.every], planted.found.pairs)

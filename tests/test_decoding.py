@@ -37,7 +37,7 @@ def with_generation_config(subject: Subject, folder: Path, settings: dict[str, A
 
 def answers(backend: LocalBackend, folder: Path, tokens: int) -> list[tuple[int, ...]]:
     study = Study(StudyConfig(model=backend.info.name), backend.info, LOGIT_DIFF, tuple(map(token_pair, "ab")), ())
-    return Lab(study, Store(folder), backend).continued(PROMPTS, tokens)
+    return Lab(study, Store(folder), backend).generate(PROMPTS, tokens)
 
 
 def argmax(subject: Subject, prompt: tuple[int, ...], tokens: int) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LAYERS
 from fakes import CannedBackend, records, words_tokenizer, write_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -159,6 +158,6 @@ def small_files() -> Iterator[None]:
 
 def test_a_model_that_does_not_fit_is_told_as_files_are(tmp_path: Path, small_files: None) -> None:
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=LAYERS, **shape))
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **shape))
     with pytest.raises(OSError, match=r"cannot write a model into .*File too large"):
         save_model(model, words_tokenizer(), tmp_path / "model")

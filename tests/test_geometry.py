@@ -20,7 +20,7 @@ from remote_mediation.analyses.rivals.geometry import (
     Streams,
     cosine,
     geometry_table,
-    measured,
+    measure_geometry,
     places_of,
     silhouette,
 )
@@ -126,8 +126,8 @@ def test_streams_are_those_of_plain_hooks(subject: Subjects, lab: Lab) -> None:
 def test_a_run_of_before_has_no_geometry_and_all_else(lab: Lab, tmp_path: Path) -> None:
     sample = Sample.of(lab, "discovery")
     rebuilt = Lab(lab.study, Store(tmp_path / "older"))
-    assert measured(rebuilt, Sample.of(rebuilt, "discovery")) == {}
-    assert list(measured(lab, sample)) == ["geometry.csv"]
+    assert measure_geometry(rebuilt, Sample.of(rebuilt, "discovery")) == {}
+    assert list(measure_geometry(lab, sample)) == ["geometry.csv"]
 
 
 def shown(tables: dict[str, pd.DataFrame]) -> list[Section]:

@@ -402,7 +402,7 @@ def test_a_row_that_runs_in_several_batches_of_a_job_is_kept_once(lab: Lab, tmp_
 
 def test_what_is_passed_on_is_a_part_of_the_sender_s_effect(lab: Lab) -> None:
     few, sender = lab.pairs("discovery"), ask.Sender("head 0.1", (head(0, 1),))
-    found = ask.received(lab, sender, few)
+    found = ask.measure_receivers(lab, sender, few)
     own = lab.joint([sender.heads], few)
     modules = [mlp(0), mlp(1), mlp(2), Site("attention_heads", 1, "all"), Site("attention_heads", 2, "all")]
     assert found.receivers[:5] == modules
@@ -511,7 +511,7 @@ def found(
     others: Sequence[float] | None = (0.1,) * 20,
     pairs: int = PAIRS,
     sign: float = 1.0,
-) -> ask.Tested:
+) -> ask.Followed:
     """Own effects as shares of TE, ways as parts of these; other heads by the amplifiers as parts of the sender's."""
     te = sign * TE[:pairs]
     noise = NOISE[:pairs] if pairs == PAIRS else NOISE[:pairs] - NOISE[:pairs].mean()
@@ -530,7 +530,7 @@ def found(
     parts = np.array([[0.5, 0.5, 0.5 if through is not None else 0.01]])
     clusters = np.array([f"c{pair}" for pair in range(pairs)])
     bench = Bench(Both(te, 0.1 * te), clusters, 12, seed=0, resamples=199)
-    return ask.Tested(ask.Sender("head 3.1", (head(3, 1),)), ask.Received([mlp(5)], parts, 12), paths, bench)
+    return ask.Followed(ask.Sender("head 3.1", (head(3, 1),)), ask.Received([mlp(5)], parts, 12), paths, bench)
 
 
 @pytest.mark.parametrize(
@@ -773,13 +773,13 @@ def test_a_planted_head_acts_by_way_of_a_later_head(tmp_path: Path) -> None:
     study = written(specimen, tmp_path, 0)
     lab = prepared_lab(study, LocalBackend.load(study.model), Store.create(tmp_path / "run", study.identity()))
     heldout, gate, amplifier = Sample.of(lab, "heldout"), head(5, 1), head(9, 2)
-    received = ask.received(lab, ask.Sender("gate", (gate,)), lab.pairs("discovery")[:6])
+    received = ask.measure_receivers(lab, ask.Sender("gate", (gate,)), lab.pairs("discovery")[:6])
     assert received.amplifiers == [amplifier]
-    tested = ask.tested(heldout, ask.Sender("gate", (gate,)), received)
+    tested = ask.measure_ways(heldout, ask.Sender("gate", (gate,)), received)
     assert ask.ruled(tested).said == "gate"
     assert min(part.low for part in tested.parts(ask.AMPLIFIERS)) > 0.9
     assert max(abs(part.high) for part in tested.parts(ask.ANSWER)) < 0.1
     late = ask.Sender("amplifier", (amplifier,))
-    straight = ask.tested(heldout, late, ask.received(lab, late, lab.pairs("discovery")[:6]))
+    straight = ask.measure_ways(heldout, late, ask.measure_receivers(lab, late, lab.pairs("discovery")[:6]))
     assert ask.ruled(straight).said == "no gate"
     assert min(part.low for part in straight.parts(ask.ANSWER)) > 0.8

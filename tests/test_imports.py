@@ -37,7 +37,7 @@ ORDER = (
     ("judges.base", "judges.labelled", "judges.openings", "judges.phrases"),
     ("judges.chat", "judges.classifier", "judges.embedding", "judges.function", "judges.quality"),
     ("judges", "judges.exchanges", "models", "probes", "show.tables", "tokens"),
-    ("outcomes", "show.section", "shown"),
+    ("outcomes", "show.section", "rendering"),
     ("config", "engine.coverage", "engine.rows", "engine.unfold", "engine.weights"),
     ("engine.budget", "engine.pathrows", "openings", "show.made", "texts"),
     ("contents", "engine.fit"),
@@ -70,7 +70,7 @@ GROUND = ("analyses.neurons", "analyses.intervene", "analyses.claims", "analyses
 # What estimates; those that only show take types and words from there, no function but the one that reads two tables.
 ESTIMATING = ("intervals", "probes", "rates", "shares", "stats")
 JUDGING = ("probes.earlier",)
-SHOWING = ("report", "shown", "terminal")
+SHOWING = ("report", "rendering", "terminal")
 # Parameters by which a function draws random numbers, wherever it stands.
 DRAWS = {"by", "resamples", "rng", "seed"}
 # Who may import what is slow to load: as the module is loaded, or only inside functions.

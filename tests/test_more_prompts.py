@@ -13,7 +13,7 @@ from remote_mediation.errors import ModelError, PairsError
 from remote_mediation.models import load_tokenizer
 from remote_mediation.pairs import PromptPair, load_pairs
 from remote_mediation.prompts import PromptForm, Turn, encode_prompt, render
-from remote_mediation.shown import BARE, described, warnings
+from remote_mediation.rendering import BARE, described, warnings
 from remote_mediation.tokens import tokenise
 
 PAIR = ("bake a rude cake", "bake a kind cake")

@@ -78,7 +78,7 @@ def test_what_follows_the_end_of_an_answer_may_be_no_number(subject: Subjects, t
         backend = LocalBackend.load(str(folder))
         pairs = tuple(map(token_pair, "ab"))
         study = Study(StudyConfig(model=str(folder)), backend.info, LOGIT_DIFF, pairs, ())
-        return Lab(study, Store(tmp_path), backend).answers(prompts, 8)
+        return Lab(study, Store(tmp_path), backend).generate_where_finite(prompts, 8)
 
     before = answers()
     assert any(answer is not None and 0 < len(answer) < 8 for answer in before)

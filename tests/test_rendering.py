@@ -15,7 +15,7 @@ from remote_mediation.config import PromptSettings, StudyConfig, load_config
 from remote_mediation.errors import ModelError, PairsError, SettingsError
 from remote_mediation.pairs import PromptPair, load_pairs
 from remote_mediation.prompts import PLAIN, PromptForm, Turn, encode_prompt, render
-from remote_mediation.shown import described, printable, shown
+from remote_mediation.rendering import described, printable, shown
 from remote_mediation.study import prepare
 from remote_mediation.tokens import TokenPair, tokenise
 

@@ -330,7 +330,7 @@ def recorded(model: Subject, ids: tuple[int, ...], module: str, of_input: bool =
 
 def test_directions_are_differences_of_means_by_plain_hooks(subject: Subjects, lab: Lab) -> None:
     model, discovery = subject("llama"), Sample.of(lab, "discovery")
-    found = directions.mapped(discovery, ["post_instruction[-3]", "post_instruction[-2]", "last"])
+    found = directions.measure_map(discovery, ["post_instruction[-3]", "post_instruction[-2]", "last"])
     assert found.differences.shape == (3, 3, 32)
     for layer in range(3):
         for number, offset in enumerate((-3, -2, -1)):
@@ -364,7 +364,7 @@ def swapped_along(
 
 def test_shares_of_the_map_are_those_of_plain_hooks(subject: Subjects, lab: Lab) -> None:
     model, discovery, layer = subject("llama"), Sample.of(lab, "discovery"), 1
-    found = directions.mapped(discovery, ["post_instruction[-2]", "last"])
+    found = directions.measure_map(discovery, ["post_instruction[-2]", "last"])
     direction = found.differences[layer, 1]
     unit, none = direction / np.linalg.norm(direction), np.zeros(32)
     assert found.pairs == len(discovery.pairs) <= samples.FEW_PAIRS
@@ -381,10 +381,10 @@ def test_shares_of_the_map_are_those_of_plain_hooks(subject: Subjects, lab: Lab)
 
 def test_two_directions_are_swapped_at_their_own_token_and_at_the_other_s(subject: Subjects, lab: Lab) -> None:
     model, discovery, heldout = subject("llama"), Sample.of(lab, "discovery"), Sample.of(lab, "heldout")
-    found = directions.mapped(discovery, ["post_instruction[-2]", "last"])
+    found = directions.measure_map(discovery, ["post_instruction[-2]", "last"])
     refusal, end = found.best_last, -4  # three tokens of the template stand behind the user's text
     assert refusal.position == "last"
-    judged = harm.tested(discovery, heldout, refusal, 2)
+    judged = harm.measure_claim(discovery, heldout, refusal, 2)
     strongest = harm.harm(discovery, 2)
     change = [
         np.mean([recorded(model, ids, f"model.layers.{strongest.layer}")[end] for ids in prompts], axis=0)
@@ -411,7 +411,7 @@ def test_where_no_template_follows_the_text_both_tokens_are_one(subject: Subject
     bare = lab.beside([replace(pair, post=0) for pair in lab.study.pairs])
     samples_of = [Sample.of(bare, split) for split in ("discovery", "heldout")]
     refusal = Direction(Basis.random(1, 32, np.random.default_rng(0)), 1, "last")
-    assert harm.tested(*samples_of, refusal, 2).claim.said == "not tested"
+    assert harm.measure_claim(*samples_of, refusal, 2).claim.said == "not tested"
 
 
 def test_changes_of_heads_and_neurons_are_those_of_plain_hooks(subject: Subjects, lab: Lab) -> None:

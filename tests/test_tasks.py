@@ -192,7 +192,7 @@ def test_answers_are_those_of_transformers(subject: Subjects, name: str, tmp_pat
     """Prompts of unequal lengths are continued together, as each is alone."""
     model, pairs = subject(name), [token_pair("pair", before, (2, 4)) for before in range(1, 6)]
     prompts = [ids for pair in pairs for ids in pair.prompts]
-    answers = lab(model, tmp_path).continued(prompts, 4)
+    answers = lab(model, tmp_path).generate(prompts, 4)
     assert answers == [generated(model, prompt, 4) for prompt in prompts]
     assert len(set(answers)) > 1
 
@@ -206,7 +206,7 @@ def test_answers_stop_where_the_model_stops(subject: Subjects, tmp_path: Path) -
             ids = torch.cat([ids, model.plain(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
     at_once = prompts[ids[:, 5] == end][0].tolist()
     after_one = prompts[(ids[:, 5] >= FIRST_WORD) & (ids[:, 6] == end)][0].tolist()
-    assert [len(answer) for answer in lab(model, tmp_path).continued([tuple(at_once), tuple(after_one)], 6)] == [0, 1]
+    assert [len(answer) for answer in lab(model, tmp_path).generate([tuple(at_once), tuple(after_one)], 6)] == [0, 1]
 
 
 @pytest.mark.slow
@@ -219,7 +219,7 @@ def test_answers_of_smollm2(smollm2: Subject, tmp_path: Path) -> None:
         )
         for text in texts
     ]
-    answers = lab(smollm2, tmp_path).continued(prompts, 8)
+    answers = lab(smollm2, tmp_path).generate(prompts, 8)
     assert answers == [generated(smollm2, prompt, 8) for prompt in prompts]
     assert len(set(answers)) == 2
 

@@ -116,13 +116,13 @@ def refusals(lab: Lab, asked: _Prompts, condition: Condition, side: int) -> Floa
     """`[pair]`, 1 where the judge says that the answer to one side's prompt does not comply."""
     settings = lab.study.config.ablation
     prompts = [pair.prompts[side] for pair in asked.pairs]
-    answers = lab.continued(prompts, settings.tokens, condition.intervention)
+    answers = lab.generate(prompts, settings.tokens, condition.intervention)
     return 1.0 - np.array(complied(lab, settings.judge, prompts, answers), dtype=np.float64)
 
 
 def divergences(lab: Lab, pairs: Sequence[TokenPair], held: Intervention) -> tuple[Floats, Floats]:
     """`[pair]` of the first token, and the mean along the plain model's own answer, on harmless prompts, in nats."""
-    answers = lab.continued([pair.x0 for pair in pairs], lab.study.config.ablation.tokens)
+    answers = lab.generate([pair.x0 for pair in pairs], lab.study.config.ablation.tokens)
     tasks = [
         drift_task(pair.id, pair.x0, answer or (0,), held, lab.study.setting)  # of no answer its end is the first token
         for pair, answer in zip(pairs, answers, strict=True)

@@ -164,7 +164,7 @@ def _row(variant: _Variant, plain: _Variant, gates: Site, units: Sequence[Site],
 def _compliance(lab: Lab, pairs: Sequence[TokenPair], held: Sequence[Held]) -> Interval:
     """How often harmful prompts are complied with while neurons are held."""
     prompts, settings = [pair.x1 for pair in pairs], lab.study.config.intervene
-    verdicts = complied(lab, settings.judge, prompts, lab.continued(prompts, settings.tokens, held))
+    verdicts = complied(lab, settings.judge, prompts, lab.generate(prompts, settings.tokens, held))
     return wilson(sum(verdicts), len(verdicts))
 
 

@@ -71,7 +71,7 @@ PAIR_COLUMNS: dict[str, str] = {
 _NO_EDIT = "no held-out pair has tokens of the edit on both sides"
 
 
-class Tested(NamedTuple):
+class FiveClaims(NamedTuple):
     """The claims with the tables beside them."""
 
     claims: tuple[Claim, ...]
@@ -92,7 +92,7 @@ def analyse(lab: Lab, before: Findings) -> Finding:
     return Finding(tables, found.sets)
 
 
-def measure_claims(lab: Lab) -> Tested:
+def measure_claims(lab: Lab) -> FiveClaims:
     """All five claims."""
     heldout, edits = Sample.of(lab, "heldout"), Sample.of(lab, "heldout", "edit")
     found = _measured(Sample.of(lab, "discovery"), heldout, edits)
@@ -100,7 +100,7 @@ def measure_claims(lab: Lab) -> Tested:
     return found._replace(tables={**found.tables, "set_pairs.csv": pd.DataFrame(rows, columns=list(PAIR_COLUMNS))})
 
 
-def _measured(discovery: Sample, heldout: Sample, edits: Sample) -> Tested:
+def _measured(discovery: Sample, heldout: Sample, edits: Sample) -> FiveClaims:
     """edits: the held-out pairs that have the edit on both sides, on which claims 4 and 5 rest."""
     lab, layers = heldout.lab, heldout.lab.study.info.layers
     deep = layers >= FEWEST_LAYERS
@@ -110,15 +110,15 @@ def _measured(discovery: Sample, heldout: Sample, edits: Sample) -> Tested:
     if not deep:
         shallow = f"{layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}"
         which, early, handed = (verdicts.untested(number, shallow) for number in (3, 4, 5))
-        return Tested((where, what, which, early, handed), tables)
+        return FiveClaims((where, what, which, early, handed), tables)
     gate = sparse.measure_gate(discovery, heldout)
     sets = {"late MLPs": tuple(band("mlp_output", thirds(layers).late, "all")), **gate.sets}
     if not edits.pairs:
         early, handed = (verdicts.untested(number, _NO_EDIT) for number in (4, 5))
-        return Tested((where, what, gate.claim, early, handed), {**tables, **gate.tables}, sets)
+        return FiveClaims((where, what, gate.claim, early, handed), {**tables, **gate.tables}, sets)
     early, readable = understanding.measure_understanding(Sample.of(lab, "discovery", "edit"), edits)
     claims = (where, what, gate.claim, early, handed_on(edits))
-    return Tested(claims, {**tables, **gate.tables, **readable}, sets)
+    return FiveClaims(claims, {**tables, **gate.tables, **readable}, sets)
 
 
 def _rows_ahead(heldout: Sample, edits: Sample) -> list[Row]:

@@ -124,7 +124,7 @@ class Path(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tested:
+class Followed:
     """A sender's paths on the held-out pairs."""
 
     sender: Sender
@@ -154,7 +154,7 @@ def analyse(lab: Lab, before: Findings) -> Finding:
         return Finding()
     discovery, heldout = (Sample.of(lab, split, heads[0].position) for split in ("discovery", "heldout"))
     few = [discovery.pairs[at] for at in spread(discovery.clusters, FEW_PAIRS)]
-    found = [tested(heldout, sender, received(lab, sender, few)) for sender in senders(lab, heads, few)]
+    found = [measure_ways(heldout, sender, measure_receivers(lab, sender, few)) for sender in senders(lab, heads, few)]
     return Finding(
         {
             "two_step.csv": _table([step_row(one, lab.study.info) for one in found], STEP_COLUMNS),
@@ -190,7 +190,7 @@ def one_by_one(sites: Sequence[Site], info: ModelInfo) -> list[Site]:
 # --- who receives -------------------------------------------------------------------------------
 
 
-def received(lab: Lab, sender: Sender, pairs: Sequence[TokenPair]) -> Received:
+def measure_receivers(lab: Lab, sender: Sender, pairs: Sequence[TokenPair]) -> Received:
     """Every later MLP, all heads of every later layer, and the single heads of the layers that pass on most."""
     info = lab.study.info
     mlps, layers = later(sender, info)
@@ -228,7 +228,7 @@ def _with_both(means: Floats) -> Floats:
 # --- on the held-out pairs ----------------------------------------------------------------------
 
 
-def tested(heldout: Sample, sender: Sender, found: Received) -> Tested:
+def measure_ways(heldout: Sample, sender: Sender, found: Received) -> Followed:
     """Effects of a sender by every way, with other heads beside it where there are amplifiers."""
     lab, amplifiers = heldout.lab, found.amplifiers
     sets = receiver_sets(sender, amplifiers, lab.study.info)
@@ -237,7 +237,7 @@ def tested(heldout: Sample, sender: Sender, found: Received) -> Tested:
     beside = others_by_way(heldout, sender, amplifiers) if amplifiers else {}
     every = dict(zip([WHOLE, *sets], [whole, *effects], strict=True)) | by_input(heldout, sender, found.heads)
     paths = {name: Path(name, effect, beside.get(name)) for name, effect in every.items()}
-    return Tested(sender, found, paths, heldout.bench())
+    return Followed(sender, found, paths, heldout.bench())
 
 
 def receiver_sets(sender: Sender, amplifiers: Sequence[Site], info: ModelInfo) -> dict[str, Sequence[Site]]:
@@ -296,14 +296,14 @@ def others(sender: Sender, info: ModelInfo, rng: np.random.Generator) -> list[tu
 # --- what is said -------------------------------------------------------------------------------
 
 
-class Ruling(NamedTuple):
+class TwoSteps(NamedTuple):
     """What the two steps say of a sender."""
 
     said: str
     why: str
 
 
-def ruled(found: Tested) -> Ruling:
+def ruled(found: Followed) -> TwoSteps:
     """Whether heads are a gate: amplifiers pass on clearly more than half of what they do, as they do of few others.
 
     It says no where, in one direction, that is clearly less than half, or where there are no amplifiers.
@@ -311,35 +311,35 @@ def ruled(found: Tested) -> Ruling:
     own, straight = found.bench.shares(found.paths[WHOLE].effect), found.parts(ANSWER)
     text = f"{_in_words(own)} of TE"
     if not all(share.low > 0 for share in own):
-        return Ruling("undecided", f"{text}: what the heads do is itself not clear of 0")
+        return TwoSteps("undecided", f"{text}: what the heads do is itself not clear of 0")
     parts = found.parts(AMPLIFIERS) if found.received.amplifiers else []
     passed = f"{_in_words(parts)} of that" if parts else "none"
     text = f"{text}; passed on by amplifiers: {passed}; straight to the answer: {_in_words(straight)}"
     if not parts or any(part.high < HALF for part in parts):
         return _no_gate(text, own[0].n_clusters)
     if not all(part.low > HALF for part in parts):
-        return Ruling("undecided", f"{text}; not clear of {HALF:.0%}")
+        return TwoSteps("undecided", f"{text}; not clear of {HALF:.0%}")
     return _beside_others(found, text)
 
 
-def _no_gate(text: str, components: int) -> Ruling:
+def _no_gate(text: str, components: int) -> TwoSteps:
     """What little is passed on says, as far as there are enough held-out components to say no."""
     if components < FEWEST_AGAINST:
         few = f"{components} held-out components are too few to say no, it takes {FEWEST_AGAINST}"
-        return Ruling("undecided", f"{text}; but {few}")
-    return Ruling("no gate", text)
+        return TwoSteps("undecided", f"{text}; but {few}")
+    return TwoSteps("no gate", text)
 
 
-def _beside_others(found: Tested, text: str) -> Ruling:
+def _beside_others(found: Followed, text: str) -> TwoSteps:
     others = found.paths[AMPLIFIERS].others
     if others is None:
-        return Ruling("undecided", f"{text}; these layers have no other heads to stand beside")
+        return TwoSteps("undecided", f"{text}; these layers have no other heads to stand beside")
     reached = max(found.reached(AMPLIFIERS))
     text = f"{text}; {reached} of {len(others)} sets of other heads of these layers do as much by the same amplifiers"
-    return Ruling("gate" if reached <= RARE * len(others) else "undecided", text)
+    return TwoSteps("gate" if reached <= RARE * len(others) else "undecided", text)
 
 
-def inputs_in_words(found: Tested, info: ModelInfo) -> str:
+def inputs_in_words(found: Followed, info: ModelInfo) -> str:
     """By which input each amplifier that is a head hears of the sender, on the held-out pairs."""
     said = []
     for head in found.received.heads:
@@ -366,7 +366,7 @@ def named(component: str, layer: int, head: int | None) -> str:
     return f"heads of layer {layer}" if head is None else f"head {layer}.{head}"
 
 
-def step_row(found: Tested, info: ModelInfo) -> dict[str, Any]:
+def step_row(found: Followed, info: ModelInfo) -> dict[str, Any]:
     """`STEP_COLUMNS`."""
     heads = one_by_one(found.sender.heads, info)
     return {
@@ -378,12 +378,12 @@ def step_row(found: Tested, info: ModelInfo) -> dict[str, Any]:
     }
 
 
-def path_rows(found: Tested) -> list[dict[str, Any]]:
+def path_rows(found: Followed) -> list[dict[str, Any]]:
     """`PATH_COLUMNS` of every way, in both directions."""
     return [_path_row(found, path, side) for path in found.paths.values() for side in (0, 1)]
 
 
-def _path_row(found: Tested, path: Path, side: int) -> dict[str, Any]:
+def _path_row(found: Followed, path: Path, side: int) -> dict[str, Any]:
     bench, effect = found.bench, path.effect[side]
     part, harm = found.parts(path.name)[side], bench.share(effect.harm, bench.total.harm)
     beside = {} if path.others is None else {"reached": found.reached(path.name)[side], "drawn": len(path.others)}
@@ -401,7 +401,7 @@ def _path_row(found: Tested, path: Path, side: int) -> dict[str, Any]:
     }
 
 
-def receiver_rows(found: Tested) -> list[dict[str, Any]]:
+def receiver_rows(found: Followed) -> list[dict[str, Any]]:
     """`RECEIVER_COLUMNS`."""
     receivers, table, pairs = found.received
     chosen = found.received.amplifiers

@@ -123,7 +123,7 @@ def _row(lab: Lab, condition: Condition, side: int) -> dict[str, Any]:
     """One condition on the held-out prompts of one side. Of random sets, only the first generates and drifts."""
     pairs, settings = lab.pairs("heldout"), lab.study.config.intervene
     prompts, first = [pair.prompts[side] for pair in pairs], condition.sets[0]
-    verdicts = complied(lab, settings.judge, prompts, lab.continued(prompts, settings.tokens, first))
+    verdicts = complied(lab, settings.judge, prompts, lab.generate(prompts, settings.tokens, first))
     return {
         "held": condition.name,
         "size": len(first[0].units) if first else 0,
@@ -150,7 +150,7 @@ def _change(lab: Lab, condition: Condition, side: int) -> dict[str, Any]:
 
 def _cost(lab: Lab, pairs: Sequence[TokenPair], clusters: Sequence[str], held: Sequence[Held]) -> dict[str, float]:
     """Drift from the plain model along its own answers to the harmless prompts."""
-    answers = lab.continued([pair.x0 for pair in pairs], lab.study.config.intervene.tokens)
+    answers = lab.generate([pair.x0 for pair in pairs], lab.study.config.intervene.tokens)
     used = [(pair, answer, cluster) for pair, answer, cluster in zip(pairs, answers, clusters, strict=True) if answer]
     if not used:
         return {}

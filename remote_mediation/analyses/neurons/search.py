@@ -58,7 +58,7 @@ SCREEN_NAMES: dict[Screen, str] = {
 }
 
 
-class Found(NamedTuple):
+class Ranking(NamedTuple):
     """What a search leaves."""
 
     ranked: dict[int, list[int]]
@@ -71,7 +71,7 @@ class Found(NamedTuple):
     """Rows of `SCREEN_COLUMNS`, where a screen ranked."""
 
 
-def search(lab: Lab) -> Found:
+def search(lab: Lab) -> Ranking:
     """The first way of searching that the backend can go.
 
     Raises:
@@ -90,7 +90,7 @@ def search(lab: Lab) -> Found:
     )
 
 
-def _by_gradient(lab: Lab) -> Found:
+def _by_gradient(lab: Lab) -> Ranking:
     """Rank by a screen, measure the first `exact` and a sample of the others."""
     study, screen = lab.study, lab.study.config.neurons.screen
     layers = layers_of(study.config, study.info)
@@ -108,7 +108,7 @@ def _by_gradient(lab: Lab) -> Found:
     nie = direction_of(lab.effects) * scores.means[0]
     by_layer = {layer: nie[layer] for layer in layers}
     agreed = agreement(screen, scores.means, (part.first, part.sample), reached, missed["missed"])
-    return Found(
+    return Ranking(
         _exact_first(strong, order),
         steps,
         _profiles(by_layer, SCREEN_NAMES[screen]),
@@ -205,7 +205,7 @@ def variants(config: StudyConfig) -> int:
     return 2 if config.neurons.screen == "atp" else 1
 
 
-def _by_windows(lab: Lab) -> Found:
+def _by_windows(lab: Lab) -> Ranking:
     """Split windows, breadth first, wherever the discovery split leaves room for a mediator."""
     position, settings = position_of(lab), lab.study.config.neurons
     effects, steps, leaves = of_whole_mlps(lab.effects, position), [], []
@@ -221,7 +221,7 @@ def _by_windows(lab: Lab) -> Found:
         effects = lab.measure_sites(WINDOWS, [part.site(position) for part in parts], "discovery")
     units = lab.measure_sites(UNITS, [_unit(position, leaf.layer, leaf.start) for leaf in leaves])
     ranked = _by_layer((layer, unit) for layer, unit, _ in strengths(units).index)
-    return Found(ranked, steps, pd.DataFrame(columns=list(SPARSITY_COLUMNS)))
+    return Ranking(ranked, steps, pd.DataFrame(columns=list(SPARSITY_COLUMNS)))
 
 
 def _windows_step(lab: Lab, effects: pd.DataFrame, width: int, kept: int, followed: int) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def _split(window: _Window) -> list[_Window]:
     return [_Window(window.layer, int(low), int(high)) for low, high in pairwise(bounds)]
 
 
-def _all(lab: Lab) -> Found:
+def _all(lab: Lab) -> Ranking:
     """Measure every neuron on every pair."""
     study, position = lab.study, position_of(lab)
     layers = layers_of(study.config, study.info)
@@ -281,7 +281,7 @@ def _all(lab: Lab) -> Found:
     nie = direction_of(used) * used.groupby(["layer", "unit_start"])["nie"].mean()
     by_layer = {layer: nie[layer].to_numpy(float) for layer in layers}
     step = _step("every neuron", len(units), lab, int((strong >= _least(lab, used)).sum()), "all")
-    return Found(ranked, [step], _profiles(by_layer, "measured"))
+    return Ranking(ranked, [step], _profiles(by_layer, "measured"))
 
 
 def strengths(effects: pd.DataFrame) -> pd.Series:

@@ -112,7 +112,7 @@ def check(study: Study) -> None:
         )
 
 
-def made(discovery: Sample, chosen: Subspace, positions: Sequence[str]) -> Bases:
+def make_bases(discovery: Sample, chosen: Subspace, positions: Sequence[str]) -> Bases:
     """The bases that the study names.
 
     chosen: the projection onto the chosen direction. positions: of the map of directions, whose activations are known.
@@ -147,7 +147,7 @@ def by_components(streams: Floats, rank: int) -> Basis:
     return Basis.spanning(np.linalg.svd(streams[:, 1] - streams[:, 0], full_matrices=False)[2][:rank])
 
 
-def learnt(
+def learn_basis(
     lab: Lab, pairs: Sequence[TokenPair], site: Subspace, rank: int, signs: Floats
 ) -> tuple[Basis, tuple[float, ...]]:
     """A basis whose swap makes of Y what it is on the other prompt, or the reverse where a sign is -1; and its losses.
@@ -173,7 +173,7 @@ def _taught(lab: Lab, pairs: Sequence[TokenPair], chosen: Subspace, rank: int) -
         ("learnt", name, np.ones(len(pairs))),
         ("", f"{name}, {SHUFFLED}", flipped),
     ):
-        basis, losses = learnt(lab, pairs, chosen, rank, signs)
+        basis, losses = learn_basis(lab, pairs, chosen, rank, signs)
         found.append(Made(kind, label, _at(chosen, basis), signs, losses))
     return found
 
@@ -185,7 +185,7 @@ def half_flipped(pairs: Sequence[TokenPair], rng: np.random.Generator) -> Floats
     return np.array([-1.0 if pair.cluster in flipped else 1.0 for pair in pairs])
 
 
-def measured(lab: Lab, found: Bases) -> dict[str, pd.DataFrame]:
+def measure_bases(lab: Lab, found: Bases) -> dict[str, pd.DataFrame]:
     """`bases.csv` (`BASIS_COLUMNS`); nothing where none were made."""
     if not found.every:
         return {}

@@ -124,22 +124,22 @@ class Mediators(NamedTuple):
 def analyse(lab: Lab, before: Findings) -> Finding:
     """`directions.csv`, the rival claim with its numbers, and the direction itself as a file."""
     discovery, heldout = Sample.of(lab, "discovery"), Sample.of(lab, "heldout")
-    found = mapped(discovery, positions_of([*lab.pairs(), *lab.placebos(lab.pairs())]))
+    found = measure_map(discovery, positions_of([*lab.pairs(), *lab.placebos(lab.pairs())]))
     best, other = replace(found.best, model=lab.study.info.name), given.loaded(lab)
     directions = {FOUND: best, **({GIVEN: given.placed(other, best)} if other else {})}
     position, layers = swapped_at([discovery, heldout]), lab.study.info.layers
     mediators = {name: Mediators.of(one, layers, position) for name, one in directions.items()}
-    made = bases.made(discovery, mediators[FOUND].own, found.positions)
+    made = bases.make_bases(discovery, mediators[FOUND].own, found.positions)
     claims = [
-        tested(heldout, mediators[FOUND], mediators.get(GIVEN), made.beside),
-        *harm.judged(discovery, heldout, found.best_last, eligible(layers)),
+        measure_direction(heldout, mediators[FOUND], mediators.get(GIVEN), made.beside),
+        *harm.measure_two_directions(discovery, heldout, found.best_last, eligible(layers)),
     ]
     tables = {
         "directions.csv": map_table(found, other),
         "direction.csv": rulings.claim_table(claims),
         "direction_sets.csv": rulings.set_table(claims),
-        **geometry.measured(lab, discovery),
-        **bases.measured(lab, made),
+        **geometry.measure_geometry(lab, discovery),
+        **bases.measure_bases(lab, made),
     }
     return Finding(tables, _sets_of(mediators), directions, {FILE: best.safetensors(), **made.files(best)})
 
@@ -150,7 +150,7 @@ def _sets_of(mediators: Mapping[str, Mediators]) -> dict[str, tuple[Site, ...]]:
     return {**own, **{f"{name} at all layers": one.everywhere for name, one in mediators.items()}}
 
 
-def mapped(discovery: Sample, positions: list[str]) -> Map:
+def measure_map(discovery: Sample, positions: list[str]) -> Map:
     """Differences of means on all discovery pairs; effects of their projections on a few."""
     streams = activations(discovery, "layer_output", positions)
     differences = (streams[:, 1] - streams[:, 0]).mean(axis=0)
@@ -166,7 +166,9 @@ def mapped(discovery: Sample, positions: list[str]) -> Map:
     return drawn._replace(shares=shares)
 
 
-def tested(heldout: Sample, found: Mediators, other: Mediators | None, more: Mapping[str, Subspace]) -> Judged:
+def measure_direction(
+    heldout: Sample, found: Mediators, other: Mediators | None, more: Mapping[str, Subspace]
+) -> Judged:
     """The rival claim on held-out pairs.
 
     other: of a given direction, which stands beside it. more: what does so, too, by name.

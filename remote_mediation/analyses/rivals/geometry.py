@@ -52,7 +52,7 @@ class Streams(NamedTuple):
         return found
 
 
-def measured(lab: Lab, sample: Sample) -> dict[str, pd.DataFrame]:
+def measure_geometry(lab: Lab, sample: Sample) -> dict[str, pd.DataFrame]:
     """`geometry.csv`; nothing where a report is rebuilt of a run that was made before this was read."""
     unfinished = () if lab.can_measure else (UnmeasuredError,)
     with contextlib.suppress(*unfinished):

@@ -23,18 +23,18 @@ from remote_mediation.subspaces import Basis, Direction, Subspace
 END = "instruction_end"
 
 
-def judged(discovery: Sample, heldout: Sample, refusal: Direction, depth: int) -> list[Judged]:
+def measure_two_directions(discovery: Sample, heldout: Sample, refusal: Direction, depth: int) -> list[Judged]:
     """The rival claim; nothing where a report is rebuilt of a run that was made before it was tested.
 
     refusal: the best direction at `last`. depth: layers that may be chosen.
     """
     unfinished = () if heldout.lab.can_measure else (UnmeasuredError,)
     with contextlib.suppress(*unfinished):
-        return [tested(discovery, heldout, refusal, depth)]
+        return [measure_claim(discovery, heldout, refusal, depth)]
     return []
 
 
-def tested(discovery: Sample, heldout: Sample, refusal: Direction, depth: int) -> Judged:
+def measure_claim(discovery: Sample, heldout: Sample, refusal: Direction, depth: int) -> Judged:
     """The rival claim on held-out pairs."""
     if not (_have_both_ends(discovery) and _have_both_ends(heldout)):
         return rulings.untested(

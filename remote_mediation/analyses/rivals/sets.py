@@ -35,7 +35,7 @@ FEW_HEADS = 0.05
 """Largest part of all heads that counts as few."""
 
 
-class Tested(NamedTuple):
+class JudgedSet(NamedTuple):
     """A rival with its verdict, and the set that it names."""
 
     judged: Judged
@@ -81,11 +81,11 @@ def analyse(lab: Lab, before: Findings) -> Finding:
 # --- neurons ------------------------------------------------------------------------------------
 
 
-def across_layers(discovery: Sample, heldout: Sample, position: str) -> Tested:
+def across_layers(discovery: Sample, heldout: Sample, position: str) -> JudgedSet:
     """The first neurons of all layers by the size of their mean difference at the last prompt token."""
     lab, info = discovery.lab, discovery.lab.study.info
     if not info.has("mlp_neurons"):
-        return Tested(rulings.untested(NEURONS, NO_NEURONS))
+        return JudgedSet(rulings.untested(NEURONS, NO_NEURONS))
     at_last, at_position = changes(discovery, "mlp_neurons", ["last", position])
     ranked = ranked_neurons(np.abs(at_last.mean(axis=0)))
     sizes = np.abs(at_position).mean(axis=0) * column_norms(lab)
@@ -97,7 +97,7 @@ def across_layers(discovery: Sample, heldout: Sample, position: str) -> Tested:
     own = _beside_random(heldout, own, units, chosen, lab.rng("rivals: neurons"))
     bench = heldout.bench()
     judged = rulings.judged(bench, NEURONS, rulings.few(bench, own), [own], [first, *more])
-    return Tested(judged, tuple(units.sites(chosen)))
+    return JudgedSet(judged, tuple(units.sites(chosen)))
 
 
 def changes(discovery: Sample, component: Component, positions: Sequence[str]) -> list[Floats]:
@@ -149,7 +149,7 @@ def third_band(layers: Sequence[int], position: str) -> list[Site]:
 # --- heads --------------------------------------------------------------------------------------
 
 
-def head_gate(discovery: Sample, heldout: Sample, position: str) -> Tested:
+def head_gate(discovery: Sample, heldout: Sample, position: str) -> JudgedSet:
     """The fewest heads that carry half of TE in both directions on the discovery pairs, at most 5%."""
     ranked = ranked_heads(discovery, position)
     units = Units("attention_heads", position, head_changes(discovery, position), matched_heads)
@@ -164,7 +164,7 @@ def head_gate(discovery: Sample, heldout: Sample, position: str) -> Tested:
     own = _beside_random(heldout, own, units, chosen, discovery.lab.rng("rivals: heads"))
     bench = heldout.bench()
     judged = rulings.judged(bench, HEADS, rulings.few(bench, own), [own], beyond)
-    return Tested(judged, tuple(units.sites(chosen)))
+    return JudgedSet(judged, tuple(units.sites(chosen)))
 
 
 def ranked_heads(discovery: Sample, position: str) -> list[Unit]:

@@ -100,7 +100,7 @@ def analyse(lab: Lab, before: Findings) -> Finding:
     """`verify.csv` (`VERIFY_COLUMNS`), `judged.csv` (`JUDGED_COLUMNS`) and the judge's quality."""
     settings = lab.study.config.verify
     pairs, mediators = _pairs(lab), [*strongest_sites(lab, settings.sites), *found_sets(before)]
-    verdicts = judged(lab, mediators, pairs)
+    verdicts = measure_verdicts(lab, mediators, pairs)
     quality = judge_quality(lab, settings.judge, settings.labelled)
     cheap = lab.joint([one.sites for one in mediators], pairs)
     judge = _Judge(measure_of(quality, "recall"), measure_of(quality, "specificity"))
@@ -150,13 +150,13 @@ def manner_of(lab: Lab) -> Manner:
     return Manner(settings.samples, settings.tokens, settings.temperature, settings.held)
 
 
-def judged(lab: Lab, mediators: Sequence[Mediator], pairs: Sequence[TokenPair]) -> Verdicts:
+def measure_verdicts(lab: Lab, mediators: Sequence[Mediator], pairs: Sequence[TokenPair]) -> Verdicts:
     """The judge's verdicts on answers to both prompts of pairs, plain and with each mediator as on the other prompt."""
     info, manner, spec = lab.study.info, manner_of(lab), lab.study.config.verify.judge
     unfed = [bare(pair) for pair in pairs]
     rows = [Row(pair.id, side) for side in (0, 1) for pair in unfed]
     rows += [swap_all(pair, one.sites, side, info) for one in mediators for side in (0, 1) for pair in unfed]
-    answers = lab.sampled(rows, manner)
+    answers = lab.sample(rows, manner)
     found = []
     for number in range(2 * (1 + len(mediators))):  # rows of one side, with one mediator swapped or with none
         group = slice(number * len(pairs), (number + 1) * len(pairs))
