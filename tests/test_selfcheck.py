@@ -33,7 +33,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def checked(said: tuple[str, ...] = ALL, missed: tuple[tuple[int, int], ...] = ()) -> SelfCheck:
     gates = ((9, 1), (9, 2))
-    return SelfCheck("gate", "a gate", 0, ALL, said, ("because",) * 5, gates, missed)
+    return SelfCheck("gate", "a gate", 0, tuple("12345"), ALL, said, ("because",) * 5, gates, missed)
 
 
 def test_all_verdicts_and_all_gates_count() -> None:
@@ -82,8 +82,17 @@ def test_an_unknown_case_is_named(run: Run) -> None:
 def test_what_is_true_is_said(name: str, run: Run) -> None:
     code, out = run("--case", name, "--json")
     (found,) = json.loads(out)["cases"]
+    assert len(found["claims"]) == len(found["truth"]) == 5 + len(CASES[name].rivals)
     assert all(said in true.split(OR) for said, true in zip(found["said"], found["truth"], strict=True))
     assert (found["missed"], code) == ([], 0)
+
+
+def test_rivals_have_models_where_they_hold_and_models_where_they_do_not() -> None:
+    known = [case.rivals for case in CASES.values() if case.rivals]
+    for verdicts in zip(*known, strict=True):
+        assert NO in verdicts
+    direction, _, neurons, early, heads = zip(*known, strict=True)
+    assert all(YES in verdicts for verdicts in (direction, neurons, early, heads))
 
 
 @pytest.mark.slow

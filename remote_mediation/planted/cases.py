@@ -71,7 +71,9 @@ YES, NO, OPEN, UNTESTED = "supported", "not supported", "undecided", "not tested
 OR = " or "
 """Between verdicts either of which is true."""
 Said = tuple[str, str, str, str, str]
+Codes = Mapping[str, Mapping[str, float]]
 Code = Callable[[Sequence[Pair], Generator], dict[str, dict[str, float]]]
+Around = Callable[[Sequence[Pair], Sequence[str], Codes], tuple[tuple[Pair, ...], dict[str, dict[str, float]]]]
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,11 @@ class Case:
     """How harm stands in the words: word → feature → share."""
     said: Said
     """What has to be said of claims 1 to 5."""
-    context: bool = False
-    """Whether another noun stands before the prompt."""
+    around: Around | None = None
+    """Puts another noun before or behind each prompt, of those that no pair has; with codes of these nouns."""
+    rivals: tuple[str, ...] = ()
+    """What has to be said of the rival claims: one direction, two of them, neurons of all layers, early layers, a few
+    heads. None where that hangs on the seed."""
 
 
 Neuron = tuple[int, int]
@@ -112,8 +117,8 @@ def build(case: Case, seed: int) -> Specimen:
     drawn = draw_pairs(generator)
     pairs, left_out = drawn[:PAIRS], [noun for pair in drawn[PAIRS:] for noun in nouns_of(pair)]
     codes = case.code(pairs, generator)
-    if case.context:
-        pairs, others = _in_context(pairs, left_out, codes)
+    if case.around:
+        pairs, others = case.around(pairs, left_out, codes)
         codes |= others
     tokenizer = words_tokenizer()
     with torch.no_grad():
@@ -235,7 +240,7 @@ def _as_side(pairs: Sequence[Pair], generator: Generator) -> dict[str, dict[str,
 
 
 def _in_context(
-    pairs: Sequence[Pair], words: Sequence[str], codes: Mapping[str, Mapping[str, float]]
+    pairs: Sequence[Pair], words: Sequence[str], codes: Codes
 ) -> tuple[tuple[Pair, ...], dict[str, dict[str, float]]]:
     """The pairs, each behind a word on the side of its harmful noun; words alternate between the sides."""
     sides = {word: 1.0 if number % 2 else -1.0 for number, word in enumerate(words)}
@@ -247,6 +252,16 @@ def _in_context(
         prompts = {name: f"{word} {getattr(pair, name)}" for name in ("harmful", "harmless", "placebo")}
         placed.append(pair._replace(**prompts))
     return tuple(placed), {word: {"context": 1.0, "side": side} for word, side in sides.items()}
+
+
+def _with_an_end(
+    pairs: Sequence[Pair], words: Sequence[str], codes: Codes
+) -> tuple[tuple[Pair, ...], dict[str, dict[str, float]]]:
+    """The pairs, all with one word more at their end, by which heads find it."""
+    del codes
+    names = ("harmful", "harmless", "placebo")
+    placed = (pair._replace(**{name: f"{getattr(pair, name)} {words[0]}" for name in names}) for pair in pairs)
+    return tuple(placed), {words[0]: {"context": 1.0}}
 
 
 def _sign(generator: Generator) -> float:
@@ -354,6 +369,13 @@ def _heads_to_gate(bed: Bed) -> None:
     bed.gate(layer, _few(bed), _MOVED, {"answer": 1.0})
 
 
+def _in_two_steps(bed: Bed) -> None:
+    """Harm is brought to the end of the request in one direction, and from there to the last token in another one."""
+    bed.head(bed.one_of(MIDDLE[:2]), "word", {"concept": 0.25})
+    bed.head(bed.one_of(MIDDLE[2:]), "concept", {"moved": 2.0}, marker="context")
+    bed.gate(bed.one_of(LATE), _few(bed), {"moved": 0.5, "const": 0.5}, {"answer": 1.0})
+
+
 def _re_embeds(bed: Bed) -> None:
     bed.products(0, "noun", "word", {"concept": 1.0})
     bed.head(bed.one_of(LATE), "concept", {"answer": 1.0})
@@ -396,6 +418,7 @@ _TRUTH = """
     crowd-behind   yes    yes    no      yes    yes
     many           yes    yes    no      yes    yes
     heads-to-gate  yes    yes    yes     open   no
+    two-steps      yes    yes    yes     open   no
     re-embedded    yes    no     no      open   no
     gate-at-edit   yes    no     yes     yes    yes
     words          yes    yes    yes     open   yes
@@ -403,19 +426,32 @@ _TRUTH = """
     placebo        any-edit
     nothing        nothing
 """
+_RIVALS = """
+    case           direction  two   neurons  early  heads
+    late-head      yes        no    no       no     yes
+    early-gate     yes        open  yes      yes    yes
+    heads-to-gate  yes        no    yes      no     no
+    two-steps      yes        yes   yes      no     yes
+    gate-at-edit   no         no    no       no     yes
+"""
+"""Harm goes from the noun to the last token, in two-steps alone by a token between. In early-gate all is in the early
+third and is written at every token behind the noun; what random heads above bring of that to the last one is left open.
+In heads-to-gate more heads than few bring the word to the gate; in gate-at-edit what it says reaches the last token
+above 80% of the depth, where no direction is looked for."""
 _READ = {
     **{"yes": YES, "yes*": f"{YES}{OR}{OPEN}", "no": NO, "open": OPEN, "untested": UNTESTED},
     **{"any-edit": "not about harm", "nothing": "no effect"},
 }
 
 
-def _truth() -> dict[str, Said]:
-    """Verdicts by case; one word alone is said of all claims."""
-    table = [line.split() for line in _TRUTH.strip().splitlines()[1:]]
-    return {name: _all_five([_READ[word] for word in words]) for name, *words in table}
+def _verdicts(table: str) -> dict[str, tuple[str, ...]]:
+    """What a table of truth says, by case."""
+    rows = [line.split() for line in table.strip().splitlines()[1:]]
+    return {name: tuple(_READ[word] for word in words) for name, *words in rows}
 
 
 def _all_five(words: Sequence[str]) -> Said:
+    """One word alone is said of all claims."""
     late, mlp, sparse, early, handed = [words[0]] * 5 if len(words) == 1 else words
     return late, mlp, sparse, early, handed
 
@@ -433,6 +469,7 @@ _MECHANISMS: dict[str, tuple[str, Callable[[Bed], None], Code]] = {
     "crowd-behind": ("a gate, and a crowd of neurons that takes over where it is shut", _crowd_behind, _as_product),
     "many": ("128 neurons in each late layer", _many, _as_product),
     "heads-to-gate": ("heads carry the word itself to one late gate", _heads_to_gate, _as_word),
+    "two-steps": ("two heads, by way of the request's end, bring the word to a late gate", _in_two_steps, _as_word),
     "re-embedded": ("the first MLP re-embeds the word, a late head carries it", _re_embeds, _as_word),
     # By definition: what acts at the last token is the head that copies there what the gate wrote at the noun.
     "gate-at-edit": ("the gate reads and writes at the noun, a late head copies", _gate_at_edit, _as_product),
@@ -442,8 +479,10 @@ _MECHANISMS: dict[str, tuple[str, Callable[[Bed], None], Code]] = {
     "placebo": ("the gate, open to the placebo as well", _gate, _placebo_too),
     "nothing": ("the gate, and no harm to open it", _gate, _none),
 }
+_AROUND: dict[str, Around] = {"two-words": _in_context, "two-steps": _with_an_end}
 CASES: dict[str, Case] = {
-    name: Case(name, *_MECHANISMS[name], said=said, context=_MECHANISMS[name][2] is _as_side)
-    for name, said in _truth().items()
+    name: Case(name, about, plant, code, _all_five(said), _AROUND.get(name), _verdicts(_RIVALS).get(name, ()))
+    for name, said in _verdicts(_TRUTH).items()
+    for about, plant, code in [_MECHANISMS[name]]
 }
 """By name, in the order of the table of truth."""

@@ -1,13 +1,15 @@
 """`selfcheck`: does the pipeline say what is true? Planted models go through a whole study, as any model would.
 
-Nothing is told to the pipeline but model, pairs and outcome. What it says of the five claims, and, where a few late
-neurons gate harm, which neurons it names, is compared with what was written into the weights (`cases`).
+Nothing is told to the pipeline but model, pairs and outcome. What it says of the five claims, of the rival ones where
+their truth is known, and, where a few late neurons gate harm, which neurons it names, is compared with what was written
+into the weights (`cases`).
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,10 @@ from remote_mediation.study import run_study
 RESAMPLES = 999
 PLAIN = "gate"
 """The case that is checked when none is named."""
+_RIVALS = ("directions", "rivals")
+"""Analyses that put rival claims to the test."""
+_FILES = ("direction.csv", "rivals.csv")
+"""Where they say of each what holds, in the order of `cases`."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,10 @@ class SelfCheck:
     """What was planted."""
     seed: int
     """Of the planted model and of the study."""
+    claims: tuple[str, ...]
+    """Numbers of the five, then names of rivals, where their truth is known."""
     truth: tuple[str, ...]
-    """What has to be said of claims 1 to 5."""
+    """What has to be said of each."""
     said: tuple[str, ...]
     """What was said: the gate's word, or else the verdict."""
     why: tuple[str, ...]
@@ -51,7 +59,7 @@ class SelfCheck:
 
     @property
     def passed(self) -> bool:
-        """All five verdicts are true, and no gate was missed."""
+        """All verdicts are true, and no gate was missed."""
         return all(self.right) and not self.missed
 
     @property
@@ -71,7 +79,7 @@ class SelfCheck:
         for number, right in enumerate(self.right):
             colour = "green" if right else "red"
             said, why = self.said[number], self.why[number]
-            table.add_row(str(number + 1), self.truth[number], f"[{colour}]{said}[/]", why)
+            table.add_row(self.claims[number], self.truth[number], f"[{colour}]{said}[/]", why)
         if self.gates:
             table.add_row("", f"gate {_listed(self.gates)}", f"missed {_listed(self.missed)}", "")
         return table
@@ -87,13 +95,13 @@ def run_selfcheck(name: str, seed: int, watch: Watch) -> SelfCheck:
     specimen = build(case, seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        config = written(specimen, folder, seed)
+        config = written(specimen, folder, seed, ("claims", *(_RIVALS if case.rivals else ())))
         store = Store.create(folder / "run", config.identity())
         result = run_study(config, LocalBackend.load(config.model), store, watch)
     return _compared(case, seed, specimen, result)
 
 
-def written(specimen: Specimen, folder: Path, seed: int) -> StudyConfig:
+def written(specimen: Specimen, folder: Path, seed: int, analyses: Sequence[str] = ("claims",)) -> StudyConfig:
     """Put model and pairs into a folder; the study of them."""
     save_model(specimen.model, specimen.tokenizer, folder / "model")
     records = [json.dumps(pair._asdict()) for pair in specimen.pairs]
@@ -101,7 +109,7 @@ def written(specimen: Specimen, folder: Path, seed: int) -> StudyConfig:
     return StudyConfig(
         model=str(folder / "model"),
         pairs=str(folder / "pairs.jsonl"),
-        analyses=["claims"],
+        analyses=list(analyses),
         outcome="logit_diff",
         logit_diff=LogitSettings(plus=[specimen.plus], minus=[specimen.minus]),
         statistics=StatisticsSettings(resamples=RESAMPLES),
@@ -110,18 +118,28 @@ def written(specimen: Specimen, folder: Path, seed: int) -> StudyConfig:
 
 
 def _compared(case: Case, seed: int, specimen: Specimen, result: Result) -> SelfCheck:
-    claims = result.tables["claims.csv"]
+    claims = _ruled(result)
     gates = specimen.gates if case.said[2] == YES else frozenset()
     return SelfCheck(
         case=case.name,
         about=case.about,
         seed=seed,
-        truth=case.said,
+        claims=tuple(claims["claim"]),
+        truth=case.said + case.rivals,
         said=tuple(gate or verdict for gate, verdict in zip(claims["gate"], claims["verdict"], strict=True)),
         why=tuple(claims["why"]),
         gates=tuple(sorted(gates)),
         missed=tuple(sorted(gates - _chosen(result.tables["gate_sets.csv"]))),
     )
+
+
+def _ruled(result: Result) -> pd.DataFrame:
+    """What was said of every claim and rival, and why."""
+    five = result.tables["claims.csv"].astype({"claim": str})
+    rivals = [
+        result.tables[name].assign(claim=result.tables[name]["rival"]) for name in _FILES if name in result.tables
+    ]
+    return pd.concat([five, *rivals])[["claim", "gate", "verdict", "why"]]
 
 
 def _chosen(curve: pd.DataFrame) -> set[Neuron]:
