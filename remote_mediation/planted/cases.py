@@ -428,18 +428,19 @@ _TRUTH = """
 """
 _RIVALS = """
     case           direction  two   neurons  early  heads
-    late-head      yes        no    no       no     yes
-    early-gate     yes        open  yes      yes    yes
-    heads-to-gate  yes        no    yes      no     no
+    late-head      yes        no*   no       no*    yes
+    early-gate     yes        no*   yes      yes    yes
+    heads-to-gate  yes        no*   yes      no     no
     two-steps      yes        yes   yes      no     yes
-    gate-at-edit   no         no    no       no     yes
+    gate-at-edit   no         no*   no       no*    yes
 """
-"""Harm goes from the noun to the last token, in two-steps alone by a token between. In early-gate all is in the early
-third and is written at every token behind the noun; what random heads above bring of that to the last one is left open.
-In heads-to-gate more heads than few bring the word to the gate; in gate-at-edit what it says reaches the last token
-above 80% of the depth, where no direction is looked for."""
+"""Harm goes from the noun to the last token, in two-steps alone by a token between; what random heads bring there and
+on from there can leave it open whether two directions act. Where early layers compute harm and late ones act, both lie
+on one path, and no more than that need be said. In heads-to-gate more heads than few bring the word to the gate; in
+gate-at-edit what it says reaches the last token above 80% of the depth, where no direction is looked for."""
 _READ = {
-    **{"yes": YES, "yes*": f"{YES}{OR}{OPEN}", "no": NO, "open": OPEN, "untested": UNTESTED},
+    **{"yes": YES, "no": NO, "open": OPEN, "untested": UNTESTED},
+    **{"yes*": f"{YES}{OR}{OPEN}", "no*": f"{NO}{OR}{OPEN}"},
     **{"any-edit": "not about harm", "nothing": "no effect"},
 }
 
