@@ -26,7 +26,7 @@ from remote_mediation.cost import estimate
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.rows import Row
 from remote_mediation.lab import Lab, Study
-from remote_mediation.planted.cases import Bed, Case, build
+from remote_mediation.planted.cases import CASES, Bed, Case, build
 from remote_mediation.planted.selfcheck import written
 from remote_mediation.planted.words import Pair, nouns_of
 from remote_mediation.report import write_report
@@ -656,6 +656,25 @@ def test_the_fewest_that_carry_half_are_named_with_their_verdict(lows: list[floa
 
 
 # --- planted ----------------------------------------------------------------------------------------------------------
+
+
+YES, NO = "supported", "not supported"
+PLANTED = {  # direction, two of them, neurons, early layers, heads; what is written down in `cases`
+    # In all of them harm goes from the noun to the last token, and by no token between.
+    "heads-to-gate": (YES, NO, YES, NO, NO),  # more heads than few bring the word to neurons of one late layer
+    "late-head": (YES, NO, NO, NO, YES),  # one head answers
+    "gate-at-edit": (NO, NO, NO, NO, YES),  # what the gate says reaches the last token above 80% of the depth
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_what_is_true_of_rivals_is_said(name: str, tmp_path: Path) -> None:
+    study = written(build(CASES[name], 0), tmp_path, 0).model_copy(update={"analyses": ["directions", "rivals"]})
+    result = run_study(study, LocalBackend.load(study.model), Store.create(tmp_path / "run", study.identity()))
+    claims = pd.concat([result.tables["direction.csv"], result.tables["rivals.csv"]])
+    assert tuple(claims["verdict"]) == PLANTED[name]
+    assert set(claims["gate"]) == {""}
 
 
 def as_one_of_two(pairs: Sequence[Pair], generator: torch.Generator) -> dict[str, dict[str, float]]:

