@@ -129,7 +129,7 @@ def check_shape(keys: Sequence[str], lengths: Sequence[int | None], readout: Rea
 def not_finite(job: Job, readout: Readout) -> set[str]:
     """Pairs of a `measure` job of which a value is NaN or infinite; the name of another task of which one is.
 
-    Of answers that is told for each alone, once it is known where they end (`Lab.answers`), unless no token is finite.
+    Of answers that is told for each alone, once it is known where they end (`Lab`), unless no token is finite.
     """
     enough = np.any if job.task == "generate" else np.all
     finite = [bool(enough(np.isfinite(value))) for value in readout.values]

@@ -476,8 +476,9 @@ _MECHANISMS: dict[str, tuple[str, Callable[[Bed], None], Code]] = {
     "nothing": ("the gate, and no harm to open it", _gate, _none),
 }
 _AROUND: dict[str, Around] = {"two-words": _in_context, "two-steps": _with_an_end}
+_SAID_OF_RIVALS = _verdicts(_RIVALS)
 CASES: dict[str, Case] = {
-    name: Case(name, about, plant, code, _all_five(said), _AROUND.get(name), _verdicts(_RIVALS).get(name, ()))
+    name: Case(name, about, plant, code, _all_five(said), _AROUND.get(name), _SAID_OF_RIVALS.get(name, ()))
     for name, said in _verdicts(_TRUTH).items()
     for about, plant, code in [_MECHANISMS[name]]
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
+from remote_mediation.analyses.rivals.show import CLAIM_FILES
 from remote_mediation.config import LogitSettings, StatisticsSettings, StudyConfig
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.planted.cases import CASES, OR, YES, Case, Neuron, Specimen, build
@@ -28,10 +29,6 @@ from remote_mediation.study import run_study
 RESAMPLES = 999
 PLAIN = "gate"
 """The case that is checked when none is named."""
-_RIVALS = ("directions", "rivals")
-"""Analyses that put rival claims to the test."""
-_FILES = ("direction.csv", "rivals.csv")
-"""Where they say of each what holds, in the order of `cases`."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def run_selfcheck(name: str, seed: int, watch: Watch) -> SelfCheck:
     specimen = build(case, seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        config = written(specimen, folder, seed, ("claims", *(_RIVALS if case.rivals else ())))
+        config = written(specimen, folder, seed, ("claims", *(CLAIM_FILES if case.rivals else ())))
         store = Store.create(folder / "run", config.identity())
         result = run_study(config, LocalBackend.load(config.model), store, watch)
     return _compared(case, seed, specimen, result)
@@ -136,9 +133,8 @@ def _compared(case: Case, seed: int, specimen: Specimen, result: Result) -> Self
 def _ruled(result: Result) -> pd.DataFrame:
     """What was said of every claim and rival, and why."""
     five = result.tables["claims.csv"].assign(claim=list("12345"))
-    rivals = [
-        result.tables[name].assign(claim=result.tables[name]["rival"]) for name in _FILES if name in result.tables
-    ]
+    others = [result.tables[claims] for claims, _ in CLAIM_FILES.values() if claims in result.tables]
+    rivals = [table.assign(claim=table["rival"]) for table in others]
     return pd.concat([five, *rivals])[["claim", "gate", "verdict", "why"]]
 
 

@@ -26,44 +26,40 @@ def cost(study: Study) -> Later:
         return Later()
     discovery, heldout = pairs_of(study, "discovery"), pairs_of(study, "heldout")
     few = [discovery[at] for at in spread([pair.cluster for pair in discovery], FEW_PAIRS)]
-    both = with_placebos(study, heldout)
-    sender = _at_layer(study, few, 0)
+    both, position = with_placebos(study, heldout), position_of([*study.pairs, *study.placebos])
+    sender = _at_layer(study, few, position, 0)
     heads = few_of(len(study.info.layers_with("attention_heads")) * study.info.heads)
     each = Later().plus(
-        *_receiving(study, few),
-        *_by_ways(study, heldout, both),
+        *_receiving(study, few, position),
+        *_by_ways(study, heldout, both, position),
         sender.times(3),  # by all ways, before either wave
     )
     return of_bases(study, [*few, *both]).times(6).plus(sender.times(2 * heads), each.times(_SENDERS))
 
 
-def _receiving(study: Study, few: Sequence[TokenPair]) -> list[Later]:
+def _receiving(study: Study, few: Sequence[TokenPair], position: str) -> list[Later]:
     """Every later MLP, the heads of every later layer, and single heads of those layers that are opened."""
     info = study.info
     layers = (*range(info.layers), *info.layers_with("attention_heads"))
     return [
-        *(_at_layer(study, few, layer) for layer in layers),
-        _at_layer(study, few, 0).times(OPENED * info.heads),
+        *(_at_layer(study, few, position, layer) for layer in layers),
+        _at_layer(study, few, position, 0).times(OPENED * info.heads),
     ]
 
 
-def _by_ways(study: Study, heldout: Sequence[TokenPair], both: Sequence[TokenPair]) -> list[Later]:
+def _by_ways(study: Study, heldout: Sequence[TokenPair], both: Sequence[TokenPair], position: str) -> list[Later]:
     """What a sender does by each way, and what other heads do. both: the held-out pairs and their placebos."""
-    of_way, inputs = _at_layer(study, both, 0), _rows_by_input(study.info, _position(study))
+    of_way, inputs = _at_layer(study, both, position, 0), _rows_by_input(study.info, position)
     return [
         of_way.times(5 + MOST_AMPLIFIERS),  # all, the answer, MLPs, heads, all amplifiers
         of_way.times(1 + MOST_AMPLIFIERS * inputs),  # alone, again
-        _at_layer(study, heldout, 0).times(3 * OTHERS),  # by all ways, alone, and by the amplifiers
+        _at_layer(study, heldout, position, 0).times(3 * OTHERS),  # by all ways, alone, and by the amplifiers
     ]
 
 
-def _at_layer(study: Study, pairs: Sequence[TokenPair], layer: int) -> Later:
+def _at_layer(study: Study, pairs: Sequence[TokenPair], position: str, layer: int) -> Later:
     """A row on each prompt that begins at a layer, whatever it overwrites there."""
-    return of_rows(study, pairs, Site("mlp_output", layer, _position(study)))
-
-
-def _position(study: Study) -> str:
-    return position_of([*study.pairs, *study.placebos])
+    return of_rows(study, pairs, Site("mlp_output", layer, position))
 
 
 def _rows_by_input(info: ModelInfo, position: str) -> int:
