@@ -373,7 +373,7 @@ def _in_two_steps(bed: Bed) -> None:
     """Harm is brought to the end of the request in one direction, and from there to the last token in another one."""
     bed.head(bed.one_of(MIDDLE[:2]), "word", {"concept": 0.25})
     bed.head(bed.one_of(MIDDLE[2:]), "concept", {"moved": 2.0}, marker="context")
-    bed.gate(bed.one_of(LATE), _few(bed), {"moved": 0.5, "const": 0.5}, {"answer": 1.0})
+    bed.gate(bed.one_of(LATE), _few(bed), {"moved": 0.5, "const": 0.5}, {"answer": 3.0})
 
 
 def _re_embeds(bed: Bed) -> None:
