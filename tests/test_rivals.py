@@ -26,9 +26,8 @@ from remote_mediation.cost import estimate
 from remote_mediation.engine.local import LocalBackend
 from remote_mediation.engine.rows import Row
 from remote_mediation.lab import Lab, Study
-from remote_mediation.planted.cases import CASES, Bed, Case, build
+from remote_mediation.planted.cases import CASES, build
 from remote_mediation.planted.selfcheck import written
-from remote_mediation.planted.words import Pair, nouns_of
 from remote_mediation.report import write_report
 from remote_mediation.result import Result
 from remote_mediation.sites import Site
@@ -658,51 +657,9 @@ def test_the_fewest_that_carry_half_are_named_with_their_verdict(lows: list[floa
 # --- planted ----------------------------------------------------------------------------------------------------------
 
 
-YES, NO = "supported", "not supported"
-PLANTED = {  # direction, two of them, neurons, early layers, heads; what is written down in `cases`
-    # In all of them harm goes from the noun to the last token, and by no token between.
-    "heads-to-gate": (YES, NO, YES, NO, NO),  # more heads than few bring the word to neurons of one late layer
-    "late-head": (YES, NO, NO, NO, YES),  # one head answers
-    "gate-at-edit": (NO, NO, NO, NO, YES),  # what the gate says reaches the last token above 80% of the depth
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PLANTED)
-def test_what_is_true_of_rivals_is_said(name: str, tmp_path: Path) -> None:
-    study = written(build(CASES[name], 0), tmp_path, 0).model_copy(update={"analyses": ["directions", "rivals"]})
-    result = run_study(study, LocalBackend.load(study.model), Store.create(tmp_path / "run", study.identity()))
-    claims = pd.concat([result.tables["direction.csv"], result.tables["rivals.csv"]])
-    assert tuple(claims["verdict"]) == PLANTED[name]
-    assert set(claims["gate"]) == {""}
-
-
-def as_one_of_two(pairs: Sequence[Pair], generator: torch.Generator) -> dict[str, dict[str, float]]:
-    """Harm is one direction of the embeddings in every other pair, and another one in the rest."""
-    codes = {}
-    for number, pair in enumerate(pairs):
-        feature = ("word", "side")[number % 2]
-        for noun, share in zip(nouns_of(pair), (1.0, 0.0, 0.0), strict=True):
-            codes[noun] = {"noun": 1.0, feature: share}
-    return codes
-
-
-def two_gates(bed: Bed) -> None:
-    """Each kind of harm is moved along a direction of its own and opens a gate of its own, which half of it does not.
-
-    The gates lie in the last layer, so that no direction below 80% of the depth holds the answer.
-    """
-    for layer in (4, 6):
-        bed.head(layer, "word", {"moved": 0.5})
-        bed.head(layer + 1, "side", {"tag": 0.5})
-    for feature in ("moved", "tag"):
-        bed.neurons(11, 2, {feature: 1.0}, {"answer": 1.0}, threshold=3.0)
-
-
 @pytest.mark.slow
 def test_what_takes_two_directions_is_not_one(tmp_path: Path) -> None:
-    case = Case("two", "harm of two kinds", two_gates, as_one_of_two, ("",) * 5)
-    study = written(build(case, 0), tmp_path, 0).model_copy(update={"analyses": ["directions"]})
+    study = written(build(CASES["two-kinds"], 0), tmp_path, 0).model_copy(update={"analyses": ["directions"]})
     backend, store = LocalBackend.load(study.model), Store.create(tmp_path / "run", study.identity())
     result = run_study(study, backend, store)
     assert result.tables["direction.csv"]["said"].tolist()[0] == "not supported"

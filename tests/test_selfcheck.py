@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor
 
 from remote_mediation import cli
 from remote_mediation.planted import selfcheck
-from remote_mediation.planted.cases import CASES, NO, OR, YES
+from remote_mediation.planted.cases import CASES, NO, OR, YES, Specimen, build
 from remote_mediation.planted.selfcheck import SelfCheck
 
 Run = Callable[..., tuple[int, str]]
@@ -87,9 +89,36 @@ def test_what_is_true_is_said(name: str, run: Run) -> None:
     assert (found["missed"], code) == ([], 0)
 
 
-def test_every_rival_holds_in_some_model() -> None:
+@torch.no_grad()
+def states_at_last(specimen: Specimen, text: str) -> Tensor:
+    """The stream at the last prompt token after every layer: (layer, d_model)."""
+    asked = [{"role": "user", "content": text}]
+    batch = specimen.tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    _, *states = specimen.model(**batch, output_hidden_states=True).hidden_states
+    return torch.stack(states)[:, 0, -1]
+
+
+def test_every_rival_holds_in_some_model_and_fails_in_another() -> None:
     known = [case.rivals for case in CASES.values() if case.rivals]
-    assert all(YES in verdicts for verdicts in zip(*known, strict=True))
+    assert all({YES, NO} & set(OR.join(verdicts).split(OR)) == {YES, NO} for verdicts in zip(*known, strict=True))
+
+
+@pytest.mark.parametrize("name", ["late-head", "gate-at-edit"])
+def test_a_direction_is_true_where_the_answer_arrives_below_80_percent_of_the_depth(name: str) -> None:
+    """Where it arrives is read from a plain run: the stream of the last token moves along the answer from there on."""
+    seen = set()
+    for seed in range(6):
+        specimen = build(CASES[name], seed)
+        pair = specimen.pairs[0]
+        harmful, harmless = (states_at_last(specimen, text) for text in (pair.harmful, pair.harmless))
+        answer = specimen.model.lm_head.weight[specimen.tokenizer.convert_tokens_to_ids(specimen.plus)].detach()
+        moved = (harmful - harmless) @ answer
+        arrives = int((moved > moved[-1] / 2).nonzero()[0])
+        assert specimen.rivals[0] == (YES if arrives <= 9 else NO)
+        seen.add(specimen.rivals[0])
+    assert seen == {YES, NO}
 
 
 @pytest.mark.slow

@@ -68,6 +68,9 @@ _MOVED = {"moved": 1.0, "const": 0.5}
 """The same where there are none."""
 
 YES, NO, OPEN, UNTESTED = "supported", "not supported", "undecided", "not tested"
+BELOW, DEPTH = "below 80%", 0.8
+"""True where the answer reaches the last token in a layer below this part of the depth, the only ones after which
+refusal_direction looks for one (arXiv 2406.11717)."""
 OR = " or "
 """Between verdicts either of which is true."""
 Said = tuple[str, str, str, str, str]
@@ -93,7 +96,7 @@ class Case:
     """Puts another noun before or behind each prompt, of those that no pair has; with codes of these nouns."""
     rivals: tuple[str, ...] = ()
     """What has to be said of the rival claims: one direction, two of them, neurons of all layers, early layers, a few
-    heads. None where that hangs on the seed."""
+    heads. None where that is not known."""
 
 
 Neuron = tuple[int, int]
@@ -109,6 +112,8 @@ class Specimen(NamedTuple):
     minus: str
     gates: frozenset[Neuron]
     """Layer and unit of the late neurons that let harm through, where they are few."""
+    rivals: tuple[str, ...]
+    """What has to be said of the rival claims (`Case.rivals`)."""
 
 
 def build(case: Case, seed: int) -> Specimen:
@@ -129,7 +134,8 @@ def build(case: Case, seed: int) -> Specimen:
         bed = Bed(model, stream, generator)
         case.plant(bed)
         write_answers(model, tokenizer, stream, pairs, heard=_AMPLITUDE["answer"] / stream.rms(LAYERS))
-    return Specimen(model, tokenizer, pairs, PLUS, MINUS, frozenset(bed.gates))
+    rivals = tuple(bed.resolved(word) for word in case.rivals)
+    return Specimen(model, tokenizer, pairs, PLUS, MINUS, frozenset(bed.gates), rivals)
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,8 @@ class Bed:
     generator: Generator
     gates: set[Neuron] = field(default_factory=set)
     """What was planted by `gate` in late layers."""
+    answering: list[int] = field(default_factory=list)
+    """Layers of the heads that bring the answer to the last token."""
     _taken: dict[int, set[int]] = field(default_factory=dict)
     """Neurons by layer."""
 
@@ -161,9 +169,16 @@ class Bed:
         write_neurons(mlp, planted, self.stream, hears, self._vector(says), threshold)
         return planted
 
-    def gate(self, layer: int, count: int, hears: Mapping[str, float], says: Mapping[str, float]) -> None:
+    def gate(
+        self,
+        layer: int,
+        count: int,
+        hears: Mapping[str, float],
+        says: Mapping[str, float],
+        threshold: float = GATE_THRESHOLD,
+    ) -> None:
         """Few neurons that are silent where there is no harm, and open where there is."""
-        planted = self.neurons(layer, count, hears, says, GATE_THRESHOLD)
+        planted = self.neurons(layer, count, hears, says, threshold)
         if layer in LATE:
             self.gates.update((layer, unit) for unit in planted.units)
 
@@ -172,11 +187,19 @@ class Bed:
         mlp = self.model.model.layers[layer].mlp
         write_products(mlp, self._free(layer, 4), self.stream, left, right, self._vector(says))
 
-    def head(self, layer: int, hears: str, says: Mapping[str, float], marker: str = "noun") -> None:
-        """A random head that brings a feature of the marked token to all later ones."""
-        head = Planted(layer, draw_indices(self.generator, HEADS, 1))
+    def head(self, layer: int, hears: str, says: Mapping[str, float], marker: str = "noun", count: int = 1) -> None:
+        """Random heads that bring a feature of the marked token to all later ones, each of them the whole share."""
         attention = self.model.model.layers[layer].self_attn
-        write_head(attention, head, self.stream, {hears: 1.0}, self._vector(says), marker)
+        for unit in draw_indices(self.generator, HEADS, count):
+            write_head(attention, Planted(layer, (unit,)), self.stream, {hears: 1.0}, self._vector(says), marker)
+        if "answer" in says:
+            self.answering.append(layer)
+
+    def resolved(self, truth: str) -> str:
+        """What is true where that hangs on the layers drawn."""
+        if truth != BELOW:
+            return truth
+        return YES if max(self.answering) < DEPTH * LAYERS else NO
 
     def _vector(self, says: Mapping[str, float]) -> torch.Tensor:
         parts = [self.stream.write(feature, share) for feature, share in says.items()]
@@ -236,6 +259,16 @@ def _as_side(pairs: Sequence[Pair], generator: Generator) -> dict[str, dict[str,
         side = _sign(generator)
         for noun, right in zip(nouns_of(pair), (side, -side, -side), strict=True):
             codes[noun] = {"noun": 1.0, "right": right}
+    return codes
+
+
+def _as_one_of_two(pairs: Sequence[Pair], generator: Generator) -> dict[str, dict[str, float]]:
+    """Harm is one direction of the embeddings in every other pair, and another one in the rest."""
+    codes = {}
+    for number, pair in enumerate(pairs):
+        feature = ("word", "side")[number % 2]
+        for noun, share in zip(nouns_of(pair), (1.0, 0.0, 0.0), strict=True):
+            codes[noun] = {"noun": 1.0, feature: share}
     return codes
 
 
@@ -336,6 +369,12 @@ def _early_gate(bed: Bed) -> None:
     bed.gate(bed.one_of([2, 3]), _few(bed), _MOVED, {"answer": 1.0})
 
 
+def _early_crowd(bed: Bed) -> None:
+    _understand(bed, EARLY[1:])
+    for layer in MIDDLE:
+        bed.head(layer, "concept", {"answer": 1 / (2 * len(MIDDLE))}, count=2)
+
+
 def _two_layers(bed: Bed) -> None:
     layers = bed.some_of(LATE, 2)
     _hand_on(bed, layers[0])
@@ -376,6 +415,14 @@ def _in_two_steps(bed: Bed) -> None:
     bed.gate(bed.one_of(LATE), _few(bed), {"moved": 0.5, "const": 0.5}, {"answer": 3.0})
 
 
+def _two_kinds(bed: Bed) -> None:
+    """Each kind opens a gate of its own, which half of it does not; no layer below 80% of the depth holds the answer."""
+    for feature, moved, layers in (("word", "moved", MIDDLE[::2]), ("side", "tag", MIDDLE[1::2])):
+        for layer in layers:
+            bed.head(layer, feature, {moved: 1 / (2 * len(layers))}, count=2)
+        bed.gate(LATE[-1], 1, {moved: 1.0}, {"answer": 1.0}, threshold=3.0)
+
+
 def _re_embeds(bed: Bed) -> None:
     bed.products(0, "noun", "word", {"concept": 1.0})
     bed.head(bed.one_of(LATE), "concept", {"answer": 1.0})
@@ -413,12 +460,14 @@ _TRUTH = """
     erased         yes    yes    yes     yes    yes
     late-head      yes    no     no      yes    no
     early-gate     no     yes*   no      yes    untested
+    early-crowd    no     no     no      yes    no
     two-layers     yes    yes    yes     yes    yes
     backup         yes    yes    yes     yes    yes
     crowd-behind   yes    yes    no      yes    yes
     many           yes    yes    no      yes    yes
     heads-to-gate  yes    yes    yes     open   no
     two-steps      yes    yes    yes     open   no
+    two-kinds      yes    yes    yes     open   no
     re-embedded    yes    no     no      open   no
     gate-at-edit   yes    no     yes     yes    yes
     words          yes    yes    yes     open   yes
@@ -428,15 +477,21 @@ _TRUTH = """
 """
 _RIVALS = """
     case           direction  two   neurons  early  heads
+    late-head      below      no*   no       no*    yes
     early-gate     yes        no*   yes      yes    yes
+    early-crowd    yes        no*   no       yes    no
+    many           yes        no*   no       no*    no
+    heads-to-gate  yes        no*   yes      no     no
     two-steps      yes        yes   yes      no     yes
+    two-kinds      no         no*   yes      no     no
+    gate-at-edit   below      no*   no       no*    yes
 """
-"""Of the others it hangs on the layers drawn: no direction is looked for above 80% of the depth. In early-gate what
-random heads bring from the request's end to the last token can leave it open whether two directions act."""
+"""What random heads bring from the request's end to the last token can leave it open whether two directions act. Where
+one late head brings what early layers understood, what else the late layers do leaves open which of both does more."""
 _READ = {
     **{"yes": YES, "no": NO, "open": OPEN, "untested": UNTESTED},
     **{"yes*": f"{YES}{OR}{OPEN}", "no*": f"{NO}{OR}{OPEN}"},
-    **{"any-edit": "not about harm", "nothing": "no effect"},
+    **{"any-edit": "not about harm", "nothing": "no effect", "below": BELOW},
 }
 
 
@@ -460,12 +515,14 @@ _MECHANISMS: dict[str, tuple[str, Callable[[Bed], None], Code]] = {
     # What the random weights of later layers do is a percent or two of TE, in some models clear of 0 for attention: by
     # the rule of claim 2, for which any clear opposite counts, that leaves it open.
     "early-gate": ("the gate lies in the early third", _early_gate, _as_product),
+    "early-crowd": ("early MLPs understand, eight heads of middle layers answer", _early_crowd, _as_product),
     "two-layers": ("a gate of neurons in two late layers", _two_layers, _as_product),
     "backup": ("a gate, and another that takes over where it is shut", _backup, _as_product),
     "crowd-behind": ("a gate, and a crowd of neurons that takes over where it is shut", _crowd_behind, _as_product),
     "many": ("128 neurons in each late layer", _many, _as_product),
     "heads-to-gate": ("heads carry the word itself to one late gate", _heads_to_gate, _as_word),
     "two-steps": ("two heads, by way of the request's end, bring the word to a late gate", _in_two_steps, _as_word),
+    "two-kinds": ("two kinds of harm, moved along two directions, each open a gate", _two_kinds, _as_one_of_two),
     "re-embedded": ("the first MLP re-embeds the word, a late head carries it", _re_embeds, _as_word),
     # By definition: what acts at the last token is the head that copies there what the gate wrote at the noun.
     "gate-at-edit": ("the gate reads and writes at the noun, a late head copies", _gate_at_edit, _as_product),

@@ -122,7 +122,7 @@ def _compared(case: Case, seed: int, specimen: Specimen, result: Result) -> Self
         about=case.about,
         seed=seed,
         claims=tuple(claims["claim"]),
-        truth=case.said + case.rivals,
+        truth=case.said + specimen.rivals,
         said=tuple(gate or verdict for gate, verdict in zip(claims["gate"], claims["verdict"], strict=True)),
         why=tuple(claims["why"]),
         gates=tuple(sorted(gates)),
