@@ -60,7 +60,16 @@ def test_pairs_are_components_of_one_token_edits(planted: tuple[str, Specimen]) 
 def test_cutting_the_gates_stops_harm(planted: tuple[str, Specimen]) -> None:
     name, specimen = planted
     if not specimen.gates or name in ("nothing", "crowd-behind"):
-        assert name in ("nothing", "crowd-behind", "late-head", "early-gate", "early-crowd", "many", "re-embedded")
+        assert name in (
+            "nothing",
+            "crowd-behind",
+            "late-head",
+            "early-gate",
+            "early-crowd",
+            "many",
+            "late-crowd",
+            "re-embedded",
+        )
         return
     assert {layer for layer, _ in specimen.gates} <= set(LATE)
     before = (outcomes(specimen, "harmful") - outcomes(specimen, "harmless")).mean()

@@ -317,6 +317,12 @@ def _move(bed: Bed, layers: Sequence[int], hears: str = "concept") -> None:
         bed.head(layer, hears, {"moved": 1 / len(layers)})
 
 
+def _move_by_eight(bed: Bed, says: str) -> None:
+    """More heads than few bring their parts of the concept, as one feature, to the later tokens."""
+    for layer in MIDDLE:
+        bed.head(layer, "concept", {says: 1 / (2 * len(MIDDLE))}, count=2)
+
+
 def _relay(bed: Bed, moving: Sequence[int]) -> None:
     """Neurons of two middle layers say what has been moved so far."""
     for layer in bed.some_of(MIDDLE, 2):
@@ -371,8 +377,14 @@ def _early_gate(bed: Bed) -> None:
 
 def _early_crowd(bed: Bed) -> None:
     _understand(bed, EARLY[1:])
-    for layer in MIDDLE:
-        bed.head(layer, "concept", {"answer": 1 / (2 * len(MIDDLE))}, count=2)
+    _move_by_eight(bed, "answer")
+
+
+def _late_crowd(bed: Bed) -> None:
+    _understand(bed)
+    _move_by_eight(bed, "moved")
+    for layer in LATE:
+        bed.neurons(layer, _CROWD, _MOVED, {"answer": 1 / len(LATE)}, GATE_THRESHOLD)
 
 
 def _two_layers(bed: Bed) -> None:
@@ -416,7 +428,7 @@ def _in_two_steps(bed: Bed) -> None:
 
 
 def _two_kinds(bed: Bed) -> None:
-    """Each kind opens a gate of its own, which half of it does not; no layer below 80% of the depth holds the answer."""
+    """Each kind opens a gate of its own, which half of it does not; no direction below 80% of the depth is of both."""
     for feature, moved, layers in (("word", "moved", MIDDLE[::2]), ("side", "tag", MIDDLE[1::2])):
         for layer in layers:
             bed.head(layer, feature, {moved: 1 / (2 * len(layers))}, count=2)
@@ -465,6 +477,7 @@ _TRUTH = """
     backup         yes    yes    yes     yes    yes
     crowd-behind   yes    yes    no      yes    yes
     many           yes    yes    no      yes    yes
+    late-crowd     yes    yes    no      yes    no
     heads-to-gate  yes    yes    yes     open   no
     two-steps      yes    yes    yes     open   no
     two-kinds      yes    yes    yes     open   no
@@ -480,7 +493,7 @@ _RIVALS = """
     late-head      below      no*   no       no*    yes
     early-gate     yes        no*   yes      yes    yes
     early-crowd    yes        no*   no       yes    no
-    many           yes        no*   no       no*    no
+    late-crowd     yes        no*   no       no*    no
     heads-to-gate  yes        no*   yes      no     no
     two-steps      yes        yes   yes      no     yes
     two-kinds      no         no*   yes      no     no
@@ -520,6 +533,7 @@ _MECHANISMS: dict[str, tuple[str, Callable[[Bed], None], Code]] = {
     "backup": ("a gate, and another that takes over where it is shut", _backup, _as_product),
     "crowd-behind": ("a gate, and a crowd of neurons that takes over where it is shut", _crowd_behind, _as_product),
     "many": ("128 neurons in each late layer", _many, _as_product),
+    "late-crowd": ("eight heads carry harm to 128 neurons in each late layer", _late_crowd, _as_product),
     "heads-to-gate": ("heads carry the word itself to one late gate", _heads_to_gate, _as_word),
     "two-steps": ("two heads, by way of the request's end, bring the word to a late gate", _in_two_steps, _as_word),
     "two-kinds": ("two kinds of harm, moved along two directions, each open a gate", _two_kinds, _as_one_of_two),

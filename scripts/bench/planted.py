@@ -75,10 +75,10 @@ def _write(table: pd.DataFrame, page: Path) -> None:
     lines = [
         "# Planted mechanisms, on unseen seeds",
         "",
-        f"Made by `scripts/bench/planted`: every case of `selfcheck --all` on seeds {table['seed'].min()} to "
-        f"{table['seed'].max()}, with which no constant was chosen, each a model and pairs of its own. {whole} of "
-        f"{models.ngroups} models have all five verdicts right and no gate neuron missed; {int(table['right'].sum())} "
-        f"of {len(table)} verdicts are right.",
+        f"Made by `scripts/bench/planted`: {table['case'].nunique()} of the {len(CASES)} cases of `selfcheck --all` on "
+        f"seeds {table['seed'].min()} to {table['seed'].max()}, with which no constant was chosen, each a model and "
+        f"pairs of its own. {whole} of {models.ngroups} models have all five verdicts right and no gate neuron missed; "
+        f"{int(table['right'].sum())} of {len(table)} verdicts are right.",
         "",
         f"- {here['date']}, {here['processor']}",
         f"- {here['versions']}",
