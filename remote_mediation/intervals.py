@@ -32,6 +32,7 @@ __all__ = [
     "complete_pairs",
     "draw_weights",
     "dropped_note",
+    "hold_zero",
     "in_blocks_of",
     "join",
     "mean_intervals",
@@ -45,6 +46,7 @@ Floats = NDArray[np.float64]
 _scipy = cast(Any, _untyped_scipy)
 
 CONFIDENCE = 0.95
+_TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 RESAMPLES = 9999
 STUDENTISED_FROM = 15
 """Fewest clusters whose means are redrawn; below, 15 values or fewer are too few to tell a skew by."""
@@ -52,6 +54,8 @@ ROUNDING = 1e-12
 """Relative difference that the rounding of a sum can explain."""
 _BLOCK = 2**21
 """Most numbers in one temporary array (16 MiB): sites and resamples are worked through in blocks of this size."""
+_NEIGHBOURS = 2
+"""Roots on either side of the place of a quantile that it may be interpolated from, and one more."""
 _FEW_FOR_T = 6
 """Below this many clusters the reader is told what t rests on."""
 
@@ -247,14 +251,13 @@ def studentised_ends(value: Floats, error: Floats, n_clusters: int, roots: Float
 
     A root that is NaN is dropped and counted. Where the error is 0 the interval is the point; see `mean_intervals`.
     """
-    tails = np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     if roots is None:
         lower, upper = np.broadcast_to(student(n_clusters)[:, None], (2, value.size))
         method, few = "t on cluster means", n_clusters < _FEW_FOR_T
         care = f"only {n_clusters} clusters: t takes their means as normal" if few else ""
         reasons = [care] * value.size
     else:
-        lower, upper = _quantiles(roots, tails)
+        lower, upper = _quantiles(roots)
         method = "studentised cluster bootstrap"
         reasons = [_lost_note(lost, roots.shape[1]) for lost in np.isnan(roots).sum(axis=1).tolist()]
     low, high = value - upper * error, value - lower * error
@@ -264,10 +267,33 @@ def studentised_ends(value: Floats, error: Floats, n_clusters: int, roots: Float
     return Ends(n_clusters, value, low, high, reasons, method)
 
 
+def hold_zero(value: Floats, error: Floats, n_clusters: int, roots: Floats | None) -> NDArray[np.bool_]:
+    """Which intervals of `studentised_ends` have ends on both sides of 0, or on it, [row]; one without an error has not.
+
+    It takes no quantile where counting decides: an end lies on its side of 0 where its quantile times the error does
+    on that of the value, so the place of the value among the roots tells. Only next to the place of a quantile, where
+    how that is interpolated matters, the ends themselves are looked at.
+    """
+    if roots is None:
+        return _span_zero(studentised_ends(value, error, n_clusters, roots), error)
+    scaled, own = roots * error[:, None], value[:, None]
+    below, up_to = ((scaled < own).sum(axis=1), (scaled <= own).sum(axis=1))
+    places = (np.isfinite(roots).sum(axis=1) + 1)[:, None] * np.array(_TAILS)
+    held: NDArray[np.bool_] = (up_to > places[:, 0]) & (below < places[:, 1]) & (error > 0)
+    near = np.abs(np.stack([up_to, below], axis=1) - places).min(axis=1) <= _NEIGHBOURS
+    if near.any():
+        held[near] = _span_zero(studentised_ends(value[near], error[near], n_clusters, roots[near]), error[near])
+    return held
+
+
+def _span_zero(ends: Ends, error: Floats) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = (ends.low <= 0) & (ends.high >= 0) & (error > 0)
+    return found
+
+
 def student(n_clusters: int) -> Floats:
     """Lower and upper 95% quantile of t with a degree of freedom less than there are clusters."""
-    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    found: Floats = np.asarray(_scipy.t.ppf(tails, n_clusters - 1), dtype=np.float64)
+    found: Floats = np.asarray(_scipy.t.ppf(_TAILS, n_clusters - 1), dtype=np.float64)
     return found
 
 
@@ -332,15 +358,15 @@ class TwoMeans(NamedTuple):
         return _roots(factors @ self.summed, squared, factors @ self.crossed, self.counts)
 
 
-def _quantiles(roots: Floats, tails: Floats) -> Floats:
+def _quantiles(roots: Floats) -> Floats:
     """[tail, row] of roots [row, resample] that are not NaN; the p-quantile of B is the (B + 1) p-th smallest."""
     whole = ~np.isnan(roots).any(axis=1)
-    found = np.full((len(tails), len(roots)), np.nan)
-    found[:, whole] = np.quantile(roots[whole], tails, axis=1, method="weibull")
+    found = np.full((len(_TAILS), len(roots)), np.nan)
+    found[:, whole] = np.quantile(roots[whole], _TAILS, axis=1, method="weibull")
     for row in np.flatnonzero(~whole):
         kept = roots[row][~np.isnan(roots[row])]
         if kept.size:
-            found[:, row] = np.quantile(kept, tails, method="weibull")
+            found[:, row] = np.quantile(kept, _TAILS, method="weibull")
     return found
 
 

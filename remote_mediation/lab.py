@@ -202,7 +202,20 @@ class Lab:
         """
         self._runner.run_rows(rows)
         pairs = self._runner.runnable
-        return np.array([self._outcome(row, pairs) if row.pair in pairs else np.nan for row in rows])
+        there = [row for row in rows if row.pair in pairs]
+        found = np.full(len(rows), np.nan)
+        found[[row.pair in pairs for row in rows]] = self.study.outcome.each(
+            [pairs[row.pair] for row in there], self._stored(there)
+        )
+        return found
+
+    def measure_ahead(self, rows: Callable[[], Iterable[Row]]) -> None:
+        """Measure rows before they are asked for, together: every wave measures its base prompts anew.
+
+        rows: makes them; not called where nothing can be measured.
+        """
+        if self.can_measure:
+            self._runner.run_rows(rows())
 
     def readouts(self, rows: Sequence[Row]) -> list[npt.NDArray[np.float32]]:
         """What was read of each row, of pairs whose jobs have not failed; the outcome makes Y of it.
@@ -211,9 +224,14 @@ class Lab:
             UnmeasuredError: a row was not measured.
         """
         self._runner.run_rows(rows)
-        if any(self._runner.key(row) not in self._runner.values for row in rows):
+        return self._stored(rows)
+
+    def _stored(self, rows: Sequence[Row]) -> list[npt.NDArray[np.float32]]:
+        """What was read of each row. Raises: UnmeasuredError: a row was not measured."""
+        keys, values = list(map(self._runner.key, rows)), self._runner.values
+        if any(key not in values for key in keys):
             raise UnmeasuredError
-        return [self._runner.values[self._runner.key(row)] for row in rows]
+        return [values[key] for key in keys]
 
     def indirect(self, sites: Sequence[Site], pairs: Sequence[TokenPair]) -> Indirect:
         """Effects of single sites, which may be any sets of units, on pairs; not part of the study's effects.
@@ -412,9 +430,3 @@ class Lab:
         """The same study on one of its `variants`; its shape is noted, so that reports need no model."""
         info = self.noted(f"checkpoint-{digest(name)}", lambda _: self.variants[name].info, _INFO)
         return self.beside(info=info, backend=self.variants.get(name))
-
-    def _outcome(self, row: Row, pairs: dict[str, TokenPair]) -> float:
-        key = self._runner.key(row)
-        if key not in self._runner.values:
-            raise UnmeasuredError
-        return self.study.outcome.value(pairs[row.pair], self._runner.values[key])

@@ -66,6 +66,10 @@ class Outcome(ABC):
         weights = np.array([read.weight for read in self.reads(pair)], dtype=np.float64)
         return float(weights @ values.astype(np.float64))
 
+    def each(self, pairs: Sequence[TokenPair], readouts: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
+        """`value` of each readout and its pair."""
+        return np.array([self.value(pair, values) for pair, values in zip(pairs, readouts, strict=True)])
+
     def payload(self, pair: TokenPair) -> dict[str, Any]:
         """How the program makes Y of the values: by the weights of a sum."""
         return {"weights": tuple(read.weight for read in self.reads(pair))}
@@ -115,21 +119,30 @@ class RefusalOutcome(Outcome):
         compliant, refusing = self.side_logprobs(values)
         return compliant - refusing
 
+    def each(self, pairs: Sequence[TokenPair], readouts: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
+        """`value` of each readout; its pair does not matter, so all are taken together."""
+        if not readouts:
+            return np.empty(0)
+        compliant, refusing = map(_summed, self.opening_logprobs(np.stack(readouts)))
+        return compliant - refusing
+
     def payload(self, pair: TokenPair) -> dict[str, Any]:
         """How the program makes Y of the values: by side, from the reads along each opening."""
         return {"sides": self.sides}
 
     def side_logprobs(self, values: npt.NDArray[np.float32]) -> tuple[float, float]:
         """Log of the summed probability of the compliant, then of the refusing openings (nats)."""
-        compliant, refusing = (float(np.logaddexp.reduce(logprobs)) for logprobs in self.opening_logprobs(values))
+        compliant, refusing = (float(_summed(logprobs)) for logprobs in self.opening_logprobs(values))
         return compliant, refusing
 
     def opening_logprobs(
         self, values: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Log-probability of each compliant, then of each refusing opening (nats)."""
+        """Log-probability of each compliant, then of each refusing opening (nats): `[..., opening]` of `[..., read]`."""
         exact = values.astype(np.float64)
-        compliant, refusing = (np.array([exact[list(reads)].sum() for reads in side]) for side in self.sides)
+        compliant, refusing = (
+            np.stack([exact.take(reads, axis=-1).sum(axis=-1) for reads in side], axis=-1) for side in self.sides
+        )
         return compliant, refusing
 
 
@@ -179,6 +192,12 @@ class LogitOutcome(Outcome):
         """Their logits behind the prompt."""
         signed = ((self.plus, 1.0), (self.minus, -1.0))
         return tuple(Read(0, token, sign / len(tokens)) for tokens, sign in signed for token in tokens)
+
+
+def _summed(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Log of the summed probability of openings, `[...]` of `[..., opening]`."""
+    found: npt.NDArray[np.float64] = np.logaddexp.reduce(logprobs, axis=-1)
+    return found
 
 
 OUTCOMES: dict[str, type[Outcome]] = {one.name: one for one in (RefusalOutcome, ResponseOutcome, LogitOutcome)}

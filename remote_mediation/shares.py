@@ -11,18 +11,20 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import scipy.optimize as _untyped_scipy  # pyright: ignore[reportMissingTypeStubs]
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from remote_mediation.intervals import (
     RESAMPLES,
     ROUNDING,
     CompletePairs,
     Floats,
+    ClusterMeans,
     Interval,
     TwoMeans,
     cluster_means,
     complete_pairs,
     draw_weights,
+    hold_zero,
     join,
     mean_intervals,
     standard_error,
@@ -90,7 +92,7 @@ def share(
     value = float(above.sum() / below.sum())
     low, high, note = value, value, "no spread"
     if np.abs(above - value * below).max() > ROUNDING * np.abs(above).max():
-        span = _set_of(_Remainder.of(above - value * below, below, counts, weights).margins, value)
+        span = _set_of(_Remainder.of(above - value * below, below, counts, weights), value)
         low, high, note = span.low, span.high, base.reason
     reason, method = join(note, pairs.dropped), f"Fieller, {base.method}"
     return Interval(base.n_pairs, base.n_clusters, value, low, high, reason, method=method)
@@ -255,13 +257,22 @@ class _Remainder(NamedTuple):
 
     def margins(self, shifts: Floats) -> Floats:
         """By how many standard errors the interval reaches beyond 0, [shift]; below 0 where it does not hold 0."""
-        rows = self.at_share - shifts[:, None] * self.below
-        found = cluster_means(rows, self.counts)
-        roots = None if self.drawn is None else self.drawn.roots(np.stack([np.ones_like(shifts), -shifts], axis=1))
-        ends = studentised_ends(found.value, found.error, len(self.below), roots)
+        found = self._means(shifts)
+        ends = studentised_ends(found.value, found.error, len(self.below), self._roots(shifts))
         with np.errstate(divide="ignore", invalid="ignore"):
             margins = np.minimum(-ends.low, ends.high) / found.error
         return np.nan_to_num(margins, nan=-1.0, neginf=-1.0)
+
+    def held(self, shifts: Floats) -> NDArray[np.bool_]:
+        """Where margins are at least 0, [shift], which is known far sooner than by how much."""
+        found = self._means(shifts)
+        return hold_zero(found.value, found.error, len(self.below), self._roots(shifts))
+
+    def _means(self, shifts: Floats) -> ClusterMeans:
+        return cluster_means(self.at_share - shifts[:, None] * self.below, self.counts)
+
+    def _roots(self, shifts: Floats) -> Floats | None:
+        return None if self.drawn is None else self.drawn.roots(np.stack([np.ones_like(shifts), -shifts], axis=1))
 
 
 class _Span(NamedTuple):
@@ -269,24 +280,22 @@ class _Span(NamedTuple):
     high: float
 
 
-def _set_of(margins: Callable[[Floats], Floats], share: float) -> _Span:
-    """The outermost shares that are not rejected; this share is none of them that is, and an infinite one is.
-
-    margins: of shares as their distance from this one; at least 0 where a share is not rejected.
-    """
+def _set_of(tested: _Remainder, share: float) -> _Span:
+    """The outermost shares that are not rejected; this share is none of them that is, and an infinite one is."""
     grid = np.linspace(-np.pi / 2, np.pi / 2, _ANGLES)
 
-    def margin(angles: Floats) -> Floats:
-        return margins(np.tan(angles) - share)
+    def shifts(angles: Floats) -> Floats:
+        return np.tan(angles) - share
 
-    held = np.append(grid[1:-1][margin(grid[1:-1]) >= 0], np.arctan(share))
+    held = np.append(grid[1:-1][tested.held(shifts(grid[1:-1]))], np.arctan(share))
     within = np.array([held.min(), held.max()])
     beyond = np.array([grid[grid < within[0]].max(), grid[grid > within[1]].min()])
     for _ in range(_HALVINGS):
         middle = (within + beyond) / 2
-        inside = margin(middle) >= 0
+        inside = tested.held(shifts(middle))
         within, beyond = np.where(inside, middle, within), np.where(inside, beyond, middle)
-    return _Span(*(_end(margin, *bracket) for bracket in zip(within, beyond, strict=True)))
+    brackets = zip(within, beyond, strict=True)
+    return _Span(*(_end(lambda angles: tested.margins(shifts(angles)), *bracket) for bracket in brackets))
 
 
 def _end(margin: Callable[[Floats], Floats], within: float, beyond: float) -> float:

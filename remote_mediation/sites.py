@@ -579,14 +579,17 @@ class ModelInfo:
         Raises:
             SiteError: the family has no such component.
         """
-        if not self.has(component):
-            raise SiteError(f"{self.name} has no {component}: {_lacking(component, self.family)}")
+        self._refuse_lacking(component)
         counts: dict[Component, int] = {"mlp_neurons": self.d_ff}
         counts |= dict.fromkeys(("attention_heads", "query_heads"), self.heads)
         counts |= dict.fromkeys(SHARED_HEADS, self.shared_heads)
         counts |= {"router": self.experts, "expert_output": self.experts, "shared_expert_output": 1}
         counts |= {"expert_neurons": self.experts * self.expert_ff}
         return counts.get(component, self.d_model)
+
+    def _refuse_lacking(self, component: Component) -> None:
+        if not self.has(component):
+            raise SiteError(f"{self.name} has no {component}: {_lacking(component, self.family)}")
 
     def has(self, component: Component) -> bool:
         """Whether the family has such a component."""
@@ -618,7 +621,7 @@ class ModelInfo:
 
     def columns(self, component: Component, units: tuple[int, ...]) -> tuple[int, ...]:
         """Tensor columns of units: a head is `d_head` columns, every other unit is one; an expert is its number."""
-        self.width(component)  # refuses a component that the family lacks
+        self._refuse_lacking(component)
         if component not in HEAD_COMPONENTS:
             return units
         return tuple(head * self.d_head + column for head in units for column in range(self.d_head))

@@ -120,13 +120,14 @@ class Keys:
 
     def __call__(self, row: Row) -> str:
         """The key of a row."""
-        if row not in self._known:
+        known = self._known.get(row)  # one look: the hash of a row is that of all its writes
+        if known is None:
             writes = [
                 (w.component, w.layer, brief(w.places), brief(w.columns), repr(self._brief(w.value)))
                 for w in row.writes
             ]
-            self._known[row] = digest([self._prefixes[row.pair], row.base, writes])
-        return self._known[row]
+            known = self._known[row] = digest([self._prefixes[row.pair], row.base, writes])
+        return known
 
     def _brief(self, value: Value) -> Any:
         """A value in few words: one of another row by the key of that row."""

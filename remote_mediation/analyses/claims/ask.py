@@ -105,7 +105,7 @@ def _measured(discovery: Sample, heldout: Sample, edits: Sample) -> FiveClaims:
     lab, layers = heldout.lab, heldout.lab.study.info.layers
     deep = layers >= FEWEST_LAYERS
     if deep:
-        lab.outcomes(_rows_ahead(heldout, edits))
+        lab.measure_ahead(lambda: _rows_ahead(heldout, edits))
     where, what, tables = _measure_direct_claims(discovery, heldout)
     if not deep:
         shallow = f"{layers} layers have no thirds to speak of, it takes {FEWEST_LAYERS}"
@@ -122,7 +122,7 @@ def _measured(discovery: Sample, heldout: Sample, edits: Sample) -> FiveClaims:
 
 
 def _rows_ahead(heldout: Sample, edits: Sample) -> list[Row]:
-    """What the held-out pairs are asked whatever is found, together: every wave measures its base prompts anew.
+    """What the held-out pairs are asked whatever is found.
 
     edits: those that have the edit on both sides.
     """

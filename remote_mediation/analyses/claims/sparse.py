@@ -80,7 +80,7 @@ def measure_gate(discovery: Sample, heldout: Sample) -> Gated:
     if problem:
         return Gated(verdicts.untested(3, f"the late neurons could not be ranked: {problem}"), {}, {})
     search = Search.of(discovery, position)
-    lab.outcomes(search.rows(heldout))
+    lab.measure_ahead(lambda: search.rows(heldout))
     found = search.judged(heldout)
     claim = verdicts.sparse_gate(heldout.bench(), found)
     sets = {} if search.size is None else {"late gate neurons": tuple(first(search.ranked, search.size, position))}
@@ -128,7 +128,7 @@ class Search(NamedTuple):
         )
 
     def rows(self, heldout: Sample) -> list[Row]:
-        """What `judged` and `curve` measure, random sets apart, together: every wave runs its base prompts anew."""
+        """What `judged` and `curve` measure, random sets apart."""
         info, pairs = self.lab.study.info, heldout.pairs
         joint = swaps(swap_all, [self._first(size) for size in self.sizes], pairs, info)
         direct = swaps(direct_row, [first(self.ranked, size, "last") for size in self.sizes], pairs, info)
@@ -236,7 +236,7 @@ def matched(chosen: Sequence[Unit], changes: Floats, rng: np.random.Generator) -
     found: list[Unit] = []
     for layer in sorted({layer for layer, _ in chosen}):
         units = [unit for one, unit in chosen if one == layer]
-        others = np.setdiff1d(np.arange(changes.shape[1]), units)
+        others = np.delete(np.arange(changes.shape[1]), units)
         pool = rng.permutation(others)[: max(len(others) // 2, len(units))]
         for unit in rng.permutation(units):
             nearest = int(np.argmin(np.abs(changes[layer, pool] - changes[layer, unit])))
