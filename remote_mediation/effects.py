@@ -44,6 +44,8 @@ EFFECT_COLUMNS: dict[str, str] = {
 SITE_COLUMNS = ["analysis", "component", "layer", "position", "unit_start", "unit_stop"]
 QUANTITIES = ("te", "nie", "nde", "tie", "int")
 
+_POTENTIAL = 4
+"""Potential outcomes that effects are differences of."""
 Values = Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -76,15 +78,25 @@ def effects_table(
     splits: Mapping[str, str],
 ) -> pd.DataFrame:
     """The effects of all requests whose four potential outcomes were measured (columns: `EFFECT_COLUMNS`)."""
-    records = []
+    known: list[Request] = []
+    readouts: list[npt.NDArray[np.float32]] = []
     for request in requests:
-        pair = request.pair
-        rows = (Row(pair.id, 0), Row(pair.id, 1), *request.rows(info))
-        found = [values.get(keys(row)) for row in rows]
-        known = [outcome.value(pair, value) for value in found if value is not None]
-        if len(known) == len(rows):
-            measured = {"split": splits[pair.id], "outcome": outcome.name, "unit": outcome.unit}
-            records.append({**_site_columns(request), **_effect_columns(*known), **measured})
+        base, source = (Row(request.pair.id, side) for side in (0, 1))
+        found = [values[key] for key in map(keys, (base, source, *request.rows(info))) if key in values]
+        if len(found) == _POTENTIAL:
+            known.append(request)
+            readouts += found
+    measured = outcome.each([request.pair for request in known for _ in range(_POTENTIAL)], readouts)
+    records = [
+        {
+            **_site_columns(request),
+            **_effect_columns(*potential),
+            "split": splits[request.pair.id],
+            "outcome": outcome.name,
+            "unit": outcome.unit,
+        }
+        for request, potential in zip(known, measured.reshape(-1, _POTENTIAL).tolist(), strict=True)
+    ]
     table = pd.DataFrame(records, columns=list(EFFECT_COLUMNS))
     return table.astype({"unit_start": "Int64", "unit_stop": "Int64"})
 

@@ -259,17 +259,13 @@ class Lab:
         Raises:
             JobError, UnmeasuredError: as `run`.
         """
-        outcome = self.study.outcome
         if any(site.component == "mlp_neurons" for sites in sets for site in sites):
             return self._both_ways(direct_row, sets, pairs)
         found = self.run([direct_task(pair, sets, self.study.setting) for pair in pairs])
-        swapped = np.array(
-            [
-                [[outcome.value(pair, read) for read in side] for side in values.reshape(2, len(sets), -1)]
-                for pair, values in zip(pairs, found, strict=True)
-            ]
-        ).reshape(len(pairs), 2, len(sets))
-        return self._against_bases(swapped.transpose(1, 2, 0), pairs)
+        each = 2 * len(sets)
+        readouts = [read for values in found for read in values.reshape(each, -1)]
+        swapped = self.study.outcome.each([pair for pair in pairs for _ in range(each)], readouts)
+        return self._against_bases(swapped.reshape(len(pairs), 2, len(sets)).transpose(1, 2, 0), pairs)
 
     def through(self, ways: Sequence[Way], pairs: Sequence[TokenPair]) -> Indirect:
         """Path effects (`pathrows`): what heads do by way of receivers alone; without any, straight to the answer.

@@ -108,6 +108,30 @@ def test_joint_effects_take_one_run_of_each_prompt(tmp_path: Path) -> None:
     assert [run[keys(row)] for row in BARE] == [1] * len(BARE)
 
 
+def test_what_is_measured_ahead_takes_one_run_of_each_prompt(tmp_path: Path) -> None:
+    backend = CannedBackend({})
+    here = lab(tmp_path, backend)
+    here.measure_ahead(lambda: [*BARE, *swaps()])
+    here.outcomes(swaps())
+    here.outcomes(BARE)
+    run = Counter(key for job in backend.collected for key in job.keys)
+    keys = Keys(here.study.setting, PAIRS)
+    assert [run[keys(row)] for row in (*BARE, *swaps())] == [1] * (len(BARE) + len(PAIRS))
+
+
+def test_without_a_backend_nothing_is_made_ahead(tmp_path: Path) -> None:
+    made = list[str]()
+
+    def rows() -> list[Row]:
+        made.append("rows")
+        return BARE
+
+    lab(tmp_path / "report").measure_ahead(rows)
+    assert made == []
+    lab(tmp_path / "run", CannedBackend({})).measure_ahead(rows)
+    assert made == ["rows"]
+
+
 def test_without_a_backend_what_is_missing_is_said(tmp_path: Path) -> None:
     here = lab(tmp_path)
     assert not here.can_measure

@@ -7,7 +7,7 @@ import pytest
 from fakes import token_pair, words_tokenizer
 
 from remote_mediation.errors import SettingsError
-from remote_mediation.outcomes import LogitOutcome, Read, ResponseOutcome, logit_diff
+from remote_mediation.outcomes import LogitOutcome, Outcome, Read, ResponseOutcome, logit_diff, refusal
 
 ANSWERS = ((4, 1, 3), (2, 0))
 PAIR = token_pair(answers=ANSWERS)
@@ -77,3 +77,32 @@ def test_tokens_of_logit_diff() -> None:
 def test_tokens_that_measure_nothing(plus: list[str], minus: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         logit_diff(plus, minus, words_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        LogitOutcome(plus=(1, 4, 5), minus=(0, 3)),
+        ResponseOutcome(),
+        refusal(((1,), (2, 3, 4), (5,) * 11), ((4, 1), (0, 2, 2, 2))),
+    ],
+    ids=lambda outcome: outcome.name,
+)
+def test_readouts_have_the_same_y_together_to_the_last_digit(outcome: Outcome) -> None:
+    """An opening of eleven tokens: from eight on NumPy adds numbers that lie side by side up in another order."""
+    reads = len(outcome.reads(PAIR))
+    readouts = list(np.random.default_rng(0).normal(-5, 3, size=(40, reads)).astype(np.float32))
+    found = outcome.each([PAIR] * 40, readouts)
+    assert found.tolist() == [outcome.value(PAIR, values) for values in readouts]
+    assert outcome.each([], []).shape == (0,)
+
+
+def test_openings_are_added_up_along_each_and_then_as_probabilities() -> None:
+    outcome = refusal(((1,), (2, 3)), ((4,),))
+    place = {(read.answer, read.token): index for index, read in enumerate(outcome.reads(PAIR))}
+    logprobs = log_softmax(LOGITS)
+    values = np.array([logprobs[answer, token] for answer, token in place], np.float32)
+    exact = np.exp(values.astype(np.float64))
+    after = next(answer for answer, token in place if token == 3)
+    compliant = exact[place[0, 1]] + exact[place[0, 2]] * exact[place[after, 3]]
+    assert outcome.each([PAIR], [values]) == pytest.approx(np.log(compliant / exact[place[0, 4]]))

@@ -9,7 +9,7 @@ import scipy.stats as untyped_scipy  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 from statsmodels.regression import linear_model as untyped_regression  # pyright: ignore[reportMissingTypeStubs]
 
-from remote_mediation import shares, stats
+from remote_mediation import intervals, shares, stats
 
 scipy_stats, regression = cast(Any, untyped_scipy), cast(Any, untyped_regression)
 NaN = math.nan
@@ -250,3 +250,26 @@ def test_the_mean_behind_a_verdict_is_that_of_estimate_means() -> None:
     plain = stats.estimate_means((effect - 0.5 * total)[None], clusters, rng())[0]
     found = shares.share_exceeds(effect, total, clusters, rng(), 0.5)
     assert (found.value, found.low, found.high) == pytest.approx((plain.value, plain.low, plain.high))
+
+
+@pytest.mark.parametrize("resamples", [1, 19, 39, 199, 999])
+def test_counting_roots_says_what_the_ends_of_intervals_say(resamples: int) -> None:
+    """Values at every root, next to it and between, so that many lie where a quantile is; some roots are lost."""
+    draws = rng(resamples)
+    roots = draws.standard_t(4, resamples)
+    error = draws.uniform(0.5, 2, 6)
+    places = np.sort(np.concatenate([roots, roots + 1e-9, roots - 1e-9, np.nextafter(roots, 0), [0.0, 9.0, -9.0]]))
+    value = (places[:, None] * error).ravel()
+    errors = np.tile(error, len(places))
+    errors[::7] = 0.0
+    rows = np.tile(roots, (len(value), 1))
+    rows[::5, : resamples // 3] = np.nan
+    ends = intervals.studentised_ends(value, errors, 20, rows)
+    expected = (ends.low <= 0) & (ends.high >= 0) & (errors > 0)
+    assert intervals.hold_zero(value, errors, 20, rows).tolist() == expected.tolist()
+    assert resamples < 39 or 0 < expected.sum() < len(expected)
+
+
+def test_without_roots_the_ends_of_t_say_it() -> None:
+    value, error = np.array([-3.0, -0.1, 0.0, 0.1, 3.0, 0.0]), np.array([1.0] * 5 + [0.0])
+    assert intervals.hold_zero(value, error, 8, None).tolist() == [False, True, True, True, False, False]
