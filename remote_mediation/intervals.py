@@ -268,7 +268,7 @@ def studentised_ends(value: Floats, error: Floats, n_clusters: int, roots: Float
 
 
 def hold_zero(value: Floats, error: Floats, n_clusters: int, roots: Floats | None) -> NDArray[np.bool_]:
-    """Which intervals of `studentised_ends` have ends on both sides of 0, or on it, [row]; one without an error has not.
+    """Which intervals of `studentised_ends` have ends on both sides of 0 or on it, [row]; without an error, none.
 
     It takes no quantile where counting decides: an end lies on its side of 0 where its quantile times the error does
     on that of the value, so the place of the value among the roots tells. Only next to the place of a quantile, where

@@ -138,7 +138,10 @@ class RefusalOutcome(Outcome):
     def opening_logprobs(
         self, values: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Log-probability of each compliant, then of each refusing opening (nats): `[..., opening]` of `[..., read]`."""
+        """Log-probability of each compliant, then of each refusing opening (nats), `[..., opening]`.
+
+        values: `[..., read]`.
+        """
         exact = values.astype(np.float64)
         compliant, refusing = (
             np.stack([exact.take(reads, axis=-1).sum(axis=-1) for reads in side], axis=-1) for side in self.sides

@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from remote_mediation.intervals import (
     RESAMPLES,
     ROUNDING,
+    ClusterMeans,
     CompletePairs,
     Floats,
-    ClusterMeans,
     Interval,
     TwoMeans,
     cluster_means,
