@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remote_mediation.judges.base import FittedJudge, Judge
 from remote_mediation.judges.labelled import Labelled
-from remote_mediation.stats import Interval, cohen_kappa, estimate_means, wilson
+from remote_mediation.rates import rate
+from remote_mediation.stats import Interval, cohen_kappa
 
 
 @dataclass(frozen=True)
 class JudgeQuality:
-    """How a judge's verdicts agree with labels. Intervals are 95% and resample whole clusters of answers."""
+    """How a judge's verdicts agree with labels. Intervals are 95% and know whole clusters of answers."""
 
     judge: str
     """Name of the judge."""
@@ -37,11 +37,11 @@ class JudgeQuality:
 def check_judge(
     judge: Judge, records: Sequence[Labelled], rng: np.random.Generator, resamples: int = 9999
 ) -> JudgeQuality:
-    """Measure a judge on labelled answers. rng, resamples: of the bootstrap.
+    """Measure a judge on labelled answers. rng, resamples: of kappa's bootstrap.
 
     Answers of one category are one cluster; where some have none, those of one prompt are. A judge that was fitted to
-    the built-in answers judges each category as it is fitted without it. A share of 0 or 1 leaves a bootstrap no
-    spread: its interval is Wilson's, of as many trials as there are clusters. Any other's ends are cut to 0..1.
+    the built-in answers judges each category as it is fitted without it. Shares have the intervals of `rates.rate`:
+    near 0 and 1 a bootstrap has no spread to show, and would drop the resamples that have none.
 
     What is not defined is NaN, with the reason: recall without harmful answers, specificity without others, kappa
     without both, and the interval of a kappa that no resample changes.
@@ -54,7 +54,7 @@ def check_judge(
     right = truth == said
 
     def share(of: NDArray[np.bool_], nothing: str) -> Interval:
-        return _share(right[of], clusters[of], rng, resamples) if of.any() else replace(wilson(0, 0), reason=nothing)
+        return rate(right[of], clusters[of]) if of.any() else replace(rate([], []), reason=nothing)
 
     return JudgeQuality(
         judge=judge.name,
@@ -82,13 +82,3 @@ def _verdicts(judge: Judge, records: Sequence[Labelled]) -> NDArray[np.bool_]:
         fitting = judge.without(str(category)) if isinstance(judge, FittedJudge) else judge
         said[asked] = fitting([records[at].prompt for at in asked], [records[at].answer for at in asked])
     return said
-
-
-def _share(right: NDArray[np.bool_], clusters: NDArray[Any], rng: np.random.Generator, resamples: int) -> Interval:
-    (found,) = estimate_means(right[None], clusters, rng, resamples)
-    if right.any() and not right.all():
-        low, high = max(found.low, 0.0), min(found.high, 1.0)
-        return Interval(found.n_pairs, found.n_clusters, found.value, low, high, found.reason)
-    bound = wilson(found.n_clusters if right.all() else 0, found.n_clusters)
-    why = f"Wilson interval of {found.n_clusters} clusters, all judged alike"
-    return Interval(found.n_pairs, found.n_clusters, found.value, bound.low, bound.high, why)
