@@ -189,6 +189,7 @@ def _verdict_table(verdicts: Sequence[Verdict]) -> Table:
         Note("harm", "shares of TE with 95% intervals on held-out pairs, NIE then TIE; claim 4: the gain in accuracy"),
         Note("placebo", "where its TE spans 0 there is no share of it, and the slope β of effect on TE stands alone"),
         *([Note(ANY_EDIT, _IN_GENERAL)] if any(one.general for one in verdicts) else []),
+        *(Note(f"{one.row}, not supported", one.why) for one in verdicts if one.said == "not supported"),
     )
     rows = [(one.claim, one.harm, one.placebo, one.said) for one in verdicts]
     return Table(("claim", "harm", "placebo", "verdict"), rows, notes)

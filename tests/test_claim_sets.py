@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from remote_mediation.analyses.claims import ask, handed, show, sparse, understanding
-from remote_mediation.analyses.claims.figures import claims_figure, specification_figure
+from remote_mediation.analyses.claims.figures import SIGNS, claims_figure, specification_figure
 from remote_mediation.analyses.claims.specification import (
     DIVISIONS,
     RANDOM,
@@ -187,8 +187,8 @@ def test_the_small_table_has_harm_beside_placebo() -> None:
 
 
 def test_what_decides_is_drawn_with_the_placebo_hollow_and_grey_and_the_bar_of_the_claim() -> None:
-    _, sets = _tables()
-    axis = claims_figure(sets).axes[0]
+    claims, sets = _tables()
+    axis = claims_figure(sets, claims).axes[0]
     drawn = {line.get_label(): line for line in axis.lines}
     assert [text.get_text() for text in axis.get_yticklabels()] == ["1. W, NIE", "1. W, TIE"]  # `A` decides nothing
     assert drawn["harm"].get_xdata() == pytest.approx([0.9, 0.9])
@@ -204,13 +204,41 @@ def test_what_decides_is_drawn_with_the_placebo_hollow_and_grey_and_the_bar_of_t
 
 
 def test_what_is_read_and_must_not_act_yet_is_drawn_with_its_own_bar() -> None:
-    _, sets = _tables()
+    claims, sets = _tables()
     sets = sets.assign(number=4)
-    axis = claims_figure(sets).axes[0]
+    axis = claims_figure(sets, claims.assign(number=4)).axes[0]
     drawn = {line.get_label(): line for line in axis.lines}
     assert [text.get_text() for text in axis.get_yticklabels()] == ["4. W, NIE", "4. W, TIE", "4. A, NIE"]
     assert drawn["harm has to lie above"].get_xdata() == pytest.approx([0, 0])
     assert drawn["harm has to lie below"].get_xdata() == pytest.approx([0.05])
+
+
+def test_a_number_on_which_no_verdict_rests_is_marked() -> None:
+    claims, sets = _tables()
+    axis = claims_figure(sets, claims.assign(verdict="not tested")).axes[0]
+    assert [text.get_text() for text in axis.get_yticklabels()] == [
+        "1. W, NIE (not tested)",
+        "1. W, TIE (not tested)",
+    ]
+
+
+def test_shares_of_several_sets_are_named() -> None:
+    claims, sets = _tables()
+    two = pd.concat([sets[:2], sets[:2].assign(measure="V", harm=0.5, harm_low=0.4, harm_high=0.6)], ignore_index=True)
+    (row,) = show.verdicts_of(claims, two)
+    assert row.harm == (
+        "W: 90% [80%, 100%], β 0.9; 90% [80%, 100%], β 0.9; V: 50% [40%, 60%], β 0.9; 50% [40%, 60%], β 0.9"
+    )
+
+
+def test_a_share_that_is_undefined_beside_that_of_harm_is_the_placebo_s() -> None:
+    _, sets = _tables()
+    why = "undefined: the interval of the total, -1 to 1, spans 0"
+    notes = list(map(str, show.measures_table(sets.assign(placebo=np.nan, reason=why)).notes))
+    assert notes[-1] == f"placebo: {why}"
+    notes = list(map(str, show.measures_table(sets.assign(harm=np.nan, reason=why)).notes))
+    assert notes[-1] == why
+    assert list(map(str, show.measures_table(sets.assign(reason="no spread")).notes))[-1] == "no spread"
 
 
 def test_choices_are_shown() -> None:
@@ -223,4 +251,7 @@ def test_choices_are_shown() -> None:
     assert isinstance(figure, Figure)
     dots = [line for line in figure.axes[0].lines if line.get_label() == "heldout"]
     assert dots[0].get_xdata() == pytest.approx([0.5], abs=0.01)
+    own = {line.get_color() for axis in figure.axes[:2] for line in axis.lines if line.get_marker() != "None"}
+    assert len(own) == 4
+    assert not own & set(SIGNS.values())  # one colour does not mean two things
     assert sum(bar.get_width() for bar in figure.axes[2].patches) == pytest.approx(1)

@@ -675,6 +675,11 @@ def test_the_section_begins_with_what_was_found(measured: Measured) -> None:
     first = result.tables["two_step.csv"].iloc[0]
     assert section.finding.startswith(f"{first['sender'].capitalize()}: {first['said']} (")
     assert section.brief.count(";") == len(result.tables["two_step.csv"]) - 1
+    rivals = result.tables["rivals.csv"].set_index("rival")["said"]
+    assert section.brief.endswith(f"that of the rival claim: {rivals['head gate']}.")
+    named = [cell for row in section.tables[-1].rows for cell in row[1:2]]
+    assert any(name.startswith("head ") for name in named)
+    assert not any(name.endswith(".0.0") or name.count(".") > 1 for name in named)
     assert [table.header[0] for table in section.tables][-1] == "sender"
     assert len(section.tables) == len(result.tables["two_step.csv"]) + 1
     assert section.markdown()

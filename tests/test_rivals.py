@@ -20,6 +20,7 @@ from remote_mediation.analyses.claims import beside
 from remote_mediation.analyses.claims.samples import Sample, activations
 from remote_mediation.analyses.claims.verdicts import HALF, Bench, Beside, Both, Effect
 from remote_mediation.analyses.rivals import DIRECTIONS, RIVALS, directions, harm, rulings, samples, sets, show
+from remote_mediation.analyses.rivals.figures import AXIS, axis_figure
 from remote_mediation.analyses.rivals.rulings import EARLY, NEURONS, Carrier
 from remote_mediation.config import StudyConfig
 from remote_mediation.cost import estimate
@@ -601,8 +602,38 @@ def test_filled_dots_are_those_that_decide(measured: Measured) -> None:
     }
     drawn = every[every["direction"] == "nie"].dropna(subset=["harm"])
     assert len(drawn) >= 8
-    places = zip(drawn["values"], drawn["harm"], strict=True)
-    assert dots == dict(zip(places, drawn["decides"], strict=True))
+    assert sorted(zip([y for _, y in dots], dots.values(), strict=True)) == sorted(
+        zip(drawn["harm"], drawn["decides"], strict=True)
+    )
+    by_share = dict(zip(drawn["harm"], drawn["values"], strict=True))
+    assert all(by_share[y] <= x < 2 * by_share[y] for x, y in dots)
+
+
+def test_claims_that_swap_as_many_numbers_stand_side_by_side_in_their_own_colours() -> None:
+    rows = pd.DataFrame(
+        [
+            (name, "supported", name, values, way, True, 0.7, 0.6, 0.8)
+            for name, values in (("head gate", 1), ("one direction", 1), ("early layers", 50))
+            for way in ("nie", "tie")
+        ],
+        columns=list(AXIS),
+    )
+    found = {}
+    for names in (["one direction", "head gate", "early layers"], ["head gate", "one direction"]):
+        axis = axis_figure(rows[rows["rival"].isin(names)], "").axes[0]
+        drawn = [line for line in axis.lines if line.get_marker() != "None" and len(line.get_xdata())]
+        assert len({float(line.get_xdata()[0]) for line in drawn}) == len(names)
+        colours = {text.get_text().split(":")[0]: None for text in axis.figure.legends[0].get_texts()}
+        handles = axis.figure.legends[0].legend_handles
+        for name, handle in zip(colours, handles, strict=True):
+            assert found.setdefault(name, handle.get_color()) == handle.get_color()
+    assert len(set(found.values())) == 3
+
+
+def test_intervals_are_drawn_to_their_ends_in_both_directions() -> None:
+    ends = [("head gate", "supported", "a", 3, way, True, 1.6, 1.5, high) for way, high in (("nie", 1.7), ("tie", 1.9))]
+    for axis in axis_figure(pd.DataFrame(ends, columns=list(AXIS)), "").axes:
+        assert axis.get_ylim()[1] > 1.9
 
 
 def test_nothing_is_drawn_where_there_is_nothing_to_carry(measured: Measured) -> None:

@@ -10,11 +10,13 @@ import pandas as pd
 
 from remote_mediation.result import Result
 from remote_mediation.show.section import Share, Verdict
-from remote_mediation.show.tables import NONE, Note, count, estimate, interval, number, percent, rounded
+from remote_mediation.show.tables import NONE, Note, count, estimate, interval, notes_on, number, percent, rounded
 from remote_mediation.stats import Estimate, Interval
 
 UNMEASURED = "Not measured yet: run the study again, and it goes on where this run ended."
 ENDS = ("low", "high")
+_UNDEFINED = "undefined: "
+"""How the reason of a share begins that is not defined (`shares`)."""
 
 
 def share_cell(row: Any, name: str) -> str:
@@ -84,8 +86,17 @@ def decided(claim: Any, sets: pd.DataFrame, *, label: str, text: str, short: str
 
 
 def told(shares: Sequence[Share], side: Literal["harm", "placebo"]) -> str:
-    """Shares of a side and their slopes on TE, one after the other; an accuracy has no slope."""
-    return "; ".join(_with_slope(one, side) for one in shares)
+    """Shares of a side and their slopes on TE, one after the other, named where they are of several sets.
+
+    An accuracy has no slope.
+    """
+    several = len({one.measure for one in shares}) > 1
+    said, before = [], ""
+    for one in shares:
+        named = f"{one.measure}: " if several and one.measure != before else ""
+        said.append(f"{named}{_with_slope(one, side)}")
+        before = one.measure
+    return "; ".join(said)
 
 
 def _with_slope(one: Share, side: str) -> str:
@@ -117,6 +128,17 @@ def pairs_notes(table: pd.DataFrame, which: str) -> list[Note]:
     """On how many pairs a table rests. which: their kind, in the singular. table: with `n` and `clusters`."""
     sizes = table[["n", "clusters"]].dropna().drop_duplicates().to_numpy()
     return [Note("", f"{count(int(n), which)} in {count(int(clusters), 'cluster')}") for n, clusters in sizes]
+
+
+def reason_notes(table: pd.DataFrame) -> list[Note]:
+    """Why numbers are missing, or to be read with care.
+
+    table: with `harm`, and with `reason`, that of harm or, where harm has none, of the placebo. Where the share of harm
+    is known, one that is undefined is the placebo's.
+    """
+    placebo = table["reason"].str.startswith(_UNDEFINED, na=False) & table["harm"].notna()
+    reasons = table["reason"].dropna()
+    return [*notes_on("placebo", reasons[placebo]), *notes_on("", reasons[~placebo])]
 
 
 def no_effect(result: Result) -> str:

@@ -237,8 +237,8 @@ def _search_section() -> list[str]:
         "",
         "Planted models of growing width: sites that `neurons.search = windows` measures on each pair until it is left "
         f"with single neurons. From {first['d_ff']:,} to {last['d_ff']:,} neurons per layer "
-        f"({last['d_ff'] / first['d_ff']:.0f}x) they grow from {first['windows']} to {last['windows']} "
-        f"({last['windows'] / first['windows']:.2f}x).",
+        f"({last['d_ff'] / first['d_ff']:.0f}x) they are {table['windows'].min()} to {table['windows'].max()}, with "
+        f"{table['planted'].min()} to {table['planted'].max()} planted gates.",
         "",
         *_machine_lines(facts),
         "",
@@ -337,7 +337,10 @@ def _verdict_section() -> list[str]:
     facts, table = json.loads((OUT / "verdict.json").read_text("utf-8")), pd.read_csv(OUT / "verdict.csv")
     seconds, passes = (table.set_index("what")[column] for column in ("seconds", "passes_per_pair"))
     share = seconds["all five"] / seconds["maps"]
-    rows = [(str(one.what), f"{one.seconds:.1f}", f"{one.passes_per_pair:.1f}") for one in table.itertuples()]
+    rows = [
+        (one.what, f"{one.seconds:.1f}", f"{one.passes_per_pair:.1f}") if one.seconds else (one.what, "none drawn", "")
+        for one in table.itertuples()
+    ]
     goals = [
         ("claims 1 and 2, passes a pair", "5", f"{passes['claims 1 and 2']:.1f}", passes["claims 1 and 2"] <= 5),
         ("all five, passes a pair", "40", f"{passes['all five']:.1f}", passes["all five"] <= 40),

@@ -19,7 +19,8 @@ from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend, 
 
 SIGNS = {"positive": "#0072B2", "unclear": "0.8", "negative": "#D55E00"}
 """Colours of what an interval says, as elsewhere for effects with TE and against it."""
-_SPLITS = ("discovery", "heldout", "all", RANDOM)
+_SPLITS = dict(zip(("discovery", "heldout", "all", RANDOM), COLOURS[2:], strict=True))
+"""Colours of pairs, none of which is one of `SIGNS`."""
 _ABOVE = {1: MOST, 2: 0.0, 3: HALF, 4: 0.0, 5: HANDED}
 """What the numbers that decide a claim have to lie above for it to be supported."""
 _STILL = {4: ACTS}
@@ -35,8 +36,12 @@ specific to harm.
 """
 
 
-def claims_figure(sets: pd.DataFrame) -> Figure:
-    """What decides each claim, harm beside placebo, and where it has to lie. sets: `ask.SET_COLUMNS`."""
+def claims_figure(sets: pd.DataFrame, claims: pd.DataFrame) -> Figure:
+    """What decides each claim, harm beside placebo, and where it has to lie; marked where no verdict rests on it.
+
+    sets: `ask.SET_COLUMNS`. claims: `ask.CLAIM_COLUMNS`.
+    """
+    untested = set(claims.loc[claims["verdict"] == "not tested", "number"])
     still = ~sets["decides"] & sets["number"].isin(list(_STILL))
     deciding = sets[(sets["decides"] | still) & sets["harm"].notna()].reset_index(drop=True)
     figure = Figure((WIDTH, 1.5 + 0.36 * len(deciding)), DPI, layout="constrained")
@@ -45,7 +50,7 @@ def claims_figure(sets: pd.DataFrame) -> Figure:
         _numbers_of(axis, deciding, side)
     _asked(axis, deciding[deciding["decides"]], _ABOVE, ">", "above")
     _asked(axis, deciding[~deciding["decides"]], _STILL, "<", "below")
-    axis.set_yticks(deciding.index, [_label(row) for row in deciding.itertuples()], fontsize=9)
+    axis.set_yticks(deciding.index, [_label(row, row.number in untested) for row in deciding.itertuples()], fontsize=9)
     axis.set_ylim(len(deciding) - 0.5, -0.5)
     share_axis(axis, "share of the TE of harm; of claim 4 the gain in accuracy")
     figure.suptitle("What decides each claim, held-out pairs, 95% intervals", fontsize=11)
@@ -68,10 +73,10 @@ def _asked(axis: Axes, part: pd.DataFrame, thresholds: Mapping[int, float], arro
     axis.plot(at, part.index, arrow, color="black", markersize=6, label=f"harm has to lie {where}")
 
 
-def _label(row: Any) -> str:
+def _label(row: Any, untested: bool) -> str:
     """The number of the claim and what was measured."""
     direction = f", {row.direction.upper()}" if row.direction in DIRECTIONS else ""
-    return f"{row.number}. {row.measure}{direction}"
+    return f"{row.number}. {row.measure}{direction}{' (not tested)' if untested else ''}"
 
 
 def specification_figure(specification: pd.DataFrame) -> Figure:
@@ -125,11 +130,11 @@ def _by_size(axis: Axes, gate_sets: pd.DataFrame, name: str, colour: str, marker
 
 def _shares(axis: Axes, part: pd.DataFrame, names: list[str]) -> None:
     """A dot with its interval for every kind of pairs."""
-    for place, split in enumerate(_SPLITS):
+    for place, (split, colour) in enumerate(_SPLITS.items()):
         own = part[part["pairs"] == split].set_index("layers").reindex(names)
         at = [row + 0.18 * (place - 1.5) for row in range(len(names))]
-        axis.hlines(at, own["share_low"], own["share_high"], color=COLOURS[place], linewidth=1.2)
-        axis.plot(own["share"], at, MARKERS[place], color=COLOURS[place], markersize=4, label=split)
+        axis.hlines(at, own["share_low"], own["share_high"], color=colour, linewidth=1.2)
+        axis.plot(own["share"], at, MARKERS[place], color=colour, markersize=4, label=split)
     axis.axvline(0, color="0.5", linewidth=0.8)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set_xlabel("share of TE")

@@ -13,7 +13,7 @@ from remote_mediation.analyses.claims.verdicts import DIRECTIONS, LATE_MLPS
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
 from remote_mediation.show.tables import Table, interval, notes_on, number, rounded
-from remote_mediation.show.words import UNMEASURED, decided, in_groups, of_what, pairs_notes, share_of
+from remote_mediation.show.words import UNMEASURED, decided, in_groups, of_what, pairs_notes, reason_notes, share_of
 
 CLAIMS = {
     1: "late layers",
@@ -39,7 +39,11 @@ def sections(result: Result) -> list[Section]:
     claims, sets = result.tables["claims.csv"], result.tables["sets.csv"]
     finding = f"{in_groups(verdicts_of(claims, sets))}."
     tables = (reasons_table(claims), measures_table(sets))
-    return [Section(name, title, did, finding, tables, claims_figure(sets)), *_curve(result, sets), *_choices(result)]
+    return [
+        Section(name, title, did, finding, tables, claims_figure(sets, claims)),
+        *_curve(result, sets),
+        *_choices(result),
+    ]
 
 
 def _curve(result: Result, sets: pd.DataFrame) -> list[Section]:
@@ -151,7 +155,7 @@ def measures_table(sets: pd.DataFrame) -> Table:
         )
         for _, row in sets.iterrows()
     ]
-    notes = (*pairs_notes(sets, "held-out pair"), *notes_on("", sets["reason"].dropna()))
+    notes = (*pairs_notes(sets, "held-out pair"), *reason_notes(sets))
     return Table(header, rows, notes)
 
 

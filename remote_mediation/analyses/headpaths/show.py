@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF
 from remote_mediation.analyses.headpaths.ask import ENOUGH, HEADS, MLPS, RARE, WHOLE, named
+from remote_mediation.analyses.rivals import rulings
 from remote_mediation.result import Result
 from remote_mediation.show.figures import DPI, WIDTH, dot_rows, legend, share_axis
 from remote_mediation.show.section import Section
@@ -53,24 +54,32 @@ def sections(result: Result) -> list[Section]:
     finding = " ".join(map(_said, steps.to_dict("records")))
     tables = [_paths_table(part) for _, part in paths.groupby("sender", sort=False)]
     figure = paths_figure(paths) if paths["part"].notna().any() else None
-    return [Section(name, title, did, finding, (*tables, _receivers_table(receivers)), figure, brief=_brief(steps))]
+    brief = f"{_brief(steps)} {_carried(result)}"
+    return [Section(name, title, did, finding, (*tables, _receivers_table(receivers)), figure, brief=brief)]
 
 
 def _said(step: dict[str, str]) -> str:
     """What was said of one sender."""
     by = f" Amplifiers: {step['amplifiers']}." if step["amplifiers"] else " No later MLP or head is an amplifier."
     inputs = f" Heard by input: {step['inputs']}." if step["inputs"] else ""
-    return f"{_named(step)}: {step['said']} ({step['why']}).{by}{inputs}"
+    return f"{_named(step).capitalize()}: {step['said']} ({step['why']}).{by}{inputs}"
 
 
 def _named(step: dict[str, str]) -> str:
     name = step["sender"]
-    return name.capitalize() if name.startswith("head ") else f"{name.capitalize()} ({step['heads']})"
+    return name if name.startswith("head ") else f"{name} ({step['heads']})"
 
 
 def _brief(steps: pd.DataFrame) -> str:
     said = [f"{_named(step)}: {step['said']}" for step in steps.to_dict("records")]
-    return f"{'; '.join(said)}."
+    return f"By the way they act, {'; '.join(said)}."
+
+
+def _carried(result: Result) -> str:
+    """What is said of how much these heads carry, which no way decides: the rival claim has the same name."""
+    rivals = result.tables["rivals.csv"]
+    said = rivals.loc[rivals["rival"] == rulings.HEADS.name, "said"].item()
+    return f"Whether they carry half of TE is another question, that of the rival claim: {said}."
 
 
 def _paths_table(paths: pd.DataFrame) -> Table:
@@ -113,7 +122,7 @@ def _receivers_table(receivers: pd.DataFrame) -> Table:
 
 def _receiver(row: Any) -> str:
     """A receiver in words."""
-    return named(row.component, row.layer, None if pd.isna(row.head) else row.head)
+    return named(row.component, row.layer, None if pd.isna(row.head) else int(row.head))
 
 
 def paths_figure(paths: pd.DataFrame) -> Figure:

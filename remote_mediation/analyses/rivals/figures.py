@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import cycle
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
@@ -12,6 +10,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 
 from remote_mediation.analyses.rivals.geometry import PLACES
+from remote_mediation.analyses.rivals.rulings import DIRECTION, EARLY, HEADS, NEURONS, TWO
 from remote_mediation.show.figures import COLOURS, DPI, MARKERS, QUESTIONS, WIDTH, ticks
 
 _MOST_TICKS = 9
@@ -20,6 +19,15 @@ AXIS = (
     *("harm", "harm_low", "harm_high"),
 )
 """Columns of what is drawn on one axis: those of `rulings.SET_COLUMNS`, and what is said of the claim."""
+LATE_GATE = "sparse late gate, claim 3"
+"""How claim 3 is called there."""
+_NAMES = (*(rival.name for rival in (DIRECTION, TWO, NEURONS, EARLY, HEADS)), LATE_GATE)
+_LOOKS = dict(zip(_NAMES, zip(COLOURS, MARKERS, strict=True), strict=True))
+"""Colour and marker of each claim, the same in every report."""
+_BESIDE = 1.3
+"""How far apart dots of claims stand that swap as many numbers, a factor."""
+_MOST_BEYOND = 0.5
+"""How far beyond all values an interval is drawn."""
 
 
 def map_figure(table: pd.DataFrame, said: str) -> Figure:
@@ -87,8 +95,10 @@ def axis_figure(every: pd.DataFrame, result: str) -> Figure:
     for axis, quantity in zip(axes, QUESTIONS, strict=True):
         _by_numbers(axis, every[every["direction"] == quantity])
         axis.set_title(f"{quantity.upper()}: {QUESTIONS[quantity]}", fontsize=10, loc="left")
-    low, high = min(every["harm"].min(), -0.1), max(every["harm"].max(), 1.1)
-    axes[0].set_ylim(low - 0.1, high + 0.1)  # wide intervals are cut off, values are not
+    values = every["harm"]
+    low = min(max(every["harm_low"].min(), values.min() - _MOST_BEYOND), -0.1)
+    high = max(min(every["harm_high"].max(), values.max() + _MOST_BEYOND), 1.1)
+    axes[0].set_ylim(low - 0.1, high + 0.1)
     axes[0].set_ylabel("share of TE carried")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     shown = "share of TE by the numbers swapped; held-out pairs, 95% intervals; filled: what a verdict rests on"
@@ -100,19 +110,19 @@ def axis_figure(every: pd.DataFrame, result: str) -> Figure:
 
 def _by_numbers(axis: Axes, part: pd.DataFrame) -> None:
     """Every claim's sets in one direction, by how many numbers are swapped."""
-    groups = part.groupby(["rival", "said"], sort=False)
-    looks = zip(groups, cycle(COLOURS), cycle(MARKERS), strict=False)
-    for ((rival, said), own), colour, marker in looks:
-        _dots(axis, own, colour, marker, f"{rival}: {said}")
+    place = part.groupby("values")["rival"].transform(lambda names: pd.factorize(names)[0])
+    part = part.assign(values=part["values"] * _BESIDE**place)
+    for (rival, said), own in part.groupby(["rival", "said"], sort=False):
+        _dots(axis, own, *_LOOKS[rival], f"{rival}: {said}")
     for share in (0, 0.5, 1):
         axis.axhline(share, color="0.8", linewidth=0.8, zorder=0)
-    axis.set(xscale="log", xlabel="numbers swapped at each token")
+    axis.set(xscale="log", xlabel="numbers swapped at each token; as many: side by side")
 
 
 def _dots(axis: Axes, own: pd.DataFrame, colour: str, marker: str, label: str) -> None:
     """A claim's sets: filled what its verdict rests on, hollow what stands beside it."""
     axis.vlines(own["values"], own["harm_low"], own["harm_high"], color=colour, linewidth=1)
-    for decides, part in own.groupby("decides", sort=False):
+    for decides, part in own.groupby("decides"):  # what a verdict rests on is drawn last, and seen
         fill = colour if decides else "white"
         axis.plot(part["values"], part["harm"], marker, color=colour, markerfacecolor=fill, markersize=5)
     axis.plot([], [], marker, color=colour, markersize=5, label=label)

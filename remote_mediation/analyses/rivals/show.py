@@ -12,13 +12,13 @@ import pandas as pd
 
 from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLPS
 from remote_mediation.analyses.rivals.directions import DEPTH, GIVEN, eligible
-from remote_mediation.analyses.rivals.figures import AXIS, axis_figure, geometry_figure, map_figure
+from remote_mediation.analyses.rivals.figures import AXIS, LATE_GATE, axis_figure, geometry_figure, map_figure
 from remote_mediation.analyses.rivals.geometry import PLACES
 from remote_mediation.analyses.rivals.rulings import DIRECTION, TWO
 from remote_mediation.result import Result
 from remote_mediation.show.section import Section, Verdict
-from remote_mediation.show.tables import NONE, Note, Table, count, interval, literal, notes_on, number, percent
-from remote_mediation.show.words import UNMEASURED, decided, in_groups, pairs_notes, share_of
+from remote_mediation.show.tables import NONE, Note, Table, count, interval, literal, number, percent
+from remote_mediation.show.words import UNMEASURED, decided, in_groups, pairs_notes, reason_notes, share_of
 from remote_mediation.sites import thirds
 
 CLAIM_FILES = {
@@ -57,12 +57,12 @@ def directions(result: Result) -> list[Section]:
         return [Section(name, title, did, UNMEASURED)]
     claims, sets = (result.tables[file] for file in CLAIM_FILES[name])
     claim = claims.iloc[0]
-    sets = sets[sets["rival"] == claim["rival"]]
+    own, sets = claims[:1], sets[sets["rival"] == claim["rival"]]
     heldout = f"Held out: {claim['why']} ({claim['said']})."
     if claim["gate"] == _NOTHING:
         return [Section(name, title, did, heldout, (_measures(sets),))]
     finding = " ".join(filter(None, (_chosen(table), heldout, _given(result, table, sets))))
-    tables, figure = (_measures(sets), _map_table(table)), map_figure(table, claim["said"])
+    tables, figure = (_reasons(own), _measures(sets), _map_table(table)), map_figure(table, claim["said"])
     one = Section(name, title, did, finding, tables, figure, brief=heldout)
     return [one, *_bases(result), *_geometry(result)]
 
@@ -113,7 +113,7 @@ def _two_directions(result: Result) -> tuple[str, tuple[Table, ...]]:
     if claim.empty:
         return "", ()
     said = f" Two directions that both act, held out: {claim.iloc[0]['why']} ({claim.iloc[0]['said']})."
-    return said, () if own.empty else (_measures(own),)
+    return said, () if own.empty else (_reasons(claim), _measures(own))
 
 
 def _chosen(table: pd.DataFrame) -> str:
@@ -207,7 +207,8 @@ def rivals(result: Result) -> list[Section]:
     did = (
         "What others say carries the effect was swapped together on the held-out pairs and on their "
         "placebos; what had to be chosen or ranked was so on the discovery pairs. Each rule says who "
-        "set it."
+        "set it. The early third is without the MLP of layer 0: at the changed words it embeds them "
+        "anew, which no set is credited with."
     )
     if "rivals.csv" not in result.tables:
         return [Section(name, title, did, UNMEASURED)]
@@ -254,7 +255,7 @@ def _of_claim_3(result: Result) -> list[pd.DataFrame]:
         ends = {way: "harm", f"{way}_low": "harm_low", f"{way}_high": "harm_high"}
         part = curve.rename(columns={"size": "values", "chosen": "decides", **ends})
         parts.append(part.assign(measure="late neurons by rank", direction=way))
-    return [part.assign(rival="sparse late gate, claim 3", said=said) for part in parts]
+    return [part.assign(rival=LATE_GATE, said=said) for part in parts]
 
 
 def _verdicts(result: Result, analysis: str) -> list[Verdict]:
@@ -313,7 +314,7 @@ def _measures(sets: pd.DataFrame) -> Table:
             "those that do as much, and the mean size of their change over that of the set",
         ),
         *pairs_notes(sets, "held-out pair"),
-        *notes_on("", sets["reason"].dropna()),
+        *reason_notes(sets),
     )
     return Table(header, rows, notes)
 
