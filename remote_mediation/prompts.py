@@ -31,6 +31,7 @@ _DIRECTIVES = ("-d", "-m", "-H", "-I", "-M", "-S", "-j", "-y", *"aAbBcCdDeFGghHI
 """Directives of strftime that a template may use, without their `%`."""
 _MARKER = "qzmarkzq"
 _ANSWER = "qzanswerzq"
+_SYSTEM = "x"
 _LINE_BREAK = "\n"
 # Added tokens that are not marked special and still look like parts of a template.
 _CONTROL = re.compile(r"[<\[|].*[>\]|]")
@@ -86,6 +87,8 @@ class Surroundings:
     """What the template writes to say who speaks."""
     around: tuple[str, str] | None
     """What the template writes before and after a text that stands alone; None where that cannot be said."""
+    unknown: str = ""
+    """The first of these marks for which the tokenizer has its unknown token alone; empty: it knows all."""
 
 
 class Turn(NamedTuple):
@@ -129,7 +132,7 @@ def surroundings(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -
     if has_template(tokenizer, form):
         with contextlib.suppress(PairsError):  # said of each text
             around = _frame(_MARKER, tokenizer, form, ())
-    return Surroundings(control, tuple(_marks(tokenizer, form)), around)
+    return Surroundings(control, tuple(_marks(tokenizer, form)), around, _unknown(tokenizer, form))
 
 
 class _Joint(NamedTuple):
@@ -189,6 +192,11 @@ def encode_prompts(
 def _rendered(
     asked: Asked, tokenizer: PreTrainedTokenizerBase, form: PromptForm, known: Surroundings
 ) -> Rendered | PairsError:
+    if known.unknown:
+        return PairsError(
+            f"the tokenizer has only {tokenizer.unk_token!r} for the template's mark {known.unknown!r}; give the model "
+            "the tokenizer that its chat template was made for, or [prompt] another template"
+        )
     try:
         for text in (asked.request, *(turn.content for turn in asked.turns)):
             refuse_control(text, tokenizer, form, known)
@@ -342,11 +350,35 @@ def _control_in(text: str, tokenizer: PreTrainedTokenizerBase, known: Surroundin
 def _marks(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[str]:
     """What a template writes around a text to say who speaks; none where it fails, which is said elsewhere."""
     try:
-        rendered = render(_MARKER, tokenizer, replace(form, system=form.system and "x", think=""))
+        rendered = _sample(tokenizer, form)
     except PairsError:
         return []
     around = rendered.text[: rendered.begin] + "\n" + rendered.text[rendered.end :]
     return [found.strip() for found in _MARKS.findall(around)]
+
+
+def _sample(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> Rendered:
+    """A prompt of no text but a form's own. Raises: PairsError, as `render`."""
+    return render(_MARKER, tokenizer, replace(form, system=form.system and _SYSTEM, think=""))
+
+
+def _unknown(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> str:
+    """As of `Surroundings`. Where the template fails there is none, which is said elsewhere."""
+    if not has_template(tokenizer, form) or tokenizer.unk_token_id is None:
+        return ""
+    try:
+        rendered = _sample(tokenizer, form)
+    except PairsError:
+        return ""
+    (tokens,) = _encoded([rendered.text], tokenizer, form)
+    if isinstance(tokens, PairsError):
+        return ""
+    unknown = [at for token, at in zip(tokens.ids, tokens.offsets, strict=True) if token == tokenizer.unk_token_id]
+    for mark in _MARKS.finditer(rendered.text):
+        # Where the unknown token ends texts, too, as GPT-2's does, a template may write it.
+        if mark[0] != tokenizer.unk_token and any(start < mark.end() and mark.start() < stop for start, stop in unknown):
+            return mark[0]
+    return ""
 
 
 def template_reads_date(tokenizer: PreTrainedTokenizerBase, form: PromptForm = PLAIN) -> bool:

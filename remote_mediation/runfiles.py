@@ -14,9 +14,10 @@ import json
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -169,22 +170,41 @@ def pairs_text(prepared: Prepared) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def read_pairs(content: bytes, allowed: Sequence[str]) -> Prepared:
-    """Tokenised pairs and refused ones. allowed: digests, of which they must have one; any if there are none.
+def read_pairs(content: bytes, allowed: Sequence[str], vocab: float = inf) -> Prepared:
+    """Tokenised pairs and refused ones.
+
+    allowed: digests, of which they must have one; any if there are none. vocab: tokens that the model has, if known.
 
     Raises:
-        DamagedError: they are not those that were written.
+        DamagedError: they are not those that were written, or could be those of no run.
     """
     if allowed and digest_of(content) not in allowed:
         raise DamagedError("its digest is not the one in run.json")
     records = [_json(line) for line in content.splitlines()]
     try:
-        return Prepared(
+        found = Prepared(
             tuple(from_record(record) for record in records if "reason" not in record),
             tuple(of_kind(_REFUSAL, record) for record in records if "reason" in record),
         )
+        _check_pairs(found, vocab)
     except (TypeError, ValueError) as error:
         raise DamagedError(f"a line of it is no pair ({error})") from error
+    return found
+
+
+def _check_pairs(prepared: Prepared, vocab: float) -> None:
+    """Let no id stand twice, and no token that the model does not have.
+
+    Raises:
+        ValueError: with the first that does.
+    """
+    names = Counter(one.id for part in prepared for one in part)
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise ValueError(f"{twice[0]!r} stands in it twice")
+    for pair in prepared.pairs:
+        tokens = {token for ids in (*pair.prompts, *pair.answers, *pair.openings) for token in ids}
+        if strange := [token for token in tokens if not 0 <= token < vocab]:
+            raise ValueError(f"{pair.id!r} has the token {strange[0]}, and the model has {vocab}")
 
 
 def ticket_text(ticket: str, job: Job) -> str:

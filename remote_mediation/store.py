@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -173,7 +174,7 @@ class Store:
         """
         path = self.folder / f"{name}.jsonl"
         try:
-            return runfiles.read_pairs(content_of(path), self._sealed().digests.get(path.name, ()))
+            return self.pairs_reader(path)(content_of(path))
         except FileNotFoundError:
             return None
         except (OSError, DamagedError) as error:
@@ -181,6 +182,12 @@ class Store:
                 f"{path} is not as this run wrote it ({error}); put it back, or delete it and run the study again, "
                 "which makes it anew"
             ) from error
+
+    def pairs_reader(self, path: Path) -> Callable[[bytes], Prepared]:
+        """Reads a file of pairs as this run does. Raises: as `runfiles.read_pairs`."""
+        record, digests, _ = self._sealed()
+        allowed, vocab = digests.get(path.name, ()), record.get("model", {}).get("vocab", inf)
+        return partial(runfiles.read_pairs, allowed=allowed, vocab=vocab)
 
     def bound(self) -> dict[str, list[str]]:
         """Files that `run.json` binds, with the digests that they may have."""

@@ -351,3 +351,49 @@ def test_a_refused_pair_is_shown_with_its_reason() -> None:
     assert lines[0] == "pair p\\x1b[31m"
     assert lines[1].startswith("x1 harmful, refused: the text holds the control token")
     assert lines[2].startswith("  <|im_start|>user\\na \\x1b[0m<|im_end|>")
+
+
+# --- marks that a tokenizer does not know -----------------------------------------------------------------------------
+
+
+def by_words(words: str, template: str = CHATML, **special: str) -> PreTrainedTokenizerFast:
+    """A real tokenizer of whole words, and of one token for all others."""
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *words.split()])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"unk_token": "<unk>", **special})
+    fast.chat_template = template
+    return fast
+
+
+KNOWN = "bake a rude kind cake user: assistant:"
+SPOKEN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+
+
+@pytest.mark.parametrize(
+    ("template", "mark"),
+    [
+        (CHATML, "<|im_start|>"),
+        (SPOKEN.replace("assistant:", "[ANSWER]"), "[ANSWER]"),
+        (SPOKEN.replace("}}\n", "}}</turn>\n"), "</turn>"),
+        (SPOKEN.replace("assistant:", "### Answer:"), "### Answer:"),
+    ],
+)
+def test_a_tokenizer_that_does_not_know_its_template_is_refused(template: str, mark: str) -> None:
+    """Each mark became the same unknown token: the model was given a prompt without any."""
+    found = reason("bake a rude cake", "bake a kind cake", by_words(KNOWN, template))
+    assert found.startswith(f"the tokenizer has only '<unk>' for the template's mark {mark!r}; give the model the")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "form"),
+    [
+        (by_words(KNOWN, SPOKEN), PLAIN),
+        (by_words(KNOWN, "Answer as you like.\n" + SPOKEN), PLAIN),  # words are no marks
+        (by_words(f"{KNOWN} system:", SPOKEN), PromptForm(system="Be <brief>.")),  # nor is what the study writes
+        (by_words(KNOWN, "<unk> " + SPOKEN), PLAIN),  # GPT-2's unknown token ends texts, too
+        (byte_level(unk_token="<s>"), PLAIN),
+    ],
+)
+def test_a_template_whose_marks_are_known_is_used(tokenizer: PreTrainedTokenizerFast, form: PromptForm) -> None:
+    assert only(PromptPair("p", "bake a rude cake", "bake a kind cake", "", ""), tokenizer, form).after

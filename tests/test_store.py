@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -644,6 +644,33 @@ def test_pairs_of_another_kind_are_damaged(edit: dict[str, Any]) -> None:
     assert read_pairs(whole.encode(), ())
     with pytest.raises(DamagedError, match=r"^a line of it is no pair \([^\n]+\)$"):
         read_pairs("".join(json.dumps(one) + "\n" for one in edited).encode(), ())
+
+
+@pytest.mark.parametrize("name", ["pairs", "placebos"])
+@pytest.mark.parametrize("token", [INFO.vocab, 10**9, -1])
+@pytest.mark.parametrize("place", ["x0", "answers", "openings"])
+def test_tokens_that_the_model_does_not_have_are_refused(full: Path, name: str, place: str, token: int) -> None:
+    """Whoever edits pairs may mend their digest, too: such a token ended in a traceback where it was embedded."""
+    pair = token_pair("a")
+    within = {"x0": (token, *pair.x0[1:]), "answers": ((1, token), (2,)), "openings": ((1,), (2, token))}[place]
+    store = Store.open(full)
+    store.save_record({**store.record(), "model": asdict(INFO)})
+    store.save_prepared(Prepared((replace(pair, **{place: within}), token_pair("b")), ()), name)
+    with pytest.raises(StoreError, match=rf"'a' has the token {token}, and the model has {INFO.vocab}"):
+        Store.open(full).prepared(name)
+    assert [state.name for state in check_run(full) if not state.whole] == [f"{name}.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "prepared",
+    [Prepared((token_pair("a"), token_pair("a")), ()), Prepared((token_pair("a"),), (Refusal("a", "why"),))],
+    ids=["two pairs", "a pair and a refusal"],
+)
+def test_an_id_that_stands_twice_in_pairs_is_refused(full: Path, prepared: Prepared) -> None:
+    """It counted twice in every mean."""
+    Store.open(full).save_prepared(prepared)
+    with pytest.raises(StoreError, match="'a' stands in it twice"):
+        Store.open(full).prepared()
 
 
 def test_pairs_of_a_run_that_was_killed_between_two_files_are_read(full: Path) -> None:
