@@ -58,7 +58,11 @@ def _pairs(path: Path, store: Store) -> FileState:
     if not path.exists():
         return FileState(path.name, False, "gone; run the study again, which makes it anew")
     state = _state(path, path.parent, store.pairs_reader(path), "put it back, or delete it")
-    return state if path.name in store.bound() or not state.whole else state._replace(detail="readable, and bound by no digest")
+    return (
+        state
+        if path.name in store.bound() or not state.whole
+        else state._replace(detail="readable, and bound by no digest")
+    )
 
 
 def _each(

@@ -325,9 +325,9 @@ class StudyConfig(_Strict):
     """Of the split, the bootstrap and the permutations."""
     out: Path | None = None
     """Run folder; `runs/<study>` by default."""
-    job_seconds: float | None = Field(default=None, gt=0)
+    job_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Aim for jobs of this length; by default 5 on this machine and 60 on a server."""
-    max_memory: float | None = Field(default=None, gt=0)
+    max_memory: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Most memory of this process in GB, kept by the size of batches; by default 1 GB beside libraries and weights."""
     load: LoadSettings = LoadSettings()
     prompt: PromptSettings = PromptSettings()

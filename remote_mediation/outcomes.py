@@ -279,7 +279,7 @@ def logit_diff(
     """The `logit_diff` outcome of two sets of token strings. prompts: what they stand behind, rendered.
 
     Raises:
-        SettingsError: an empty set, a string that is not exactly one token there, or a token in both sets.
+        SettingsError: an empty set, a string that is not exactly one token there, or a token that stands twice.
     """
     sets = [tuple(_single_token(text, tokenizer, prompts) for text in texts) for texts in (plus, minus)]
     if not all(sets):
@@ -287,6 +287,12 @@ def logit_diff(
     shared = set(sets[0]) & set(sets[1])
     if shared:
         raise SettingsError(f"token {tokenizer.decode([shared.pop()])!r} is in both `plus` and `minus` of logit_diff")
+    for name, tokens in zip(("plus", "minus"), sets, strict=True):
+        if twice := [token for token in tokens if tokens.count(token) > 1]:
+            raise SettingsError(
+                f"token {tokenizer.decode(twice[:1])!r} is twice in `{name}` of logit_diff, and would count twice; "
+                "take one of them out"
+            )
     return LogitOutcome(*sets)
 
 

@@ -198,7 +198,7 @@ def _rendered(
             "the tokenizer that its chat template was made for, or [prompt] another template"
         )
     try:
-        for text in (asked.request, *(turn.content for turn in asked.turns)):
+        for text in (form.system, asked.request, *(turn.content for turn in asked.turns)):
             refuse_control(text, tokenizer, form, known)
         return render(asked.request, tokenizer, form, asked.turns, known)
     except PairsError as error:
@@ -376,7 +376,9 @@ def _unknown(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> str:
     unknown = [at for token, at in zip(tokens.ids, tokens.offsets, strict=True) if token == tokenizer.unk_token_id]
     for mark in _MARKS.finditer(rendered.text):
         # Where the unknown token ends texts, too, as GPT-2's does, a template may write it.
-        if mark[0] != tokenizer.unk_token and any(start < mark.end() and mark.start() < stop for start, stop in unknown):
+        if mark[0] != tokenizer.unk_token and any(
+            start < mark.end() and mark.start() < stop for start, stop in unknown
+        ):
             return mark[0]
     return ""
 

@@ -41,8 +41,13 @@ _ALONE = re.compile(r"\{\s*\n")
 _OTHER_FILES = {
     b"\x1f\x8b": "it is compressed (gzip); unpack it",
     b"\x28\xb5\x2f\xfd": "it is compressed (Zstandard); unpack it",
+    b"BZh": "it is compressed (bzip2); unpack it",
+    b"\xfd7zXZ": "it is compressed (xz); unpack it",
     b"PK\x03\x04": "it is an Excel workbook or a zip archive; save it as CSV in UTF-8, or unpack it",
     b"\xd0\xcf\x11\xe0": "it is an Excel workbook; save it as CSV in UTF-8",
+    b"SQLite format 3": "it is a database; export the table as CSV in UTF-8",
+    b"%PDF": "it is a PDF; save its table as CSV in UTF-8",
+    b"\x93NUMPY": "it is an array of numpy; save it as CSV in UTF-8",
     b"PAR1": "it is Parquet; let its name end in .parquet",
     b"version https://git-lfs": "it is a git-LFS pointer; run `git lfs pull` beside it",
     b"<!doctype html": "it is a web page; fetch the raw file",

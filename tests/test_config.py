@@ -153,7 +153,17 @@ def test_a_truth_value_as_python_writes_it_is_no_argument_of_a_template() -> Non
     assert kept.prompt.template_arguments == {"enable_thinking": False}
 
 
-@pytest.mark.parametrize("setting", ["intervene.factors=[nan]", "intervene.factors=[inf]", "verify.temperature=inf"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "intervene.factors=[nan]",
+        "intervene.factors=[inf]",
+        "verify.temperature=inf",
+        "max_memory=inf",
+        "max_memory=nan",
+        "job_seconds=inf",
+    ],
+)
 def test_numbers_of_a_study_are_finite(setting: str) -> None:
     with pytest.raises(SettingsError, match="finite number"):
         load_config(None, {"model": "m"}, [setting])

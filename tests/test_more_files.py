@@ -1,8 +1,10 @@
 """Files that were read as something else: cases of our own search, each of which once gave other prompts in silence."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,11 @@ def test_line_ends_of_messages_are_those_of_texts(tmp_path: Path) -> None:
         ("pairs.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "an Excel workbook; save it as CSV"),
         ("pairs.jsonl.gz", gzip.compress(b"{}", mtime=0), r"compressed \(gzip\); unpack it"),
         ("pairs.csv", b"PAR1" + bytes(90), "Parquet; let its name end in .parquet"),
+        ("pairs.jsonl.bz2", bz2.compress(b"{}"), r"compressed \(bzip2\); unpack it"),
+        ("pairs.jsonl.xz", lzma.compress(b"{}"), r"compressed \(xz\); unpack it"),
+        ("pairs.db", b"SQLite format 3\0" + bytes(90), "a database; export the table as CSV"),
+        ("pairs.pdf", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF; save its table as CSV"),
+        ("pairs.npy", b"\x93NUMPY\x01\0v\0{'descr': '|O'}", "an array of numpy; save it as CSV"),
     ],
 )
 def test_what_is_no_text_is_named(tmp_path: Path, name: str, content: str | bytes, what: str) -> None:

@@ -72,6 +72,8 @@ def test_tokens_of_logit_diff() -> None:
         (["sure"], [], r"needs at least one token in each of `plus` and `minus`"),
         ([], ["no"], r"needs at least one token in each of `plus` and `minus`"),
         (["sure", "yes"], ["no", "yes"], r"token 'yes' is in both `plus` and `minus`"),
+        (["sure", "yes", "sure"], ["no"], r"token 'sure' is twice in `plus` of logit_diff, and would count twice"),
+        (["sure"], ["no", "no"], r"token 'no' is twice in `minus` of logit_diff"),
     ],
 )
 def test_tokens_that_measure_nothing(plus: list[str], minus: list[str], message: str) -> None:
