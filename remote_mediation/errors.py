@@ -41,6 +41,15 @@ def _quoted(lines: list[str]) -> str:
     return ""
 
 
+def let_stop(error: BaseException) -> None:
+    """Let an exception through that ends the process; all others are errors of the foreign code that raised them.
+
+    Rust's panics, as a damaged `tokenizer.json` may cause, are among these and are no `Exception`.
+    """
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error
+
+
 class MediationError(Exception):
     """Root of all errors raised on purpose by this package."""
 

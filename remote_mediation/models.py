@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remote_mediation.digests import content
-from remote_mediation.errors import ModelError, SiteError, innermost
+from remote_mediation.errors import ModelError, SiteError, innermost, let_stop
 from remote_mediation.fetch import located
 from remote_mediation.prompts import PLAIN, PromptForm, end_of_turn
 from remote_mediation.sites import Family, ModelInfo, family_of
@@ -396,7 +396,8 @@ def _load(kind: Any, name: str, revision: str) -> Any:
     try:
         # Without the last argument transformers asks on the terminal whether to run code of the checkpoint's.
         return kind.from_pretrained(located(name), revision=revision or "main", trust_remote_code=False)
-    except Exception as error:  # whatever a checkpoint's files make foreign code raise
+    except BaseException as error:  # whatever a checkpoint's files make foreign code raise
+        let_stop(error)
         raise ModelError(
             f"cannot load model {name!r}: {innermost(error)}; give a local folder, a hub id (a hub must be "
             f"reachable{_named_hub()}), or run `remote-mediation fetch-model smollm2`"

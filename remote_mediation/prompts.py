@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from remote_mediation.errors import ModelError, PairsError, innermost
+from remote_mediation.errors import ModelError, PairsError, innermost, let_stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,7 @@ _DIRECTIVES = ("-d", "-m", "-H", "-I", "-M", "-S", "-j", "-y", *"aAbBcCdDeFGghHI
 _MARKER = "qzmarkzq"
 _ANSWER = "qzanswerzq"
 _SYSTEM = "x"
+_BYTE_ORDER_MARK = "\ufeff"
 _LINE_BREAK = "\n"
 # Added tokens that are not marked special and still look like parts of a template.
 _CONTROL = re.compile(r"[<\[|].*[>\]|]")
@@ -431,6 +432,8 @@ def _written(
         raise PairsError(f"the tokenizer has no chat template {form.template!r}; it has {sorted(variants) or 'one'}")
     try:
         template = tokenizer.get_chat_template(form.template or None)
+        if template.startswith(_BYTE_ORDER_MARK):
+            raise ValueError("it begins with a byte order mark, of which the tokenizer makes tokens; save it without")
         text = str(
             tokenizer.apply_chat_template(
                 [message._asdict() for message in messages],
@@ -644,7 +647,8 @@ def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, form: Pro
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
         )
-    except Exception as error:  # whatever a tokenizer makes of a text
+    except BaseException as error:  # whatever a tokenizer makes of a text
+        let_stop(error)
         if len(texts) == 1:
             return [PairsError(f"the tokenizer fails on it: {innermost(error)}")]
         return [one for text in texts for one in _encoded([text], tokenizer, form)]

@@ -118,6 +118,7 @@ def test_a_template_that_changes_the_text_keeps_its_span() -> None:
         (CHATML.replace("m['content']", "m['content'].split('cake')[0]"), "prints 'a kind ' in place of 'a kind cake'"),
         ("{{ nothing.there }}", "the chat template fails: UndefinedError"),
         ("{% for %}", "the chat template fails: TemplateSyntaxError"),
+        ("\ufeff" + CHATML, "the chat template fails: it begins with a byte order mark, of which the tokenizer makes"),
     ],
 )
 def test_templates_that_cannot_be_used_are_refused_in_one_line(template: Any, why: str) -> None:

@@ -178,6 +178,17 @@ def test_what_cannot_be_loaded_is_one_line_with_its_cause(
     assert "\n" not in str(raised.value)
 
 
+def test_a_tokenizer_whose_file_makes_rust_panic_is_refused_in_one_line(subject: Subjects, tmp_path: Path) -> None:
+    """A panic is no `Exception`."""
+    folder = copy(subject("llama"), tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(ModelError, match="cannot load .*Cannot parse precompiled_charsmap") as raised:
+        load_tokenizer(str(folder))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_broken_tokenizer_is_refused_in_one_line(subject: Subjects, tmp_path: Path) -> None:
     folder = copy(subject("llama"), tmp_path)
     (folder / "tokenizer.json").write_text("{}")
