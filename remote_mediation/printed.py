@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from remote_mediation.config import StudyConfig
-from remote_mediation.errors import SettingsError, StoreError
+from remote_mediation.effects import EFFECT_COLUMNS, QUANTITIES
+from remote_mediation.errors import SettingsError, StoreError, innermost
 from remote_mediation.show.tables import csv_table
 from remote_mediation.stats import Estimate
 from remote_mediation.store import Store
@@ -29,6 +30,9 @@ _NAMES = (
     *("pair_id", "cluster", "split", "analysis", "component", "position", "quantity", "reason", "neurons", "gate"),
     "paper",
 )
+
+_FILLED = ("pair_id", "cluster", "split", "analysis", "component", "layer", "position")
+_NUMBERS = ("layer", "y_base", "y_source", "y_base_patched", "y_source_patched", *QUANTITIES)
 
 
 class Tokens(NamedTuple):
@@ -109,6 +113,7 @@ def read_printed(folder: Path) -> Printed:
     effects = tables.get("effects.csv")
     if effects is None or effects.empty:
         raise StoreError(f"{folder} has no effects.csv with rows; write it with `remote-mediation report {folder}`")
+    _check_effects(effects, folder)
     config, prepared = store.config(), store.prepared()
     pairs = prepared.pairs if prepared else ()
     equal = {pair.id for pair in pairs if len(pair.x0) == len(pair.x1)}
@@ -150,6 +155,22 @@ def visible(text: str) -> str:
     return "␣" * start + inner + "␣" * (len(shown) - start - len(inner))
 
 
+def _check_effects(effects: pd.DataFrame, folder: Path) -> None:
+    """Refuse effects that were cut, or that another program has saved in another form, as a spreadsheet may.
+
+    Raises:
+        StoreError: they lack a column or cells, or one of numbers holds something else.
+    """
+    strange = [f"no column {column!r}" for column in EFFECT_COLUMNS if column not in effects]
+    strange = strange or [f"no numbers under {name!r}" for name in _NUMBERS if effects[name].dtype.kind not in "if"]
+    strange = strange or [f"empty cells under {name!r}" for name in _FILLED if effects[name].isna().any()]
+    if strange:
+        raise StoreError(
+            f"{folder / 'effects.csv'} has {strange[0]}: another version or program wrote it; write it anew with "
+            f"`remote-mediation report {folder}`"
+        )
+
+
 def _read(path: Path) -> pd.DataFrame:
     """A table of a run folder.
 
@@ -159,4 +180,7 @@ def _read(path: Path) -> pd.DataFrame:
     try:
         return csv_table(path, _NAMES)
     except (OSError, ValueError) as error:
-        raise StoreError(f"cannot read {path}: {error}; write it anew with `remote-mediation report`") from error
+        raise StoreError(
+            f"cannot read {path}: {innermost(error)}; write it anew with `remote-mediation report`, or take it out of "
+            "the run folder if it is none of its tables"
+        ) from error

@@ -340,6 +340,35 @@ def test_unfinished_and_violated_runs_are_marked(make: Callable[..., Path]) -> N
     assert any(note.startswith("do not trust this run") for note in wrong.notes)
 
 
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (lambda table, path: table.drop(columns="nie").to_csv(path, index=False), "no column 'nie'"),
+        (lambda table, path: table.rename(columns=str.upper).to_csv(path, index=False), "no column 'pair_id'"),
+        (lambda table, path: table.to_csv(path, index=False, sep=";", decimal=","), "no column 'pair_id'"),
+        (lambda table, path: table.to_csv(path, index=False, quoting=1, decimal=","), "no numbers under 'y_base'"),
+        (lambda table, path: table.astype({"te": object}).assign(te="n/a").to_csv(path), "no numbers under 'te'"),
+        (lambda table, path: path.write_text(path.read_text() + "p9"), "empty cells under 'cluster'"),
+    ],
+    ids=["without a column", "capitals", "semicolons", "decimal commas", "texts", "cut"],
+)
+def test_tables_that_another_program_saved_are_refused(
+    make: Callable[..., Path], saved: Callable[[pd.DataFrame, Path], None], said: str
+) -> None:
+    late, early = make("late", LATE), make("early", EARLY)
+    saved(pd.read_csv(late / "effects.csv"), late / "effects.csv")
+    with pytest.raises(StoreError, match=rf"effects.csv has {said}.*; write it anew with `remote-mediation report "):
+        read_runs([late, early])
+
+
+def test_a_table_of_another_kind_in_the_folder_is_named_in_one_line(make: Callable[..., Path]) -> None:
+    """What pandas says of it ends in a line break, which cut the way out off."""
+    late, early = make("late", LATE), make("early", EARLY)
+    (late / "mine.csv").write_text("notes\none,two,three,four\n")
+    with pytest.raises(StoreError, match=r"cannot read .*mine.csv: Error .* saw 4; write it anew .* take it out of"):
+        read_runs([late, early])
+
+
 def test_a_run_without_tables_says_how_to_write_them(make: Callable[..., Path]) -> None:
     late, early = make("late", LATE), make("early", EARLY)
     (late / "effects.csv").unlink()

@@ -152,6 +152,7 @@ def configured(**settings: Any) -> Callable[[Path], object]:
     ("spoil", "cause"),
     [
         (configured(_attn_implementation="flash_attention_2"), "FlashAttention2 has been toggled on"),
+        (configured(_attn_implementation="flex_attention"), "asks for the attention 'flex_attention', which takes no"),
         (configured(quantization_config={"quant_method": "gptq", "bits": 4}), "GPTQ quantized model requires"),
         (configured(quantization_config={"quant_method": "awq", "bits": 4}), "AWQ quantized model requires"),
         (configured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "bitsandbytes"),
@@ -184,7 +185,7 @@ def test_a_tokenizer_whose_file_makes_rust_panic_is_refused_in_one_line(subject:
     content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": ""}
     (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-    with pytest.raises(ModelError, match="cannot load .*Cannot parse precompiled_charsmap") as raised:
+    with pytest.raises(ModelError, match=r"cannot load .*Cannot parse precompiled_charsmap") as raised:
         load_tokenizer(str(folder))
     assert "\n" not in str(raised.value)
 

@@ -11,7 +11,7 @@ import re
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -20,7 +20,7 @@ from remote_mediation.engine.copies import in_two_shards, other_copy
 from remote_mediation.engine.stored import MASKS, refusable_codes
 from remote_mediation.errors import ModelError
 from remote_mediation.fetch import located
-from remote_mediation.loading import DISK, Loading
+from remote_mediation.loading import DISK, Attention, Loading
 from remote_mediation.models import class_of, folder_at_hand, load_configuration
 from remote_mediation.sites import ModelInfo
 
@@ -159,6 +159,11 @@ def _refuse_other_ways(name: str, model: PreTrainedModel, loading: Loading) -> N
     for setting, value in found.items():
         if (asked := getattr(loading, setting)) and asked != value:
             raise ModelError(f"cannot load {name!r} with {setting} {asked}: it came with {value or 'none'}")
+    if (attention := found["attention"] or "") not in get_args(Attention):
+        raise ModelError(
+            f"cannot load {name!r}: its config.json asks for the attention {attention!r}, which takes no masks such as "
+            "ours; set [load] attention to 'eager' or 'sdpa'"
+        )
     first, parameter = next(iter(model.named_parameters()))
     if parameter.is_meta:
         raise ModelError(
