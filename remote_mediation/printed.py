@@ -113,8 +113,8 @@ def read_printed(folder: Path) -> Printed:
     effects = tables.get("effects.csv")
     if effects is None or effects.empty:
         raise StoreError(f"{folder} has no effects.csv with rows; write it with `remote-mediation report {folder}`")
-    _check_effects(effects, folder)
     config, prepared = store.config(), store.prepared()
+    _check_effects(effects, folder)
     pairs = prepared.pairs if prepared else ()
     equal = {pair.id for pair in pairs if len(pair.x0) == len(pair.x1)}
     return Printed(
