@@ -364,7 +364,7 @@ def test_tables_that_another_program_saved_are_refused(
 def test_a_table_of_another_kind_in_the_folder_is_named_in_one_line(make: Callable[..., Path]) -> None:
     """What pandas says of it ends in a line break, which cut the way out off."""
     late, early = make("late", LATE), make("early", EARLY)
-    (late / "mine.csv").write_text("notes\none,two,three,four\n")
+    (late / "mine.csv").write_text("notes\none\none,two,three,four\n")
     with pytest.raises(StoreError, match=r"cannot read .*mine.csv: Error .* saw 4; write it anew .* take it out of"):
         read_runs([late, early])
 
