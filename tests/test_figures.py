@@ -307,28 +307,40 @@ def detectors() -> pd.DataFrame:
         for name, area, alarms in (("gates", 0.9 - n / 10, 0.2 + n / 10), ("random neurons", 0.5, NaN))
     ]
     table = pd.DataFrame(rows)
+    table["false_alarms_95"] = NaN
     ends = {
         f"{name}_{end}": table[name] + by
-        for name in ("auroc", "false_alarms_90")
+        for name in ("auroc", "false_alarms_90", "false_alarms_95")
         for end, by in (("low", -0.1), ("high", 0.05))
     }
     return table.assign(**ends)
 
 
 def test_detectors_have_a_dot_and_an_interval_for_every_set_of_prompts() -> None:
-    figure = detector_figure(detectors(), recall=90)
+    figure = detector_figure(detectors())
     area, alarms = panels(figure)
     assert [text.get_text() for text in area.get_yticklabels()] == ["gates", "random neurons"]
     drawn = {str(line.get_label()): line for line in area.lines}
-    assert [float(x) for x in drawn["heldout"].get_xdata()] == [0.9, 0.5]
+    assert [float(x) for x in drawn["held-out pairs"].get_xdata()] == [0.9, 0.5]
     assert [float(x) for x in drawn["hard_negatives"].get_xdata()] == [0.8, 0.5]
-    assert [float(y) for y in drawn["heldout"].get_ydata()] == [-0.125, 0.875]
+    assert [float(y) for y in drawn["held-out pairs"].get_ydata()] == [-0.125, 0.875]
     assert [float(y) for y in drawn["hard_negatives"].get_ydata()] == [0.125, 1.125]
     first = area.collections[0].get_segments()[0]
     assert first.tolist() == [pytest.approx([0.8, -0.125]), pytest.approx([0.95, -0.125])]
     assert [float(x) for x in alarms.lines[1].get_xdata()] == pytest.approx([0.3])  # none for random sets
     assert "90% recall" in alarms.get_title(loc="left")
-    assert figure.get_suptitle().endswith("prompts: heldout: 40, hard_negatives: 41")
+    assert figure.get_suptitle().endswith("prompts: held-out pairs: 40, hard_negatives: 41")
+
+
+@pytest.mark.parametrize(("defined", "recall"), [((90, 95), 95), ((90,), 90), ((), 90)])
+def test_false_alarms_are_drawn_at_the_highest_recall_that_is_defined(defined: tuple[int, ...], recall: int) -> None:
+    table = detectors()
+    for percent in (90, 95):
+        for end in ("", "_low", "_high"):
+            table[f"false_alarms_{percent}{end}"] = 0.25 if percent in defined else NaN
+    _, alarms = panels(detector_figure(table))
+    assert f"for {recall}% recall" in alarms.get_title(loc="left")
+    assert bool(alarms.collections[0].get_segments()) == bool(defined)
 
 
 def streamed(edit: list[float], last: list[float]) -> pd.DataFrame:

@@ -98,16 +98,19 @@ def _evaluation(name: str) -> str:
     return "held-out pairs" if name == "heldout" else name
 
 
-def detector_figure(table: pd.DataFrame, recall: int = 95) -> Figure:
-    """Detectors of harm: AUROC on the left, false alarms at a recall on the right; a colour per set of prompts.
+def detector_figure(table: pd.DataFrame) -> Figure:
+    """Detectors of harm: AUROC on the left, false alarms on the right; a colour per set of prompts.
 
-    table: `detectors.DETECTOR_COLUMNS`. recall: percent, a column of the table.
+    table: `detectors.DETECTOR_COLUMNS`. False alarms are at the highest recall for which there are prompts enough.
     """
+    recall = _highest_recall(table)
     names = list(dict.fromkeys(table["detector"]))
     evaluations = list(dict.fromkeys(table["evaluation"]))
     figure = Figure((WIDTH, 2.2 + 0.45 * len(names)), DPI, layout="constrained")
     areas, alarms = figure.subplots(1, 2, sharey=True)
-    counts = ", ".join(f"{name}: {table.loc[table['evaluation'] == name, 'n'].max()}" for name in evaluations)
+    counts = ", ".join(
+        f"{_evaluation(name)}: {table.loc[table['evaluation'] == name, 'n'].max()}" for name in evaluations
+    )
     title = "Detectors of harmful prompts, thresholds from other prompts"
     figure.suptitle(f"{title}\n95% intervals; prompts: {counts}", fontsize=11)
     for axis, column in ((areas, "auroc"), (alarms, f"false_alarms_{recall}")):
@@ -123,6 +126,13 @@ def detector_figure(table: pd.DataFrame, recall: int = 95) -> Figure:
     return figure
 
 
+def _highest_recall(table: pd.DataFrame) -> int:
+    """In percent; the lowest where none is defined."""
+    percents = [round(100 * recall) for recall in RECALLS]
+    defined = [percent for percent in percents if table[f"false_alarms_{percent}"].notna().any()]
+    return max(defined, default=min(percents))
+
+
 def _detectors(axis: Axes, table: pd.DataFrame, column: str, names: list[str], evaluations: list[str]) -> None:
     """A dot with its interval per detector; sets of prompts side by side, each in its colour."""
     styles = zip(evaluations, cycle(COLOURS), cycle(MARKERS), strict=False)
@@ -131,4 +141,4 @@ def _detectors(axis: Axes, table: pd.DataFrame, column: str, names: list[str], e
         beside = 0.25 * (place - (len(evaluations) - 1) / 2)
         rows = [names.index(name) + beside for name in part["detector"]]
         axis.hlines(rows, part[f"{column}_low"], part[f"{column}_high"], color=colour)
-        axis.plot(part[column], rows, color=colour, marker=marker, linestyle="", label=evaluation)
+        axis.plot(part[column], rows, color=colour, marker=marker, linestyle="", label=_evaluation(evaluation))
