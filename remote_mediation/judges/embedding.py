@@ -2,8 +2,8 @@
 
 A sentence encoder (all-MiniLM-L6-v2) turns texts into vectors of length one, the mean over tokens. The head is a
 logistic regression on the answer's vector, its difference from the prompt's, and their cosine, which tells what is
-beside the point; it is fitted to the built-in labelled answers when the judge is loaded. `openings+embedding` adds what
-the rules of `refusal-openings` say, which see what an average of words does not: the order of refusing and giving.
+beside the point; it is fitted to the built-in labelled answers when the judge is loaded. `openings+embedding` adds the
+verdict of `refusal-openings`, which sees what an average of words does not: the order of refusing and giving.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from remote_mediation.errors import JudgeError
 from remote_mediation.fetch import located
 from remote_mediation.judges.base import BATCH, first_line, quiet_loading, refuse_other_weights
 from remote_mediation.judges.labelled import Labelled, load_labelled
-from remote_mediation.judges.openings import by_rules
+from remote_mediation.judges.openings import complies
 
 EMBEDDING = "embedding"
 OPENINGS_AND_EMBEDDING = "openings+embedding"
@@ -68,7 +68,7 @@ class EmbeddingJudge:
     name: str
     encoder: Encoder
     with_openings: bool
-    """Whether what the rules of `refusal-openings` say is one of the features."""
+    """Whether the verdict of `refusal-openings` is one of the features."""
     head: Any
     """A fitted scikit-learn classifier of features [answer, feature]."""
 
@@ -131,6 +131,6 @@ def _features(encoder: Encoder, with_openings: bool, prompts: Sequence[str], ans
     cosine = (asked * said).sum(axis=1, keepdims=True)
     columns = [said, said - asked, cosine]
     if with_openings:
-        verdicts = [bool(by_rules(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        verdicts = [complies(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         columns.append(np.array(verdicts, dtype=np.float64)[:, None])
     return np.hstack(columns)
