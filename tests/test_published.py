@@ -14,6 +14,7 @@ import socket
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import tokenizers
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.activations import NewGELUActivation
 
 from remote_mediation import cli
 from remote_mediation.errors import SettingsError
@@ -106,7 +108,7 @@ class Hooked:
     model: GPT2LMHeadModel
     prompts: tuple[Tensor, Tensor]
     """Token ids, corrupted and clean."""
-    value: Callable[[Tensor], float]
+    value: Callable[[Tensor], Tensor]
     """Y of the logits behind the prompt."""
 
     @property
@@ -117,7 +119,27 @@ class Hooked:
 
     def outcome(self, side: int) -> float:
         """Y of a plain run."""
-        return self.value(self._run(side))
+        return float(self.value(self._run(side)))
+
+    def estimated(self, module: Callable[[int], torch.nn.Module], tokens: slice) -> list[float]:
+        """Of a module of every layer: gradient of Y on the corrupted prompt, times the clean one's change."""
+        outputs: list[list[Tensor]] = []
+        for side in (0, 1):
+            kept: list[Tensor] = []
+
+            def keep(_: object, __: object, output: Tensor | tuple[Tensor, ...], kept: list[Tensor] = kept) -> None:
+                kept.append(output[0] if isinstance(output, tuple) else output)
+
+            handles = [module(layer).register_forward_hook(keep) for layer in range(LAYERS)]
+            logits = self.model(self.prompts[side][None], use_cache=False).logits[0, -1].double()
+            for handle in handles:
+                handle.remove()
+            outputs.append(kept)
+            if side == 0:
+                gradients = torch.autograd.grad(self.value(logits), kept)
+        changes = [clean - corrupted for corrupted, clean in zip(*outputs, strict=True)]
+        products = [gradient * change for gradient, change in zip(gradients, changes, strict=True)]
+        return [float(product[0, tokens].sum().detach()) for product in products]
 
     def brought_back(self, number: Published) -> float:
         """Y of the corrupted prompt while a site is as it is on the clean one."""
@@ -145,7 +167,7 @@ class Hooked:
 
         inside = number.component == "attention_heads"
         self._run(1, module, keep, inside)
-        return self.value(self._run(0, module, put, inside))
+        return float(self.value(self._run(0, module, put, inside)))
 
     def _run(
         self,
@@ -173,6 +195,44 @@ class Hooked:
                 handle.remove()
 
 
+@contextmanager
+def linearised() -> Iterator[None]:
+    """GPT-2 with its norms' scale, its attention patterns and the slopes of its activations held: RelP's model."""
+
+    def norm(found: Tensor, shape: object, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        centred = found - found.mean(-1, keepdim=True)
+        scale = (found.var(-1, unbiased=False, keepdim=True) + eps).sqrt().detach()
+        return centred / scale * weight + bias
+
+    act, softmax = NewGELUActivation.forward, torch.nn.functional.softmax
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.functional.layer_norm", norm)
+        patch.setattr("torch.nn.functional.softmax", lambda *args, **more: softmax(*args, **more).detach())
+        patch.setattr(NewGELUActivation, "forward", lambda self, found: found * (act(self, found) / found).detach())
+        yield
+
+
+def agreement_by_hooks(pairs: Sequence[Hooked], component: str, screen: str) -> float:
+    """Pearson's correlation of estimated and exact effects, over pairs, layers, the edit and the last token."""
+    blocks = pairs[0].model.transformer.h
+    module = {
+        "layer_output": lambda layer: blocks[layer],
+        "attention_output": lambda layer: blocks[layer].attn,
+        "mlp_output": lambda layer: blocks[layer].mlp,
+    }[component]
+    exact, estimated = [], []
+    for pair in pairs:
+        for position, tokens in (("edit", pair.differing), ("last", slice(-1, None))):
+            site = Published(
+                name="", quantity="nie_share", component=component, position=position, value=0, tolerance=0, source=""
+            )
+            patched = [pair.brought_back(site.model_copy(update={"layer": layer})) for layer in range(LAYERS)]
+            exact += [found - pair.outcome(0) for found in patched]
+            with linearised() if screen == "relp_pearson" else nullcontext():
+                estimated += pair.estimated(module, tokens)
+    return float(np.corrcoef(exact, estimated)[0, 1])
+
+
 def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -181,15 +241,15 @@ def hooked_pairs(study: str, model: GPT2LMHeadModel, tokenizer: PreTrainedTokeni
     refusal = tomllib.loads((published.STUDIES / study / "study.toml").read_text("utf-8")).get("refusal", {})
     later, others = (tokenizer.convert_tokens_to_ids(refusal.get(side, [])) for side in ("compliant", "refusing"))
 
-    def years(logits: Tensor) -> float:
+    def years(logits: Tensor) -> Tensor:
         likely = torch.softmax(logits, -1)
-        return float(likely[later].sum().log() - likely[others].sum().log())
+        return likely[later].sum().log() - likely[others].sum().log()
 
     for record in records(study):
         prompts = tuple(torch.tensor(ids_of(tokenizer, END + record[key])) for key in ("harmless", "harmful"))
         if study == "ioi":
             (right,), (wrong,) = (ids_of(tokenizer, record[key]) for key in ("harmful_response", "harmless_response"))
-            yield Hooked(model, prompts, lambda logits, r=right, w=wrong: float(logits[r] - logits[w]))
+            yield Hooked(model, prompts, lambda logits, r=right, w=wrong: logits[r] - logits[w])
         else:
             yield Hooked(model, prompts, years)
 
@@ -214,6 +274,8 @@ def by_hooks(study: str, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerF
             found.append(float(((odds - 1) / (odds + 1)).mean()))
         elif number.quantity == "nie_share":
             found.append(share(number))
+        elif number.quantity in ("atp_pearson", "relp_pearson"):
+            found.append(agreement_by_hooks(pairs, number.component, number.quantity))
         else:
             kind = number.component
             if kind not in layers:
@@ -351,7 +413,7 @@ def test_a_row_that_is_no_number_is_named(tmp_path: Path) -> None:
     file.write_text("name,quantity,value,tolerance,source\nx,share,1,1,y\n", "utf-8")
     with pytest.raises(SettingsError, match=r"row 1: quantity: .*'share'"):
         read_published(file)
-    assert len(read_published(published.STUDIES / "ioi/expected.csv")) == 22
+    assert len(read_published(published.STUDIES / "ioi/expected.csv")) == 28
 
 
 def test_without_a_checkout_it_says_where_the_studies_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

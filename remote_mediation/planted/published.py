@@ -2,13 +2,15 @@
 
 What is planted has a truth, and is small. Of a few circuits in real models others have printed
 numbers, which another tool measured. A folder each (`reports/published`) has a study, its pairs, and
-`expected.csv`, one number a row. The study runs as any does, and each number is read of its effects.
+`expected.csv`, one number a row. The study runs as any does, and each number is read of its effects, but for
+how well screens agree with them: an analysis of this module asks for that.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +19,17 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from remote_mediation.config import StudyConfig, load_config
+from remote_mediation.config import Screen, StudyConfig, load_config
 from remote_mediation.door import open_lab
+from remote_mediation.engine.tasks import screen_tasks
 from remote_mediation.errors import ModelError, SettingsError
+from remote_mediation.lab import Floats, Lab
 from remote_mediation.models import folder_at_hand, why_no_hub
 from remote_mediation.records import read_records
+from remote_mediation.result import Analysis, Finding, Findings, Result
 from remote_mediation.runner import Watch
+from remote_mediation.sites import Component, Site
+from remote_mediation.tokens import TokenPair
 
 STUDIES = Path(__file__).parents[2] / "reports" / "published"
 """Where the studies are in a checkout; an installed package has none."""
@@ -30,7 +37,13 @@ STUDY, EXPECTED = "study.toml", "expected.csv"
 WHOLE = -1
 """In place of a unit where the whole tensor is swapped."""
 
-Quantity = Literal["y_base", "y_source", "year_difference", "nie_share", "nie_place"]
+Quantity = Literal["y_base", "y_source", "year_difference", "nie_share", "nie_place", "atp_pearson", "relp_pearson"]
+PEARSON: dict[str, Screen] = {"atp_pearson": "atp", "relp_pearson": "relp"}
+"""Quantities of a screen."""
+SCREENED_PARTS: tuple[Component, ...] = ("layer_output", "attention_output", "mlp_output")
+SCREENED_AT = ("edit", "last")
+"""Tokens whose modules are screened: where the prompts differ, and where the answer is read."""
+AGREEMENT_FILE = "screens_agree.csv"
 
 
 class Published(BaseModel):
@@ -141,10 +154,10 @@ def check_published(folder: Path, watch: Watch | None = None) -> Checked:
     # Files in the hub's cache are read as a folder: a hub that is gone is then never asked for newer ones.
     run = config.model_copy(update={"model": str(here), "revision": ""}) if here else config
     try:
-        effects = _effects(run, watch)
+        result = _result(run, numbers, watch)
     except ModelError as error:
         return Checked(folder.name, config.model, absent=str(error))
-    compared = tuple(Compared(number, measured(number, effects)) for number in numbers)
+    compared = tuple(Compared(number, _found(number, result)) for number in numbers)
     return Checked(folder.name, config.model, numbers=compared)
 
 
@@ -199,7 +212,55 @@ def _shares(effects: pd.DataFrame, component: str, position: str) -> pd.Series[f
     return means["nie"] / means["te"]
 
 
-def _effects(config: StudyConfig, watch: Watch | None) -> pd.DataFrame:
-    """The effects of a study, run in a folder that does not last."""
-    with tempfile.TemporaryDirectory() as scratch, open_lab(config, out=Path(scratch) / "run", watch=watch) as lab:
-        return lab.run().effects
+def _found(number: Published, result: Result) -> float:
+    """What a published number is in a study's result; NaN where it has no such number."""
+    if number.quantity not in PEARSON:
+        return measured(number, result.effects)
+    table = result.tables[AGREEMENT_FILE].set_index(["component", "screen"])["pearson"]
+    return float(table.get((number.component, PEARSON[number.quantity]), np.nan))
+
+
+def _result(config: StudyConfig, numbers: Sequence[Published], watch: Watch | None) -> Result:
+    """The result of a study, run in a folder that does not last."""
+    asked: list[str | Analysis] = [*config.analyses]
+    if any(number.quantity in PEARSON for number in numbers):
+        asked.append(AGREEMENT)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        open_lab(config, out=Path(scratch) / "run", watch=watch, analyses=asked) as lab,
+    ):
+        return lab.run()
+
+
+def _agree(lab: Lab, before: Findings) -> Finding:
+    """How well AtP and RelP estimate the NIE of whole modules: Pearson's correlation (arXiv 2508.21258, table 1).
+
+    Over pairs, layers and `SCREENED_AT`; an estimate is the sum over a module's coordinates.
+    """
+    pairs, rows = lab.pairs(), []
+    for component in SCREENED_PARTS:
+        exact = np.stack([_exact(lab, pairs, component, position) for position in SCREENED_AT])
+        for screen in PEARSON.values():
+            estimated = np.stack([_estimated(lab, pairs, component, position, screen) for position in SCREENED_AT])
+            pearson = float(np.corrcoef(exact.ravel(), estimated.ravel())[0, 1])
+            rows.append({"component": component, "screen": screen, "pearson": pearson})
+    return Finding({AGREEMENT_FILE: pd.DataFrame(rows)})
+
+
+def _exact(lab: Lab, pairs: Sequence[TokenPair], component: Component, position: str) -> Floats:
+    """NIE of every layer's module: `[pair, layer]`."""
+    sites = [Site(component, layer, position) for layer in range(lab.study.info.layers)]
+    found: Floats = lab.indirect(sites, pairs).nie.T
+    return found
+
+
+def _estimated(lab: Lab, pairs: Sequence[TokenPair], component: Component, position: str, screen: Screen) -> Floats:
+    """What a screen says of the same: `[pair, layer]`."""
+    tasks = [task for pair in pairs for task in screen_tasks([pair], component, position, lab.study.setting, screen)]
+    scores = np.array(lab.run(tasks), dtype=np.float64).reshape(len(pairs), 2, lab.study.info.layers, -1)
+    found: Floats = scores[:, 0].sum(-1)
+    return found
+
+
+AGREEMENT = Analysis("screens agree", analyse=_agree)
+"""Beside a study's own analyses, where a number of a screen was published."""
