@@ -186,8 +186,9 @@ class Store:
     def pairs_reader(self, path: Path) -> Callable[[bytes], Prepared]:
         """Reads a file of pairs as this run does. Raises: as `runfiles.read_pairs`."""
         record, digests, _ = self._sealed()
-        allowed, vocab = digests.get(path.name, ()), record.get("model", {}).get("vocab", inf)
-        return partial(runfiles.read_pairs, allowed=allowed, vocab=vocab)
+        vocab = record.get("model", {}).get("vocab")
+        known = vocab if isinstance(vocab, int) else inf  # a record of another kind is refused where it is read
+        return partial(runfiles.read_pairs, allowed=digests.get(path.name, ()), vocab=known)
 
     def bound(self) -> dict[str, list[str]]:
         """Files that `run.json` binds, with the digests that they may have."""

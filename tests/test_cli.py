@@ -218,7 +218,7 @@ def test_one_pair_is_one_pair(call: Run, tmp_path: Path, model: str) -> None:
 
 
 def test_pairs_are_checked_shown_and_converted(call: Run, tmp_path: Path, model: str) -> None:
-    file = study(tmp_path, model, '[prompt]\nprefill = "sure here"\n')
+    file = study(tmp_path, model, '[prompt]\nprefill = " sure here"\n')
     shown = call("pairs", "check", file, "--show", "steal-car")
     assert shown.code == 0
     assert "«edit: steal" in shown.out

@@ -136,8 +136,8 @@ def reason_notes(table: pd.DataFrame) -> list[Note]:
     table: with `harm`, and with `reason`, that of harm or, where harm has none, of the placebo. Where the share of harm
     is known, one that is undefined is the placebo's.
     """
-    placebo = table["reason"].str.startswith(_UNDEFINED, na=False) & table["harm"].notna()
-    reasons = table["reason"].dropna()
+    reasons = table["reason"].dropna().astype(str)
+    placebo = reasons.str.startswith(_UNDEFINED) & table.loc[reasons.index, "harm"].notna()
     return [*notes_on("placebo", reasons[placebo]), *notes_on("", reasons[~placebo])]
 
 
