@@ -35,7 +35,7 @@ def check_run(folder: Path) -> list[FileState]:
     bound, form = store.bound(), store.form()
     states = [_record(folder / "run.json", "whole" if bound else "of an older version, without digests")]
     for name in sorted({*bound, *(path.name for path in folder.glob("*.jsonl"))}):
-        states.append(_pairs(folder / name, store))
+        states.append(_pairs(folder / name, store, name in bound))
     states += _each(folder, "failures.json", lambda path: runfiles.read_failures, "its pairs will run again")
     states += _each(
         folder, "submitted/*.json", lambda path: partial(runfiles.read_ticket, path.stem), "its job will run again"
@@ -54,15 +54,12 @@ def _record(path: Path, detail: str) -> FileState:
     return state._replace(detail=detail) if state.whole else state
 
 
-def _pairs(path: Path, store: Store) -> FileState:
+def _pairs(path: Path, store: Store, bound: bool) -> FileState:
+    """bound: by a digest in `run.json`."""
     if not path.exists():
         return FileState(path.name, False, "gone; run the study again, which makes it anew")
     state = _state(path, path.parent, store.pairs_reader(path), "put it back, or delete it")
-    return (
-        state
-        if path.name in store.bound() or not state.whole
-        else state._replace(detail="readable, and bound by no digest")
-    )
+    return state if bound or not state.whole else state._replace(detail="readable, and bound by no digest")
 
 
 def _each(

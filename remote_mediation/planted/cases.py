@@ -311,16 +311,10 @@ def _understand(bed: Bed, layers: Sequence[int] = EARLY) -> None:
         bed.products(layer, "left", "right", {"concept": 0.5 / len(chosen)})
 
 
-def _move(bed: Bed, layers: Sequence[int], hears: str = "concept") -> None:
-    """A head in each of these layers brings its part to the later tokens."""
+def _move(bed: Bed, layers: Sequence[int], hears: str = "concept", says: str = "moved", count: int = 1) -> None:
+    """So many heads in each of these layers bring their parts to the later tokens."""
     for layer in layers:
-        bed.head(layer, hears, {"moved": 1 / len(layers)})
-
-
-def _move_by_eight(bed: Bed, says: str) -> None:
-    """More heads than few bring their parts of the concept, as one feature, to the later tokens."""
-    for layer in MIDDLE:
-        bed.head(layer, "concept", {says: 1 / (2 * len(MIDDLE))}, count=2)
+        bed.head(layer, hears, {says: 1 / (count * len(layers))}, count=count)
 
 
 def _relay(bed: Bed, moving: Sequence[int]) -> None:
@@ -377,12 +371,12 @@ def _early_gate(bed: Bed) -> None:
 
 def _early_crowd(bed: Bed) -> None:
     _understand(bed, EARLY[1:])
-    _move_by_eight(bed, "answer")
+    _move(bed, MIDDLE, says="answer", count=2)
 
 
 def _late_crowd(bed: Bed) -> None:
     _understand(bed)
-    _move_by_eight(bed, "moved")
+    _move(bed, MIDDLE, count=2)
     for layer in LATE:
         bed.neurons(layer, _CROWD, _MOVED, {"answer": 1 / len(LATE)}, GATE_THRESHOLD)
 
@@ -430,8 +424,7 @@ def _in_two_steps(bed: Bed) -> None:
 def _two_kinds(bed: Bed) -> None:
     """Each kind opens a gate of its own, which half of it does not; no direction below 80% of the depth is of both."""
     for feature, moved, layers in (("word", "moved", MIDDLE[::2]), ("side", "tag", MIDDLE[1::2])):
-        for layer in layers:
-            bed.head(layer, feature, {moved: 1 / (2 * len(layers))}, count=2)
+        _move(bed, layers, feature, moved, count=2)
         bed.gate(LATE[-1], 1, {moved: 1.0}, {"answer": 1.0}, threshold=3.0)
 
 
