@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from fakes import Counting, placebo_study
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from oracle import LOGIT_DIFF, TOLERANCE, Subject, token_pair
 from safetensors.numpy import load_file
 
@@ -20,7 +21,7 @@ from remote_mediation.analyses.claims import beside
 from remote_mediation.analyses.claims.samples import Sample, activations
 from remote_mediation.analyses.claims.verdicts import HALF, Bench, Beside, Both, Effect
 from remote_mediation.analyses.rivals import DIRECTIONS, RIVALS, directions, harm, rulings, samples, sets, show
-from remote_mediation.analyses.rivals.figures import AXIS, axis_figure
+from remote_mediation.analyses.rivals.figures import AXIS, LATE_GATE, axis_figure
 from remote_mediation.analyses.rivals.rulings import EARLY, NEURONS, Carrier
 from remote_mediation.config import StudyConfig
 from remote_mediation.cost import estimate
@@ -634,6 +635,17 @@ def test_intervals_are_drawn_to_their_ends_in_both_directions() -> None:
     ends = [("head gate", "supported", "a", 3, way, True, 1.6, 1.5, high) for way, high in (("nie", 1.7), ("tie", 1.9))]
     for axis in axis_figure(pd.DataFrame(ends, columns=list(AXIS)), "").axes:
         assert axis.get_ylim()[1] > 1.9
+
+
+def test_the_longest_verdicts_are_not_cut_off_in_the_legend() -> None:
+    names = ("one direction", "harm and refusal", "cross-layer neurons", "early layers", "head gate", LATE_GATE)
+    said = "supported, of any edit"
+    rows = [(name, said, name, 3, way, True, 0.7, 0.6, 0.8) for name in names for way in ("nie", "tie")]
+    figure = axis_figure(pd.DataFrame(rows, columns=list(AXIS)), "")
+    FigureCanvasAgg(figure).draw()
+    legend = figure.legends[0].get_window_extent()
+    assert len(figure.legends[0].get_texts()) == len(names)
+    assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
 
 
 def test_nothing_is_drawn_where_there_is_nothing_to_carry(measured: Measured) -> None:

@@ -90,7 +90,7 @@ def axis_figure(every: pd.DataFrame, result: str) -> Figure:
 
     every: `AXIS`. result: for the title, in a line.
     """
-    figure = Figure((WIDTH, 4.8), DPI, layout="constrained")
+    figure = Figure((WIDTH, 5.0), DPI, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, quantity in zip(axes, QUESTIONS, strict=True):
         _by_numbers(axis, every[every["direction"] == quantity])
@@ -104,7 +104,7 @@ def axis_figure(every: pd.DataFrame, result: str) -> Figure:
     shown = "share of TE by the numbers swapped; held-out pairs, 95% intervals; filled: what a verdict rests on"
     figure.suptitle(f"{result}\n{shown}", fontsize=11)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
 
 
