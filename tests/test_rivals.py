@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 from fakes import Counting, placebo_study
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from oracle import LOGIT_DIFF, TOLERANCE, Subject, token_pair
 from safetensors.numpy import load_file
 
@@ -642,7 +641,7 @@ def test_the_longest_verdicts_are_not_cut_off_in_the_legend() -> None:
     said = "supported, of any edit"
     rows = [(name, said, name, 3, way, True, 0.7, 0.6, 0.8) for name in names for way in ("nie", "tie")]
     figure = axis_figure(pd.DataFrame(rows, columns=list(AXIS)), "")
-    FigureCanvasAgg(figure).draw()
+    figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
     assert len(figure.legends[0].get_texts()) == len(names)
     assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1

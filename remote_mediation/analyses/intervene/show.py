@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from remote_mediation.analyses.intervene.ask import MEAN, PLAIN, RANDOM
 from remote_mediation.result import Result
-from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH
+from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend
 from remote_mediation.show.section import Section
 from remote_mediation.show.tables import Note, Table, count, interval, notes_on, number, percent
 from remote_mediation.show.words import (
@@ -220,7 +220,7 @@ def dose_figure(held: pd.DataFrame, doses: Mapping[str, float], unit: str, total
     right.set_title("Answers that comply, says the judge", fontsize=10, loc="left")
     right.set(xlabel="gates multiplied by (1: plain model)", ylabel="share of answers", ylim=(-0.04, 1.04))
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    legend(figure, left, columns=3)
     return figure
 
 

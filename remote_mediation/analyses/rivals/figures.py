@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from remote_mediation.analyses.rivals.geometry import PLACES
 from remote_mediation.analyses.rivals.rulings import DIRECTION, EARLY, HEADS, NEURONS, TWO
-from remote_mediation.show.figures import COLOURS, DPI, MARKERS, QUESTIONS, WIDTH, ticks
+from remote_mediation.show.figures import COLOURS, DPI, MARKERS, QUESTIONS, WIDTH, legend, ticks
 
 _MOST_TICKS = 9
 AXIS = (
@@ -103,8 +103,7 @@ def axis_figure(every: pd.DataFrame, result: str) -> Figure:
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     shown = "share of TE by the numbers swapped; held-out pairs, 95% intervals; filled: what a verdict rests on"
     figure.suptitle(f"{result}\n{shown}", fontsize=11)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    legend(figure, axes[0], columns=2)
     return figure
 
 
