@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +22,17 @@ def provenance() -> dict[str, Any]:
         "host": {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()},
         "started": now(),
     }
+
+
+def continued(begun: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By time the commits, other than the first, whose code went on with a run; nothing where there is none.
+
+    begun: the record so far. made: `provenance` of what goes on.
+    """
+    git, known = made["git"], begun.get("continued", {})
+    if not git or git in (begun.get("git", git), *known.values()):
+        return {}
+    return {"continued": {**known, made["started"]: git}}
 
 
 def now() -> str:

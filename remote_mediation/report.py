@@ -242,7 +242,7 @@ def effect_in_words(result: Result) -> str:
 
 
 def headline(result: Result) -> str:
-    """The verdicts in a sentence; where TE < 0 the claims are worded about the refusal (METHOD, section 2).
+    """The verdicts in at most 40 words; where TE < 0 the claims are worded about the refusal (METHOD, section 2).
 
     What was not tested says nothing of where, and stands in the table below.
     """
@@ -254,7 +254,7 @@ def headline(result: Result) -> str:
     if not verdicts:
         return f"**This run maps where {decided} acts in {name}; it tests no claim.**"
     tested = [verdict for verdict in verdicts if verdict.said != "not tested"]
-    return f"**Where in {name} is {decided} decided? {in_groups(tested or verdicts)}.**"
+    return f"**What decides {decided}? {in_groups(tested or verdicts)}.**"
 
 
 def _setting_table(result: Result, record: Mapping[str, Any]) -> Table:

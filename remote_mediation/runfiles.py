@@ -58,7 +58,7 @@ Older versions began others: 1 has checksums alone, 0 neither.
 # What `run.json` holds by name, where a reader takes it for something; all of it is only there in newer versions.
 _NONE = type(None)
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("study", "model", "files", "served", "prompts", _OTHERS), (dict,)),
+    **dict.fromkeys(("study", "model", "files", "served", "prompts", "continued", _OTHERS), (dict,)),
     **{"git": (dict, _NONE), "seconds": (int, float), "memory": (int, float, _NONE), "values": (int,), _FORM: (int,)},
 }
 

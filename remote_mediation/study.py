@@ -50,7 +50,7 @@ from remote_mediation.outcomes import (
 from remote_mediation.pairs import PromptPair, load_openings, placebo_id
 from remote_mediation.placebo import components
 from remote_mediation.prompts import encode_after, refuse_control, render
-from remote_mediation.provenance import now, peak_memory, provenance
+from remote_mediation.provenance import continued, now, peak_memory, provenance
 from remote_mediation.rendering import described
 from remote_mediation.result import Analysis, Finding, Result
 from remote_mediation.runfiles import digest_of
@@ -145,7 +145,9 @@ def prepared_lab(
     # Refuses sites that are not there, and the lab pairs that cannot be split.
     first_requests(study, chosen(config.analyses, more))
     lab = Lab(study, store, backend, watch, variants)
-    record = {**provenance(), **begun, **_described(study), **known, "seconds": begun.get("seconds", 0.0)}
+    made = provenance()
+    begun = {**made, "seconds": 0.0, **begun, **continued(begun, made)}
+    record = {**begun, **_described(study), **known}
     store.save_record(record)
     store.save_prepared(prepared)
     if config.harmful:

@@ -252,7 +252,7 @@ def test_verdicts_are_the_first_sentence() -> None:
     found = result(effects(modules()), more=chosen(["claims", "modules"]))
     first = report_module.headline(dataclasses.replace(found, tables={"claims.csv": claims, "sets.csv": sets}))
     assert first == (
-        "**Where in planted is harmful text decided? Supported: late layers, a sparse gate; not supported: MLPs over "
+        "**What decides harmful text? Supported: late layers, sparse gate; not supported: MLPs over "
         "attention; undecided: early understanding; supported, of any edit: handed on through MLPs.**"
     )
 
@@ -597,6 +597,15 @@ def test_how_it_was_made_stands_on_top(store: Store) -> None:
     assert load_config(None, overrides, assigned) == found.study.config
 
 
+def test_what_went_on_with_a_run_is_told_beside_what_began_it(store: Store) -> None:
+    later = {"2026-11-27T10:00:00+00:00": {"commit": "fedcba9876543", "dirty": True}}
+    store.save_record({**RECORD, "continued": later})
+    report = written(store, result(effects(modules())))
+    said = "committed, continued by commit fedcba9876 with changes that were not committed."
+    assert said in report.split("\n## ")[0]
+    assert dict(rows(section(report, "Provenance")))["continued.2026-11-27T10:00:00+00:00.dirty"] == "True"
+
+
 def test_what_was_not_recorded_of_its_making_is_said_to_be(store: Store) -> None:
     top = written(store, result(effects(modules()))).split("\n## ")[0]
     assert "run time not recorded, memory not recorded, commit abc123 with changes that were not committed." in top
@@ -643,7 +652,7 @@ def test_harmless_prompts_of_the_package_s_own_pairs_are_shown(store: Store) -> 
     assert own[0].harmless not in theirs
 
 
-@pytest.mark.parametrize("report", ["quickstart", "qwen2.5-coder-1.5b", "refusing-smollm2"])
+@pytest.mark.parametrize("report", ["quickstart", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "refusing-smollm2"])
 def test_the_answer_takes_forty_words_at_most(report: str) -> None:
     folder = Path(__file__).parents[1] / "reports" / report
     names = ("claims", "sets", "direction", "direction_sets", "rivals", "rival_sets")

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from fakes import WORDS, CannedBackend, Watcher, records, write_pairs
 
+from remote_mediation import study as study_module
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.jobs import Job
 from remote_mediation.errors import JobError, LostJobError, PairsError, SiteError, StoreError, TransportError
@@ -76,6 +77,22 @@ def test_a_failed_pair_is_not_tried_again(pairs: Path, tmp_path: Path, searched:
     later = CannedBackend({})
     pd.testing.assert_frame_equal(run(study, later, folder).effects, effects)
     assert later.collected == []
+
+
+def test_the_commits_that_went_on_with_a_run_are_recorded_by_time(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, folder = config(pairs), tmp_path / "run"
+    sittings = [("first", "1"), ("first", "2"), ("second", "3"), ("third", "4"), ("second", "5"), (None, "6")]
+    found = []
+    for commit, started in sittings:
+        git = {"commit": commit, "dirty": False} if commit else None
+        monkeypatch.setattr(study_module, "provenance", lambda git=git, at=started: {"git": git, "started": at})
+        run(study, CannedBackend({}), folder)
+        record = Store.open(folder).record()
+        found.append({time: of["commit"] for time, of in record.get("continued", {}).items()})
+    assert (record["git"]["commit"], record["started"]) == ("first", "1")
+    assert found == [{}, {}, {"3": "second"}, *[{"3": "second", "4": "third"}] * 3]
 
 
 def test_a_study_in_which_every_job_fails_stops_and_leaves_no_pair_out(pairs: Path, tmp_path: Path) -> None:

@@ -525,6 +525,7 @@ def test_the_copy_stands_in_for_a_spoilt_record(full: Path, caplog: pytest.LogCa
         *[
             ("git", "x"),
             ("git", 5),
+            ("continued", []),
             ("seconds", None),
             ("digests", []),
             ("digests", {"pairs.jsonl": "x"}),

@@ -51,7 +51,8 @@ def made_in_words(record: Mapping[str, Any]) -> str:
     last = "" if "memory" in record else " in its last sitting"  # all that older versions noted
     time = f"{_time(seconds)} of run time{last}" if seconds else f"run time {UNKNOWN}"
     most = f"at most {number(memory)} GB of memory" if memory else f"memory {UNKNOWN}"
-    return f"{time}, {most}, {_commit(git) if git else f'commit {UNKNOWN}'}."
+    later = "".join(f", continued by {_commit(one)}" for one in record.get("continued", {}).values())
+    return f"{time}, {most}, {_commit(git) if git else f'commit {UNKNOWN}'}{later}."
 
 
 def _commit(git: Mapping[str, Any]) -> str:

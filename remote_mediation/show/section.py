@@ -124,7 +124,7 @@ class Verdict(NamedTuple):
 
     @property
     def row(self) -> str:
-        """In a few words with its number or kind: `3. a sparse gate`, `rival: one direction`."""
+        """In a few words with its number or kind: `3. sparse gate`, `rival: one direction`."""
         kind, _, number = self.label.partition(" ")
         if not self.short:
             return self.label

@@ -111,7 +111,7 @@ def _with_slope(one: Share, side: str) -> str:
 
 
 def in_groups(verdicts: Sequence[Verdict]) -> str:
-    """What is said of which claims: `Supported: late layers, a sparse gate; undecided: early understanding`.
+    """What is said of which claims: `Supported: late layers, sparse gate; undecided: early understanding`.
 
     What a control takes from a claim stands behind it in brackets.
     """

@@ -18,7 +18,7 @@ from remote_mediation.show.words import UNMEASURED, decided, in_groups, of_what,
 CLAIMS = {
     1: "late layers",
     2: "MLPs over attention",
-    3: "a sparse gate",
+    3: "sparse gate",
     4: "early understanding",
     5: "handed on through MLPs",
 }
