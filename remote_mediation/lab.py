@@ -26,7 +26,7 @@ from remote_mediation.engine.pathrows import Way, sender_row, way_row
 from remote_mediation.engine.payload import digest
 from remote_mediation.engine.rows import Row, RowMaker, direct_row, swap_all, swaps
 from remote_mediation.engine.samples import Manner, bare, sample_key
-from remote_mediation.engine.tasks import Intervention, direct_task, generate_task
+from remote_mediation.engine.tasks import Intervention, direct_readouts, direct_task, generate_task, sharing_x0
 from remote_mediation.errors import JobError
 from remote_mediation.models import ends_of_answers
 from remote_mediation.openings import longest_answer
@@ -261,11 +261,15 @@ class Lab:
         """
         if any(site.component == "mlp_neurons" for sites in sets for site in sites):
             return self._both_ways(direct_row, sets, pairs)
-        found = self.run([direct_task(pair, sets, self.study.setting) for pair in pairs])
-        each = 2 * len(sets)
-        readouts = [read for values in found for read in values.reshape(each, -1)]
-        swapped = self.study.outcome.each([pair for pair in pairs for _ in range(each)], readouts)
-        return self._against_bases(swapped.reshape(len(pairs), 2, len(sets)).transpose(1, 2, 0), pairs)
+        groups = sharing_x0(pairs)
+        found = self.run([direct_task(group, sets, self.study.setting) for group in groups])
+        numbers = {pair.id: number for number, pair in enumerate(pairs)}
+        y = np.empty((2, 1 + len(sets), len(pairs)))
+        for group, values in zip(groups, found, strict=True):
+            for pair, readouts in zip(group, direct_readouts(values, len(group), len(sets)), strict=True):
+                each = [read for side in readouts for read in side]
+                y[..., numbers[pair.id]] = self.study.outcome.each([pair] * len(each), each).reshape(2, -1)
+        return _effects(y[:, 1:], y[:, 0], pairs)
 
     def through(self, ways: Sequence[Way], pairs: Sequence[TokenPair]) -> Indirect:
         """Path effects (`pathrows`): what heads do by way of receivers alone; without any, straight to the answer.
@@ -295,10 +299,8 @@ class Lab:
 
     def _against_bases(self, swapped: Floats, pairs: Sequence[TokenPair]) -> Indirect:
         """Effects from Y(x0, M(x1)), then Y(x1, M(x0)): `[side, set, pair]`."""
-        y0, y1 = swapped
         bases = [self.outcomes([Row(pair.id, side) for pair in pairs]) for side in (0, 1)]
-        clusters = np.array([pair.cluster for pair in pairs])
-        return Indirect(nie=y0 - bases[0], tie=bases[1] - y1, te=bases[1] - bases[0], clusters=clusters)
+        return _effects(swapped, np.stack(bases), pairs)
 
     def run(self, tasks: Sequence[Context]) -> list[npt.NDArray[np.float32]]:
         """Values of tasks, in their order.
@@ -426,3 +428,9 @@ class Lab:
         """The same study on one of its `variants`; its shape is noted, so that reports need no model."""
         info = self.noted(f"checkpoint-{digest(name)}", lambda _: self.variants[name].info, _INFO)
         return self.beside(info=info, backend=self.variants.get(name))
+
+
+def _effects(swapped: Floats, bases: Floats, pairs: Sequence[TokenPair]) -> Indirect:
+    """Of Y with sets swapped, `[side, set, pair]`, and Y without, `[side, pair]`."""
+    clusters = np.array([pair.cluster for pair in pairs])
+    return Indirect(nie=swapped[0] - bases[0], tie=bases[1] - swapped[1], te=bases[1] - bases[0], clusters=clusters)

@@ -318,9 +318,9 @@ def test_sets_that_cannot_be_are_refused_by_name(subject: Subjects) -> None:
     with pytest.raises(SiteError, match=r"unit 96 of expert_neurons is out of range: .* has 0 to 95"):
         check_site(Site("expert_neurons", 1, "all", (96,)), model.info)
     with pytest.raises(SiteError, match=r"not of Site.component='expert_neurons'"):
-        direct_task(pair, [[some]], setting(model))
+        direct_task([pair], [[some]], setting(model))
     with pytest.raises(SiteError, match="direct effects are of attention_output and mlp_output"):
-        direct_task(pair, [both[:1]], setting(model))
+        direct_task([pair], [both[:1]], setting(model))
     apart = [Site("expert_output", 1, "all", (0, 1)), Site("expert_output", 1, "all", (2,))]
     apart += [Site("expert_neurons", 1, "all", (73, 90)), Site("expert_neurons", 1, "last", (72, 91))]
     apart += [Site("expert_neurons", 2, "all", (3, 30, 50))]

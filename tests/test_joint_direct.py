@@ -21,6 +21,7 @@ from oracle import (
 
 from remote_mediation.config import StudyConfig
 from remote_mediation.engine.rows import Row, direct_row, swap, swap_all
+from remote_mediation.engine.tasks import direct_task, sharing_x0
 from remote_mediation.errors import SiteError
 from remote_mediation.lab import Lab, Study
 from remote_mediation.outcomes import Outcome
@@ -103,6 +104,31 @@ def test_direct_effects_are_those_of_runs_that_hold_the_rest(
     whole = slice(0, 1) if model.info.family == "gpt2" else slice(None)
     np.testing.assert_allclose(found.nie[-1, whole], found.te[whole], atol=TOLERANCE)
     np.testing.assert_allclose(found.tie[-1, whole], found.te[whole], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_pairs_that_share_a_harmless_prompt_run_it_once(subject: Subjects, name: str, tmp_path: Path) -> None:
+    """As a pair and its placebo do; what is found is what each of them alone says, whose bases are rows."""
+    model = subject(name)
+    pair, apart = opened(token_pair("pair")), opened(token_pair("apart", edits=(3, 1)))
+    placebo = replace(pair, id="placebo", x1=apart.x1)
+    sets = [[Site("mlp_output", 1, "last")], every_contribution(range(1, model.info.layers))]
+    every = [pair, apart, placebo]
+    here = lab(tmp_path / "together", model, every, REFUSAL)
+    found = here.direct(sets, every)
+    tasks = [direct_task(group, sets, here.study.setting) for group in sharing_x0(every)]
+    assert [(task.pairs, len(task.payload["stacks"])) for task in tasks] == [
+        (("pair", "placebo"), 3),
+        (("apart",), 2),
+    ]
+    alone = [lab(tmp_path / one.id, model, [one], REFUSAL) for one in every]
+    single = [one.direct(sets, [pair]) for one, pair in zip(alone, every, strict=True)]
+    for quantity in ("nie", "tie"):
+        expected = np.concatenate([getattr(one, quantity) for one in single], axis=1)
+        np.testing.assert_allclose(getattr(found, quantity), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(found.te, here.joint(sets, every).te, atol=TOLERANCE)
+    assert np.abs(found.te[0] - found.te[2]) > 0.1
+    assert tasks[0].flops < sum(direct_task([one], sets, here.study.setting).flops for one in (pair, placebo))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -153,7 +153,7 @@ def test_another_width_and_a_direct_effect_are_refused_by_name(subject: Subjects
     with pytest.raises(SiteError, match=r"Basis\(1 of 3, \w+\) is no basis of mlp_output, which is 32 wide"):
         swap(pair, narrow, 0, model.info)
     with pytest.raises(SiteError, match="not of Basis"):
-        direct_task(pair, [[narrow]], Setting(model.info, "float32", LOGIT_DIFF))
+        direct_task([pair], [[narrow]], Setting(model.info, "float32", LOGIT_DIFF))
     with pytest.raises(SiteError, match="differ in shape"):
         replace(narrow, along=Basis.spanning([1.0, 0]))
 

@@ -79,9 +79,13 @@ def row_flops(row: Row, pair: TokenPair, setting: Setting) -> float:
 
 def base_flops(pair: TokenPair, setting: Setting) -> float:
     """Operations of a pair's two base runs."""
-    lengths = [tokens_run(pair, side, setting.info) for side in (0, 1)]
-    layers = sum(layer_flops(setting.info, length, length) for length in lengths) * setting.info.layers
-    return layers + 2 * _unembedding_flops(pair, setting)
+    return sum(prompt_flops(pair, side, setting) for side in (0, 1))
+
+
+def prompt_flops(pair: TokenPair, side: int, setting: Setting) -> float:
+    """Operations of the base run of one prompt of a pair."""
+    length = tokens_run(pair, side, setting.info)
+    return layer_flops(setting.info, length, length) * setting.info.layers + _unembedding_flops(pair, setting)
 
 
 def row_bytes(pair: TokenPair, start: int, setting: Setting) -> float:

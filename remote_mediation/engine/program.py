@@ -685,21 +685,23 @@ def rows_of(linear: Any, value: torch.Tensor, rows: torch.Tensor) -> torch.Tenso
 
 
 def direct(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
-    """What sets of contributions do to the answer by the residual stream alone: `[1, (side, set, read)]`.
+    """What sets of contributions do to the answer by the residual stream alone: `[1, (prompt, row, read)]`.
 
-    The final stream is a sum of what layers add. So no layer is run: the base stream, plus the difference between the
-    other prompt's contributions and its own, goes through all that follows the last block.
+    The rows of a prompt: as it is, then each set as on each of its `others`. The final stream is a sum of what layers
+    add. So no layer is run: the base stream, plus the difference between the other prompt's contributions and its own,
+    goes through all that follows the last block.
     """
-    bases = [
-        base_run(model, spec, stack, ("attention_output", "mlp_output", "layer_output")) for stack in context["stacks"]
-    ]
+    names = ("attention_output", "mlp_output", "layer_output")
+    bases = [base_run(model, spec, stack, names) for stack in context["stacks"]]
     found = []
-    for side in (0, 1):
-        own, other = bases[side]["captured"], bases[1 - side]["captured"]
-        streams = torch.stack([held_stream(own, other, sites) for sites in context["sets"]])
-        for first in range(0, len(streams), context["rows"]):
-            part = streams[first : first + context["rows"]]
-            found.append(answer_of(model, spec, context["stacks"][side], bases[side]["keyvalues"], part))
+    for stack, base, others in zip(context["stacks"], bases, context["others"], strict=True):
+        changes = [(other, sites) for other in others for sites in context["sets"]]
+        own = base["captured"]
+        streams = [held_stream(own, bases[other]["captured"], sites) for other, sites in changes]
+        rows = torch.stack([held_stream(own, own, ()), *streams])
+        for first in range(0, len(rows), context["rows"]):
+            part = rows[first : first + context["rows"]]
+            found.append(answer_of(model, spec, stack, base["keyvalues"], part))
     return torch.cat(found).flatten()[None]
 
 

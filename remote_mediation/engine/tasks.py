@@ -11,9 +11,10 @@ from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from remote_mediation.config import Screen
-from remote_mediation.engine.budget import LOGIT_COPIES, Budget, Setting, base_flops, layer_flops
+from remote_mediation.engine.budget import LOGIT_COPIES, Budget, Setting, base_flops, layer_flops, prompt_flops
 from remote_mediation.engine.jobs import Context, Job
 from remote_mediation.engine.payload import Side, addressed, digest, model_spec, shifted, stack_payload
 from remote_mediation.engine.rows import Constant, Scale
@@ -184,10 +185,11 @@ def _length(pair: TokenPair, info: ModelInfo) -> int:
     return max(tokens_run(pair, side, info) for side in (0, 1))
 
 
-def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Setting) -> Context:
-    """Direct effects of sets of contributions at `last`, from the pair's two base runs: `[side, set, read]`.
+def direct_task(pairs: Sequence[TokenPair], sets: Sequence[Sequence[Site]], setting: Setting) -> Context:
+    """Direct effects of sets of contributions at `last`, from one base run of each prompt (`direct_readouts`).
 
-    sets: sites whose component is `attention_output` or `mlp_output`; their position is taken to be `last`.
+    pairs: of one and the same x0 (`sharing_x0`), which runs once. sets: sites whose component is `attention_output` or
+    `mlp_output`; their position is taken to be `last`.
 
     Raises:
         SiteError: a subspace, or what is no whole contribution; its direct effect is not measured.
@@ -195,16 +197,42 @@ def direct_task(pair: TokenPair, sets: Sequence[Sequence[Site]], setting: Settin
     for sites in sets:
         for site in sites:
             _refuse_indirect(site)
-    starts = [len(prompt) - 1 for prompt in pair.prompts]
-    stacks = tuple(stack_payload([Side(pair, side)], start, setting) for side, start in enumerate(starts))
+    pair = pairs[0]
+    sides = [Side(pair, 0), *(Side(one, 1) for one in pairs)]
     logits = (1 + pair.fed) * setting.info.vocab * 4 * LOGIT_COPIES
     payload = {
-        "stacks": stacks,
+        "stacks": tuple(stack_payload([side], len(side.ids) - 1, setting) for side in sides),
+        "others": (tuple(range(1, len(sides))), *((0,) for _ in pairs)),
         "sets": tuple(tuple((site.component, site.layer) for site in sites) for sites in sets),
         "rows": max(1, int(_DIRECT_BYTES / logits)),
     }
-    reading = 2.0 * 2 * len(sets) * (1 + pair.fed) * setting.info.d_model * setting.info.vocab
-    return task_context("direct", (pair.id,), payload, base_flops(pair, setting) + reading, setting)
+    flops = sum(prompt_flops(side.pair, side.number, setting) for side in sides)
+    flops += 2.0 * direct_rows(len(pairs), len(sets)) * (1 + pair.fed) * setting.info.d_model * setting.info.vocab
+    return task_context("direct", [one.id for one in pairs], payload, flops, setting)
+
+
+def sharing_x0(pairs: Iterable[TokenPair]) -> list[list[TokenPair]]:
+    """Pairs, those together that have the same harmless prompt with the same answers behind it, as placebos have."""
+    found: dict[Any, list[TokenPair]] = {}
+    for pair in pairs:
+        found.setdefault((pair.x0, pair.answers, pair.openings), []).append(pair)
+    return list(found.values())
+
+
+def direct_rows(pairs: int, sets: int) -> int:
+    """How many answers a `direct` task reads: of every prompt as it is, and with each set as on each other one."""
+    return 1 + pairs + 2 * pairs * sets
+
+
+def direct_readouts(values: npt.NDArray[np.float32], pairs: int, sets: int) -> npt.NDArray[np.float32]:
+    """What a `direct` task of so many pairs brought back as `[pair, side, set, read]`; the first set is none at all.
+
+    values: `[(row, read)]` of x0 as it is, then changed to each pair's x1, and of every x1 as it is and changed to x0.
+    """
+    plain, at_x0, at_x1 = np.split(values.reshape(direct_rows(pairs, sets), -1), [1, 1 + pairs * sets])
+    plains = np.broadcast_to(plain, (pairs, *plain.shape))
+    side0 = np.concatenate([plains, at_x0.reshape(pairs, sets, -1)], axis=1)
+    return np.stack([side0, at_x1.reshape(pairs, 1 + sets, -1)], axis=1)
 
 
 def _refuse_indirect(site: Site) -> None:

@@ -8,7 +8,7 @@ from remote_mediation.analyses.claims import handed, sparse
 from remote_mediation.analyses.claims.ask import layer_sets
 from remote_mediation.analyses.claims.beside import RANDOM_SETS
 from remote_mediation.analyses.claims.verdicts import FEWEST_LAYERS
-from remote_mediation.engine.tasks import columns_task, direct_task, screen_tasks
+from remote_mediation.engine.tasks import columns_task, direct_rows, direct_task, screen_tasks, sharing_x0
 from remote_mediation.lab import Study
 from remote_mediation.later import Later, of_bases, of_readings, of_rows, of_tasks, pairs_of, with_placebos
 from remote_mediation.sites import Site, band, thirds
@@ -23,9 +23,12 @@ def cost(study: Study) -> Later:
     discovery, heldout, info = pairs_of(study, "discovery"), pairs_of(study, "heldout"), study.info
     every, both = with_placebos(study, study.pairs), with_placebos(study, heldout)
     sets = [band("mlp_output", range(info.layers), "last")] * (2 * len(layer_sets(info.layers)) + 1)
-    direct = of_tasks([direct_task(pair, sets, study.setting) for pair in every], 2 * len(sets) * _reads(study))
+    direct = [
+        of_tasks([direct_task(group, sets, study.setting)], direct_rows(len(group), len(sets)) * _reads(study))
+        for group in sharing_x0(every)
+    ]
     bands = of_rows(study, both, _late_site(study, _widest(study))).times(2)
-    found = of_bases(study, every).plus(direct, bands)
+    found = of_bases(study, every).plus(*direct, bands)
     return found if info.layers < FEWEST_LAYERS else found.plus(_claims_of_place(study, discovery, both, heldout))
 
 
