@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,11 @@ class Left:
         self._done += operations
 
     @property
+    def begun(self) -> bool:
+        """Whether there has been a wave."""
+        return self._began is not None
+
+    @property
     def seconds(self) -> float:
         """Of all steps; no less than this wave's rows take. NaN before anything is done."""
         if not self._done or not self._rows_done:
@@ -82,7 +88,8 @@ class Left:
 def reporter(console: Console) -> Iterator[Reporter]:
     """Shows progress on a console for as long as the context lasts."""
     if not console.is_terminal:
-        yield Lines(console)
+        with _ticking(Lines(console)) as lines:
+            yield lines
         return
     columns = (
         TextColumn("{task.description}"),
@@ -94,6 +101,24 @@ def reporter(console: Console) -> Iterator[Reporter]:
     )
     with Progress(*columns, console=console) as progress:
         yield Bar(progress)
+
+
+@contextmanager
+def _ticking(lines: Lines) -> Iterator[Lines]:
+    """Lines that go on while a job takes longer than the time between two."""
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(SECONDS / 4):
+            lines.tick()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        ended.set()
+        thread.join()
 
 
 class Bar:
@@ -133,6 +158,7 @@ class Lines:
         """console: where lines go."""
         self._console, self._began = console, time.monotonic()
         self._printed, self._left = self._began, Left()
+        self._printing = threading.Lock()
 
     def note(self, line: str) -> None:
         """What the backend is doing."""
@@ -149,13 +175,19 @@ class Lines:
     def advance(self, rows: int, operations: float) -> None:
         """Some of them are done."""
         self._left.advance(rows, operations)
-        self._line("; ".join(filter(None, (f"measured {self._left.rows}", str(self._left)))))
+        self.tick()
+
+    def tick(self) -> None:
+        """Time goes by; nothing is said before a wave begins."""
+        if self._left.begun:
+            self._line("; ".join(filter(None, (f"measured {self._left.rows}", str(self._left)))))
 
     def _line(self, text: str) -> None:
-        now = time.monotonic()
-        if now - self._printed < SECONDS:
-            return
-        self._printed = now
+        with self._printing:
+            now = time.monotonic()
+            if now - self._printed < SECONDS:
+                return
+            self._printed = now
         line = f"{_duration(now - self._began)}: {text}"
         with contextlib.suppress(OSError):  # a full disk behind it is no reason to end
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 
 import pytest
 from rich.console import Console
@@ -71,3 +72,22 @@ def test_a_terminal_gets_a_bar(clock: list[float]) -> None:
         clock[0] += 3
         watch.advance(5, 100)
     assert "9 s left of all steps" in " ".join(written.getvalue().split())
+
+
+def test_a_job_that_takes_long_is_told_of_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.01)
+    told = threading.Event()
+
+    class Heard(io.StringIO):
+        def write(self, text: str) -> int:
+            if "rows" in text:
+                told.set()
+            return super().write(text)
+
+    written = Heard()
+    with reporter(Console(file=written, width=60)) as watch:
+        assert not told.wait(0.1)  # nothing has begun
+        watch.total(10)
+        assert told.wait(60)
+    assert "measured 0 of 10 rows of this step" in written.getvalue()
+    assert not [thread for thread in threading.enumerate() if "tick" in thread.name]

@@ -19,8 +19,8 @@ from remote_mediation.show.figures import COLOURS, DPI, MARKERS, WIDTH, legend, 
 
 SIGNS = {"positive": "#0072B2", "unclear": "0.8", "negative": "#D55E00"}
 """Colours of what an interval says, as elsewhere for effects with TE and against it."""
-_SPLITS = dict(zip(("discovery", "heldout", "all", RANDOM), COLOURS[2:], strict=True))
-"""Colours of pairs, none of which is one of `SIGNS`."""
+SPLITS = {"discovery": "discovery", "heldout": "held out", "all": "all", RANDOM: RANDOM}
+"""Pairs that claim 2 is taken on, in words; their colours are none of `SIGNS`."""
 _ABOVE = {1: MOST, 2: 0.0, 3: HALF, 4: 0.0, 5: HANDED}
 """What the numbers that decide a claim have to lie above for it to be supported."""
 _STILL = {4: ACTS}
@@ -130,11 +130,11 @@ def _by_size(axis: Axes, gate_sets: pd.DataFrame, name: str, colour: str, marker
 
 def _shares(axis: Axes, part: pd.DataFrame, names: list[str]) -> None:
     """A dot with its interval for every kind of pairs."""
-    for place, (split, colour) in enumerate(_SPLITS.items()):
+    for place, (split, colour) in enumerate(zip(SPLITS, COLOURS[2:], strict=True)):
         own = part[part["pairs"] == split].set_index("layers").reindex(names)
         at = [row + 0.18 * (place - 1.5) for row in range(len(names))]
         axis.hlines(at, own["share_low"], own["share_high"], color=colour, linewidth=1.2)
-        axis.plot(own["share"], at, MARKERS[place], color=colour, markersize=4, label=split)
+        axis.plot(own["share"], at, MARKERS[place], color=colour, markersize=4, label=SPLITS[split])
     axis.axvline(0, color="0.5", linewidth=0.8)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set_xlabel("share of TE")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from remote_mediation.analyses.claims.figures import SIGNS, claims_figure, curve_figure, specification_figure
+from remote_mediation.analyses.claims.figures import SIGNS, SPLITS, claims_figure, curve_figure, specification_figure
 from remote_mediation.analyses.claims.specification import RANDOM
 from remote_mediation.analyses.claims.verdicts import DIRECTIONS, LATE_MLPS
 from remote_mediation.result import Result
@@ -175,7 +175,7 @@ def specification_table(specification: pd.DataFrame) -> Table:
         (
             row["layers"],
             str(row["direction"]).upper(),
-            row["pairs"],
+            SPLITS[row["pairs"]],
             number(row["components"]),
             share_of(row, "share"),
             *(str(row[name]) for name in ("positive", "negative", "unclear")),
