@@ -268,7 +268,7 @@ def earlier(profile: pd.DataFrame, nie: pd.DataFrame, total: float, alpha: float
     share = float(most.get(readable, np.nan)) if readable is not None else np.nan
     ahead = profile.loc[profile["layer"] < (acts or 0), "high"].to_numpy(float)
     verdict, why = _order(readable, acts, share, ahead)
-    text = f"harm is readable from {_layer(readable)} on and acts from {_layer(acts)} on; {why}"
+    text = f"harm is first readable after {_layer(readable)} and first acts after {_layer(acts)}; {why}"
     return Order(readable, acts, verdict, text)
 
 
@@ -362,7 +362,7 @@ def _order(readable: int | None, acts: int | None, share: float, ahead: _Floats)
     if acts is None:
         return "undecided", "without a layer that acts there is nothing to be before"
     if readable is not None and readable < acts:
-        bound = f"NIE at layer {readable} is at most {share:.0%} of TE"
+        bound = f"NIE at layer {readable} is at most {100 * share:.2g}% of TE"
         if share < NEGLIGIBLE:
             return "before", bound
         return "undecided", f"{bound}, not shown to be below {NEGLIGIBLE:.0%}"

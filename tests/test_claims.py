@@ -249,6 +249,30 @@ def test_sparse_gate(
     assert _sparse(size, chosen, most, reaching).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("size", "most", "deciding", "why"),
+    [
+        (10, (0.8, 0.8), "first 10 neurons", "do as much"),
+        (11, (0.3, 0.8), "first 10 neurons (1%)", "the first 1% stay below half of TE by NIE"),
+        (11, (0.8, 0.3), "first 10 neurons (1%)", "the first 1% stay below half of TE by TIE"),
+        (11, (0.3, 0.3), "first 10 neurons (1%)", "the first 1% stay below half of TE by NIE and TIE"),
+        (100, (0.6, 0.6), "first 10 neurons (1%)", "the first 1% stay below 80% of it"),
+        (11, (0.8, 0.8), "first 11 neurons", "neither rule is met"),
+        (None, (0.8, 0.8), "first 10 neurons (1%)", "neither rule is met"),
+    ],
+)
+def test_a_gate_s_verdict_rests_on_the_set_that_decides_it(
+    size: int | None, most: tuple[float, float], deciding: str, why: str
+) -> None:
+    found = _sparse(size, (0.8, 0.8), most)
+    assert [(one.name, one.direction) for one in found.deciding] == [(deciding, "nie"), (deciding, "tie")]
+    assert found.why.endswith(why)
+    names = [one.name for one in found.measures]
+    others = {"first 10 neurons (1%)", verdicts.LATE_MLPS, *([f"first {size} neurons"] if size else [])}
+    assert len(names) == 2 * len(set(names))
+    assert set(names) == others
+
+
 def test_without_random_sets_a_gate_is_not_supported() -> None:
     assert _sparse(10, (0.8, 0.8), (0.8, 0.8), drawn=False).verdict == "undecided"
 
@@ -334,7 +358,11 @@ def test_handed_on(own: tuple[float, float], handed: float, middle: int, verdict
 
 @pytest.mark.parametrize(
     ("others", "said"),
-    [(0.1, "supported"), (0.5, "supported, as much through attention")],
+    [
+        (0.1, "supported"),
+        (0.5, "supported, as much through attention"),
+        (0.9, "supported, more through attention"),
+    ],
 )
 def test_attention_that_hands_on_as_much_is_named(others: float, said: str) -> None:
     through = verdicts.Handed(both(0.5), both(0.3), both(others))

@@ -297,7 +297,7 @@ def test_probes_are_drawn_by_layer_above_what_swapped_labels_reach() -> None:
 def test_where_harm_acts_is_marked_in_every_panel_of_the_probes() -> None:
     for axis in panels(probe_figure(probe_profile(), {"MLP": 1, "attention": 2, "unmeasured": 7})):
         marked = {str(line.get_label()): line.get_xdata()[0] for line in axis.lines if "acts" in str(line.get_label())}
-        assert marked == {"MLP acts from layer 1 on": 1, "attention acts from layer 2 on": 2}
+        assert marked == {"MLP first acts after layer 1": 1, "attention first acts after layer 2": 2}
 
 
 def detectors() -> pd.DataFrame:

@@ -323,6 +323,6 @@ def test_order(
 
 def test_order_says_both_layers_and_scales_by_te() -> None:
     found = earlier(profile_of(DARK, {}, {}), nie_of(QUIET, QUIET, ACTIVE), total=0.5)
-    assert found.finding.startswith("harm is readable from layer 1 on and acts from layer 2 on; ")
+    assert found.finding.startswith("harm is first readable after layer 1 and first acts after layer 2; ")
     assert found.verdict == "undecided"  # 0.04 of 0.5 is 8%
     assert earlier(profile_of(DARK, {}, {}), nie_of(QUIET, QUIET, ACTIVE), total=0.0).verdict == "undecided"

@@ -208,6 +208,26 @@ def test_the_planted_site_comes_first_with_its_share_of_te(store: Store) -> None
     assert nie[6].startswith("80% [")
 
 
+@pytest.mark.parametrize(("position", "anew"), [("all", True), ("edit", True), ("last", False)])
+def test_the_mlp_that_embeds_the_changed_words_anew_is_marked_and_not_the_answer(
+    store: Store, position: str, anew: bool
+) -> None:
+    first = carries("modules", "mlp_output", 0, position, 1.0)
+    second = carries("modules", "mlp_output", 3, position, 0.8)
+    part = section(written(store, result(effects([first, second]))), "Modules")
+    found = [row[0] for row in rows(part)[1::2]]
+    mark = ", which embeds the changed words anew" if anew else ""
+    assert found == [f"MLP, layer 0 at '{position}'{mark}", f"MLP, layer 3 at '{position}'"]
+    said = "Strongest on the discovery pairs"
+    but, named = (f", but for the MLP of layer 0{mark}", found[1]) if anew else ("", found[0])
+    assert f"{said}{but}: {named}. Held out its mean NIE is {'1.6' if anew else '2'}" in part
+
+
+def test_a_map_of_nothing_but_what_embeds_anew_names_no_site(store: Store) -> None:
+    part = section(written(store, result(effects([carries("modules", "mlp_output", 0, "all", 1.0)]))), "Modules")
+    assert "Nothing was measured, but for the MLP of layer 0, which embeds the changed words anew." in part
+
+
 def test_sites_are_ranked_on_the_discovery_pairs_alone(store: Store) -> None:
     def in_split(half: int) -> Share:
         return lambda pair: 0.5 if cluster_of(pair) // 2 % 2 == half else 0.1

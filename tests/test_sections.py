@@ -373,7 +373,7 @@ def test_a_set_that_never_carried_enough_is_said_to_be_short_of_it() -> None:
 def test_probes_stand_beside_the_layer_that_acts() -> None:
     found = text("Early understanding", result(tables()))
     assert rows(found)["'last'"] == ["layer 2", "91% [85%, 97%]", "layer 2", "50%, 66%", "layer 3"]
-    assert "At 'last' harm is readable from layer 2 on and acts from layer 3 on" in found
+    assert "At 'last' harm is first readable after layer 2 and first acts after layer 3" in found
     assert "(before)" in found
     bare = result(tables())
     unmeasured = replace(bare, summary=replace(bare.summary, sites=acting().iloc[:0]))
@@ -384,7 +384,9 @@ def test_paths_give_what_is_gone_with_intervals() -> None:
     found = text("Paths", result(tables()))
     assert rows(found)["MLPs"] == ["1.5 [1.2, 1.8]", "72% [60%, 81%]"] * 2
     assert rows(found)["nothing"] == ["1.5 [1.2, 1.8]", ""] * 2
-    assert "MLPs 72% [60%, 81%]; attention 93% [88%, 99%]" in found
+    assert rows(found)["attention"] == ["1.5 [1.2, 1.8]", "93% [88%, 99%]"] * 2
+    assert "frozen modules take away: MLPs 72% [60%, 81%]. " in found
+    assert "- attention: no finding: nothing else reads other tokens" in found
     assert "no parts of a whole" in found
     assert "on held-out pairs" in found
     assert "on all pairs" in text("Paths", result(tables(gates=None)))

@@ -30,6 +30,7 @@ NOUNS = {
     "expert_neurons": "expert neuron",
     "shared_expert_output": "shared expert",
 }
+_ANEW = "which embeds the changed words anew"
 CHOICE = (
     "the sites strongest on the discovery pairs, by the smaller of mean NIE and mean TIE; mean, q and share of TE are "
     "over all pairs and flatter the sites chosen, only the held-out columns are free of that choice"
@@ -54,15 +55,21 @@ def site_section(
 
 
 def _strongest_in_words(table: Table, result: Result) -> str:
-    """The first row of the table, which is the strongest site by both effects, chosen without the held-out pairs."""
+    """The strongest site by both effects, the first of the table but for what only embeds the changed words anew.
+
+    It was chosen without the held-out pairs.
+    """
     if not table.rows:
         return "No discovery pair has been measured yet, so no site can be called strongest."
-    site, _, _, _, nie, _, nie_share = table.rows[0]
-    _, _, _, _, tie, _, tie_share = table.rows[1]
+    others = [row for row in table.rows if not row[0].endswith(_ANEW)]
+    but = "" if others[:1] == table.rows[:1] else f", but for the MLP of layer 0, {_ANEW}"
+    if not others:
+        return f"Nothing was measured{but}."
+    (site, _, _, _, nie, _, nie_share), (_, _, _, _, tie, _, tie_share), *_ = others
     unit = result.study.outcome.unit
     return (
-        f"Strongest on the discovery pairs: {site}. Held out its mean NIE is {nie} and its mean TIE {tie} {unit}; over "
-        f"all pairs these are {nie_share.split(' ')[0]} and {tie_share.split(' ')[0]} of TE."
+        f"Strongest on the discovery pairs{but}: {site}. Held out its mean NIE is {nie} and its mean TIE {tie} {unit}; "
+        f"over all pairs these are {nie_share.split(' ')[0]} and {tie_share.split(' ')[0]} of TE."
     )
 
 
@@ -124,7 +131,8 @@ def site_name(component: str, layer: int, position: str, start: str, stop: str) 
     """A site in words. start, stop: its units, empty where it has all."""
     where = f"layer {layer} at '{position}'"
     if not start:
-        return f"{NOUNS[component]}, {where}"
+        anew = f", {_ANEW}" if embeds_anew(component, layer, position) else ""
+        return f"{NOUNS[component]}, {where}{anew}"
     last = int(stop) - 1
     units = f" {start}" if last == int(start) else f"s {start}-{last}"
     return f"{NOUNS[component]}{units}, {where}"
@@ -133,3 +141,8 @@ def site_name(component: str, layer: int, position: str, start: str, stop: str) 
 def mean_header(study: Study) -> str:
     """Header of a column of means."""
     return f"mean [95% interval], {study.outcome.unit}"
+
+
+def embeds_anew(component: str, layer: int, position: str) -> bool:
+    """Whether a site is the first MLP at the changed words: it embeds them, and says nothing of where (METHOD, 3)."""
+    return component == "mlp_output" and layer == 0 and position in ("edit", "all")

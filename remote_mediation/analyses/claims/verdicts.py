@@ -55,8 +55,8 @@ GIVEN_AWAY = 0.95
 """Claim 4: accuracy on the embeddings from which on the words give it away."""
 HANDED = 0.25
 """Claim 5: share of TE."""
-AS_ATTENTION = "as much through attention"
-"""Claim 5: what is said where the middle MLPs do not carry clearly more than as many attention modules."""
+AS_ATTENTION, MORE_ATTENTION = "as much through attention", "more through attention"
+"""Claim 5: what is said where the middle MLPs carry no more than as many attention modules, or clearly less."""
 _SHUT = ("no effect", "not about harm")
 _NAMES = {
     1: "{} is decided in late layers",
@@ -435,8 +435,15 @@ def sparse_gate(bench: Bench, found: Sparse) -> Claim:
     most = bench.measures(f"{_first(found.few)} (1%)", found.most)
     band = bench.measures(LATE_MLPS, found.band)
     chosen = bench.measures(_first(found.size), found.chosen) if found.size and found.chosen else ()
-    ruling = bench.too_shallow or _sparse(bench, found, chosen, most)
-    return bench.claim(3, ruling, chosen or most, (*(most if chosen else ()), *band))
+    shallow = bench.too_shallow
+    ruling, deciding = (shallow, chosen or most) if shallow else _sparse(bench, found, chosen, most)
+    beside = [measure for part in (chosen, most, band) if part is not deciding for measure in part]
+    return bench.claim(3, ruling, deciding, beside)
+
+
+def below_half(shares: Sequence[Interval]) -> str:
+    """By which of NIE and TIE a set stays below half of TE, its whole interval; empty where by neither."""
+    return " and ".join(name.upper() for name, one in zip(DIRECTIONS, shares, strict=True) if one.high < HALF)
 
 
 def clear_of_half(shares: Sequence[Interval]) -> bool:
@@ -444,23 +451,26 @@ def clear_of_half(shares: Sequence[Interval]) -> bool:
     return all(share.low > HALF for share in shares)
 
 
-def _sparse(bench: Bench, found: Sparse, chosen: Sequence[Measure], most: Sequence[Measure]) -> Ruling:
+def _sparse(
+    bench: Bench, found: Sparse, chosen: Sequence[Measure], most: Sequence[Measure]
+) -> tuple[Ruling, Sequence[Measure]]:
+    """What is ruled, and the numbers that it rests on: those of the set that was cut, or of the first 1%."""
     few_enough = found.size is not None and found.size <= found.few
     enough = few_enough and clear_of_half([measure.harm for measure in chosen])
     if enough and found.beside and found.beside.reached <= MOST_REACHING:
         notes = [*_sparse_notes(chosen), *found.beside.notes]
-        return Ruling("supported", "; ".join([_text(chosen), found.beside.said, *notes]))
-    if any(measure.harm.high < HALF for measure in most):
-        return Ruling("not supported", f"{_text(most)}: the first 1% stay below half of TE")
+        return Ruling("supported", "; ".join([_text(chosen), found.beside.said, *notes])), chosen
+    if below := below_half([measure.harm for measure in most]):
+        return Ruling("not supported", f"{_text(most)}: the first 1% stay below half of TE by {below}"), most
     of_band = [bench.share(effect.harm, whole.harm) for effect, whole in zip(found.most, found.band, strict=True)]
     if not few_enough and any(part.high < CARRIED for part in of_band):
-        return Ruling(
-            "not supported",
+        why = (
             f"{_text(most)}: it takes {found.size or 'more'} neurons to do the late MLPs' work, "
-            "and the first 1% stay below 80% of it",
+            "and the first 1% stay below 80% of it"
         )
+        return Ruling("not supported", why), most
     reason = found.beside.said if enough and found.beside else "neither rule is met"
-    return Ruling("undecided", f"{_text(chosen or most)}: {reason}")
+    return Ruling("undecided", f"{_text(chosen or most)}: {reason}"), chosen or most
 
 
 def _sparse_notes(chosen: Sequence[Measure]) -> list[str]:
@@ -581,11 +591,17 @@ def _handed_on(
     if not _all_above(alone, HALF):
         return Ruling("not tested", f"{_text(alone)}: not clearly more than half of TE to hand on")
     if _all_above([through], HANDED):
-        but = "" if more.harm.low > 0 else AS_ATTENTION
-        return Ruling("supported", f"{_text([through])}: above 25%; {_text([others])}", but)
+        return Ruling("supported", f"{_text([through])}: above 25%; {_text([others])}", _beside_attention(more))
     if _all_below([through], HANDED):
         return Ruling("not supported", f"{_text([through])}: below 25%")
     return Ruling("undecided", f"{_text([through])}: not clear of 25%")
+
+
+def _beside_attention(more: Measure) -> str:
+    """What a control takes from claim 5. more: what the middle MLPs carry more than attention modules."""
+    if more.harm.low > 0:
+        return ""
+    return MORE_ATTENTION if more.harm.high < 0 else AS_ATTENTION
 
 
 def _all_above(measures: Sequence[Measure], threshold: float) -> bool:

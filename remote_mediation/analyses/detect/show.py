@@ -41,9 +41,8 @@ def sections(result: Result) -> list[Section]:
 
 
 def _acting(orders: Mapping[str, Order]) -> dict[str, int]:
-    """First layers that act, by what does: the stream at the first position and where the answer is read."""
-    shown = [position for position in orders if position in ("last", *list(orders)[:1])]
-    acts = {f"stream at '{position}'": orders[position].acts for position in shown}
+    """First layers that act, by what does: the stream at each position."""
+    acts = {f"stream at '{position}'": order.acts for position, order in orders.items()}
     return {name: layer for name, layer in acts.items() if layer is not None}
 
 
@@ -57,7 +56,7 @@ def _order(result: Result, profile: pd.DataFrame) -> Order:
     if acting.empty:
         why = "where it acts was not measured there"
         readable = "no layer" if found.readable is None else f"layer {found.readable}"
-        return Order(found.readable, None, "undecided", f"harm is readable from {readable} on; {why}")
+        return Order(found.readable, None, "undecided", f"harm is first readable after {readable}; {why}")
     return found
 
 
@@ -67,15 +66,17 @@ def _probes_table(result: Result, profile: pd.DataFrame, orders: dict[str, Order
     reading = "best accuracy [95% interval], chance 50%"
     header = (
         "position",
-        "readable from",
+        "first readable",
         reading,
         "best layer",
         "swapped labels there: mean, 95% quantile",
-        "acts from",
+        "first acts",
     )
     few = sorted({str(reason) for reason in profile["reason"] if reason})
+    readable = "first layer whose accuracy lies above the swapped labels' 95% quantile by its whole interval (q too)"
     acts = "first layer of the residual stream there whose NIE is significant in the direction of TE"
-    return Table(header, rows, (*notes_on(reading, few), *notes_on("acts from", [acts])))
+    notes = (*notes_on("first readable", [readable]), *notes_on(reading, few), *notes_on("first acts", [acts]))
+    return Table(header, rows, notes)
 
 
 def _probe_row(position: str, part: pd.DataFrame, order: Order) -> tuple[str, ...]:
@@ -132,7 +133,7 @@ def _acting_lines(axis: Axes, acts: Mapping[str, int], layers: set[int]) -> None
     """An upright at the first layer that acts, in a style of its own for each name. layers: those that are drawn."""
     for (name, layer), style in zip(acts.items(), cycle((":", "--", "-.")), strict=False):
         if layer in layers:
-            axis.axvline(layer, color="black", linestyle=style, label=f"{name} acts from layer {layer} on")
+            axis.axvline(layer, color="black", linestyle=style, label=f"{name} first acts after layer {layer}")
 
 
 def _best(part: pd.DataFrame) -> str:

@@ -21,7 +21,7 @@ from remote_mediation.show.figures import (
     title,
 )
 from remote_mediation.show.section import Section
-from remote_mediation.show.sites import NOUNS, site_section
+from remote_mediation.show.sites import NOUNS, embeds_anew, site_section
 from remote_mediation.show.tables import NONE, Note, Table, count
 from remote_mediation.sites import Component
 from remote_mediation.stats import Estimate
@@ -168,7 +168,7 @@ def _layers_title(sites: pd.DataFrame, total: Estimate) -> str:
 
 
 def modules_figure(sites: pd.DataFrame) -> Figure:
-    """MLP beside attention by layer, a row per position; the last third of the layers is shaded."""
+    """MLP beside attention by layer, a row per position; the last third of the layers is shaded, layer 0 marked."""
     part = estimates_of(sites, "modules")
     part = part.assign(name=part["component"].map(_MODULES))
     layers = int(part["layer"].max()) + 1
@@ -180,6 +180,8 @@ def modules_figure(sites: pd.DataFrame) -> Figure:
             estimates = part[(part["quantity"] == quantity) & (part["position"] == position)]
             lines(axis, estimates)
             axis.axvspan(2 * layers / 3 - 0.5, layers - 0.5, color="0.92", zorder=0, label="last third of layers")
+            if embeds_anew("mlp_output", 0, position):
+                axis.axvline(0, color="0.6", linestyle=":", zorder=0, label="its MLP embeds the changed words anew")
             describe(axis, estimates, position)
     legend(figure, axes[0, 0])
     return figure

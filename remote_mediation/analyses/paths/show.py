@@ -5,11 +5,11 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from remote_mediation.analyses.paths.ask import early_layer
+from remote_mediation.analyses.paths.ask import ATTENTION, early_layer
 from remote_mediation.result import Result
 from remote_mediation.show.figures import DPI, WIDTH, dot_rows, legend, share_axis
 from remote_mediation.show.section import Section
-from remote_mediation.show.tables import Table, interval, notes_on
+from remote_mediation.show.tables import Note, Table, interval, notes_on
 from remote_mediation.show.words import UNMEASURED, no_effect, pairs_notes, share_cell, share_of
 
 
@@ -37,7 +37,7 @@ def _taken_away(known: pd.DataFrame) -> str:
     """What frozen modules take away. known: rows of NIE with a share that has an interval."""
     if known.empty:
         return "No share of its NIE is known."
-    said = [f"{row.frozen} {share_cell(row, 'share')}" for row in known.itertuples()]
+    said = [f"{row.frozen} {share_cell(row, 'share')}" for row in known.itertuples() if row.frozen != ATTENTION]
     return f"Of its NIE, frozen modules take away: {'; '.join(said)}."
 
 
@@ -49,8 +49,9 @@ def _paths_table(result: Result, table: pd.DataFrame) -> Table:
         nie, tie = (by.loc[(name, quantity)] for quantity in ("nie", "tie"))
         rows.append((str(name), *_left_and_gone(nie, str(name)), *_left_and_gone(tie, str(name))))
     kept = table[table["frozen"] != "nothing"]
+    moved = Note(ATTENTION, "no finding: nothing else reads other tokens, so frozen it lets nothing reach the answer")
     header = ("frozen", f"NIE left, {unit}", "NIE gone", f"TIE left, {unit}", "TIE gone")
-    return Table(header, rows, (*pairs_notes(table, "pair"), *notes_on("", kept["reason"])))
+    return Table(header, rows, (*pairs_notes(table, "pair"), moved, *notes_on("", kept["reason"])))
 
 
 def _left_and_gone(row: pd.Series, frozen: str) -> tuple[str, str]:

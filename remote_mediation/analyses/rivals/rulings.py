@@ -25,6 +25,7 @@ from remote_mediation.analyses.claims.verdicts import (
     Measure,
     Ruling,
     Verdict,
+    below_half,
     clear_of_half,
     ends,
 )
@@ -178,8 +179,8 @@ def few(bench: Bench, carrier: Carrier) -> Ruling:
     """Whether few mediators carry half of TE in both directions, as no random ones do."""
     shares = bench.shares(carrier.effect)
     text = _text(carrier.name, shares)
-    if any(share.high < HALF for share in shares):
-        return Ruling("not supported", f"{text}: below {HALF:.0%}")
+    if below := below_half(shares):
+        return Ruling("not supported", f"{text}: below {HALF:.0%} by {below}")
     if not clear_of_half(shares):
         return Ruling("undecided", f"{text}: not clear of {HALF:.0%}")
     if carrier.beside is None:
@@ -191,7 +192,7 @@ def few(bench: Bench, carrier: Carrier) -> Ruling:
 def one_direction(bench: Bench, own: Carrier, everywhere: Carrier) -> Ruling:
     """The rule of `few` at the direction's own site; it says no only where it fails at all layers and tokens, too."""
     found, beyond = few(bench, own), bench.shares(everywhere.effect)
-    if found.verdict == "not supported" and not any(share.high < HALF for share in beyond):
+    if found.verdict == "not supported" and not below_half(beyond):
         return Ruling("undecided", f"{found.why}, but {_text(everywhere.name, beyond)}")
     return found
 
@@ -221,8 +222,8 @@ def early_layers(bench: Bench, early: Carrier, late: Carrier) -> Ruling:
         return bench.too_shallow
     shares, more = bench.shares(early.effect), bench.shares(early.effect.less(late.effect))
     text = f"{_text(early.name, shares)}; {_text('more than the late third by', more)}"
-    if any(share.high < HALF for share in shares):
-        return Ruling("not supported", f"{text}: below {HALF:.0%}")
+    if below := below_half(shares):
+        return Ruling("not supported", f"{text}: below {HALF:.0%} by {below}")
     if all(share.high < 0 for share in more):
         return Ruling("not supported", f"{text}: the late third carries more")
     if clear_of_half(shares) and all(share.low > 0 for share in more):
