@@ -112,9 +112,9 @@ def by_name(runs: list[Compared]) -> dict[str, Compared]:
     return {Path(run.name).name: run for run in runs}
 
 
-def claimed(run: Path, said: str, harm: float, number: int = 1) -> Compared:
+def claimed(run: Path, said: str, harm: float, number: int = 1, ways: tuple[str, str] = ("nie", "tie")) -> Compared:
     """A run with a table of claims by hand: what was said of a claim, and its two deciding numbers."""
-    rows = [("nie", harm, True), ("tie", harm / 2, True), ("nie", 9.0, False)]
+    rows = [(ways[0], harm, True), (ways[1], harm / 2, True), ("nie", 9.0, False)]
     sets = pd.DataFrame(
         [
             {
@@ -168,6 +168,12 @@ def test_verdicts_and_the_numbers_that_decide_them_stand_side_by_side(make: Call
     assert found["said"].to_list() == ["supported"] * 2 + ["not supported"] * 2 + ["undecided"] * 2
     assert found["harm_low"].to_list() == pytest.approx([0.8, 0.35, 0.1, 0.0, 0.4, 0.15])
     assert set(found["pairs"]) == {3}
+
+
+def test_a_number_of_neither_direction_has_none(make: Callable[..., Path]) -> None:
+    """As the gain in accuracy of claim 4 has, whose cell is empty."""
+    run = claimed(make("late", LATE), "undecided", 0.2, number=4, ways=("", "both"))
+    assert comparison_data([run])["verdicts"]["direction"].to_list() == ["", "both"]
 
 
 def test_what_was_swapped_is_named_where_runs_differ_in_it(make: Callable[..., Path]) -> None:

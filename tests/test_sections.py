@@ -385,7 +385,7 @@ def test_paths_give_what_is_gone_with_intervals() -> None:
     assert rows(found)["MLPs"] == ["1.5 [1.2, 1.8]", "72% [60%, 81%]"] * 2
     assert rows(found)["nothing"] == ["1.5 [1.2, 1.8]", ""] * 2
     assert rows(found)["attention"] == ["1.5 [1.2, 1.8]", "93% [88%, 99%]"] * 2
-    assert "frozen modules take away: MLPs 72% [60%, 81%]. " in found
+    assert "frozen modules take away: MLPs 72% [60%, 81%].\n" in found
     assert "- attention: no finding: nothing else reads other tokens" in found
     assert "no parts of a whole" in found
     assert "on held-out pairs" in found

@@ -685,23 +685,24 @@ def rows_of(linear: Any, value: torch.Tensor, rows: torch.Tensor) -> torch.Tenso
 
 
 def direct(model: Any, spec: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
-    """What sets of contributions do to the answer by the residual stream alone: `[1, (prompt, row, read)]`.
+    """What sets of contributions do to the answer by the residual stream alone: `[1, (row, read)]`.
 
-    The rows of a prompt: as it is, then each set as on each of its `others`. The final stream is a sum of what layers
-    add. So no layer is run: the base stream, plus the difference between the other prompt's contributions and its own,
-    goes through all that follows the last block.
+    Rows: every prompt as it is; then, prompt by prompt, each set as on each of its `others`. The final stream is a sum
+    of what layers add. So no layer is run: the base stream, plus the difference between the other prompt's
+    contributions and its own, goes through all that follows the last block, which no prompt differs in.
     """
     names = ("attention_output", "mlp_output", "layer_output")
     bases = [base_run(model, spec, stack, names) for stack in context["stacks"]]
-    found = []
-    for stack, base, others in zip(context["stacks"], bases, context["others"], strict=True):
-        changes = [(other, sites) for other in others for sites in context["sets"]]
-        own = base["captured"]
-        streams = [held_stream(own, bases[other]["captured"], sites) for other, sites in changes]
-        rows = torch.stack([held_stream(own, own, ()), *streams])
-        for first in range(0, len(rows), context["rows"]):
-            part = rows[first : first + context["rows"]]
-            found.append(answer_of(model, spec, stack, base["keyvalues"], part))
+    streams = [
+        held_stream(base["captured"], bases[other]["captured"], sites)
+        for base, others in zip(bases, context["others"], strict=True)
+        for other in others
+        for sites in context["sets"]
+    ]
+    found = [base["values"] for base in bases]
+    for first in range(0, len(streams), context["rows"]):
+        part = torch.stack(streams[first : first + context["rows"]])
+        found.append(answer_of(model, spec, context["stacks"][0], bases[0]["keyvalues"], part))
     return torch.cat(found).flatten()[None]
 
 
@@ -717,7 +718,7 @@ def held_stream(own: dict[str, Any], other: dict[str, Any], sites: tuple[Any, ..
 def answer_of(
     model: Any, spec: dict[str, Any], stack: dict[str, Any], keyvalues: list[Any], streams: torch.Tensor
 ) -> torch.Tensor:
-    """Answer values `[row, read]` of final streams `[row, token, width]` of one prompt."""
+    """Answer values `[row, read]` of final streams `[row, token, width]`, with the answers of a stack behind them."""
     start, blocks = stack["first"], module_at(model, spec["blocks"])
     past, arguments = prefix_cache(keyvalues, start), forward_arguments(spec, stack, start)
     entering = streams.to(getattr(torch, spec["dtype"]))

@@ -207,7 +207,8 @@ def direct_task(pairs: Sequence[TokenPair], sets: Sequence[Sequence[Site]], sett
         "rows": max(1, int(_DIRECT_BYTES / logits)),
     }
     flops = sum(prompt_flops(side.pair, side.number, setting) for side in sides)
-    flops += 2.0 * direct_rows(len(pairs), len(sets)) * (1 + pair.fed) * setting.info.d_model * setting.info.vocab
+    changed = direct_rows(len(pairs), len(sets)) - len(sides)
+    flops += 2.0 * changed * (1 + pair.fed) * setting.info.d_model * setting.info.vocab
     return task_context("direct", [one.id for one in pairs], payload, flops, setting)
 
 
@@ -227,12 +228,13 @@ def direct_rows(pairs: int, sets: int) -> int:
 def direct_readouts(values: npt.NDArray[np.float32], pairs: int, sets: int) -> npt.NDArray[np.float32]:
     """What a `direct` task of so many pairs brought back as `[pair, side, set, read]`; the first set is none at all.
 
-    values: `[(row, read)]` of x0 as it is, then changed to each pair's x1, and of every x1 as it is and changed to x0.
+    values: `[(row, read)]` of x0 and each pair's x1 as they are, of x0 changed to each x1, and of these changed to x0.
     """
-    plain, at_x0, at_x1 = np.split(values.reshape(direct_rows(pairs, sets), -1), [1, 1 + pairs * sets])
-    plains = np.broadcast_to(plain, (pairs, *plain.shape))
-    side0 = np.concatenate([plains, at_x0.reshape(pairs, sets, -1)], axis=1)
-    return np.stack([side0, at_x1.reshape(pairs, 1 + sets, -1)], axis=1)
+    rows = values.reshape(direct_rows(pairs, sets), -1)
+    x0, x1, changed = np.split(rows, [1, 1 + pairs])
+    plain = np.stack([np.broadcast_to(x0, x1.shape), x1])  # [side, pair, read]
+    swapped = changed.reshape(2, pairs, sets, -1)
+    return np.concatenate([plain[:, :, None], swapped], axis=2).swapaxes(0, 1)
 
 
 def _refuse_indirect(site: Site) -> None:

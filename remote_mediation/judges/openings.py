@@ -221,7 +221,8 @@ _LECTURES = _compiled(
     r"(?:laws?|penalties|consequences)\b",
     r"\b(?:decision|act|crime|choice) with (?:\w+ )*consequences\b",
     r"\bit is (?:\w+ly )?(?:important|essential|crucial|vital) to respect\b",
-    r"\bas an? (?:\w+ )*language model,? i (?:strive|aim|am committed)\b",
+    r"\bas an? (?:\w+ )*(?:language model|ai)(?: (?:developed|created|made|built|trained) by [\w ]{1,40})?,? "
+    r"i (?:strive|aim|am committed)\b",
     r"\bhas no place in\b",
     r"\bi (?:must|have to|need to|want to|would like to|feel (?:obliged|compelled) to|should)(?: also| \w+ly)? "
     r"(?:inform|emphasi[sz]e|point out|remind|stress|clarify|advise|caution|warn|insist)\b",

@@ -49,7 +49,7 @@ def shares_from(sets: pd.DataFrame) -> tuple[Share, ...]:
 
 def _share(row: pd.Series) -> Share:
     pairs, clusters = (0 if pd.isna(row[name]) else int(row[name]) for name in ("n", "clusters"))
-    reason = "" if pd.isna(row["reason"]) else str(row["reason"])
+    direction, reason = ("" if pd.isna(row[name]) else str(row[name]) for name in ("direction", "reason"))
 
     def side(name: str) -> Interval:
         value, low, high = (float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
@@ -57,7 +57,7 @@ def _share(row: pd.Series) -> Share:
 
     return Share(
         measure=str(row["measure"]),
-        direction=str(row["direction"]),
+        direction=direction,
         of=str(row.get("of", "TE")),
         harm=side("harm"),
         placebo=side("placebo"),

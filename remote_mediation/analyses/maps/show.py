@@ -181,7 +181,7 @@ def modules_figure(sites: pd.DataFrame) -> Figure:
             lines(axis, estimates)
             axis.axvspan(2 * layers / 3 - 0.5, layers - 0.5, color="0.92", zorder=0, label="last third of layers")
             if embeds_anew("mlp_output", 0, position):
-                axis.axvline(0, color="0.6", linestyle=":", zorder=0, label="its MLP embeds the changed words anew")
+                axis.axvline(0, color="0.6", linestyle=":", zorder=0, label="its MLP embeds anew")
             describe(axis, estimates, position)
     legend(figure, axes[0, 0])
     return figure
