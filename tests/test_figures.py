@@ -113,8 +113,8 @@ def module_sites(*positions: str) -> pd.DataFrame:
 
 def test_modules_marks_the_last_third() -> None:
     nie, tie = panels(maps.modules_figure(module_sites("all")))
-    assert labels(nie) == ["MLP", "attention", "last third of layers", "its MLP embeds anew"]
-    assert "its MLP embeds anew" not in labels(panels(maps.modules_figure(module_sites("last")))[0])
+    assert labels(nie) == ["MLP", "attention", "last third of layers", "its MLP embeds the changed words anew"]
+    assert "its MLP embeds the changed words anew" not in labels(panels(maps.modules_figure(module_sites("last")))[0])
     assert line(nie, "MLP") == pytest.approx([0.4 * layer for layer in range(LAYERS)])
     assert line(tie, "attention") == pytest.approx([0.05 * layer for layer in range(LAYERS)])
     shaded = nie.patches[0].get_extents().transformed(nie.transData.inverted())

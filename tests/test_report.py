@@ -28,6 +28,7 @@ from remote_mediation.report import PairText, write_report
 from remote_mediation.result import Analysis, Result
 from remote_mediation.shares import ANY_EDIT
 from remote_mediation.show.section import Verdict
+from remote_mediation.show.sites import _strongest_in_words, sites_table
 from remote_mediation.show.tables import literal, markdown_table, number, p_value, percent
 from remote_mediation.sites import ModelInfo
 from remote_mediation.store import Store
@@ -223,9 +224,10 @@ def test_the_mlp_that_embeds_the_changed_words_anew_is_marked_and_not_the_answer
     assert f"{said}{but}: {named}. Held out its mean NIE is {'1.6' if anew else '2'}" in part
 
 
-def test_a_map_of_nothing_but_what_embeds_anew_names_no_site(store: Store) -> None:
-    part = section(written(store, result(effects([carries("modules", "mlp_output", 0, "all", 1.0)]))), "Modules")
-    assert "Nothing was measured, but for the MLP of layer 0, which embeds the changed words anew." in part
+def test_a_map_of_nothing_but_what_embeds_anew_names_no_site() -> None:
+    found = result(effects([carries("modules", "mlp_output", 0, "all", 1.0)]))
+    said = _strongest_in_words(sites_table(found, "modules"), found)
+    assert said == "Nothing was measured, but for the MLP of layer 0, which embeds the changed words anew."
 
 
 def test_sites_are_ranked_on_the_discovery_pairs_alone(store: Store) -> None:

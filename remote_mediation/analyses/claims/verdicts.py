@@ -39,6 +39,8 @@ SPARSE = 0.01
 """Claim 3: largest part of the late neurons that counts as few."""
 CARRIED = 0.8
 """Claim 3: of the late MLPs' own effect."""
+MOST_ALLOWED = " (1%)"
+"""Claim 3: what stands behind the name of the largest set that may be a gate."""
 LATE_MLPS = "late MLPs together"
 """What stands beside claim 3's set."""
 MOST_REACHING = 2
@@ -426,15 +428,16 @@ class Sparse:
         return max(int(SPARSE * self.neurons), 1)
 
 
-def _first(size: int) -> str:
+def first_neurons(size: int) -> str:
+    """What claim 3's sets are called."""
     return "first neuron" if size == 1 else f"first {size} neurons"
 
 
 def sparse_gate(bench: Bench, found: Sparse) -> Claim:
     """Claim 3."""
-    most = bench.measures(f"{_first(found.few)} (1%)", found.most)
+    most = bench.measures(f"{first_neurons(found.few)}{MOST_ALLOWED}", found.most)
     band = bench.measures(LATE_MLPS, found.band)
-    chosen = bench.measures(_first(found.size), found.chosen) if found.size and found.chosen else ()
+    chosen = bench.measures(first_neurons(found.size), found.chosen) if found.size and found.chosen else ()
     shallow = bench.too_shallow
     ruling, deciding = (shallow, chosen or most) if shallow else _sparse(bench, found, chosen, most)
     beside = [measure for part in (chosen, most, band) if part is not deciding for measure in part]

@@ -115,7 +115,7 @@ def probe_figure(profile: pd.DataFrame, acts: Mapping[str, int]) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.label_outer()
-    legend(figure, axes[0])
+    legend(figure, axes[0], columns=2)
     return figure
 
 

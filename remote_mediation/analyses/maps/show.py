@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -180,10 +181,11 @@ def modules_figure(sites: pd.DataFrame) -> Figure:
             estimates = part[(part["quantity"] == quantity) & (part["position"] == position)]
             lines(axis, estimates)
             axis.axvspan(2 * layers / 3 - 0.5, layers - 0.5, color="0.92", zorder=0, label="last third of layers")
-            if embeds_anew("mlp_output", 0, position):
-                axis.axvline(0, color="0.6", linestyle=":", zorder=0, label="its MLP embeds anew")
-            describe(axis, estimates, position)
-    legend(figure, axes[0, 0])
+            anew = [embeds_anew(one.component, one.layer, position) for one in estimates.itertuples()]
+            if any(anew):
+                axis.axvline(0, color="0.6", linestyle=":", zorder=0, label="its MLP embeds the changed words anew")
+            describe(axis, estimates[~np.array(anew)], position)
+    legend(figure, axes[0, 0], columns=4)
     return figure
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLPS
+from remote_mediation.analyses.claims.verdicts import DIRECTIONS, HALF, LATE_MLPS, MOST_ALLOWED, first_neurons
 from remote_mediation.analyses.rivals.directions import DEPTH, GIVEN, eligible
 from remote_mediation.analyses.rivals.figures import AXIS, LATE_GATE, axis_figure, geometry_figure, map_figure
 from remote_mediation.analyses.rivals.geometry import PLACES
@@ -251,10 +251,12 @@ def _of_claim_3(result: Result) -> list[pd.DataFrame]:
     whole = bands[(bands["number"] == 3) & (bands["measure"] == LATE_MLPS)]
     values = len(thirds(info.layers).late) * info.d_model
     parts = [whole.assign(values=values, decides=False)]
+    deciding = bands.loc[(bands["number"] == 3) & bands["decides"], "measure"].str.removesuffix(MOST_ALLOWED)
     for way in DIRECTIONS:
         ends = {way: "harm", f"{way}_low": "harm_low", f"{way}_high": "harm_high"}
-        part = curve.rename(columns={"size": "values", "chosen": "decides", **ends})
-        parts.append(part.assign(measure="late neurons by rank", direction=way))
+        part = curve.rename(columns={"size": "values", **ends})
+        decides = curve["size"].map(first_neurons).isin(deciding)
+        parts.append(part.assign(measure="late neurons by rank", direction=way, decides=decides))
     return [part.assign(rival=LATE_GATE, said=said) for part in parts]
 
 
