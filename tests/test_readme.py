@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from oracle import Subject
 
@@ -16,6 +17,7 @@ from remote_mediation.analyses.claims import verdicts
 from remote_mediation.analyses.claims.beside import RANDOM_SETS
 from remote_mediation.config import StudyConfig, load_config
 from remote_mediation.intervals import STUDENTISED_FROM
+from remote_mediation.stats import wilson
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -50,6 +52,27 @@ def test_every_study_beside_a_report_is_accepted() -> None:
     assert len(studies) >= 4
     for study in studies:
         chosen(load_config(study, {}).analyses)
+
+
+def test_the_judges_page_has_the_figures_of_the_labelled_answers() -> None:
+    found = pd.read_csv(ROOT / "reports/guide/judged_answers.csv")
+    complies, clear = found["label"] == "compliance", found["label"].isin(["compliance", "refusal"])
+    models = [found["model"].str.contains(size) for size in ("1.5B", "0.5B")]
+    page = (ROOT / "reports/guide/judges.md").read_text("utf-8").split("## On answers of real models")[1]
+    rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| `")}
+    columns = {
+        "| `refusal-openings`, as it first read them": "refusal_openings_first",
+        "| `refusal-phrases`": "refusal_phrases",
+    }
+    for name, column in columns.items():
+        right = (found[column] == 1) == complies
+        shares = [wilson(int(right[part].sum()), int(part.sum())) for part in (*models, clear)]
+        cells = [f"{one.value:.1%} [{one.low:.1%}, {one.high:.1%}]" for one in shares]
+        assert rows[name] == f"{name} | {' | '.join(cells)} |"
+    labels = found["label"].value_counts().to_dict()
+    assert labels == {"refusal": 162, "compliance": 66, "neither": 11, "partial": 1}
+    now = (found["refusal_openings"] == 1) == complies
+    assert f"{now[models[0]].mean():.1%} of the 1.5B's are right" in page
 
 
 def test_the_method_s_page_has_the_rules_numbers() -> None:
