@@ -37,7 +37,7 @@ def _attacks_in_words(table: pd.DataFrame) -> str:
     if attacked.empty:
         return "No attack could be run."
     carries = int(((attacked["nie_share_low"] > 0) & (attacked["tie_share_low"] > 0)).sum())
-    undoes = int((attacked["repair_low"] > 0).sum())
+    undoes, adds = int((attacked["repair_low"] > 0).sum()), int((attacked["repair_high"] < 0).sum())
     of = f"of {count(len(attacked), 'attack')}"
     lowest = attacked.loc[attacked["repair"].idxmin()] if attacked["repair"].notna().any() else None
     least = "" if lowest is None else (
@@ -46,7 +46,7 @@ def _attacks_in_words(table: pd.DataFrame) -> str:
     )  # fmt: skip
     return (
         f"Under {carries} {of} the gates' shares of TE are above 0 by NIE and by TIE, and under {undoes} holding them "
-        f"undoes some of TE, as far as the intervals tell{least}."
+        f"undoes some of TE{f', under {adds} it adds to TE' if adds else ''}, as far as the intervals tell{least}."
     )
 
 
