@@ -254,7 +254,8 @@ class Lab:
         """Direct effects (METHOD, section 3): at `last` all that layers add is held, only S is as on the other prompt.
 
         sets: sites at `last`. Of whole contributions no layer is run (`program.direct`); sets with neurons take a run,
-        in which the contribution is what it is when only they change, through a post-norm too.
+        in which the contribution is what it is when only they change, through a post-norm too. Y of the base prompts is
+        read beside whole contributions, and x0 runs once for all pairs that share it.
 
         Raises:
             JobError, UnmeasuredError: as `run`.

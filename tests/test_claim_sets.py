@@ -249,7 +249,7 @@ def test_choices_are_shown() -> None:
     assert table.rows[3][-3:] == (str(2 * DIVISIONS), "0", "0")
     figure = specification_figure(found)
     assert isinstance(figure, Figure)
-    dots = [line for line in figure.axes[0].lines if line.get_label() == "heldout"]
+    dots = [line for line in figure.axes[0].lines if line.get_label() == "held out"]
     assert dots[0].get_xdata() == pytest.approx([0.5], abs=0.01)
     own = {line.get_color() for axis in figure.axes[:2] for line in axis.lines if line.get_marker() != "None"}
     assert len(own) == 4
