@@ -60,15 +60,20 @@ def test_the_judges_page_has_the_figures_of_the_labelled_answers() -> None:
     models = [found["model"].str.contains(size) for size in ("1.5B", "0.5B")]
     page = (ROOT / "reports/guide/judges.md").read_text("utf-8").split("## On answers of real models")[1]
     rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| `")}
+    once = ~found.duplicated(["model", "answer"])
     columns = {
-        "| `refusal-openings`, as it first read them": "refusal_openings_first",
-        "| `refusal-phrases`": "refusal_phrases",
+        "| `refusal-openings`, as it first read them": ("refusal_openings_first", once | True),
+        "| `refusal-phrases`": ("refusal_phrases", once | True),
+        "| `refusal-openings`, each wording once": ("refusal_openings_first", once),
+        "| `refusal-phrases`, each wording once": ("refusal_phrases", once),
     }
-    for name, column in columns.items():
+    for name, (column, counted) in columns.items():
         right = (found[column] == 1) == complies
-        shares = [wilson(int(right[part].sum()), int(part.sum())) for part in (*models, clear)]
+        parts = [counted & part for part in (*models, clear)]
+        shares = [wilson(int(right[part].sum()), int(part.sum())) for part in parts]
         cells = [f"{one.value:.1%} [{one.low:.1%}, {one.high:.1%}]" for one in shares]
         assert rows[name] == f"{name} | {' | '.join(cells)} |"
+    assert [int((once & part).sum()) for part in models] == [63, 65]
     labels = found["label"].value_counts().to_dict()
     assert labels == {"refusal": 162, "compliance": 66, "neither": 11, "partial": 1}
     now = (found["refusal_openings"] == 1) == complies

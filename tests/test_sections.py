@@ -479,10 +479,12 @@ def test_attacks_are_counted_by_their_intervals() -> None:
     assert ranks["none"][:2] == ["", ""]
     spans = text("Circumvention", result(tables(attacks=attacked(spans=True))))
     assert "under role play TE, -0.4 to 2.4, spans 0: there are no shares of it" in spans
-    assert "adds to TE" not in found
+    assert "moves them further" not in found
     worse = attacked()
     worse.loc[worse["attack"] == "role play", "repair_high"] = -0.05
-    assert "undoes some of TE, under 1 it adds to TE, as far as" in text("Circumvention", result(tables(attacks=worse)))
+    assert "some of TE on harmful prompts, under 1 it moves them further" in text(
+        "Circumvention", result(tables(attacks=worse))
+    )
 
 
 def test_the_monitor_is_compared_by_intervals() -> None:

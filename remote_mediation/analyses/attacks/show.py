@@ -44,9 +44,10 @@ def _attacks_in_words(table: pd.DataFrame) -> str:
         f", least under {lowest['attack']}: "
         f"{interval(lowest['repair'], lowest['repair_low'], lowest['repair_high'], percent)}"
     )  # fmt: skip
+    against = f", under {adds} it moves them further in its direction" if adds else ""
     return (
         f"Under {carries} {of} the gates' shares of TE are above 0 by NIE and by TIE, and under {undoes} holding them "
-        f"undoes some of TE{f', under {adds} it adds to TE' if adds else ''}, as far as the intervals tell{least}."
+        f"undoes some of TE on harmful prompts{against}, as far as the intervals tell{least}."
     )
 
 
