@@ -36,7 +36,7 @@ class Reporter(Watch, Protocol):
 
 
 class Left:
-    """How long a study goes on: what is left of all its steps, at the speed of what is done."""
+    """How long a study goes on, at most: what is left of all its steps, at the speed of what is done."""
 
     def __init__(self) -> None:
         self._began: float | None = None
@@ -81,7 +81,7 @@ class Left:
 
     def __str__(self) -> str:
         seconds = self.seconds
-        return "" if math.isnan(seconds) else f"about {_duration(seconds)} left of all steps"
+        return "" if math.isnan(seconds) else f"at most about {_duration(seconds)} left of all steps"
 
 
 @contextmanager

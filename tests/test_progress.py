@@ -37,7 +37,7 @@ def test_a_line_now_and_then_with_the_time_left_of_all_steps(clock: list[float])
         clock[0] += 20
         watch.note("job 3 is [queued]")
     first, second = written.getvalue().splitlines()
-    assert first == "30 s: measured 300 of 1,200 rows of this step; about 3 min 45 s left of all steps"
+    assert first == "30 s: measured 300 of 1,200 rows of this step; at most about 3 min 45 s left of all steps"
     assert second == "55 s: job 3 is [queued]"
 
 
